@@ -1,0 +1,5 @@
+"""`python -m mgtrain`, and so `torchrun -m mgtrain`."""
+
+from mgtrain.cli import main
+
+main()
