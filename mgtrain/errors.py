@@ -1,0 +1,59 @@
+"""The errors a user can cause, and the exit code of each.
+
+Every message says what was got, what is allowed and what to do, on one line. The command line prints it
+without a traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class MgtrainError(Exception):
+    """Something the user can mend. Subclasses say what kind and carry the exit code."""
+
+    exit_code = 1
+
+
+class RecipeError(MgtrainError):
+    """A recipe that cannot be read or does not make sense; the message starts with `file:line:`."""
+
+    exit_code = 2
+
+
+class UsageError(MgtrainError):
+    """A command called with things that do not go together."""
+
+    exit_code = 2
+
+
+class PlanError(MgtrainError):
+    """A schedule that cannot be carried out: a batch that does not divide, a shape the model refuses."""
+
+    exit_code = 2
+
+
+class DataError(MgtrainError):
+    """A data set that cannot be used: a missing list, a bad line, too many broken videos."""
+
+    exit_code = 3
+
+
+class VideoError(DataError):
+    """One video that cannot be decoded. The loader replaces it, counts it and names it in the log."""
+
+
+class CheckpointError(MgtrainError):
+    """A checkpoint or run directory that is missing, damaged or belongs to another run."""
+
+    exit_code = 4
+
+
+class NonFiniteError(MgtrainError):
+    """A loss that is NaN or infinite."""
+
+    exit_code = 5
+
+
+class MissingCapabilityError(MgtrainError):
+    """The machine lacks something the command needs (a GPU, a library, a codec)."""
+
+    exit_code = 69
