@@ -1,0 +1,345 @@
+"""What the user wrote: a recipe, typed, complete, validated and read-only.
+
+A recipe is a YAML 1.2 file. Every key is known, has a type and a range; what is wrong is reported as one line that
+starts with `file:line:`. YAML is data here: aliases and tags are refused, so a recipe cannot run code or explode.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from mgtrain.errors import RecipeError
+from mgtrain.grid import Shape
+from mgtrain.models.options import ModelOptions
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: its keys are typed, unknown ones are errors, and it never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which videos."""
+
+    format: Literal["list", "kinetics", "folder"] = Field(description="how the annotations are written")
+    root: str = Field(description="the folder that the videos' paths are relative to")
+    train: str = Field(description="annotations of the training videos, relative to root")
+    val: str = Field(description="annotations of the validation videos, relative to root")
+    classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
+    videos: Count | None = Field(None, description="training videos to expect; `mgtrain plan` uses it without the data")
+    max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
+
+
+class Clip(Section):
+    """The base grid: how the baseline cuts a clip from a video."""
+
+    frames: Count = Field(description="T, frames of a clip")
+    stride: Count = Field(description="frames of the source, at `fps`, from one frame of a clip to the next")
+    crop: Annotated[int, Field(ge=8)] = Field(description="S, pixels")
+    short_side: tuple[Count, Count] = Field(description="range of the resized video's short side, pixels")
+    fps: Positive = Field(30.0, description="frame rate that `stride` refers to")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    inverse_uniform: bool = Field(False, description="draw the short side inverse-uniformly (Something-Something)")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Clip:
+        low, high = self.short_side
+        if not self.crop <= low <= high:
+            raise ValueError(f"short_side [{low}, {high}] must be ascending and not smaller than crop {self.crop}")
+        return self
+
+
+class Evaluation(Section):
+    """The one grid of every evaluation, and when evaluations happen."""
+
+    crop: Annotated[int, Field(ge=8)] = Field(description="pixels")
+    short_side: Count = Field(description="short side of the resized video, pixels")
+    per_phase: Count = Field(1, description="evaluations in each phase, the last one at its end")
+    recalibration_batches: Annotated[int, Field(ge=0)] = Field(
+        200, description="batches that set BatchNorm's statistics before an evaluation; 0: running averages"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Evaluation:
+        if self.short_side < self.crop:
+            raise ValueError(f"short_side {self.short_side} must not be smaller than crop {self.crop}")
+        return self
+
+
+class Batch(Section):
+    """The baseline's mini-batch over all GPUs."""
+
+    clips: Count = Field(description="B, clips of a step of the base shape")
+    bn_clips: Count = Field(8, description="clips of the long-cycle batch that share BatchNorm's statistics")
+
+
+class Optim(Section):
+    """SGD and the baseline's learning-rate schedule."""
+
+    lr: Positive = Field(description="base learning rate, for a step of the base shape")
+    curve: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls")
+    stages: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        description="epochs of each learning-rate stage of the baseline"
+    )
+    gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
+    end_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end (curve: cosine)")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.0, description="epochs of linear warm-up")
+    warmup_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the first step of warm-up")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="of everything but BatchNorm")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Optim:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class BaselineSchedule(Section):
+    """Every step has the base shape."""
+
+    name: Literal["baseline"]
+
+
+class MultigridSchedule(Section):
+    """The long and the short cycle of Wu et al. 2020; the defaults are the paper's."""
+
+    name: Literal["multigrid"]
+    epoch_factor: Positive = Field(1.5, description="epochs relative to the baseline's")
+    long_cycle: tuple[tuple[Scale, Scale], ...] = Field(
+        ((0.25, 0.7071), (0.5, 0.7071), (0.5, 1.0), (1.0, 1.0)),
+        description="[frames, crop] relative to the base, coarse to fine; []: no long cycle",
+    )
+    short_cycle: tuple[Scale, ...] = Field(
+        (0.5, 0.7071), description="crops relative to the base's that take turns with the long cycle's; []: none"
+    )
+    fine_tune_short_cycle: bool = Field(True, description="keep the short cycle in the last stage")
+
+
+Schedule = Annotated[BaselineSchedule | MultigridSchedule, Field(discriminator="name")]
+
+
+class Hardware(Section):
+    """How the work is done. Nothing here changes which clips a step sees; only `precision` changes rounding."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of convolutions, by autocast")
+    micro_clips: Count | None = Field(
+        None,
+        description="most clips of a forward pass on one GPU, at the base shape's volume; cut along BatchNorm groups",
+    )
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="loader processes per rank; none given: the cores shared among the ranks, half of that on a CPU",
+    )
+    channels_last: bool = Field(True, description="memory layout of clips and weights")
+
+
+class Logging(Section):
+    """What a run writes down, and how often."""
+
+    steps: Count = Field(10, description="log every so many steps; 1 waits for the GPU at each step")
+    checkpoint_steps: Count = Field(1000, description="save every so many steps, besides at every evaluation")
+    keep_checkpoints: Count = Field(3, description="newest checkpoints to keep, apart from the last and the best")
+
+
+class Recipe(Section):
+    """Everything that defines a run. Two runs of one recipe see the same clips in the same steps."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data
+    clip: Clip
+    evaluation: Evaluation
+    model: ModelOptions
+    batch: Batch
+    optim: Optim
+    schedule: Schedule
+    hardware: Hardware = Hardware()
+    logging: Logging = Logging()
+
+    @property
+    def base(self) -> Shape:
+        """The baseline's mini-batch, B x T x S x S."""
+        return Shape(self.batch.clips, self.clip.frames, self.clip.crop)
+
+    @property
+    def evaluation_shape(self) -> Shape:
+        """One clip of an evaluation."""
+        return Shape(1, self.clip.frames, self.evaluation.crop)
+
+    def to_yaml(self) -> str:
+        """The complete recipe, defaults included, as YAML that `load_recipe` reads back."""
+        text = io.StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = None
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.model_dump(mode="json"), text)
+        return text.getvalue()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its name, and apply overrides such as `optim.lr=0.05`.
+
+    Raises:
+        RecipeError: one line, `file:line: what is wrong, what is allowed`.
+    """
+    file = find_recipe(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read: {error}") from None
+    return parse_recipe(text, str(file), overrides)
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Make a recipe out of YAML text; `name` stands for the file in messages."""
+    tree = _parse_yaml(text, name)
+    origins: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        keys = _apply_override(tree, override)
+        origins[keys] = f"override {override!r}"
+    try:
+        # JSON is the strict dialect in which a list may still stand for a tuple.
+        return Recipe.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, tree, name, origins)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{name}:1: cannot be understood: {error}") from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with mgtrain: name -> file, in alphabetical order."""
+    installed = Path(str(resources.files("mgtrain"))) / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or the shipped recipe of that name."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = shipped_recipes()
+    name = file.name.removesuffix(".yaml")
+    if name in shipped and (str(path) == file.name or file.parent.name == "recipes"):
+        return shipped[name]
+    close = difflib.get_close_matches(name, shipped, n=1)
+    hint = (
+        f"did you mean the shipped recipe {close[0]!r}?" if close else "`mgtrain recipes` lists those that are shipped"
+    )
+    raise RecipeError(f"{path}: no such recipe file; {hint}")
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    """The YAML document as ruamel's dicts and lists, which remember their lines."""
+    yaml = YAML(typ="rt", pure=True)
+    try:
+        for event in yaml.parse(text):
+            if getattr(event, "anchor", None) is not None:
+                raise RecipeError(
+                    f"{name}:{event.start_mark.line + 1}: anchors and aliases are not allowed in a recipe"
+                )
+            if getattr(event, "tag", None) is not None:
+                raise RecipeError(f"{name}:{event.start_mark.line + 1}: tags ({event.tag}) are not allowed in a recipe")
+        tree = yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join(str(error.problem or error.context).split())
+        raise RecipeError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+    except (YAMLError, ValueError, RecursionError, AttributeError) as error:
+        raise RecipeError(f"{name}:1: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{name}:1: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+    return tree
+
+
+def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
+    """Set `section.key=value` in the tree; returns the keys."""
+    dotted, equals, value = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: write it as section.key=value, for example optim.lr=0.05")
+    parent = tree
+    for key in keys[:-1]:
+        if not isinstance(parent.setdefault(key, {}), dict):
+            raise RecipeError(f"override {override!r}: {key!r} is not a section")
+        parent = parent[key]
+    parent[keys[-1]] = _parse_yaml(f"value: {value}\n", f"override {override!r}")["value"]
+    return keys
+
+
+def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[str, ...], str]) -> str:
+    """Pydantic's first complaint as one line: where, what, allowed, did you mean."""
+    first = min(
+        error.errors(), key=lambda item: item["type"] != "extra_forbidden"
+    )  # a misspelt key explains a missing one
+    keys, line = _locate(first["loc"], tree)
+    where = next((origin for keys_, origin in origins.items() if keys[: len(keys_)] == keys_), f"{name}:{line}")
+    dotted = ".".join(keys) or "recipe"
+    match first["type"]:
+        case "extra_forbidden":
+            allowed = _allowed_keys(keys[-2] if len(keys) > 1 else None, tree)
+            close = difflib.get_close_matches(keys[-1], allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+            return f"{where}: unknown key {dotted!r}; {hint}"
+        case "missing" | "union_tag_not_found":
+            key = dotted if first["type"] == "missing" else f"{dotted}.name"
+            return f"{where}: missing key {key!r}"
+        case "union_tag_invalid":
+            tag, expected = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "")
+            close = difflib.get_close_matches(tag, expected.split(", "), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            return f"{where}: {dotted}.name is {tag!r}; {hint}allowed: {expected}"
+        case "value_error":
+            return f"{where}: {dotted}: {first['ctx']['error']}"
+        case _:
+            message = first["msg"].removeprefix("Input should be ")
+            return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it should be {message}"
+
+
+def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]:
+    """Keys and line of a pydantic location; the tags that pydantic puts in for unions are passed over."""
+    keys: list[str] = []
+    node, line = tree, 1
+    for part in loc:
+        there = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if there:
+            line = _line(node, part) or line
+            node = node[part]
+        elif part != loc[-1]:
+            continue  # a tag
+        keys.append(str(part))
+    return tuple(keys), line
+
+
+def _line(node: Any, key: int | str) -> int | None:
+    """The line on which a key of a dict or an item of a list stands; None for what an override has put there."""
+    places: dict[int | str, list[int]] = getattr(getattr(node, "lc", None), "data", None) or {}
+    return places[key][0] + 1 if key in places else None
+
+
+def _allowed_keys(section: str | None, tree: Any) -> list[str]:
+    """The keys that may stand in a section; at the top if it is None."""
+    if section not in Recipe.model_fields:
+        return [] if section else list(Recipe.model_fields)
+    annotation = Recipe.model_fields[section].annotation
+    kinds = get_args(annotation) or (annotation,)  # a section that has a `name` comes in several kinds
+    if len(kinds) > 1:
+        kinds = tuple(kind for kind in kinds if tree[section]["name"] in get_args(kind.model_fields["name"].annotation))
+    return list(kinds[0].model_fields)
