@@ -1,0 +1,32 @@
+"""Learning rates: a base curve times the long cycle's batch factor (Wu et al. 2020, section 3.4), after a warm-up."""
+
+from __future__ import annotations
+
+import math
+
+
+def stepwise(base_lr: float, gamma: float, stage: int) -> float:
+    """`base_lr * gamma**stage`, the learning rate of a stage.
+
+    >>> [stepwise(0.1, 0.1, stage) for stage in range(2)]
+    [0.1, 0.010000000000000002]
+    """
+    return base_lr * gamma**stage
+
+
+def cosine(base_lr: float, end_lr: float, progress: float) -> float:
+    """Half a cosine from `base_lr` at progress 0 to `end_lr` at progress 1.
+
+    >>> cosine(0.1, 0.0, 0.5)
+    0.05
+    """
+    return end_lr + (base_lr - end_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup(start_lr: float, end_lr: float, epoch: float, epochs: float) -> float:
+    """A straight line from `start_lr` at epoch 0 to `end_lr` at epoch `epochs`.
+
+    >>> warmup(0.01, 0.81, epoch=17, epochs=34)
+    0.41000000000000003
+    """
+    return start_lr + (end_lr - start_lr) * epoch / epochs

@@ -1,0 +1,53 @@
+"""The multigrid schedule: long cycle, short cycle and fine-tuning (Wu et al. 2020, sections 3.2 to 3.4)."""
+
+from __future__ import annotations
+
+from mgtrain.errors import PlanError
+from mgtrain.grid import Shape, coarsen, short_cycle
+from mgtrain.recipe import MultigridSchedule, Recipe
+from mgtrain.schedule.plan import Stretch
+
+
+def multigrid(recipe: Recipe, videos: int) -> list[Stretch]:
+    """A full long cycle in every learning-rate stage but the last, which fine-tunes at the long cycle's finest shape.
+
+    Within a stage the long cycle's shapes get equally many steps. Every stage keeps the same fraction of its baseline
+    steps, such that the run sees `epoch_factor` times the baseline's epochs of clips. Fine-tuning keeps the learning
+    rate of the stage before for its first half. Without a long cycle the stages stay as they are.
+    """
+    schedule, stages, base = recipe.schedule, recipe.optim.stages, recipe.base
+    assert isinstance(schedule, MultigridSchedule)
+    if not schedule.long_cycle:
+        cycle = short_cycle(base, base, schedule.short_cycle)
+        kept = schedule.epoch_factor / _mean_batch(cycle, base)
+        return [Stretch(k, k, cycle, kept * epochs * videos / base.clips) for k, epochs in enumerate(stages)]
+    if len(stages) < 2:
+        raise PlanError(
+            "a long cycle needs at least two learning-rate stages, since the last one fine-tunes; "
+            "give optim.stages two or more, or set schedule.long_cycle=[]"
+        )
+
+    long_shapes = [coarsen(base, time, space) for time, space in schedule.long_cycle]
+    cycles = [short_cycle(shape, base, schedule.short_cycle) for shape in long_shapes]
+    last_cycle = cycles[-1] if schedule.fine_tune_short_cycle else (long_shapes[-1],)
+
+    # A stage keeps the fraction `kept` of its baseline steps; solve clips seen = epoch_factor * baseline's clips.
+    mean_batch = sum(_mean_batch(cycle, base) for cycle in cycles) / len(cycles)  # in units of the base's clips
+    long_epochs, last_epochs = sum(stages[:-1]), stages[-1]
+    clips = mean_batch * long_epochs + _mean_batch(last_cycle, base) * last_epochs
+    kept = schedule.epoch_factor * sum(stages) / clips
+
+    steps = [kept * epochs * videos / base.clips for epochs in stages]
+    last = len(stages) - 1
+    long_stretches = [
+        Stretch(stage, stage, cycle, steps[stage] / len(cycles)) for stage in range(last) for cycle in cycles
+    ]
+    if recipe.optim.curve != "steps":
+        return [*long_stretches, Stretch(last, last, last_cycle, steps[last])]
+    half = steps[last] / 2
+    return [*long_stretches, Stretch(last, last - 1, last_cycle, half), Stretch(last, last, last_cycle, half)]
+
+
+def _mean_batch(cycle: tuple[Shape, ...], base: Shape) -> float:
+    """Clips of a step, on average over the cycle, in units of the base's clips."""
+    return sum(shape.clips for shape in cycle) / len(cycle) / base.clips

@@ -1,0 +1,291 @@
+"""The plan of a run: an immutable sequence of steps, each looked up from its number.
+
+The step is the clock. Nothing about a step depends on how the run got there: its shape, learning rate, clips and
+BatchNorm groups follow from its number by a bisection over the phases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, overload
+
+from mgtrain.errors import PlanError
+from mgtrain.grid import Grid, Shape, train_grid
+from mgtrain.recipe import Recipe
+from mgtrain.schedule.lr import cosine, stepwise, warmup
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What a schedule asks for: `steps` steps, not yet a whole number, that take turns with the shapes of `cycle`."""
+
+    stage: int  # learning-rate stage of the baseline that it belongs to
+    lr_stage: int  # learning-rate stage that is in force
+    cycle: tuple[Shape, ...]  # coarse first; the last one is the long cycle's shape
+    steps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of steps on one long-cycle shape."""
+
+    index: int
+    stage: int
+    lr_stage: int
+    first_step: int
+    steps: int
+    first_clip: int  # position in the run's endless stream of clips
+    shapes: tuple[Shape, ...]  # the short cycle: coarse first, the long-cycle shape last
+    grids: tuple[Grid, ...]  # one for each of the shapes
+    bn_groups: int  # BatchNorm groups of the global batch, the same for all the shapes
+
+    @property
+    def shape(self) -> Shape:
+        """The long-cycle shape."""
+        return self.shapes[-1]
+
+    @property
+    def end_step(self) -> int:
+        """The first step after the phase."""
+        return self.first_step + self.steps
+
+    @property
+    def end_clip(self) -> int:
+        """The first position in the stream of clips after the phase."""
+        return self.first_clip + clips_before(self.shapes, self.steps)
+
+    @property
+    def name(self) -> str:
+        """Its distinct shapes, such as `1024x8x112², 512x8x158²`."""
+        return ", ".join(str(shape) for shape in dict.fromkeys(self.shapes))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All that one optimizer step needs."""
+
+    index: int
+    phase: Phase
+    shape: Shape
+    grid: Grid
+    lr: float
+    epoch: float  # epochs of clips seen before this step
+    first_clip: int
+    bn_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a whole run amounts to."""
+
+    steps: int
+    epochs: float
+    clips: int
+    voxels: int
+
+
+class Plan(Sequence[Step]):
+    """The steps of a run. `plan[i]` is step `i`, `plan.steps(start)` walks from a step on."""
+
+    def __init__(self, recipe: Recipe, videos: int, stretches: Sequence[Stretch]) -> None:
+        if videos < 1:
+            raise PlanError(f"a plan needs at least 1 training video, got {videos}")
+        self.videos = videos
+        self.base = recipe.base
+        self.base_bn_groups = bn_groups(recipe.base, recipe.batch.bn_clips)
+        self._optim = recipe.optim
+        self.phases = _phases(recipe, stretches)
+        self._first_steps = [phase.first_step for phase in self.phases]
+        self._warmup_target = self._lr_after_warmup()
+
+    def __len__(self) -> int:
+        return self.phases[-1].end_step
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | Sequence[Step]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"step {index} of a plan of {len(self)} steps")
+        index %= len(self)
+        phase = self.phases[bisect_right(self._first_steps, index) - 1]
+        offset = index - phase.first_step
+        turn = offset % len(phase.shapes)
+        first_clip = phase.first_clip + clips_before(phase.shapes, offset)
+        epoch = first_clip / self.videos
+        return Step(
+            index,
+            phase,
+            phase.shapes[turn],
+            phase.grids[turn],
+            self._lr(phase, index, epoch),
+            epoch,
+            first_clip,
+            phase.bn_groups,
+        )
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """The steps from `start` on."""
+        return (self[index] for index in range(start, len(self)))
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """The distinct shapes, in the order in which the run first meets them."""
+        return tuple(dict.fromkeys(shape for phase in self.phases for shape in phase.shapes[: phase.steps]))
+
+    def milestones(self, per_phase: int) -> tuple[int, ...]:
+        """After how many steps the run is evaluated: `per_phase` times in each phase, the last time at its end."""
+        return tuple(
+            sorted(
+                {
+                    p.first_step + max(1, round(p.steps * k / per_phase))
+                    for p in self.phases
+                    for k in range(1, per_phase + 1)
+                }
+            )
+        )
+
+    def phase_lr(self, phase: Phase) -> float:
+        """The learning rate of a phase without warm-up; of its first step if it changes from step to step."""
+        return self._scaled_lr(phase, phase.first_step)
+
+    def totals(self) -> Totals:
+        """Steps, epochs, clips and voxels of the whole run."""
+        clips = self.phases[-1].end_clip
+        voxels = 0
+        for phase in self.phases:
+            cycles, rest = divmod(phase.steps, len(phase.shapes))
+            voxels += cycles * sum(s.voxels for s in phase.shapes) + sum(s.voxels for s in phase.shapes[:rest])
+        return Totals(len(self), clips / self.videos, clips, voxels)
+
+    def fingerprint(self) -> str:
+        """A short hash that is equal for equal plans."""
+        return hashlib.sha256(repr((self.videos, self.base, self.phases, self._optim)).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain values, for `plan.json` and `mgtrain plan --json`."""
+        return {"videos": self.videos, "steps": len(self), "epochs": self.totals().epochs, "phases": self._rows}
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": phase.index,
+                "stage": phase.stage,
+                "first_step": phase.first_step,
+                "steps": phase.steps,
+                "end_epoch": phase.end_clip / self.videos,
+                "lr": self.phase_lr(phase),
+                "stride": list(phase.grids[-1].stride),
+                "shapes": [
+                    {
+                        "clips": shape.clips,
+                        "frames": shape.frames,
+                        "crop": shape.crop,
+                        "short_side": list(grid.short_side),
+                        "bn_clips": shape.clips // phase.bn_groups,
+                    }
+                    for shape, grid in zip(phase.shapes, phase.grids, strict=True)
+                ],
+            }
+            for phase in self.phases
+        ]
+
+    def _scaled_lr(self, phase: Phase, index: int) -> float:
+        optim = self._optim
+        if optim.curve == "steps":
+            lr = stepwise(optim.lr, optim.gamma, phase.lr_stage)
+        else:
+            # Every stage keeps the same share of its baseline steps, so the share of steps done is the baseline's too.
+            lr = cosine(optim.lr, optim.end_lr, index / len(self))
+        # Linear scaling by the long cycle's batch, never the short cycle's (Wu et al. 2020, section 3.4).
+        return lr * (phase.shape.clips / self.base.clips)
+
+    def _lr(self, phase: Phase, index: int, epoch: float) -> float:
+        optim = self._optim
+        if epoch < optim.warmup_epochs:
+            return warmup(optim.warmup_lr, self._warmup_target, epoch, optim.warmup_epochs)
+        return self._scaled_lr(phase, index)
+
+    def _lr_after_warmup(self) -> float:
+        """The learning rate in force at the end of warm-up."""
+        end_clip = self._optim.warmup_epochs * self.videos
+        phase = next((phase for phase in self.phases if phase.end_clip > end_clip), self.phases[-1])
+        cycle_clips = sum(shape.clips for shape in phase.shapes)
+        offset = min(phase.steps - 1, max(0, round((end_clip - phase.first_clip) / cycle_clips * len(phase.shapes))))
+        return self._scaled_lr(phase, phase.first_step + offset)
+
+
+def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
+    """Give the stretches whole steps: each ends at the step that comes nearest to its exact end, counted in clips.
+
+    Ends are rounded, not lengths, so the rounding does not add up. No stretch is left without a step.
+    """
+    phases: list[Phase] = []
+    first_step = first_clip = 0
+    exact_clips = [s.steps * sum(shape.clips for shape in s.cycle) / len(s.cycle) for s in stretches]
+    for index, (stretch, exact_end) in enumerate(zip(stretches, accumulate(exact_clips), strict=True)):
+        grids = tuple(train_grid(s, recipe.base, recipe.clip.stride, recipe.clip.short_side) for s in stretch.cycle)
+        groups = bn_groups(stretch.cycle[-1], recipe.batch.bn_clips)
+        steps = _nearest_steps(stretch.cycle, exact_end - first_clip)
+        phase = Phase(
+            index, stretch.stage, stretch.lr_stage, first_step, steps, first_clip, stretch.cycle, grids, groups
+        )
+        phases.append(phase)
+        first_step, first_clip = phase.end_step, phase.end_clip
+    return tuple(phases)
+
+
+def clips_before(cycle: Sequence[Shape], steps: int) -> int:
+    """Clips of the first `steps` steps that take turns with the shapes of `cycle`."""
+    cycles, rest = divmod(steps, len(cycle))
+    return cycles * sum(shape.clips for shape in cycle) + sum(shape.clips for shape in cycle[:rest])
+
+
+def _nearest_steps(cycle: Sequence[Shape], clips: float) -> int:
+    """The number of steps, at least 1, whose clips come nearest to `clips`."""
+    whole = len(cycle) * max(0, int(clips // sum(shape.clips for shape in cycle)))
+    return max(1, min(range(whole, whole + len(cycle) + 1), key=lambda steps: abs(clips_before(cycle, steps) - clips)))
+
+
+def bn_groups(shape: Shape, bn_clips: int) -> int:
+    """BatchNorm groups of the long-cycle `shape`: as many as it has `bn_clips`, whatever the number of GPUs.
+
+    >>> bn_groups(Shape(512, 8, 158), bn_clips=8)
+    64
+    """
+    if shape.clips <= bn_clips:
+        return 1
+    if shape.clips % bn_clips:
+        raise PlanError(
+            f"batches of {shape.clips} clips cannot be cut into BatchNorm groups of {bn_clips} clips; "
+            f"make batch.clips a multiple of {bn_clips}, or batch.bn_clips a divisor of {shape.clips}"
+        )
+    return shape.clips // bn_clips
+
+
+def check_world(plan: Plan, ranks: int) -> None:
+    """Every step must be shared equally, and no BatchNorm group may be cut unequally.
+
+    Raises:
+        PlanError: with the phase and what would divide.
+    """
+    batches = [(f"phase {p.index + 1} has steps", shape, p.bn_groups) for p in plan.phases for shape in p.shapes]
+    for what, shape, groups in [*batches, ("recalibration has batches", plan.base, plan.base_bn_groups)]:
+        if shape.clips % ranks:
+            raise PlanError(
+                f"{what} of {shape.clips} clips, which {ranks} GPUs cannot share equally; "
+                f"use a number of GPUs that divides {shape.clips}"
+            )
+        if groups % ranks and ranks % groups:
+            raise PlanError(
+                f"{what} of {groups} BatchNorm groups, which {ranks} GPUs cannot share; "
+                f"use a number of GPUs that divides {groups} or is a multiple of it, or another batch.bn_clips"
+            )
