@@ -1,0 +1,165 @@
+"""How one clip is cut from one video: which frames, and which region of them (Wu et al. 2020, section 3.3).
+
+Cropping and resizing are one resampling step: a window of `crop` pixels of a frame resized to a short side is a
+region of the *source* frame, which the decoder resamples straight to `crop` x `crop`. Everything here is arithmetic on
+numbers; only `cut_random` draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mgtrain.grid import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What must be known of a video to cut it: its length in frames, frames per second, and upright size in pixels."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One clip: source frames, and the region (left, top, width, height) of them that becomes `crop` x `crop`."""
+
+    frames: tuple[int, ...]
+    region: tuple[int, int, int, int]
+    crop: int
+    flip: bool
+
+
+def frame_indices(start: float, frames: int, stride: float, video_frames: int) -> tuple[int, ...]:
+    """Source frames of a clip that starts at `start`; the last frame repeats past the video's end.
+
+    The frames are spread evenly from the first to the last of the `frames * stride` source frames that the clip spans,
+    and truncated to whole frames, so the gaps are a little wider than `stride`.
+
+    >>> frame_indices(start=2, frames=4, stride=3, video_frames=9)
+    (2, 5, 8, 8)
+    >>> frame_indices(start=0, frames=8, stride=2, video_frames=300)
+    (0, 2, 4, 6, 8, 10, 12, 15)
+    """
+    # In single precision, in which a position that should be whole is whole, and as the reference does.
+    positions = np.linspace(start, start + max(frames * stride - 1, 0), frames, dtype=np.float32)
+    return tuple(np.minimum(positions, video_frames - 1).astype(int).tolist())
+
+
+def latest_start(frames: int, stride: float, video_frames: int) -> float:
+    """The last source frame (a fraction, too) at which a clip can start and still fit; 0 if it does not fit at all.
+
+    >>> latest_start(frames=8, stride=2, video_frames=300)
+    284
+    """
+    return max(0, video_frames - frames * stride)
+
+
+def short_side_at(u: float, low: int, high: int, inverse_uniform: bool = False) -> int:
+    """The short side, in pixels, that the uniform draw `u` in [0, 1) stands for.
+
+    With `inverse_uniform` it is the scale's reciprocal that is uniform (Something-Something, Charades), largest first.
+
+    >>> short_side_at(0.5, 128, 320), short_side_at(0.5, 128, 320, inverse_uniform=True)
+    (224, 183)
+    """
+    if inverse_uniform:
+        return round(1 / (1 / high + u * (1 / low - 1 / high)))
+    return round(low + u * (high - low))
+
+
+def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Width and height of a frame once its shorter side is `short_side` pixels; the longer is truncated.
+
+    >>> resized(320, 240, short_side=128)
+    (170, 128)
+    """
+    if width < height:
+        return short_side, height * short_side // width
+    return width * short_side // height, short_side
+
+
+def source_region(
+    info: VideoInfo, size: tuple[int, int], crop: int, left: float, top: float
+) -> tuple[int, int, int, int]:
+    """The whole source pixels under a `crop` x `crop` window at (left, top) of the frame resized to `size`.
+
+    Never empty, never outside the frame.
+
+    >>> source_region(VideoInfo(300, 30.0, 320, 240), size=(170, 128), crop=112, left=58, top=16)
+    (109, 30, 211, 210)
+    """
+
+    def stretch(offset: float, window: int, length: int, source: int) -> tuple[int, int]:
+        extent = min(max(1, round(window * source / length)), source)
+        return min(round(offset * source / length), source - extent), extent
+
+    x, width = stretch(left, crop, size[0], info.width)
+    y, height = stretch(top, crop, size[1], info.height)
+    return x, y, width, height
+
+
+def uniform_windows(size: tuple[int, int], crop: int, crops: int) -> list[tuple[int, int]]:
+    """(left, top) of `crops` windows spread along the longer side and centred on the shorter; one is the centre.
+
+    >>> uniform_windows((341, 256), crop=256, crops=3)
+    [(0, 0), (43, 0), (85, 0)]
+    """
+    room = max(size) - crop
+    middle = -(-(min(size) - crop) // 2)
+    along = [-(-room // 2)] if crops == 1 else [-(-room * i // (crops - 1)) for i in range(crops)]
+    return [(middle, offset) if size[1] > size[0] else (offset, middle) for offset in along]
+
+
+def cut_random(
+    grid: Grid,
+    info: VideoInfo,
+    rng: np.random.Generator,
+    *,
+    fps: float = 30.0,
+    flip: float = 0.5,
+    inverse_uniform: bool = False,
+) -> Cut:
+    """A clip for training: stride, start, short side, window and flip are drawn.
+
+    The stride counts frames at `fps`; for a video of another rate it is scaled, so that a clip lasts equally long.
+    A frame is never resized below the crop: where the grid asks for that, the short side is the crop.
+    """
+    # The order of the draws is part of what a seed means.
+    stride = rng.integers(*grid.stride, endpoint=True) * info.fps / fps  # 1. in source frames
+    start = rng.uniform(0, latest_start(grid.frames, stride, info.frames))  # 2.
+    short_side = max(grid.crop, short_side_at(rng.random(), *grid.short_side, inverse_uniform))  # 3.
+    size = resized(info.width, info.height, short_side)
+    left, top = rng.random(2) * (size[0] - grid.crop, size[1] - grid.crop)  # 4.
+    mirrored = bool(rng.random() < flip)  # 5.
+    indices = frame_indices(start, grid.frames, stride, info.frames)
+    return Cut(indices, source_region(info, size, grid.crop, left, top), grid.crop, mirrored)
+
+
+def cut_views(grid: Grid, info: VideoInfo, times: int, crops: int, *, fps: float = 30.0) -> list[Cut]:
+    """The clips of an evaluation: `times` uniform in time, each with `crops` windows; one after the other in time.
+
+    One time is the video's middle, one crop the frame's centre. Stride and short side are the grid's lowest; no flip.
+
+    >>> grid = Grid(frames=2, crop=224, stride=(2, 2), short_side=(256, 256))
+    >>> for cut in cut_views(grid, VideoInfo(44, 30.0, 340, 256), times=2, crops=2):
+    ...     print(cut.frames, cut.region)
+    (0, 3) (0, 16, 224, 224)
+    (0, 3) (116, 16, 224, 224)
+    (20, 23) (0, 16, 224, 224)
+    (20, 23) (116, 16, 224, 224)
+    """
+    stride = grid.stride[0] * info.fps / fps
+    latest = latest_start(grid.frames, stride, info.frames)
+    starts = [latest / 2] if times == 1 else [latest * i / times for i in range(times)]
+    size = resized(info.width, info.height, max(grid.crop, grid.short_side[0]))
+    regions = [source_region(info, size, grid.crop, *window) for window in uniform_windows(size, grid.crop, crops)]
+    return [
+        Cut(frame_indices(start, grid.frames, stride, info.frames), region, grid.crop, flip=False)
+        for start in starts
+        for region in regions
+    ]

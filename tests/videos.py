@@ -1,0 +1,63 @@
+"""Tiny real videos for tests. Every frame shows its number, in bits that survive lossy compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+BITS = 8
+SIZE = (128, 64)  # width, height: one block of 16 x 32 pixels per bit
+
+
+def numbered_picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """uint8 (H, W, 3): the number in black and white bars, lowest bit left, above a lower half of grey noise."""
+    width, height = size
+    column = np.arange(width) * BITS // width
+    noise = np.random.default_rng(number).integers(98, 158, (height, width, 1), np.uint8)  # gives frames some bytes
+    picture = np.repeat(noise, 3, axis=2)
+    picture[: (height + 1) // 2] = np.where(number >> column & 1, 235, 20)[None, :, None]
+    return picture
+
+
+def number_of(picture: np.ndarray) -> int:
+    """The number that a whole picture, of whatever size, shows."""
+    height, width, _ = picture.shape
+    bars = picture[: height // 3, (np.arange(BITS) * 2 + 1) * width // (2 * BITS)].mean(axis=(0, 2))
+    return int((bars > 128) @ (1 << np.arange(BITS)))
+
+
+def write_video(
+    path: Path,
+    pictures: Sequence[np.ndarray] | int = 30,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    fps: int = 30,
+    gop: int = 12,
+    b_frames: int = 2,
+    times: Sequence[int] | None = None,
+    turn: int = 0,
+    **options: Any,
+) -> Path:
+    """Write pictures, or that many numbered ones, at `times` (in frames), to be shown `turn` degrees anticlockwise."""
+    if isinstance(pictures, int):
+        pictures = [numbered_picture(number) for number in range(pictures)]
+    fixed = {"g": str(gop), "bf": str(b_frames), "threads": "1"}
+    header_first = {"movflags": "faststart"} if path.suffix == ".mp4" else {}  # so that a truncated file still opens
+    with av.open(str(path), "w", options=header_first) as container:
+        stream = container.add_stream(codec, rate=fps, options={**fixed, **options})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if turn:
+            stream.set_display_rotation(turn)
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
+            frame.pts, frame.time_base = times[number] if times else number, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
