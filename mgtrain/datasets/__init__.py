@@ -1,0 +1,37 @@
+"""The videos of a data set, read from the formats in use. A new format is one function and one line in `DATASETS`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mgtrain.datasets.folder import read_folder
+from mgtrain.datasets.kinetics import read_kinetics
+from mgtrain.datasets.listfile import read_list
+from mgtrain.datasets.videos import Videos, read_lines
+from mgtrain.errors import DataError
+
+DATASETS: dict[str, Callable[[str, str, Sequence[str] | None], Videos]] = {
+    "list": read_list,
+    "kinetics": read_kinetics,
+    "folder": read_folder,
+}
+
+
+def open_videos(format: str, root: str, source: str, classes: Sequence[str] | None = None) -> Videos:
+    """The videos of one split: `source` (a file or a folder, relative to `root` or absolute) in one of `DATASETS`.
+
+    Without `classes` they are the lines of `root/classes.txt` if it exists, and otherwise what the format says.
+    """
+    if format not in DATASETS:
+        near = difflib.get_close_matches(format, DATASETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(map(repr, DATASETS))}"
+        raise DataError(f"no data set format {format!r}; {hint}")
+    names = Path(root, "classes.txt")
+    if classes is None and names.is_file():
+        classes = [line.strip() for line in read_lines(names) if line.strip()]
+    repeated = sorted({name for name in classes or () if list(classes or ()).count(name) > 1})
+    if repeated:
+        raise DataError(f"class {repeated[0]!r} is there twice; name every class of {root} once")
+    return DATASETS[format](root, source, classes)

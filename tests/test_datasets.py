@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+from mgtrain.datasets import DATASETS, open_videos
+from mgtrain.datasets.videos import Videos
+from mgtrain.errors import DataError
+
+
+def rows(videos: Videos) -> list[tuple[str, int]]:
+    """(path within the root, label) of all videos."""
+    paths = (Path(videos.path(i)).relative_to(Path(videos.root).absolute()).as_posix() for i in range(len(videos)))
+    return [(path, videos.label(i)) for i, path in enumerate(paths)]
+
+
+def write_list(root: Path, text: str | bytes, name: str = "train.csv") -> Path:
+    root.mkdir(exist_ok=True)
+    (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def refusal(root: Path, text: str | bytes, classes: list[str] | None = None) -> str:
+    """The message with which a list is refused, without the root."""
+    write_list(root, text)
+    with pytest.raises(DataError) as caught:
+        open_videos("list", str(root), "train.csv", classes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(root), "ROOT")
+
+
+ENTRIES = [("a b/ü 1.mp4", 2), ("c,d.mp4", 0), ("e.mp4", 1), ("\udcff.mp4", 1)]  # the last is no UTF-8
+
+
+def test_videos_are_a_list_that_pickles(tmp_path: Path):
+    videos = Videos.of(str(tmp_path), ENTRIES, ["x", "y", "z"], missing=3)
+    for copy in (videos, pickle.loads(pickle.dumps(videos))):
+        assert rows(copy) == ENTRIES
+        assert (len(copy), copy.classes, copy.missing) == (4, ("x", "y", "z"), 3)
+        assert copy.path(-1) == copy.path(3)
+        assert copy.fingerprint == videos.fingerprint
+        with pytest.raises(IndexError):
+            copy.path(4)
+
+
+def test_the_fingerprint_tells_data_sets_apart_but_not_where_they_lie():
+    def fingerprint(entries=(("a", 0), ("b", 1)), classes=("x", "y"), root="/r") -> str:
+        return Videos.of(root, entries, classes).fingerprint
+
+    assert re.fullmatch("[0-9a-f]{16}", fingerprint())
+    assert fingerprint() == fingerprint(root="/elsewhere")
+    changed = [
+        fingerprint([("a", 0), ("c", 1)]),
+        fingerprint([("b", 1), ("a", 0)]),
+        fingerprint([("a", 0), ("b", 0)]),
+        fingerprint([("ab", 0), ("", 1)]),
+        fingerprint(classes=("x", "z")),
+    ]
+    assert len({fingerprint(), *changed}) == 6
+
+
+def test_a_million_videos_are_three_blocks_of_memory():
+    videos = Videos.of("/r", ((f"{n:07}.mp4", n % 400) for n in range(1_000_000)), [str(n) for n in range(400)])
+    assert len(pickle.dumps(videos, protocol=5)) < 24_000_000
+    assert videos.path(987_654) == "/r/0987654.mp4"
+    assert videos.label(987_654) == 987_654 % 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a b.mp4 1\nc,d.mp4 0\nsub/e.mp4 2\n",
+        "a b.mp4,1\nc,d.mp4,0\nsub/e.mp4,2",
+        "a b.mp4, 1\r\nc,d.mp4, 0\r\nsub/e.mp4, 2\r\n",
+        "\ufeff# path label\n\na b.mp4\t1\n  c,d.mp4   0 \n\nsub/e.mp4 2\n",
+        "a b.mp4 dog\nc,d.mp4 cat\nsub/e.mp4 red fox\n".replace("red fox", "2"),
+        "a b.mp4,dog\nc,d.mp4,cat\nsub/e.mp4,red fox\n",
+        "./a b.mp4 1\nx/../c,d.mp4 0\nROOT/sub/e.mp4 2\n",
+    ],
+)
+def test_list_lines_end_in_a_label_after_a_space_or_a_comma(tmp_path: Path, text: str):
+    write_list(tmp_path, text.replace("ROOT", str(tmp_path)))
+    videos = open_videos("list", str(tmp_path), "train.csv", ["cat", "dog", "red fox"])
+    assert rows(videos) == [("a b.mp4", 1), ("c,d.mp4", 0), ("sub/e.mp4", 2)]
+    assert videos.classes == ("cat", "dog", "red fox")
+
+
+def test_list_classes_are_numbers_unless_told(tmp_path: Path):
+    write_list(tmp_path, "a.mp4 2\nb.mp4 0\n")
+    assert open_videos("list", str(tmp_path), "train.csv").classes == ("0", "1", "2")
+    (tmp_path / "classes.txt").write_text("left\nright\nup\ndown\n")
+    assert open_videos("list", str(tmp_path), "train.csv").classes == ("left", "right", "up", "down")
+    assert open_videos("list", str(tmp_path), "train.csv", ["a", "b", "c"]).classes == ("a", "b", "c")
+
+
+def test_a_list_may_lie_elsewhere(tmp_path: Path):
+    write_list(tmp_path / "lists", "a.mp4 0\n")
+    (tmp_path / "videos").mkdir()
+    videos = open_videos("list", str(tmp_path / "videos"), str(tmp_path / "lists/train.csv"))
+    assert videos.path(0) == str(tmp_path / "videos/a.mp4")
+
+
+def test_a_bad_list_is_refused_with_file_and_line(tmp_path: Path):
+    assert refusal(tmp_path, "a.mp4 0\nb.mp4 x\n").startswith("ROOT/train.csv:2: 'b.mp4 x' does not end in a label; ")
+    assert refusal(tmp_path, "a.mp4 0\nb c.mp4\n").startswith("ROOT/train.csv:2: 'b c.mp4' does not end in a label; ")
+    assert refusal(tmp_path, "a.mp4 0\n7\n").startswith("ROOT/train.csv:2: '7' does not end in a label; ")
+    assert refusal(tmp_path, "# x\na.mp4 -1\n") == "ROOT/train.csv:2: label -1 is out of range; it has to be 0 or more"
+    assert (
+        refusal(tmp_path, "a.mp4 0\nb.mp4 2\n", ["x", "y"])
+        == "ROOT/train.csv:2: label 2 is out of range; it has to be 0 to 1"
+    )
+    assert refusal(tmp_path, "\n# nothing\n") == "ROOT/train.csv: no video in it; write one `path label` per line"
+    assert refusal(tmp_path, b"a.mp4 0\n\xff.mp4 1\n").startswith("ROOT/train.csv:2: not UTF-8 ")
+    assert (
+        refusal(tmp_path, "a.mp4 0\nb.mp4 1\nx/../a.mp4 1\n")
+        == "ROOT/train.csv:3: 'a.mp4' has label 1, but 0 in line 1; keep one"
+    )
+
+
+@pytest.mark.parametrize("path", ["../a.mp4", "x/../../a.mp4", "/etc/a.mp4", "..", "http/../../../a"])
+def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str):
+    message = refusal(tmp_path / "root", f"b.mp4 0\n{path} 0\n")
+    assert message.startswith(f"ROOT/train.csv:2: {path!r} is outside of ROOT; ")
+
+
+def test_a_missing_list_or_root_is_told_with_what_there_is(tmp_path: Path):
+    write_list(tmp_path, "a.mp4 0\n", "train.csv")
+    write_list(tmp_path, "a.mp4 0\n", "val.csv")
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/tran.csv: no such list of videos; {tmp_path} has 'tr")):
+        open_videos("list", str(tmp_path), "tran.csv")
+    with pytest.raises(DataError, match=r"no such folder of videos; .* has 'train.csv', 'val.csv'$"):
+        open_videos("list", str(tmp_path / "0000"), "train.csv")
+    with pytest.raises(DataError, match="no data set format 'lists'; did you mean 'list'"):
+        open_videos("lists", str(tmp_path), "train.csv")
+    assert [*DATASETS] == ["list", "kinetics", "folder"]
+
+
+def test_classes_have_to_differ(tmp_path: Path):
+    write_list(tmp_path, "a.mp4 0\n")
+    with pytest.raises(DataError, match="class 'x' is there twice"):
+        open_videos("list", str(tmp_path), "train.csv", ["x", "y", "x"])
+
+
+KINETICS = """label,youtube_id,time_start,time_end,split,is_cc
+"riding, a bike",-0aBcDeFgHi,1,11,validate,0
+abseiling,xxxxxxxxxxx,20,30,validate,0
+abseiling,yyyyyyyyyyy,300,310,validate,0
+zumba,zzzzzzzzzzz,0,10,validate,1
+zumba,gone_______,5,15,validate,1
+"""
+
+
+def test_kinetics_videos_are_found_where_people_put_them(tmp_path: Path):
+    write_list(tmp_path, KINETICS, "val.csv")
+    places = [
+        "validate/riding,_a_bike/-0aBcDeFgHi_000001_000011.mkv",
+        "val/xxxxxxxxxxx_000020_000030.mp4",
+        "abseiling/yyyyyyyyyyy_000300_000310.webm",
+        "zzzzzzzzzzz_000000_000010.mp4",
+    ]
+    for place in [*places, "val/._xxxxxxxxxxx_000020_000030.mp4", "gone________000005_000016.mp4"]:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    videos = open_videos("kinetics", str(tmp_path), "val.csv")
+    assert rows(videos) == list(zip(places, [1, 0, 0, 2], strict=True))
+    assert videos.classes == ("abseiling", "riding, a bike", "zumba")
+    assert videos.missing == 1
+
+
+def test_kinetics_errors_say_where_they_looked(tmp_path: Path):
+    write_list(tmp_path, KINETICS, "val.csv")
+    with pytest.raises(DataError) as caught:
+        open_videos("kinetics", str(tmp_path), "val.csv")
+    message = str(caught.value)
+    assert message.startswith(
+        f"{tmp_path}/val.csv: none of its 5 videos is there; looked for -0aBcDeFgHi_000001_000011."
+    )
+    for place in ("validate/riding, a bike", "val/riding, a bike", "validate", "val", "riding, a bike"):
+        assert str(tmp_path / place) in message
+    with pytest.raises(DataError, match=r"val.csv:3: 'abseiling' is none of the 2 classes"):
+        open_videos("kinetics", str(tmp_path), "val.csv", ["zumba", "riding, a bike"])
+    write_list(tmp_path, "a.mp4 0\n", "val.csv")
+    with pytest.raises(DataError, match=r"val.csv:1: no column 'label'; the first line has to be label,youtube_id,"):
+        open_videos("kinetics", str(tmp_path), "val.csv")
+    write_list(tmp_path, KINETICS.replace("300,310", "soon,310"), "val.csv")
+    with pytest.raises(DataError, match=r"val.csv:4: the times 'soon' and '310' are no numbers"):
+        open_videos("kinetics", str(tmp_path), "val.csv")
+
+
+def test_a_folder_per_class(tmp_path: Path):
+    for name in ("dog/b.MP4", "dog/a.mkv", "dog/._a.mkv", "dog/notes.txt", "cat/c d.avi", ".hidden/x.mp4", "top.mp4"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    videos = open_videos("folder", str(tmp_path), "train")
+    assert rows(videos) == [("train/cat/c d.avi", 0), ("train/dog/a.mkv", 1), ("train/dog/b.MP4", 1)]
+    assert videos.classes == ("cat", "dog")
+    assert rows(open_videos("folder", str(tmp_path), "train", ["dog", "cow", "cat"]))[0] == ("train/dog/a.mkv", 0)
+    with pytest.raises(DataError, match="'dog' is none of the 1 classes"):
+        open_videos("folder", str(tmp_path), "train", ["cat"])
+    with pytest.raises(DataError, match=r"/trian: no such folder of classes; .* has 'train'"):
+        open_videos("folder", str(tmp_path), "trian")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no videos; they have to be at"):
+        open_videos("folder", str(tmp_path), "empty")
