@@ -1,0 +1,22 @@
+"""What a forward pass costs, counted without running it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of the convolutions and matrix products of a forward pass at shape (B, T, S), on the meta device.
+
+    One multiply-add counts as 1, as in the papers' tables.
+    """
+    clips, frames, crop = shape
+    meta = copy.deepcopy(model).to("meta").eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        meta(torch.empty(clips, 3, frames, crop, crop, device="meta"))
+    flops: int = counter.get_total_flops()  # torch counts a multiply-add as 2
+    return flops // 2

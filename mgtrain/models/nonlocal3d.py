@@ -1,0 +1,40 @@
+"""The non-local block (Wang et al. 2018)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgtrain.models.norm import GroupBatchNorm3d
+
+
+class NonLocal3d(nn.Module):
+    """Adds to each place what it attends to in the whole clip; (B, C, T, H, W) to the same shape.
+
+    Softmax form ("embedded Gaussian") with half the channels inside, keys and values pooled by 2 in space.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.query = nn.Conv3d(channels, inner, 1)  # theta in the paper
+        self.key = nn.Conv3d(channels, inner, 1)  # phi
+        self.value = nn.Conv3d(channels, inner, 1)  # g
+        self.out = nn.Conv3d(inner, channels, 1)
+        self.norm = GroupBatchNorm3d(channels)
+        nn.init.zeros_(self.norm.weight)  # so that the block starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool = (1, min(2, x.shape[3]), min(2, x.shape[4]))  # a map one pixel wide cannot be halved
+        pooled = F.max_pool3d(x, pool)  # (B, C, T, H/2, W/2)
+        attended = F.scaled_dot_product_attention(
+            _tokens(self.query(x)), _tokens(self.key(pooled)), _tokens(self.value(pooled))
+        )  # (B, 1, T*H*W, C/2)
+        attended = attended.squeeze(1).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])  # (B, C/2, T, H, W)
+        change: Tensor = self.norm(self.out(attended))
+        return x + change
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Features (B, C, T, H, W) as one head of attention (B, 1, T*H*W, C)."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)

@@ -1,0 +1,172 @@
+"""BatchNorm over groups of the global batch (Wu et al. 2020, section 3.4; "sub-BN" in the authors' code).
+
+A coarse step has many more clips than the base shape. Its statistics are taken over groups of as many clips as a GPU
+had at the base shape, so that their noise, which regularizes, stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgtrain.models.part import Part
+
+AXES = (0, 2, 3, 4)  # all but the channels of (B, C, T, H, W)
+
+
+class GroupBatchNorm3d(nn.BatchNorm3d):
+    """BatchNorm of (B, C, T, H, W) that in training, given a `part`, normalizes each group by itself.
+
+    At evaluation, or without a part, it is `nn.BatchNorm3d`, whose `state_dict` it shares. Each group has a slot of
+    running statistics of its own; `merge_group_stats` makes one of them. After that, or when the number of groups of
+    the global batch changes, all slots start from the merged statistics (of all ranks if the part can gather).
+    """
+
+    part: Part | None = None
+    momentum: float
+    pool: bool = False  # see `set_momentum`
+    running_mean: Tensor  # (C)
+    running_var: Tensor  # (C)
+    group_mean: Tensor  # (slots, C)
+    group_var: Tensor  # (slots, C); unbiased, as in torch, but for pooled ones
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.groups = 0  # BatchNorm groups of the global batch that the slots are for; 0: for none yet
+        self.register_buffer("group_mean", torch.empty(0, channels), persistent=False)
+        self.register_buffer("group_var", torch.empty(0, channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.part
+        if part is None or not self.training:
+            return super().forward(x)
+        assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
+        if self.groups != part.bn_groups:
+            self._restart_slots(part)
+        if part.span > 1:
+            return self._norm_piece(x, part)
+        groups = x.chunk(part.clips // part.group_clips)
+        outputs = [self._norm_group(clips, slot) for slot, clips in enumerate(groups, part.slot)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (B, C, T, H, W)
+
+    def _norm_piece(self, x: Tensor, part: Part) -> Tensor:
+        output: Tensor
+        output, mean, var = _NormSpanningRanks.apply(x, self.weight, self.bias, self.eps, part)
+        self._track(0, mean, var, x.numel() // x.shape[1] * part.span)
+        return output
+
+    def _norm_group(self, clips: Tensor, slot: int) -> Tensor:
+        mean, var = self.group_mean[slot], self.group_var[slot]  # views, which batch_norm writes to
+        if not self.pool:
+            return F.batch_norm(clips, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        var, mean = torch.var_mean(clips.to(self.weight.dtype), AXES, correction=0)
+        self._track(slot, mean, var, clips.numel() // clips.shape[1])
+        return F.batch_norm(clips, None, None, self.weight, self.bias, True, eps=self.eps)
+
+    @torch.no_grad()
+    def _track(self, slot: int, mean: Tensor, var: Tensor, count: int) -> None:
+        """Let a group's mean and (population) variance over `count` values weigh `momentum` in its slot."""
+        shift = mean - self.group_mean[slot]
+        self.group_mean[slot].add_(shift, alpha=self.momentum)
+        # Pooled, the variance is that of all values together, which the means' drift is part of.
+        var = var + (1 - self.momentum) * shift.square() if self.pool else var * count / (count - 1)
+        self.group_var[slot].lerp_(var, self.momentum)
+
+    def _restart_slots(self, part: Part) -> None:
+        gather = part.gather
+        self.merge(None if gather is None else lambda stats: gather(stats, part.ranks))
+        self.groups = part.bn_groups
+        self.group_mean = self.running_mean.repeat(part.slots, 1)
+        self.group_var = self.running_var.repeat(part.slots, 1)
+
+    @torch.no_grad()
+    def merge(self, gather_all: Callable[[Tensor], Tensor] | None) -> None:
+        """Make one running mean and variance out of the slots': see `merge_group_stats`."""
+        if self.groups == 0:
+            return
+        stats = torch.stack([self.group_mean, self.group_var], dim=1)  # (slots, 2, C)
+        if gather_all is not None:
+            stats = gather_all(stats).flatten(0, 1)  # (ranks * slots, 2, C)
+        means, variances = stats.unbind(dim=1)  # (slots, C)
+        self.running_mean.copy_(means.mean(dim=0))
+        self.running_var.copy_(variances.mean(dim=0) + means.var(dim=0, correction=0))
+        self.groups = 0  # the slots go on from the merged statistics, as they must in a run resumed here
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        self.groups = 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.groups = 0  # the slots belong to the statistics that were there before
+
+
+class _NormSpanningRanks(torch.autograd.Function):
+    """Normalize this rank's piece of a group by the statistics of the whole group, exchanged among its ranks.
+
+    Forward and backward each gather once, two numbers per channel. All ranks have equally many clips, so the mean of a
+    group is the mean of its pieces' means, and its variance the mean of their variances plus the variance of their
+    means: nothing is lost to cancellation, as it would be in E[x²] - E[x]².
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert part.gather is not None, "a group that spans ranks needs `gather`"
+        stats = torch.stack(torch.var_mean(x.to(weight.dtype), AXES, correction=0))  # (2, C)
+        variances, means = part.gather(stats, part.span).unbind(dim=1)  # (span, C)
+        mean, var = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)  # (C)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.part = part
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, inv_std = ctx.saved_tensors
+        grad, centred = grad.to(weight.dtype), x.to(weight.dtype) - _spread(mean)  # (B, C, T, H, W)
+        sums = torch.stack([grad.sum(AXES), (grad * centred).sum(AXES) * inv_std])  # (2, C)
+        count = x.numel() // x.shape[1] * ctx.part.span
+        mean_grad, mean_grad_x = (ctx.part.gather(sums, ctx.part.span).sum(dim=0) / count).unbind()  # (C)
+        grad_x = (grad - _spread(mean_grad) - centred * _spread(inv_std * mean_grad_x)) * _spread(weight * inv_std)
+        return grad_x.to(x.dtype), sums[1], sums[0], None, None
+
+
+def merge_group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Make each BatchNorm's running statistics out of those of its groups, for evaluation and for checkpoints.
+
+    The mean of the means, and the mean of the variances plus the variance of the means: over this rank's groups, or
+    those of all ranks if `gather_all` (tensor -> (ranks, *shape)) is given. The groups' own go on from these.
+    """
+    for norm in _group_norms(model):
+        norm.merge(gather_all)
+
+
+def reset_group_stats(model: nn.Module) -> None:
+    """Forget all running statistics, as before recalibration."""
+    for norm in _group_norms(model):
+        norm.reset_running_stats()
+
+
+def set_momentum(model: nn.Module, momentum: float, *, pool: bool = False) -> None:
+    """Let the statistics of the coming step weigh `momentum` in the groups' running ones.
+
+    With `pool`, and 1/k at the k-th step since `reset_group_stats`, these become the mean and the variance of all
+    values of these steps together ("precise BN"), rather than averages of each step's.
+    """
+    for norm in _group_norms(model):
+        norm.momentum, norm.pool = momentum, pool
+
+
+def _spread(x: Tensor) -> Tensor:
+    """One number per channel (C) as (C, 1, 1, 1), to go with (B, C, T, H, W)."""
+    return x.view(-1, 1, 1, 1)
+
+
+def _group_norms(model: nn.Module) -> Iterator[GroupBatchNorm3d]:
+    return (module for module in model.modules() if isinstance(module, GroupBatchNorm3d))

@@ -1,0 +1,101 @@
+"""The parts that the 3-D residual networks are made of (He et al. 2016; Feichtenhofer et al. 2019, table 1).
+
+None of them depends on the number of frames or pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgtrain.models.dropout import Dropout
+from mgtrain.models.norm import GroupBatchNorm3d
+
+STAGE_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # depth -> blocks of res2 .. res5
+EXPANSION = 4  # a bottleneck's output channels per inner channel
+
+
+def stage_blocks(depth: int | Sequence[int]) -> tuple[int, ...]:
+    """Blocks of res2 .. res5: those of the ResNet of this depth, or as given.
+
+    >>> stage_blocks(50), stage_blocks([1, 1, 1, 1])
+    ((3, 4, 6, 3), (1, 1, 1, 1))
+    """
+    return STAGE_BLOCKS[depth] if isinstance(depth, int) else tuple(depth)
+
+
+class Stem(nn.Module):
+    """Clips (B, 3, T, S, S) to features (B, channels, T, S/4, S/4): `frames` x 7 x 7 convolution and max pooling."""
+
+    def __init__(self, channels: int, frames: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, channels, (frames, 7, 7), (1, 2, 2), (frames // 2, 3, 3), bias=False)
+        self.norm = GroupBatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.norm(self.conv(x)))  # (B, C, T, S/2, S/2)
+        return F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1))  # (B, C, T, S/4, S/4)
+
+
+class Bottleneck(nn.Module):
+    """Residual block: convolutions `frames`x1x1, 1x3x3 (with the spatial stride), 1x1x1 (to 4 * `inner` channels)."""
+
+    def __init__(self, channels: int, inner: int, frames: int, stride: int) -> None:
+        super().__init__()
+        out = EXPANSION * inner
+        self.conv1 = nn.Conv3d(channels, inner, (frames, 1, 1), padding=(frames // 2, 0, 0), bias=False)
+        self.norm1 = GroupBatchNorm3d(inner)
+        self.conv2 = nn.Conv3d(inner, inner, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False)
+        self.norm2 = GroupBatchNorm3d(inner)
+        self.conv3 = nn.Conv3d(inner, out, 1, bias=False)
+        self.norm3 = GroupBatchNorm3d(out)
+        nn.init.zeros_(self.norm3.weight)  # so that each block starts as the identity (Goyal et al. 2017)
+        self.shortcut: nn.Module = nn.Identity()
+        if channels != out or stride != 1:
+            conv = nn.Conv3d(channels, out, 1, (1, stride, stride), bias=False)
+            self.shortcut = nn.Sequential(conv, GroupBatchNorm3d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu_(self.norm1(self.conv1(x)))
+        y = F.relu_(self.norm2(self.conv2(y)))
+        return F.relu_(self.norm3(self.conv3(y)) + self.shortcut(x))
+
+
+def stage(channels: int, inner: int, blocks: int, frames: Sequence[int], stride: int) -> nn.Sequential:
+    """`blocks` bottlenecks, the first of which strides; their temporal kernels go through `frames` in turn."""
+    kernels = islice(cycle(frames), blocks)
+    return nn.Sequential(
+        *[
+            Bottleneck(EXPANSION * inner if index else channels, inner, kernel, 1 if index else stride)
+            for index, kernel in enumerate(kernels)
+        ]
+    )
+
+
+class Head(nn.Module):
+    """Features (B, C, T, H, W) of one or more pathways, averaged over time and space, to logits (B, classes)."""
+
+    def __init__(self, channels: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, *pathways: Tensor) -> Tensor:
+        pooled = [features.mean(dim=(2, 3, 4)) for features in pathways]  # (B, C) each
+        logits: Tensor = self.linear(self.dropout(torch.cat(pooled, dim=1)))  # (B, classes)
+        return logits
+
+
+def init_weights(model: nn.Module) -> None:
+    """Start convolutions from He et al.'s normal distribution and the classifier near zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+        if isinstance(module, nn.Conv3d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

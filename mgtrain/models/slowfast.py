@@ -1,0 +1,115 @@
+"""SlowFast (Feichtenhofer et al. 2019): a wide pathway that sees few frames and a narrow one that sees all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.resnet3d import EXPANSION, Head, Stem, init_weights, stage, stage_blocks
+
+LATERAL_RATIO = 2  # channels that a lateral connection makes of each channel of the fast pathway
+
+
+def slow_frames(frames: int, alpha: int) -> tuple[int, ...]:
+    """The frames that the slow pathway sees: one in `alpha`, spread evenly from the first to the last.
+
+    >>> slow_frames(16, alpha=4), slow_frames(3, alpha=4)
+    ((0, 5, 10, 15), (0,))
+    """
+    count = max(1, frames // alpha)
+    return tuple(i * (frames - 1) // max(1, count - 1) for i in range(count))
+
+
+class Lateral(nn.Module):
+    """Features of the fast pathway (B, C, T, H, W), at the frames of the slow one: (B, 2 * C, T/alpha, H, W).
+
+    The convolution has stride `alpha` in time, so it makes one feature of each `alpha` fast frames (fewer at the end).
+    Each slow frame takes the feature of those fast frames among which it lies: if `alpha` divides T, all, in order.
+    """
+
+    def __init__(self, channels: int, alpha: int, kernel: int) -> None:
+        super().__init__()
+        out = LATERAL_RATIO * channels
+        self.alpha = alpha
+        self.conv = nn.Conv3d(channels, out, (kernel, 1, 1), (alpha, 1, 1), (kernel // 2, 0, 0), bias=False)
+        self.norm = GroupBatchNorm3d(out)
+
+    def forward(self, fast: Tensor) -> Tensor:
+        places = [frame // self.alpha for frame in slow_frames(fast.shape[2], self.alpha)]
+        x = take_frames(self.conv(fast), places)  # (B, 2 * C, T/alpha, H, W)
+        return F.relu_(self.norm(x))
+
+
+def take_frames(x: Tensor, frames: Sequence[int]) -> Tensor:
+    """The given frames of (B, C, T, H, W), in its memory format; no tensor of indices has to go to the device."""
+    if list(frames) == list(range(x.shape[2])):
+        return x
+    return torch.cat([x[:, :, frame : frame + 1] for frame in frames], dim=2)
+
+
+class SlowFast(nn.Module):
+    """Clips (B, 3, T, S, S), normalized, to logits (B, classes); the slow pathway takes its own frames out of them."""
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        depth: int | Sequence[int],
+        alpha: int,
+        beta_inv: int,
+        fusion_kernel: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        blocks = stage_blocks(depth)
+        narrow = width // beta_inv
+        self.alpha = alpha
+        self.slow = _pathway(width, blocks, (1, 1, 1, 3, 3), lateral=LATERAL_RATIO * narrow)
+        self.fast = _pathway(narrow, blocks, (5, 3, 3, 3, 3), lateral=0)
+        outs = [narrow, *(EXPANSION * narrow * 2**index for index in range(3))]  # channels of the fast stem .. res4
+        self.laterals = nn.ModuleList([Lateral(out, alpha, fusion_kernel) for out in outs])
+        self.head = Head(8 * EXPANSION * (width + narrow), classes, dropout)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slow, fast = take_frames(x, slow_frames(x.shape[2], self.alpha)), x  # (B, 3, T/alpha, S, S), (B, 3, T, S, S)
+        for slow_part, fast_part, lateral in zip(self.slow, self.fast, self.laterals, strict=False):
+            fast = fast_part(fast)
+            slow = torch.cat([slow_part(slow), lateral(fast)], dim=1)
+        logits: Tensor = self.head(self.slow[-1](slow), self.fast[-1](fast))
+        return logits
+
+
+def slowfast_r50(
+    classes: int,
+    *,
+    width: int = 64,
+    depth: int | Sequence[int] = 50,
+    alpha: int = 4,
+    beta_inv: int = 8,
+    fusion_kernel: int = 7,
+    dropout: float = 0.5,
+) -> SlowFast:
+    """SlowFast on ResNets: `width` channels in the slow stem, 1/`beta_inv` of them in the fast one.
+
+    `depth` is 50, 101 or the blocks of res2 .. res5; the slow pathway sees one frame in `alpha`.
+    """
+    return SlowFast(classes, width, depth, alpha, beta_inv, fusion_kernel, dropout)
+
+
+def _pathway(width: int, blocks: Sequence[int], frames: Sequence[int], lateral: int) -> nn.ModuleList:
+    """Stem and res2 .. res5 with temporal kernels of `frames`.
+
+    Res2 takes in `lateral` channels more than the stem gives, and later stages more in proportion to their width.
+    """
+    parts: list[nn.Module] = [Stem(width, frames[0])]
+    channels = width + lateral
+    for index in range(4):
+        inner = width * 2**index
+        parts.append(stage(channels, inner, blocks[index], frames[index + 1 : index + 2], stride=2 if index else 1))
+        channels = EXPANSION * (width + lateral) * 2**index
+    return nn.ModuleList(parts)
