@@ -1,0 +1,338 @@
+"""The command line. torch is imported inside the commands that need it, so that the others answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mgtrain import __version__
+from mgtrain.console import err, out, start_logging
+from mgtrain.errors import CheckpointError, MgtrainError, PlanError, UsageError
+from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    name="mgtrain",
+    help="Train video classifiers several times faster with the multigrid method (Wu et al., CVPR 2020).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that come with mgtrain.", no_args_is_help=True)
+data_app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=0.05."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute. Default: a GPU if there is one.")]
+Procs = Annotated[
+    int | None, typer.Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
+]
+
+
+@app.command()
+def fit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
+    ] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="A run to measure the speedup against, by name or folder, as training goes.")
+    ] = None,
+    procs: Procs = None,
+    device: DeviceOption = None,
+    json_: Json = False,
+) -> None:
+    """Train a recipe.
+
+    Examples:  mgtrain fit demo_multigrid  |  torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
+    """
+    from mgtrain.rundir import RUNS, RunDir, find_run
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
+    run = RunDir(folder)
+    if run.rows("steps.jsonl") and not resume:
+        raise UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
+    rival = find_run(baseline) if baseline else None
+    if _started_ranks(procs, device):
+        return
+
+    from mgtrain.distributed import connect
+    from mgtrain.engine.fit import fit as train
+
+    with connect(device.value if device else None) as world:
+        run.writes = world.main
+        start_logging(folder / "log.txt", world.main, world.rank)
+        scores = train(loaded, run, world, resume, rival)
+        if world.main:
+            _print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, 1, json_)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint file, or a run (its newest checkpoint).")],
+    overrides: Overrides = None,
+    views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
+    procs: Procs = None,
+    device: DeviceOption = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print every class's accuracy.")] = False,
+    json_: Json = False,
+) -> None:
+    """Give the accuracy of a checkpoint, averaged over views, each video counted once.
+
+    Examples:  mgtrain eval demo_multigrid --views 10x3  |  mgtrain eval model.safetensors data.val=test.csv
+    """
+    times, crops = _parse_views(views)
+    path = _checkpoint_path(checkpoint)
+    if _started_ranks(procs, device):
+        return
+
+    from mgtrain.checkpoint import load_model, read_info
+    from mgtrain.clips.loader import BadVideos, recalibration_batches, view_batches
+    from mgtrain.distributed import connect
+    from mgtrain.engine.checks import make_model
+    from mgtrain.engine.evaluate import evaluate as score
+    from mgtrain.engine.fit import open_data
+    from mgtrain.engine.recalibrate import recalibrate_bn
+    from mgtrain.engine.step import to_device
+    from mgtrain.recipe import parse_recipe
+
+    info = read_info(path)
+    recipe = parse_recipe(info.recipe, str(path), overrides or ())
+    with connect(device.value if device else None) as world:
+        start_logging(None, world.main, world.rank)
+        train, val = open_data(recipe)
+        model = to_device(make_model(recipe), recipe, world)
+        load_model(path, model)
+        if not info.recalibrated and recipe.evaluation.recalibration_batches:
+            bad = BadVideos(len(train), recipe.data.max_bad_fraction)
+            recalibrate_bn(model, recalibration_batches(train, recipe, world, bad), recipe, world)
+        bad = BadVideos(len(val), recipe.data.max_bad_fraction)
+        scores = score(model, view_batches(val, recipe, times, crops, world, bad), times * crops, recipe, world)
+        if world.main:
+            facts = {"schema": "mgtrain.eval/1", "checkpoint": str(path), "step": info.step, "views": views}
+            _print_scores(facts, scores, times * crops, json_, info.classes if per_class or json_ else ())
+
+
+@app.command()
+def compare(
+    baseline: Annotated[str, typer.Argument(help="The run to compare with: a folder, or a name under runs/.")],
+    run: Annotated[str, typer.Argument(help="The run that should be better.")],
+    json_: Json = False,
+) -> None:
+    """Say what a run gained over its baseline, and at what cost.
+
+    Example:  mgtrain compare demo_baseline demo_multigrid
+    """
+    from mgtrain.compare import compare as compare_runs
+    from mgtrain.compare import render
+    from mgtrain.rundir import find_run
+
+    result = compare_runs(find_run(baseline), find_run(run))
+    out.print_json(json.dumps(result)) if json_ else out.print(render(result))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    videos: Annotated[
+        int | None, typer.Option(min=1, help="Training videos. Default: those of the data, or data.videos.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Check that so many GPUs can share every step.")] = None,
+    json_: Json = False,
+) -> None:
+    """Print the phases of a recipe: shapes, steps, learning rates, and totals against the baseline's.
+
+    Example:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8
+    """
+    from dataclasses import asdict
+
+    from mgtrain.schedule import baseline_recipe, check_world, make_plan
+
+    loaded = load_recipe(recipe, overrides or ())
+    count = videos or _training_videos(loaded)
+    made = make_plan(loaded, count)
+    if gpus:
+        check_world(made, gpus)
+    totals, rival = asdict(made.totals()), asdict(make_plan(baseline_recipe(loaded), count).totals())
+    ratios = {key: totals[key] / rival[key] for key in totals}
+    if json_:
+        result = {"schema": "mgtrain.plan/1", **made.describe(), "totals": totals, "baseline": rival, "ratios": ratios}
+        out.print_json(json.dumps(result))
+    else:
+        from mgtrain.console import plan_table
+
+        out.print(plan_table(made, gpus))
+        for key, value in totals.items():
+            times = f"1/{1 / ratios[key]:.3f}" if ratios[key] < 1 else f"{ratios[key]:.3f}x"
+            digits = 1 if key == "epochs" else 0
+            out.print(f"{key:7} {value:>22,.{digits}f}   {times} of the baseline's {rival[key]:,.{digits}f}")
+
+
+@recipes_app.command("list")
+def list_recipes(json_: Json = False) -> None:
+    """List the shipped recipes with what they are for."""
+    first_lines = {name: file.read_text().splitlines()[0].lstrip("# ") for name, file in shipped_recipes().items()}
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.recipes/1", "recipes": first_lines}))
+    else:
+        for name, line in first_lines.items():
+            out.print(f"{name:36} {line}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: str) -> None:
+    """Print a shipped recipe, to be the start of your own.
+
+    Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
+    """
+    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+
+
+@data_app.command()
+def synthesize(
+    root: Annotated[Path, typer.Argument(help="Folder to make.")],
+    train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
+    val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make a small set of real encoded videos whose classes differ only by motion.
+
+    Example:  mgtrain data synthesize data/motions
+    """
+    from mgtrain.datasets.synthetic import synthesize as make
+
+    make(root, videos_per_class={"train": train, "val": val}, seed=seed)
+    out.print(f"{root}: ready")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and the documented exit code, never a traceback."""
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+    except MgtrainError as error:
+        err.print(f"mgtrain: {error}", markup=False, style="red", soft_wrap=True)
+        code = error.exit_code
+    except typer.TyperException as error:
+        hint = f"see `{' '.join(_command_words())} --help`"
+        err.print(f"mgtrain: {error.format_message().rstrip('.')}; {hint}", markup=False, style="red", soft_wrap=True)
+        code = 2
+    except (typer.Abort, KeyboardInterrupt):
+        err.print(
+            "mgtrain: interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint",
+            style="red",
+            soft_wrap=True,
+        )
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _command_words() -> list[str]:
+    """The program and its subcommands, as far as they were named."""
+    words = []
+    group: Any = typer.main.get_command(app)
+    for word in sys.argv[1:]:
+        group = getattr(group, "commands", {}).get(word)
+        if group is None:
+            break
+        words.append(word)
+    return ["mgtrain", *words]
+
+
+def _started_ranks(procs: int | None, device: Device | None) -> bool:
+    """Start this command once per rank, unless this process is one of them or the only one."""
+    from mgtrain.distributed import default_procs, is_launched, launch
+
+    if is_launched():
+        return False
+    wanted = procs or default_procs(device.value if device else None)
+    if wanted == 1:
+        return False
+    code = launch([sys.executable, "-m", "mgtrain", *sys.argv[1:]], wanted)
+    if code:
+        sys.exit(code)
+    return True
+
+
+def _training_videos(recipe: Recipe) -> int:
+    """How many training videos the data have; what the recipe expects where they are not on this machine."""
+    from mgtrain.datasets import open_videos
+    from mgtrain.errors import DataError
+
+    try:
+        return len(open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None))
+    except DataError as error:
+        if recipe.data.videos is None:
+            raise PlanError(f"{error}; give --videos to plan without the data") from None
+        return recipe.data.videos
+
+
+def _parse_views(views: str) -> tuple[int, int]:
+    times, _, crops = views.partition("x")
+    if not (times.isdecimal() and crops in ("1", "3") and int(times) > 0):
+        raise UsageError(f"--views {views}: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3")
+    return int(times), int(crops)
+
+
+def _checkpoint_path(checkpoint: str) -> Path:
+    from mgtrain.rundir import find_run
+
+    path = Path(checkpoint)
+    if path.is_file():
+        return path
+    run = find_run(checkpoint)
+    if not run.checkpoints():
+        raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
+    return run.checkpoints()[-1]
+
+
+def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool, classes: Any = ()) -> None:
+    if as_json:
+        result = {**facts, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss, "videos": scores.videos}
+        if classes:
+            result["per_class"] = dict(zip(classes, scores.per_class(), strict=True))
+        out.print_json(json.dumps(result))
+        return
+    for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=False):
+        out.print(
+            f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}", markup=False
+        )
+    out.print(
+        f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  loss {scores.loss:.3f}  "
+        f"on {scores.videos} videos, {views} {'view' if views == 1 else 'views'} each"
+    )

@@ -1,0 +1,244 @@
+"""The loader: clips decoded in worker processes, in the order of the plan.
+
+1. A step's clips are cut into units, several per worker and step, so that no worker holds a large batch alone.
+2. A worker opens each video, cuts and decodes the clip: uint8 (clips, T, S, S, 3).
+3. The units come back in order and are joined to this rank's share of the batch, pinned when it goes to a GPU.
+
+Workers live as long as the run: a change of shape is just another request. Since every step has about the same volume,
+memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mgtrain.clips.cut import cut_random, cut_views
+from mgtrain.clips.decode import VideoFile
+from mgtrain.clips.order import ClipRequest, step_requests, video_at
+from mgtrain.datasets.videos import Videos
+from mgtrain.distributed import World
+from mgtrain.errors import DataError, VideoError
+from mgtrain.grid import Grid
+from mgtrain.recipe import Recipe
+from mgtrain.rng import Draw, generator
+from mgtrain.schedule import Plan
+
+log = logging.getLogger(__name__)
+
+UNITS_PER_WORKER = 2  # units that a step is cut into, for each worker
+STEPS_AHEAD = 2  # steps that the workers may run ahead of training
+REPLACEMENTS = 16  # videos to try in place of a broken one, before the data set is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What comes back for one unit of work."""
+
+    clips: Tensor  # uint8 (clips, T, S, S, 3)
+    labels: Tensor  # int64 (clips,), or (videos,) in an evaluation
+    bad: tuple[tuple[str, str], ...] = ()  # path and cause of each video that could not be decoded
+    given_up: bool = False
+
+
+class RandomClips(Dataset[Loaded]):
+    """Clips cut at random; an item is a unit, a list of requests. A clip depends on its request and the seed alone."""
+
+    def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
+        self.videos, self.clip, self.seed, self.draw = videos, recipe.clip, recipe.seed, draw
+
+    def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
+        grid = unit[0].grid
+        clips = torch.zeros(len(unit), grid.frames, grid.crop, grid.crop, 3, dtype=torch.uint8)  # (clips, T, S, S, 3)
+        labels = torch.zeros(len(unit), dtype=torch.int64)
+        bad: list[tuple[str, str]] = []
+        for i, request in enumerate(unit):
+            for video in self._candidates(request):
+                try:
+                    clips[i] = torch.from_numpy(self._cut(video, request))
+                except VideoError as error:
+                    bad.append((self.videos.path(video), str(error)))
+                else:
+                    labels[i] = self.videos.label(video)
+                    break
+            else:
+                return Loaded(clips, labels, tuple(bad), given_up=True)
+        return Loaded(clips, labels, tuple(bad))
+
+    def _candidates(self, request: ClipRequest) -> Iterator[int]:
+        """The video asked for, then those that stand in for it, the same ones wherever the clip is made."""
+        yield request.video
+        for attempt in range(REPLACEMENTS):
+            rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
+            yield int(rng.integers(len(self.videos)))
+
+    def _cut(self, video: int, request: ClipRequest) -> np.ndarray:
+        rng = generator(self.seed, self.draw, request.position)
+        with VideoFile(self.videos.path(video)) as file:
+            cut = cut_random(
+                request.grid,
+                file.info,
+                rng,
+                fps=self.clip.fps,
+                flip=self.clip.flip,
+                inverse_uniform=self.clip.inverse_uniform,
+            )
+            return file.read([cut])[0]
+
+
+class ViewClips(Dataset[Loaded]):
+    """All views of each video, for evaluation; an item is a unit, a list of video numbers. Broken ones are left out."""
+
+    def __init__(self, videos: Videos, grid: Grid, times: int, crops: int, fps: float) -> None:
+        self.videos, self.grid, self.times, self.crops, self.fps = videos, grid, times, crops, fps
+
+    def __getitem__(self, unit: Sequence[int]) -> Loaded:
+        views: list[np.ndarray] = []
+        labels: list[int] = []
+        bad: list[tuple[str, str]] = []
+        for video in unit:
+            try:
+                with VideoFile(self.videos.path(video)) as file:
+                    cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.fps)
+                    views.extend(file.read(cuts))
+                labels.append(self.videos.label(video))
+            except VideoError as error:
+                bad.append((self.videos.path(video), str(error)))
+        shape = (self.grid.frames, self.grid.crop, self.grid.crop, 3)
+        clips = np.stack(views) if views else np.zeros((0, *shape), np.uint8)  # (videos * times * crops, T, S, S, 3)
+        return Loaded(torch.from_numpy(clips), torch.tensor(labels, dtype=torch.int64), tuple(bad))
+
+
+class BadVideos:
+    """Counts the videos that cannot be decoded, names each once in the log, stops the run when they are too many."""
+
+    def __init__(self, videos: int, max_fraction: float) -> None:
+        self.videos, self.max_fraction = videos, max_fraction
+        self.causes: dict[str, str] = {}
+
+    def add(self, loaded: Loaded) -> None:
+        """Take in what a worker reported."""
+        for path, cause in loaded.bad:
+            if path not in self.causes:
+                self.causes[path] = cause
+                log.warning("video left out: %s", cause)
+        if loaded.given_up or len(self.causes) > self.max_fraction * self.videos:
+            raise DataError(
+                f"{len(self.causes)} of {self.videos} videos cannot be decoded, more than data.max_bad_fraction "
+                f"{self.max_fraction:g} allows; mend the paths or files named in the log (the last: "
+                f"{next(reversed(self.causes.values()))}), or raise it"
+            )
+
+
+def train_batches(
+    videos: Videos, recipe: Recipe, plan: Plan, start: int, world: World, bad: BadVideos
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of each step from `start` on: uint8 (b, 3, T, S, S) and int64 (b,), on the rank's device."""
+    steps = (step_requests(step, len(videos), recipe.seed, world.rank, world.size) for step in plan.steps(start))
+    return _batches(RandomClips(videos, recipe), steps, recipe, world, bad)
+
+
+def recalibration_batches(
+    videos: Videos, recipe: Recipe, world: World, bad: BadVideos
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training clips cut at random on the evaluation grid, the same ones each time; as `train_batches`."""
+    grid, share = evaluation_grid(recipe), recipe.batch.clips // world.size
+    steps = (
+        [
+            ClipRequest(video_at(position, len(videos), recipe.seed), position, grid)
+            for position in range(
+                batch * recipe.batch.clips + world.rank * share, batch * recipe.batch.clips + (world.rank + 1) * share
+            )
+        ]
+        for batch in range(recipe.evaluation.recalibration_batches)
+    )
+    return _batches(RandomClips(videos, recipe, Draw.RECALIBRATION), steps, recipe, world, bad)
+
+
+def view_batches(
+    videos: Videos, recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All views of this rank's videos, whole videos at a time: uint8 (v * times * crops, 3, T, S, S) and int64 (v,)."""
+    dataset = ViewClips(videos, evaluation_grid(recipe), times, crops, recipe.clip.fps)
+    share = range(world.rank, len(videos), world.size)
+    per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
+    batches = (share[first : first + per_batch] for first in range(0, len(share), per_batch))
+    return _batches(dataset, batches, recipe, world, bad)
+
+
+def evaluation_grid(recipe: Recipe) -> Grid:
+    """The one grid of every evaluation."""
+    clip, evaluation = recipe.clip, recipe.evaluation
+    return Grid(
+        clip.frames, evaluation.crop, (clip.stride, clip.stride), (evaluation.short_side, evaluation.short_side)
+    )
+
+
+def worker_count(recipe: Recipe, world: World) -> int:
+    """Loader processes of this rank: as the recipe says, or its share of the cores; half of them if it trains there."""
+    if recipe.hardware.workers is not None:
+        return recipe.hardware.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // world.local_size
+    return max(1, min(16, share // 2 if world.device.type == "cpu" else share))
+
+
+def _batches(
+    dataset: Dataset[Loaded], steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Load each step's items in units, and join the units again."""
+    workers = worker_count(recipe, world)
+    pieces = UNITS_PER_WORKER * max(1, workers)
+    lengths: list[int] = []  # units of the steps that are under way, filled by `units` as the workers ask for more
+
+    def units() -> Iterator[Sequence[Any]]:
+        for items in steps:
+            size = -(-len(items) // pieces)
+            cut = [items[first : first + size] for first in range(0, len(items), size)]
+            lengths.append(len(cut))
+            yield from cut
+
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=units(),
+        num_workers=workers,
+        collate_fn=_as_is,
+        prefetch_factor=UNITS_PER_WORKER * STEPS_AHEAD if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+    )
+    joined: list[Loaded] = []
+    for loaded in loader:
+        bad.add(loaded)
+        joined.append(loaded)
+        if len(joined) == lengths[0]:
+            del lengths[0]
+            yield _join(joined, world)
+            joined = []
+
+
+def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
+    """One batch on the device, out of units: the pixels' order in memory is that of channels_last_3d."""
+    pin = world.device.type == "cuda"
+    clips = torch.empty(sum(len(u.clips) for u in units), *units[0].clips.shape[1:], dtype=torch.uint8, pin_memory=pin)
+    torch.cat([unit.clips for unit in units], out=clips)  # (b, T, S, S, 3)
+    labels = torch.cat([unit.labels for unit in units])
+    labels = labels.pin_memory() if pin else labels
+    clips = clips.to(world.device, non_blocking=True).permute(0, 4, 1, 2, 3)  # (b, 3, T, S, S)
+    return clips, labels.to(world.device, non_blocking=True)
+
+
+def _as_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)

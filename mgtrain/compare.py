@@ -1,0 +1,215 @@
+"""What one run gained over another, out of their run directories."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mgtrain.console import duration
+from mgtrain.errors import UsageError
+from mgtrain.recipe import Recipe
+from mgtrain.rundir import RunDir, speedup_at_equal_accuracy, time_to_accuracy
+from mgtrain.schedule import make_plan
+
+SCHEMA = "mgtrain.compare/1"
+DEVICE_KEYS = ("device", "ranks", "threads")  # times are only divided between runs that agree in these
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run cost and what came out."""
+
+    name: str
+    finished: bool
+    steps: int
+    epochs: float
+    clips: int
+    voxels: int
+    multiply_adds: float  # of the forward passes
+    train_seconds: float  # without evaluations and checkpoints
+    data_seconds: float  # of these, spent waiting for data
+    eval_seconds: float
+    top1: float  # after the last evaluation
+    top5: float
+    best_top1: float
+    videos: int  # of the evaluation
+
+
+def summarize(run: RunDir) -> Summary:
+    """Add up a run's logs."""
+    evals, plan_file = run.rows("evals.jsonl"), run.read("plan.json")
+    if not evals:
+        raise UsageError(f"{run.path}: no evaluation yet; wait until its first one, or continue it with --resume")
+    last = evals[-1]
+    plan = make_plan(run.recipe(), plan_file["videos"])
+    per_clip = {(row["frames"], row["crop"]): row["multiply_adds"] for row in plan_file["flops_per_clip"]}
+    steps = [plan[index].shape for index in range(last["step"])]
+    clips = sum(shape.clips for shape in steps)
+    return Summary(
+        name=run.name,
+        finished=last["step"] == len(plan),
+        steps=last["step"],
+        epochs=clips / plan.videos,
+        clips=clips,
+        voxels=sum(shape.voxels for shape in steps),
+        multiply_adds=float(sum(shape.clips * per_clip[shape.frames, shape.crop] for shape in steps)),
+        train_seconds=last["train_seconds"],
+        data_seconds=last["data_seconds"],
+        eval_seconds=sum(row["eval_seconds"] for row in evals),
+        top1=last["top1"],
+        top5=last["top5"],
+        best_top1=max(row["top1"] for row in evals),
+        videos=last["videos"],
+    )
+
+
+def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
+    """All that `mgtrain compare` says about a run and its baseline, as plain values (schema mgtrain.compare/1)."""
+    theirs, ours = summarize(baseline), summarize(run)
+    their_env, our_env = baseline.read("env.json"), run.read("env.json")
+    other_device = [
+        f"{key} {their_env[key]} and {our_env[key]}" for key in DEVICE_KEYS if their_env[key] != our_env[key]
+    ]
+    their_data, our_data = baseline.read("data.json"), run.read("data.json")
+    differences = recipe_differences(baseline.recipe(), run.recipe())
+
+    warnings = [
+        f"{s.name} is unfinished: its numbers stop after {s.steps} steps" for s in (theirs, ours) if not s.finished
+    ]
+    if other_device:
+        warnings.append(f"times are not divided, the runs were made on different devices: {'; '.join(other_device)}")
+    if their_data != our_data:
+        warnings.append("the runs saw different training or validation videos")
+    unfair = [key for key in differences if key.split(".")[0] not in ("schedule", "hardware", "logging")]
+    if unfair:
+        warnings.append(f"the recipes differ in more than schedule: {', '.join(unfair)}")
+
+    speedups: dict[str, float | None] = {
+        key: getattr(theirs, key) / getattr(ours, key)
+        for key in ("steps", "epochs", "clips", "voxels", "multiply_adds")
+    }
+    same = not other_device
+    target = theirs.best_top1
+    reached = time_to_accuracy(run.rows("evals.jsonl"), target)
+    speedups["train_seconds"] = theirs.train_seconds / ours.train_seconds if same else None
+    speedups["at_equal_accuracy"] = (
+        speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl")) if same else None
+    )
+    result = {
+        "schema": SCHEMA,
+        "runs": [asdict(theirs), asdict(ours)],
+        "speedups": speedups,
+        "top1_difference": ours.top1 - theirs.top1,
+        "top1_noise": _noise(theirs, ours),
+        "baseline_best": {
+            "top1": target,
+            "baseline_seconds": time_to_accuracy(baseline.rows("evals.jsonl"), target),
+            "seconds": reached,
+        },
+        "recipe_differences": differences,
+        "warnings": warnings,
+    }
+    return {**result, "verdict": _verdict(theirs, ours, result)}
+
+
+def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
+    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def render(result: dict[str, Any]) -> Group:
+    """The comparison as a person reads it: warnings, table, recipe differences, verdict."""
+    theirs, ours = result["runs"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", theirs["name"], ours["name"], "gain"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(label: str, a: str, b: str, gain: str = "") -> None:
+        table.add_row(label, Text(a), Text(b), gain)
+
+    def gain(key: str) -> str:
+        ratio = result["speedups"][key]
+        return "different devices" if ratio is None else _times(ratio)
+
+    for label, key, form in (
+        ("steps", "steps", "{:,}"),
+        ("epochs", "epochs", "{:.1f}"),
+        ("clips", "clips", "{:,}"),
+        ("voxels", "voxels", "{:.3g}"),
+        ("multiply-adds, forward", "multiply_adds", "{:.3g}"),
+    ):
+        row(label, form.format(theirs[key]), form.format(ours[key]), gain(key))
+    row("training time", duration(theirs["train_seconds"]), duration(ours["train_seconds"]), gain("train_seconds"))
+    row("  waiting for data", _share(theirs, "data_seconds"), _share(ours, "data_seconds"))
+    row("evaluation, apart", duration(theirs["eval_seconds"]), duration(ours["eval_seconds"]))
+    row(
+        "top-1",
+        f"{100 * theirs['top1']:.1f} %",
+        f"{100 * ours['top1']:.1f} %",
+        f"{100 * result['top1_difference']:+.1f}",
+    )
+    row(
+        "top-5",
+        f"{100 * theirs['top5']:.1f} %",
+        f"{100 * ours['top5']:.1f} %",
+        f"{100 * (ours['top5'] - theirs['top5']):+.1f}",
+    )
+    best = result["baseline_best"]
+    seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
+    factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
+    row(
+        f"time to {100 * best['top1']:.1f} % top-1",
+        duration(best["baseline_seconds"]),
+        seconds,
+        _times(factor) if factor else "",
+    )
+
+    notes = [Text(f"note: {warning}", style="yellow") for warning in result["warnings"]]
+    changed = [Text(f"  {key}: {_brief(a)} -> {_brief(b)}") for key, (a, b) in result["recipe_differences"].items()]
+    return Group(*notes, table, Text("\nthe recipes differ in" if changed else "\nthe recipes are the same"), *changed,
+                 Text(f"\n{result['verdict']}", style="bold"))  # fmt: skip
+
+
+def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
+    speedups, difference, noise = result["speedups"], 100 * result["top1_difference"], 100 * result["top1_noise"]
+    time = f"{_times(speedups['train_seconds'])} training time, " if speedups["train_seconds"] else ""
+    steps = _times(speedups["steps"], "fewer")
+    judged = "within" if abs(difference) <= noise else "beyond"
+    return (
+        f"{ours.name} against {theirs.name}: {time}{steps} steps, "
+        f"top-1 {100 * ours.top1:.1f} % against {100 * theirs.top1:.1f} % "
+        f"({difference:+.1f}, {judged} the noise of {ours.videos} videos, ±{noise:.1f})"
+    )
+
+
+def _times(ratio: float, less: str = "less") -> str:
+    return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x more"
+
+
+def _noise(a: Summary, b: Summary) -> float:
+    """Half the 95 % interval of a difference of two accuracies, each over so many videos (one run each, no seeds)."""
+    p = (a.top1 + b.top1) / 2
+    # Laplace's rule keeps the interval open at 0 and 1.
+    p = (p * b.videos + 1) / (b.videos + 2)
+    return 1.96 * math.sqrt(p * (1 - p) * (1 / max(1, a.videos) + 1 / max(1, b.videos)))
+
+
+def _share(summary: dict[str, Any], key: str) -> str:
+    return f"{duration(summary[key])} ({100 * summary[key] / max(summary['train_seconds'], 1e-9):.0f} %)"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _brief(value: Any) -> str:
+    return "(none)" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Training and evaluation: checks, optimizer, step, recalibration, evaluation, and the loop in `fit`."""

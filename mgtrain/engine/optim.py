@@ -1,0 +1,23 @@
+"""The optimizer: SGD with Nesterov momentum, no weight decay on BatchNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mgtrain.recipe import Optim
+
+
+def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """SGD over the model's parameters; each step sets its own learning rate."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    undecayed = [p for norm in norms for p in norm.parameters()]
+    known = {id(p) for p in undecayed}
+    decayed = [p for p in model.parameters() if id(p) not in known]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": undecayed, "weight_decay": 0.0}],
+        lr=optim.lr,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        fused=all(p.device.type == "cuda" for p in decayed),
+    )

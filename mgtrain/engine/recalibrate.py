@@ -1,0 +1,44 @@
+"""Recalibration of BatchNorm ("precise BN"): statistics of the evaluation's shape for the weights as they are.
+
+After steps of coarse shapes the running averages belong to coarse shapes, so they are measured anew before every
+reported accuracy (Wu et al. 2020, section 4; Wu and Johnson 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mgtrain.distributed import World
+from mgtrain.engine.step import autocast, to_input
+from mgtrain.models.norm import merge_group_stats, reset_group_stats, set_momentum
+from mgtrain.models.part import Part, set_part
+from mgtrain.recipe import Recipe
+from mgtrain.schedule.plan import bn_groups
+
+MOMENTUM = 0.1  # of the running averages between recalibrations, torch's default
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, world: World) -> int:
+    """Set BatchNorm's running statistics to the mean over `batches`, of all ranks; returns how many batches there were.
+
+    Weights do not change. Each batch is this rank's share of a batch of the base shape's clips.
+    """
+    model.train()
+    groups = bn_groups(recipe.base, recipe.batch.bn_clips)
+    count = 0
+    for clips, _ in batches:
+        if count == 0:
+            reset_group_stats(model)
+        count += 1
+        set_momentum(model, 1 / count, pool=True)  # the running statistics become those of all batches together
+        share = len(clips)
+        set_part(model, Part(world.rank * share, share, share * world.size, groups, world.size, 0, world.gather))
+        with autocast(recipe, world):
+            model(to_input(clips, recipe))
+    set_momentum(model, MOMENTUM)
+    merge_group_stats(model, world.gather)
+    return count

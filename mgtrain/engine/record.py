@@ -1,0 +1,156 @@
+"""What a run writes down: what it is, its steps, its evaluations."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+import torchvision
+
+from mgtrain import __version__
+from mgtrain.clips.loader import worker_count
+from mgtrain.console import TrainProgress, duration
+from mgtrain.datasets.videos import Videos
+from mgtrain.distributed import World
+from mgtrain.engine.clock import Clock
+from mgtrain.engine.evaluate import Scores
+from mgtrain.engine.step import StepResult
+from mgtrain.errors import NonFiniteError
+from mgtrain.grid import Shape
+from mgtrain.recipe import Recipe
+from mgtrain.rundir import RunDir, speedup_at_equal_accuracy
+from mgtrain.schedule import Plan, Step
+
+log = logging.getLogger(__name__)
+
+
+def describe_run(
+    run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int], train: Videos, val: Videos, world: World
+) -> None:
+    """Write down what the run is: recipe, plan, data and environment."""
+    per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
+    run.write("recipe.yaml", recipe.to_yaml())
+    run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
+    run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
+    run.write("env.json", environment(recipe, world))
+    log.info(
+        f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
+        f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
+    )
+
+
+def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress: TrainProgress, world: World) -> None:
+    """Write a step down, over all ranks; stop the run if its loss is not a number."""
+    loss, top1 = (world.sum(torch.stack([result.loss, result.correct])) / world.size).tolist()
+    seconds = clock.train_seconds + clock.since_lap()
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss is {loss} at step {step.index} (phase {step.phase.index + 1}, {step.shape}, lr {step.lr:.3g}); "
+            "lower optim.lr or lengthen optim.warmup_epochs, then run again with --resume"
+        )
+    row = {
+        "step": step.index + 1,
+        "phase": step.phase.index,
+        "epoch": step.epoch,
+        "clips": step.shape.clips,
+        "frames": step.shape.frames,
+        "crop": step.shape.crop,
+        "lr": step.lr,
+        "loss": loss,
+        "top1": top1,
+        "train_seconds": seconds,
+        "data_seconds": clock.data_seconds,
+    }
+    run.append("steps.jsonl", row)
+    tags = {
+        "train/loss": "loss",
+        "train/top1": "top1",
+        "train/lr": "lr",
+        "train/epoch": "epoch",
+        "multigrid/clips": "clips",
+    }
+    tags |= {
+        "multigrid/frames": "frames",
+        "multigrid/crop": "crop",
+        "time/train": "train_seconds",
+        "time/data": "data_seconds",
+    }
+    run.scalars(step.index + 1, {tag: float(row[key]) for tag, key in tags.items()})
+    progress.show(step, loss, top1, clock.data_seconds / seconds)
+
+
+def log_evaluation(run: RunDir, step: Step, plan: Plan, scores: Scores, clock: Clock, baseline: RunDir | None) -> None:
+    """Write an evaluation down, and how much faster than the baseline this accuracy was reached."""
+    row = {
+        "step": step.index + 1,
+        "phase": step.phase.index,
+        "epoch": (step.first_clip + step.shape.clips) / plan.videos,
+        "train_seconds": clock.train_seconds,
+        "data_seconds": clock.data_seconds,
+        "eval_seconds": clock.other_seconds,
+        **asdict(scores),
+    }
+    run.append("evals.jsonl", row)
+    scalars = {"val/top1": scores.top1, "val/top5": scores.top5, "val/loss": scores.loss}
+    gained = ""
+    if baseline is not None and run.writes:
+        speedup = speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl"))
+        if speedup is not None:
+            scalars["compare/speedup"] = speedup
+            gained = f", {speedup:.2f}x faster than {baseline.name} at equal accuracy"
+    run.scalars(step.index + 1, scalars)
+    phase, seconds = step.phase, clock.train_seconds
+    log.info(
+        f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
+        f"({phase.name}), lr {step.lr:.3g}: top-1 {100 * scores.top1:.1f} %, top-5 {100 * scores.top5:.1f} %, "
+        f"{duration(seconds)} of training ({100 * clock.data_seconds / seconds:.0f} % waiting for data){gained}"
+    )
+
+
+def environment(recipe: Recipe, world: World) -> dict[str, Any]:
+    """Versions, device and ranks: what a time depends on."""
+    return {
+        "mgtrain": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "av": av.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "workers": worker_count(recipe, world),
+        "git": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the folder that the run is started in, if git keeps one."""
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def _data_facts(videos: Videos) -> dict[str, Any]:
+    return {"videos": len(videos), "fingerprint": videos.fingerprint}
+
+
+def _cpu_name() -> str:
+    lines = _lines(Path("/proc/cpuinfo"))
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        yield from path.read_text(encoding="utf-8").splitlines()

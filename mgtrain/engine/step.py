@@ -1,0 +1,94 @@
+"""One optimizer step: forward and backward in micro-batches along BatchNorm groups, then the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgtrain.clips.pixels import normalize
+from mgtrain.distributed import World, no_sync, unwrap
+from mgtrain.engine.checks import DTYPES, micro_limit
+from mgtrain.models.part import Part, set_part
+from mgtrain.recipe import Recipe
+from mgtrain.rng import Draw, seed_of
+from mgtrain.schedule import Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A step's outcome over this rank's clips, still on the device: reading it would wait for the GPU."""
+
+    loss: Tensor  # () mean
+    correct: Tensor  # () share of clips whose most probable class is right
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clips: Tensor,
+    labels: Tensor,
+    step: Step,
+    recipe: Recipe,
+    world: World,
+) -> StepResult:
+    """Train on this rank's share of one step: clips uint8 (b, 3, T, S, S), labels int64 (b,)."""
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = step.lr
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = torch.zeros((), device=world.device)
+    correct = torch.zeros((), device=world.device)
+    first_of_rank = world.rank * len(clips)
+    for part in parts(step, recipe, world):
+        mine = slice(part.first - first_of_rank, part.first - first_of_rank + part.clips)
+        set_part(unwrap(model), part)
+        with no_sync(model, last=mine.stop == len(clips)):
+            with autocast(recipe, world):
+                logits = model(to_input(clips[mine], recipe)).float()  # (part.clips, classes)
+            loss = F.cross_entropy(logits, labels[mine], reduction="sum") / len(clips)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.detach()
+        correct += (logits.detach().argmax(1) == labels[mine]).sum() / len(clips)
+    scaler.step(optimizer)
+    scaler.update()
+    return StepResult(loss_sum, correct)
+
+
+def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
+    """The micro-batches of this rank's share: as many whole BatchNorm groups as `hardware.micro_clips` allows."""
+    total, groups = step.shape.clips, step.bn_groups
+    share = total // world.size
+    unit = min(share, total // groups)  # a whole group, or this rank's piece of one
+    limit = micro_limit(recipe, step.shape) or share
+    size = min(share, max(unit, limit // unit * unit))
+    seed = seed_of(recipe.seed, Draw.STEP, step.index)
+    for first in range(0, share, size):
+        clips = min(size, share - first)
+        yield Part(world.rank * share + first, clips, total, groups, world.size, seed, world.gather)
+
+
+def to_input(clips: Tensor, recipe: Recipe) -> Tensor:
+    """The network's input on its device: uint8 (B, 3, T, S, S) -> float32 (B, 3, T, S, S)."""
+    return normalize(clips, memory_format(recipe))
+
+
+def to_device(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
+    """The model on this rank's device, in the memory format of its inputs."""
+    model.to(world.device)
+    return model.to(memory_format=memory_format(recipe))
+
+
+def memory_format(recipe: Recipe) -> torch.memory_format:
+    """Channels last, as the loader lays out pixels, unless the recipe says otherwise."""
+    return torch.channels_last_3d if recipe.hardware.channels_last else torch.contiguous_format
+
+
+def autocast(recipe: Recipe, world: World) -> torch.autocast:
+    """Convolutions in the recipe's precision; the rest stays in float32 where it must."""
+    precision = recipe.hardware.precision
+    return torch.autocast(world.device.type, DTYPES[precision], enabled=precision != "fp32")

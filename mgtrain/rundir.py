@@ -1,0 +1,154 @@
+"""The folder of a run: what it was told, what it did, what came out.
+
+    recipe.yaml     the complete recipe                plan.json    phases, totals, FLOPs per clip of each shape
+    env.json        versions, device, ranks, git       data.json    fingerprint and size of the data
+    steps.jsonl     a line per logged step             evals.jsonl  a line per evaluation
+    log.txt         what was said                      checkpoints/, TensorBoard's events
+
+Reading needs neither torch nor TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+RUNS = Path("runs")
+
+
+def find_run(name: str | Path) -> RunDir:
+    """The run at a path, or of that name under `runs/`."""
+    for path in (Path(name), RUNS / name):
+        if (path / "recipe.yaml").is_file():
+            return RunDir(path)
+    started = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
+    known = f"runs here: {', '.join(started)}" if started else f"no runs in {RUNS}/ yet"
+    raise UsageError(f"{name}: no run directory (it would hold a recipe.yaml); {known}")
+
+
+class RunDir:
+    """A run's folder. `writes=False` for the ranks that only compute: everything they would write is left out."""
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self._board: SummaryWriter | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was made from."""
+        return load_recipe(self.path / "recipe.yaml")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of the JSON files, such as `plan.json`."""
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+            return value
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / name}: cannot be read: {error}") from None
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The lines of `steps.jsonl` or `evals.jsonl`; a last line cut short by a crash is passed over."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def write(self, name: str, value: dict[str, Any] | str) -> None:
+        """Write a whole file: JSON out of a dict, or text."""
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
+            (self.path / name).write_text(text, encoding="utf-8")
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add a line to `steps.jsonl` or `evals.jsonl`."""
+        if self.writes:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add values to TensorBoard's curves, at a number of finished steps."""
+        if self.writes:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self.path), purge_step=step)
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds."""
+        if self._board is not None:
+            self._board.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step` finished steps, so that a resumed run logs each step once."""
+        for name in ("steps.jsonl", "evals.jsonl"):
+            if self.writes and (self.path / name).is_file():
+                kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
+                temporary = self.path / f".{name}.tmp"
+                temporary.write_text("".join(kept), encoding="utf-8")
+                os.replace(temporary, self.path / name)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after `step` finished steps is."""
+        return self.path / "checkpoints" / f"step_{step:08d}.safetensors"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step_*.safetensors"))
+
+    def prune(self, keep: int, also: Iterable[Path]) -> None:
+        """Delete all checkpoints but the newest `keep` and those in `also`."""
+        if self.writes:
+            for path in set(self.checkpoints()[:-keep]) - set(also):
+                path.unlink(missing_ok=True)
+
+
+def time_to_accuracy(evals: list[dict[str, Any]], top1: float) -> float | None:
+    """Seconds of training until `top1` was first reached, interpolated between evaluations; None if it never was.
+
+    >>> time_to_accuracy([{"top1": 0.2, "train_seconds": 10.0}, {"top1": 0.6, "train_seconds": 20.0}], top1=0.5)
+    17.5
+    """
+    before_top1, before_seconds = 0.0, 0.0
+    for row in evals:
+        seconds: float = row["train_seconds"]
+        if row["top1"] >= top1:
+            part = (top1 - before_top1) / (row["top1"] - before_top1) if row["top1"] > before_top1 else 1.0
+            return before_seconds + max(0.0, part) * (seconds - before_seconds)
+        before_top1, before_seconds = max(before_top1, row["top1"]), seconds
+    return None
+
+
+def speedup_at_equal_accuracy(baseline: list[dict[str, Any]], run: list[dict[str, Any]]) -> float | None:
+    """How many times faster `run` reached the highest accuracy that both have reached; None while there is none.
+
+    >>> slow = [{"top1": 0.5, "train_seconds": 40.0}]
+    >>> speedup_at_equal_accuracy(slow, [{"top1": 0.5, "train_seconds": 10.0}])
+    4.0
+    """
+    if not baseline or not run:
+        return None
+    top1 = min(max(row["top1"] for row in baseline), max(row["top1"] for row in run))
+    theirs, ours = time_to_accuracy(baseline, top1), time_to_accuracy(run, top1)
+    return theirs / ours if theirs and ours else None
