@@ -1,0 +1,199 @@
+"""A run: cut anywhere and resumed, it is bit for bit the run that was never cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mgtrain.distributed import World
+from mgtrain.engine.evaluate import Scores
+from mgtrain.engine.fit import fit
+from mgtrain.errors import CheckpointError, NonFiniteError, PlanError
+from mgtrain.recipe import Recipe
+from mgtrain.rundir import RunDir
+from mgtrain.schedule import make_plan
+
+EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+STEPS = 17
+PHASE_ENDS = [3, 6, 8, 11, 14, 17]
+TIMES = ("train_seconds", "data_seconds", "eval_seconds")
+
+
+def run_to_end(recipe: Recipe, folder: Path, resume: bool = False) -> Scores:
+    return fit(recipe, RunDir(folder), World(), resume)
+
+
+def untimed(folder: Path, name: str) -> list[dict[str, object]]:
+    """The lines of a log without what a clock has measured."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in RunDir(folder).rows(name)]
+
+
+def cut(straight: Path, folder: Path, step: int) -> None:
+    """Copy a run as it was when it was killed a little after its checkpoint of `step`."""
+    shutil.copytree(straight, folder)
+    for path in RunDir(folder).checkpoints():
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
+    for name in ("steps.jsonl", "evals.jsonl"):  # a killed run has logged more than it has saved, the last line by half
+        rows = [row for row in RunDir(folder).rows(name) if row["step"] <= step + 1]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": ')
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    one, other = (load_file(folder / f"checkpoints/step_{STEPS:08d}.safetensors") for folder in (ours, theirs))
+    assert one.keys() == other.keys()
+    assert any(name.startswith("optimizer.momentum_buffer.") for name in one)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    for name in ("steps.jsonl", "evals.jsonl"):
+        assert untimed(ours, name) == untimed(theirs, name)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never cut, with the checkpoints of all its steps."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run_to_end(tiny(*EVERY_STEP), folder)
+    return folder
+
+
+def test_the_tiny_recipe_has_the_phases_that_these_tests_rely_on(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    assert [phase.end_step for phase in plan.phases] == PHASE_ENDS
+    assert [phase.bn_groups for phase in plan.phases] == [8, 4, 2, 1, 1, 1]
+
+
+def test_a_run_writes_down_what_it_is_and_did(straight: Path) -> None:
+    run = RunDir(straight)
+    names = {path.name for path in straight.iterdir()}
+    assert {"recipe.yaml", "plan.json", "env.json", "data.json", "steps.jsonl", "evals.jsonl", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [row["step"] for row in run.rows("steps.jsonl")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in run.rows("evals.jsonl")] == PHASE_ENDS
+    assert [row["counts"] for row in run.rows("evals.jsonl")] == [[3, 3, 3, 3]] * 6
+    plan = make_plan(run.recipe(), 24)
+    assert [row["lr"] for row in run.rows("steps.jsonl")] == [step.lr for step in plan]
+    seconds = [row["train_seconds"] for row in run.rows("steps.jsonl")]
+    assert seconds == sorted(seconds)
+    assert run.read("plan.json")["steps"] == STEPS
+    assert run.read("data.json")["train"]["videos"] == 24
+    assert run.read("env.json")["ranks"] == 1
+
+
+def test_two_runs_of_one_recipe_are_the_same(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    run_to_end(tiny(), tmp_path / "again")
+    assert_same_end(tmp_path / "again", straight)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_run_cut_at_any_step_and_resumed_is_the_run_that_was_not_cut(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, step: int
+) -> None:
+    folder = tmp_path / "cut"
+    cut(straight, folder, step)
+    run_to_end(tiny(*EVERY_STEP), folder, resume=True)
+    assert_same_end(folder, straight)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_without_recalibration_too(tiny: Callable[..., Recipe], tmp_path: Path, step: int) -> None:
+    recipe = tiny(*EVERY_STEP, "evaluation.recalibration_batches=0")
+    run_to_end(recipe, tmp_path / "straight")
+    cut(tmp_path / "straight", tmp_path / "cut", step)
+    run_to_end(recipe, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_resuming_a_finished_run_gives_its_scores(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "copy")
+    scores = run_to_end(tiny(*EVERY_STEP), tmp_path / "copy", resume=True)
+    last = RunDir(straight).rows("evals.jsonl")[-1]
+    assert (scores.top1, scores.loss, list(scores.correct)) == (last["top1"], last["loss"], last["correct"])
+    assert_same_end(tmp_path / "copy", straight)
+
+
+def test_resuming_without_a_checkpoint_starts(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=0)
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", straight)
+
+
+def test_training_time_goes_on_from_where_it_was(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=9)
+    before = RunDir(straight).rows("steps.jsonl")[8]["train_seconds"]
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    seconds = [row["train_seconds"] for row in RunDir(tmp_path / "cut").rows("steps.jsonl")]
+    assert seconds == sorted(seconds)
+    assert seconds[9] > before
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("schedule.epoch_factor=1.4", "schedule"),
+        ("optim.lr=0.03", "schedule"),
+        ("optim.stages=[6, 4]", "schedule"),
+        ("batch.bn_clips=2", "schedule"),
+        ("schedule.name=baseline", "schedule"),
+    ],
+)
+def test_resuming_with_another_schedule_is_refused(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, override: str, what: str
+) -> None:
+    cut(straight, tmp_path / "cut", step=5)
+    before = contents(tmp_path / "cut")
+    with pytest.raises(
+        CheckpointError, match=f"was saved by a run with another {what} than now; resume with"
+    ) as caught:
+        run_to_end(tiny(override), tmp_path / "cut", resume=True)
+    assert caught.value.exit_code == 4
+    assert contents(tmp_path / "cut") == before
+
+
+def test_resuming_with_other_videos_is_refused(
+    tiny: Callable[..., Recipe], motions: Path, straight: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(motions, tmp_path / "data"))
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train.csv").write_text("\n".join(reversed(lines)))
+    cut(straight, tmp_path / "cut", step=5)
+    with pytest.raises(CheckpointError, match="was saved by a run with another training videos than now"):
+        run_to_end(tiny(f"data.root={root}"), tmp_path / "cut", resume=True)
+
+
+def test_resuming_may_change_hardware_and_logging(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=12)
+    run_to_end(tiny("hardware.workers=1", "logging.checkpoint_steps=5"), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", straight)
+
+
+def test_old_checkpoints_go_but_the_best_and_the_newest_stay(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run_to_end(tiny("logging.checkpoint_steps=2", "logging.keep_checkpoints=2"), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    best = max(run.rows("evals.jsonl"), key=lambda row: row["top1"])["step"]
+    assert [path.stem for path in run.checkpoints()] == [f"step_{step:08d}" for step in sorted({best, 16, 17})]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        run_to_end(tiny("optim.lr=1e30", "optim.warmup_epochs=0"), tmp_path / "run")
+    assert caught.value.exit_code == 5
+    assert "lower optim.lr or lengthen optim.warmup_epochs" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shape_that_the_model_refuses_stops_the_run_before_it_begins(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=r"hardware.micro_clips 1 allows"):
+        run_to_end(tiny("hardware.micro_clips=1"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
