@@ -13,7 +13,7 @@ import typer
 
 from mgtrain import __version__
 from mgtrain.console import err, out, start_logging
-from mgtrain.errors import CheckpointError, MgtrainError, PlanError, UsageError
+from mgtrain.errors import CheckpointError, MgtrainError, UsageError
 from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -94,7 +94,7 @@ def fit(
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint file, or a run (its newest checkpoint).")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")],
     overrides: Overrides = None,
     views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
     procs: Procs = None,
@@ -140,8 +140,8 @@ def evaluate(
 
 @app.command()
 def compare(
-    baseline: Annotated[str, typer.Argument(help="The run to compare with: a folder, or a name under runs/.")],
-    run: Annotated[str, typer.Argument(help="The run that should be better.")],
+    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run that should be better.")],
     json_: Json = False,
 ) -> None:
     """Say what a run gained over its baseline, and at what cost.
@@ -298,7 +298,7 @@ def _training_videos(recipe: Recipe) -> int:
         return len(open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None))
     except DataError as error:
         if recipe.data.videos is None:
-            raise PlanError(f"{error}; give --videos to plan without the data") from None
+            raise DataError(f"{error}; give --videos to plan without the data") from None
         return recipe.data.videos
 
 

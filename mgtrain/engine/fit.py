@@ -59,6 +59,7 @@ def fit(recipe: Recipe, run: RunDir, world: World, resume: bool = False, baselin
     run.rewind(state.step)
 
     replica = replicate(model, world)
+    recalibrates = recipe.evaluation.recalibration_batches > 0
     milestones = set(plan.milestones(recipe.evaluation.per_phase))
     bad = BadVideos(len(train), recipe.data.max_bad_fraction)
     batches = train_batches(train, recipe, plan, state.step, world, bad)
@@ -79,7 +80,7 @@ def fit(recipe: Recipe, run: RunDir, world: World, resume: bool = False, baselin
             if done in milestones or done % recipe.logging.checkpoint_steps == 0:
                 with clock.paused():
                     merge_group_stats(model, world.gather)
-                    state = replace(state, step=done, recalibrated=done in milestones)
+                    state = replace(state, step=done, recalibrated=done in milestones and recalibrates)
                     state = replace(state, train_seconds=clock.train_seconds, data_seconds=clock.data_seconds)
                     save(run, state, model, optimizer, scaler, recipe)
                     world.barrier()
