@@ -189,9 +189,9 @@ def plan(
 
         out.print(plan_table(made, gpus))
         for key, value in totals.items():
-            times = f"1/{1 / ratios[key]:.3f}" if ratios[key] < 1 else f"{ratios[key]:.3f}x"
+            times = f"1/{1 / ratios[key]:.3f} of" if ratios[key] < 1 else f"{ratios[key]:.3f}x"
             digits = 1 if key == "epochs" else 0
-            out.print(f"{key:7} {value:>22,.{digits}f}   {times} of the baseline's {rival[key]:,.{digits}f}")
+            out.print(f"{key:7} {value:>22,.{digits}f}   {times} the baseline's {rival[key]:,.{digits}f}")
 
 
 @recipes_app.command("list")
