@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it should be a valid number"),
         ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
         ("plan tiny.yaml --gpus 0", 2, "--gpus"),
-        ("plan tiny.yaml data.root=nowhere", 2, "nowhere: no such folder of videos"),
+        ("plan tiny.yaml data.root=nowhere", 3, "nowhere: no such folder of videos"),
         ("plan", 2, "Missing argument 'RECIPE'"),
         ("plann tiny.yaml", 2, "plann"),
         ("fit tiny.yaml --devcie cpu", 2, "--devcie"),
