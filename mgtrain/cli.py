@@ -94,7 +94,9 @@ def fit(
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
+    ],
     overrides: Overrides = None,
     views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
     procs: Procs = None,
@@ -140,7 +142,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")],
+    baseline: Annotated[
+        str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
+    ],
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run that should be better.")],
     json_: Json = False,
 ) -> None:
