@@ -114,12 +114,9 @@ def evaluate(
         return
 
     from mgtrain.checkpoint import load_model, read_info
-    from mgtrain.clips.loader import BadVideos, recalibration_batches, view_batches
     from mgtrain.distributed import connect
     from mgtrain.engine.checks import make_model
-    from mgtrain.engine.evaluate import evaluate as score
-    from mgtrain.engine.fit import open_data
-    from mgtrain.engine.recalibrate import recalibrate_bn
+    from mgtrain.engine.fit import open_data, recalibrate_and_evaluate
     from mgtrain.engine.step import to_device
     from mgtrain.recipe import parse_recipe
 
@@ -130,11 +127,7 @@ def evaluate(
         train, val = open_data(recipe)
         model = to_device(make_model(recipe), recipe, world)
         load_model(path, model)
-        if not info.recalibrated and recipe.evaluation.recalibration_batches:
-            bad = BadVideos(len(train), recipe.data.max_bad_fraction)
-            recalibrate_bn(model, recalibration_batches(train, recipe, world, bad), recipe, world)
-        bad = BadVideos(len(val), recipe.data.max_bad_fraction)
-        scores = score(model, view_batches(val, recipe, times, crops, world, bad), times * crops, recipe, world)
+        scores = recalibrate_and_evaluate(model, train, val, recipe, world, (times, crops), info.recalibrated)
         if world.main:
             facts = {"schema": "mgtrain.eval/1", "checkpoint": str(path), "step": info.step, "views": views}
             _print_scores(facts, scores, times * crops, json_, info.classes if per_class or json_ else ())

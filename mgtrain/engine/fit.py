@@ -100,14 +100,26 @@ def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
     return train, open_videos(data.format, data.root, data.val, train.classes)
 
 
-def recalibrate_and_evaluate(model: nn.Module, train: Videos, val: Videos, recipe: Recipe, world: World) -> Scores:
-    """Accuracy of the weights as they are, on one centre clip of each validation video."""
+def recalibrate_and_evaluate(
+    model: nn.Module,
+    train: Videos,
+    val: Videos,
+    recipe: Recipe,
+    world: World,
+    views: tuple[int, int] = (1, 1),
+    recalibrated: bool = False,
+) -> Scores:
+    """Accuracy of the weights as they are, over `views` (times, crops) of each validation video.
+
+    BatchNorm is recalibrated first unless it is `recalibrated` already, or the recipe says not to.
+    """
     merge_group_stats(model, world.gather)
-    if recipe.evaluation.recalibration_batches:
+    if recipe.evaluation.recalibration_batches and not recalibrated:
         bad = BadVideos(len(train), recipe.data.max_bad_fraction)
         recalibrate_bn(model, recalibration_batches(train, recipe, world, bad), recipe, world)
     bad = BadVideos(len(val), recipe.data.max_bad_fraction)
-    return evaluate(model, view_batches(val, recipe, 1, 1, world, bad), 1, recipe, world)
+    times, crops = views
+    return evaluate(model, view_batches(val, recipe, times, crops, world, bad), times * crops, recipe, world)
 
 
 def restore(
