@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from videos import SIZE, number_of, numbered_picture, write_video
 
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
-from mgtrain.clips.decode import VideoFile, decode, resample, shown
+from mgtrain.clips.decode import Clip, VideoFile, decode, resample, shown
 from mgtrain.errors import VideoError
 from mgtrain.grid import Grid
 from mgtrain.rng import Draw, generator
@@ -103,17 +103,19 @@ def test_a_flip_mirrors_and_nothing_else(tmp_path: Path):
 
 def test_a_region_of_the_clips_size_is_copied():
     picture = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
-    assert np.array_equal(resample(picture, Cut((0,), (4, 5, 9, 9), 9, False)), picture[5:14, 4:13])
+    clip = Clip(Cut((7,), (4, 5, 9, 9), 9, False))
+    clip.put([7], picture)
+    assert np.array_equal(clip.pixels()[0], picture[5:14, 4:13])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40))
 def test_resampling_is_antialiased_bilinear(width: int, height: int, crop: int):
-    picture = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
-    part = torch.from_numpy(picture[:height, :width]).permute(2, 0, 1)[None].float()
+    pictures = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), np.uint8)
+    part = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     exact = torch.nn.functional.interpolate(part, size=(crop, crop), mode="bilinear", antialias=True)
-    got = resample(picture, Cut((0,), (0, 0, width, height), crop, False))
-    assert np.abs(got - exact[0].permute(1, 2, 0).numpy()).max() <= 1.5  # two roundings, one per axis
+    got = resample(pictures, crop)
+    assert np.abs(got - exact.permute(0, 2, 3, 1).numpy()).max() <= 1.5  # two roundings, one per axis
 
 
 def test_colours_survive(tmp_path: Path):

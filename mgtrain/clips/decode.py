@@ -1,5 +1,10 @@
 """Decode the frames of clips: only those wanted, only their region, straight to the clip's size.
 
+What it costs. A coarse clip wants few frames, so packets are looked through first: decoding starts at the last key
+frame before a wanted frame, ends with the last wanted one, and passes over frames that are not wanted and that no other
+frame refers to. A file whose timestamps do not say which packet is which frame, or that is damaged, is decoded in one
+go.
+
 What frame `k` is. Timestamps decide: it is the frame shown `(k + 0.5) / fps` seconds after the stream's start, which is
 exactly the k-th frame at a constant frame rate, and keeps the pace of things at a variable one. Where timestamps are
 missing or do not increase (avi, raw streams) it is the k-th frame that comes out of the decoder.
@@ -15,7 +20,7 @@ from __future__ import annotations
 import os
 import stat
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import chain
 from types import TracebackType
 from typing import TypeVar
@@ -34,6 +39,8 @@ from mgtrain.errors import VideoError
 # Demuxers of single files. Left out are those that open further files or URLs (concat, hls, dash, image2, sdp, ...).
 CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,h264,hevc,m4v,h263,obu,ivf,ogg,nut,gif,mjpeg,yuv4mpegpipe"
 
+TOGETHER = 8  # frames of a clip that are resampled in one go: half the time of one by one at small crops
+
 Frame = TypeVar("Frame")
 
 
@@ -41,7 +48,7 @@ class VideoFile:
     """An open video: `info` tells its length and size, `read` decodes clips. Use as a context manager, in one thread.
 
     Raises `VideoError` for anything but a local regular file with at least one frame that decodes. The audio is never
-    touched. One decoding thread: parallelism is the loader's, and further threads cost a fifth more CPU time.
+    touched.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,19 +76,22 @@ class VideoFile:
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """The clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
         assert self._container.input_was_opened, "read() after close()"
-        clips = [np.empty((len(cut.frames), cut.crop, cut.crop, 3), np.uint8) for cut in cuts]
-        places: dict[int, list[tuple[int, int]]] = {}  # frame number -> (clip, frame of that clip)
-        for c, cut in enumerate(cuts):
-            for t, index in enumerate(cut.frames):
-                places.setdefault(index, []).append((c, t))
+        clips = [Clip(cut) for cut in cuts]
+        for picture, indices in self.pictures(sorted({index for cut in cuts for index in cut.frames})):
+            for clip in clips:
+                clip.put(indices, picture)
+        return [clip.pixels() for clip in clips]
+
+    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
+        """Frames as uint8 (H, W, 3) RGB, upright, each with the numbers, rising, of those `wanted` that it stands for.
+
+        Where damage is met on the way it may start again: numbers that came before then come once more.
+        """
         frame = None
-        for frame, indices in self._shown(sorted(places)):
-            picture = self._upright(frame)  # (H, W, 3)
-            for c, t in chain.from_iterable(places[index] for index in indices):
-                clips[c][t] = resample(picture, cuts[c])
-        if places and frame is None:
+        for frame, indices in self._shown(wanted):
+            yield self._upright(frame), indices
+        if wanted and frame is None:
             raise self._error("no frame of it can be decoded any more")
-        return clips
 
     def _open(self) -> None:
         """Open the container at its start, with one decoding thread."""
@@ -98,8 +108,7 @@ class VideoFile:
             self.close()
             raise self._error("no decoder for its codec" if pictures else "no video stream")
         self._stream = pictures[0]
-        self._stream.codec_context.thread_count = 1
-        self._stream.codec_context.thread_type = ThreadType.NONE
+        one_thread(self._stream.codec_context)
         self._unread: Iterator[av.VideoFrame] | None = self._decode(self._container.demux(self._stream))
 
     def _error(self, cause: str) -> VideoError:
@@ -158,10 +167,10 @@ class VideoFile:
         assert frames is not None
         return frames
 
-    def _from_key_frame(self, index: int) -> Iterator[av.VideoFrame] | None:
-        """The frames from a key frame at or before frame `index`; None if there is no such place to start from."""
+    def _packets_from_key_frame(self, moment: int) -> Iterator[av.Packet[av.VideoStream]] | None:
+        """The packets from a key frame that is shown at or before `moment`; None if there is no such place to start."""
         self._unread = None
-        moment = target = self._start + int((index + 0.5) / self._fps / self._time_base)
+        target = moment
         while target >= self._start:
             try:
                 self._container.seek(target, stream=self._stream)
@@ -172,14 +181,65 @@ class VideoFile:
             if not packet.is_keyframe or packet.pts is None:
                 return None
             if packet.pts <= moment:
-                frames = self._decode(chain([packet], packets))
-                first = next(frames, None)
-                # Data may be missing from here on: then something before must serve.
-                return None if first is None or (first.pts or 0) > moment else chain([first], frames)
+                return chain([packet], packets)
             # The container looks for decoding times, which are earlier: this key frame is shown after the moment, and
             # what is shown before it may lean on the key frame before it (open GOP).
             target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
         return None
+
+    def _from_key_frame(self, index: int) -> Iterator[av.VideoFrame] | None:
+        """All frames from a key frame at or before frame `index`; None if there is no such place to start from."""
+        moment = self._moment(index)
+        packets = self._packets_from_key_frame(moment)
+        frames = iter(()) if packets is None else self._decode(packets)
+        first = next(frames, None)
+        # Data may be missing from here on: then something before must serve.
+        return None if first is None or (first.pts or 0) > moment else chain([first], frames)
+
+    def _picked(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+        """As `_shown`, decoding as little as will do.
+
+        Raises:
+            _UntimedError: packets and frames do not tell by their timestamps which belong together, or some are
+                damaged. What has been yielded until then is to be thrown away.
+        """
+        span: list[tuple[int, av.Packet[av.VideoStream]]] = []  # (time of showing, packet) in the order of decoding
+        moment = self._moment(wanted[-1])
+        for packet in self._packets_from_key_frame(self._moment(wanted[0])) or ():
+            if packet.size == 0 or (packet.dts is not None and packet.dts > moment):
+                break  # the end, or what comes is shown after the last wanted frame
+            if packet.pts is None or packet.dts is None:
+                raise _UntimedError
+            span.append((packet.pts, packet))
+        times = sorted(time for time, _ in span)
+        if not times or len(set(times)) < len(times):
+            raise _UntimedError
+        positions = (((time - self._start) * self._time_base * self._fps, time) for time in times)
+        frames = dict(shown(positions, wanted))  # time of the frame -> the numbers for which it stands
+
+        codec = self._stream.codec_context
+        for run in needed_runs([(packet.is_keyframe, time) for time, packet in span], set(frames)):
+            for time, packet in span[run.start : run.stop]:
+                codec.skip_frame = "DEFAULT" if time in frames else "NONREF"
+                yield from self._taken(packet.decode(), frames)
+            yield from self._taken(codec.decode(None), frames)
+            codec.flush_buffers()
+        codec.skip_frame = "DEFAULT"
+        if frames:
+            raise _UntimedError
+
+    @staticmethod
+    def _taken(
+        decoded: Iterable[av.VideoFrame], frames: dict[int, Sequence[int]]
+    ) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+        """Those of the decoded frames that are wanted, which are taken out of `frames`."""
+        for frame in decoded:
+            if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
+                yield frame, frames.pop(frame.pts)
+
+    def _moment(self, index: int) -> int:
+        """The middle of frame `index`, in ticks of the stream."""
+        return self._start + int((index + 0.5) / self._fps / self._time_base)
 
     @staticmethod
     def _decode(packets: Iterable[av.Packet[av.VideoStream]]) -> Iterator[av.VideoFrame]:
@@ -193,6 +253,11 @@ class VideoFile:
     def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
         """Every frame that is wanted, with the rising numbers for which it stands; anew from the first if need be."""
         if self._timed and wanted:
+            try:
+                yield from self._picked(wanted)
+                return
+            except (_UntimedError, av.FFmpegError):
+                self._stream.codec_context.skip_frame = "DEFAULT"
             frames = self._from_key_frame(wanted[0]) if wanted[0] > 0 else None
             try:
                 yield from shown(self._clocked(frames or self._from_start()), wanted)
@@ -213,13 +278,10 @@ class VideoFile:
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
         """The frame as it is meant to be seen: uint8 (H, W, 3) RGB, a view."""
-        width, height = self._size  # of the first frame; others are made to fit
         try:
-            rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
+            picture = rgb(frame, *self._size, self._reformatter)  # of the first frame's size; others are made to fit
         except (av.FFmpegError, ValueError) as error:
             raise self._error(f"pixels of format {frame.format.name} cannot be converted to RGB") from error
-        rows = rgb.planes[0].line_size  # bytes, padding included
-        picture: np.ndarray = np.ndarray((height, width, 3), np.uint8, memoryview(rgb.planes[0]), strides=(rows, 3, 1))
         return np.rot90(picture, self._turns)
 
 
@@ -234,6 +296,23 @@ def decode(path: str | os.PathLike[str], cut_of: Callable[[VideoInfo], Sequence[
     """
     with VideoFile(path) as video:
         return video.read(cut_of(video.info))
+
+
+def one_thread(decoder: av.VideoCodecContext) -> av.VideoCodecContext:
+    """The decoder, told to use no further threads: they cost a fifth more CPU time, and the loader has processes."""
+    decoder.thread_count = 1
+    decoder.thread_type = ThreadType.NONE
+    return decoder
+
+
+def rgb(frame: av.VideoFrame, width: int, height: int, reformatter: VideoReformatter) -> np.ndarray:
+    """A frame as uint8 (height, width, 3) RGB, a view; a reformatter keeps its tables from frame to frame."""
+    converted = reformatter.reformat(frame, width, height, "rgb24", threads=1)
+    rows = converted.planes[0].line_size  # bytes, padding included
+    picture: np.ndarray = np.ndarray(
+        (height, width, 3), np.uint8, memoryview(converted.planes[0]), strides=(rows, 3, 1)
+    )
+    return picture
 
 
 def shown(frames: Iterable[tuple[float, Frame]], wanted: Sequence[int]) -> Iterator[tuple[Frame, Sequence[int]]]:
@@ -258,14 +337,68 @@ def shown(frames: Iterable[tuple[float, Frame]], wanted: Sequence[int]) -> Itera
         yield current, wanted[done:]
 
 
-def resample(picture: np.ndarray, cut: Cut) -> np.ndarray:
-    """The cut's region of a picture, uint8 (H, W, 3), as uint8 (crop, crop, 3): antialiased bilinear, then the flip."""
-    left, top, width, height = cut.region
-    part = np.ascontiguousarray(picture[top : top + height, left : left + width])
-    if (width, height) != (cut.crop, cut.crop):
-        # Channels last with a batch axis: the fastest path of torch, three times as fast as swscale or Pillow.
-        # (`part[None]` would have a stride of 0, which torch does not take for channels last.)
-        batch = torch.from_numpy(part).unsqueeze(0).permute(0, 3, 1, 2)  # (1, 3, height, width)
-        batch = interpolate(batch, size=(cut.crop, cut.crop), mode="bilinear", antialias=True)
-        part = batch[0].permute(1, 2, 0).numpy()  # (crop, crop, 3)
-    return part[:, ::-1] if cut.flip else part
+def needed_runs(packets: Sequence[tuple[bool, int]], wanted: Container[int]) -> Iterator[range]:
+    """The packets that must be decoded for the frames of the wanted times, in runs that each start at a key frame.
+
+    `packets` are (is it a key frame, time of showing) in the order of decoding, the first a key frame. A run ends with
+    its last wanted packet. Frames that are shown before the key frame they follow may lean on the run before it.
+
+    >>> packets = [(True, 0), (False, 1), (False, 2), (True, 3), (False, 4), (True, 5), (True, 8), (False, 6)]
+    >>> list(needed_runs(packets, wanted={1, 6}))
+    [range(0, 2), range(5, 8)]
+    """
+    keys = [n for n, (is_key, _) in enumerate(packets) if is_key]
+    runs: list[tuple[int, int]] = []  # first packet, end
+    for first, end in zip(keys, [*keys[1:], len(packets)], strict=True):
+        leans_back = any(time in wanted and time < packets[first][1] for _, time in packets[first:end])
+        runs.append((runs.pop()[0] if leans_back and runs else first, end))
+    for first, end in runs:
+        last = max((n for n in range(first, end) if packets[n][1] in wanted), default=None)
+        if last is not None:
+            yield range(first, last + 1)
+
+
+class Clip:
+    """A clip in the making: takes the pictures of its frames as they come, resamples its region of several at once."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self._pixels = np.empty((len(cut.frames), cut.crop, cut.crop, 3), np.uint8)
+        self._parts: list[np.ndarray] = []  # regions that wait to be resampled, (h, w, 3)
+        self._places: list[list[int]] = []  # and the frames of the clip that each becomes
+
+    def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
+        """Take uint8 (H, W, 3), if it is wanted here, as the source frames of these numbers."""
+        places = [t for t, index in enumerate(self.cut.frames) if index in indices]
+        if places:
+            left, top, width, height = self.cut.region
+            self._parts.append(picture[top : top + height, left : left + width].copy())
+            self._places.append(places)
+            if len(self._parts) == TOGETHER:
+                self._resample()
+
+    def pixels(self) -> np.ndarray:
+        """The clip: uint8 (T, crop, crop, 3) RGB."""
+        self._resample()
+        return self._pixels
+
+    def _resample(self) -> None:
+        if self._parts:
+            frames = resample(np.stack(self._parts), self.cut.crop)
+            for places, frame in zip(self._places, frames[:, :, ::-1] if self.cut.flip else frames, strict=True):
+                for place in places:
+                    self._pixels[place] = frame
+            self._parts, self._places = [], []
+
+
+def resample(parts: np.ndarray, crop: int) -> np.ndarray:
+    """Pictures uint8 (n, H, W, 3) as uint8 (n, crop, crop, 3): antialiased bilinear."""
+    if parts.shape[1:3] == (crop, crop):
+        return parts
+    # Channels last is the fastest path of torch, three times as fast as swscale or Pillow.
+    # (`part[None]` would have a stride of 0, which torch does not take for channels last.)
+    batch = torch.from_numpy(parts).permute(0, 3, 1, 2)  # (n, 3, H, W)
+    resampled: np.ndarray = (
+        interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
+    )
+    return resampled
