@@ -228,6 +228,95 @@ def synthesize(
     out.print(f"{root}: ready")
 
 
+@data_app.command()
+def prepare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to make. Default: data.root with -prepared added.")] = None,
+    levels: Annotated[str, typer.Option(help="Short sides in pixels.")] = "256,160",
+    quality: Annotated[int, typer.Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = 25,
+    fps: Annotated[
+        float | None, typer.Option(min=1, help="Thin out videos of more frames per second. Default: keep all frames.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Prepare a few videos, say what the rest would take, and stop.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Re-encode the videos of a recipe once, so that every clip costs no more than its own frames and size.
+
+    The originals stay as they are. Run it again to go on where it was stopped. Then train with data.prepared=FOLDER.
+
+    Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
+    """
+    from dataclasses import asdict
+
+    from mgtrain.clips.prepared import Settings
+    from mgtrain.console import counting, duration, size
+    from mgtrain.datasets import open_videos
+    from mgtrain.prepare import Forecast
+    from mgtrain.prepare import prepare as make
+
+    data = load_recipe(recipe, overrides or ()).data
+    folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
+    settings = Settings(_parse_levels(levels), quality, fps)
+    count = workers or _cores()
+    splits = [open_videos(data.format, data.root, source, None) for source in (data.train, data.val)]
+    paths = [videos.relative(n) for videos in splits for n in range(len(videos))]
+
+    def by_level(sizes: tuple[int, ...]) -> str:
+        parts = ", ".join(f"{size(n)} at {level}" for level, n in zip(settings.levels, sizes, strict=True))
+        return f"{size(sum(sizes))} ({parts})"
+
+    def told(expected: Forecast) -> bool:
+        err.print(
+            f"{expected.videos:,} videos: about {by_level(expected.bytes)}, the originals have "
+            f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
+            markup=False,
+            soft_wrap=True,
+        )
+        return not forecast
+
+    with counting("preparing") as progress:
+        done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=progress)
+    for cause in done.broken.values():
+        err.print(f"left out: {cause}", markup=False, soft_wrap=True)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)}))
+    else:
+        out.print(
+            f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
+            f"{by_level(done.bytes)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
+            f"{duration(done.seconds)}",
+            markup=False,
+        )
+
+
+@data_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder made by `mgtrain data prepare`.")], json_: Json = False
+) -> None:
+    """Read every byte of a prepared set and compare it with the manifest. Exits with 3 if anything is wrong.
+
+    Example:  mgtrain data verify /scratch/k400
+    """
+    from mgtrain.console import counting
+    from mgtrain.errors import DataError
+    from mgtrain.prepare import verify as look
+
+    with counting("verifying") as progress:
+        wrong = look(folder, _cores(), progress)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
+    for file, problem in [] if json_ else wrong.items():
+        out.print(f"{file}: {problem}", markup=False)
+    if wrong:
+        raise DataError(f"{folder}: {len(wrong)} files are not as they were written; delete them and prepare again")
+    if not json_:
+        out.print(f"{folder}: every file is as it was written")
+
+
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -297,6 +386,20 @@ def _training_videos(recipe: Recipe) -> int:
         if recipe.data.videos is None:
             raise DataError(f"{error}; give --videos to plan without the data") from None
         return recipe.data.videos
+
+
+def _parse_levels(levels: str) -> tuple[int, ...]:
+    try:
+        sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
+    except ValueError:
+        sides = []
+    if not sides or sides[-1] < 16:
+        raise UsageError(f"--levels {levels}: write short sides of at least 16 pixels, such as 256,160")
+    return tuple(sides)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parse_views(views: str) -> tuple[int, int]:

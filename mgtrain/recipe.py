@@ -43,6 +43,12 @@ class Data(Section):
     val: str = Field(description="annotations of the validation videos, relative to root")
     classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
     videos: Count | None = Field(None, description="training videos to expect; `mgtrain plan` uses it without the data")
+    prepared: str | None = Field(
+        None, description="folder made by `mgtrain data prepare`, to read the clips from; none: from the originals"
+    )
+    enlarge: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="by how much pixels of a prepared level may be enlarged where a larger level exists"
+    )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
 
 

@@ -21,6 +21,7 @@ class Draw(IntEnum):
     INIT = 4  # the model's first weights
     RECALIBRATION = 5  # the clips that recalibrate BatchNorm
     SYNTHETIC = 6  # synthetic videos
+    PREPARE = 30  # the order in which videos are prepared
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

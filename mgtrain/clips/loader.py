@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from mgtrain.clips.cut import cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.order import ClipRequest, step_requests, video_at
+from mgtrain.clips.prepared import PreparedSet, PreparedVideo
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.errors import DataError, VideoError
 from mgtrain.grid import Grid
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Data, Recipe
 from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan
 
@@ -49,11 +50,34 @@ class Loaded:
     given_up: bool = False
 
 
+class Source:
+    """Where the videos are read: their own files, or a prepared set."""
+
+    def __init__(self, videos: Videos, data: Data) -> None:
+        self.videos = videos
+        self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
+        if self._prepared:
+            self._rows = self._prepared.find(videos.relative(n) for n in range(len(videos)))
+            missing = np.flatnonzero(self._rows < 0)
+            if len(missing):
+                raise DataError(
+                    f"{data.prepared}: lacks {len(missing)} of {len(videos)} videos, the first is "
+                    f"{videos.relative(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
+                )
+
+    def open(self, video: int) -> VideoFile | PreparedVideo:
+        """A video, to be used as a context manager. Raises `VideoError` if it cannot be read."""
+        if self._prepared:
+            return self._prepared.open(int(self._rows[video]), self.videos.relative(video))
+        return VideoFile(self.videos.path(video))
+
+
 class RandomClips(Dataset[Loaded]):
     """Clips cut at random; an item is a unit, a list of requests. A clip depends on its request and the seed alone."""
 
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
-        self.videos, self.clip, self.seed, self.draw = videos, recipe.clip, recipe.seed, draw
+        self.videos, self.source = videos, Source(videos, recipe.data)
+        self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
 
     def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
         grid = unit[0].grid
@@ -82,7 +106,7 @@ class RandomClips(Dataset[Loaded]):
 
     def _cut(self, video: int, request: ClipRequest) -> np.ndarray:
         rng = generator(self.seed, self.draw, request.position)
-        with VideoFile(self.videos.path(video)) as file:
+        with self.source.open(video) as file:
             cut = cut_random(
                 request.grid,
                 file.info,
@@ -97,8 +121,9 @@ class RandomClips(Dataset[Loaded]):
 class ViewClips(Dataset[Loaded]):
     """All views of each video, for evaluation; an item is a unit, a list of video numbers. Broken ones are left out."""
 
-    def __init__(self, videos: Videos, grid: Grid, times: int, crops: int, fps: float) -> None:
-        self.videos, self.grid, self.times, self.crops, self.fps = videos, grid, times, crops, fps
+    def __init__(self, videos: Videos, recipe: Recipe, times: int, crops: int) -> None:
+        self.videos, self.source = videos, Source(videos, recipe.data)
+        self.grid, self.times, self.crops, self.fps = evaluation_grid(recipe), times, crops, recipe.clip.fps
 
     def __getitem__(self, unit: Sequence[int]) -> Loaded:
         views: list[np.ndarray] = []
@@ -106,7 +131,7 @@ class ViewClips(Dataset[Loaded]):
         bad: list[tuple[str, str]] = []
         for video in unit:
             try:
-                with VideoFile(self.videos.path(video)) as file:
+                with self.source.open(video) as file:
                     cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.fps)
                     views.extend(file.read(cuts))
                 labels.append(self.videos.label(video))
@@ -167,7 +192,7 @@ def view_batches(
     videos: Videos, recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All views of this rank's videos, whole videos at a time: uint8 (v * times * crops, 3, T, S, S) and int64 (v,)."""
-    dataset = ViewClips(videos, evaluation_grid(recipe), times, crops, recipe.clip.fps)
+    dataset = ViewClips(videos, recipe, times, crops)
     share = range(world.rank, len(videos), world.size)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (share[first : first + per_batch] for first in range(0, len(share), per_batch))

@@ -54,9 +54,13 @@ class Videos:
 
     def path(self, index: int) -> str:
         """The path of a video, with the root."""
+        return os.path.join(self.root, self.relative(index))
+
+    def relative(self, index: int) -> str:
+        """The path of a video, relative to the root."""
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
-        return os.path.join(self.root, os.fsdecode(self._paths[start : int(self._ends[index])]))
+        return os.fsdecode(self._paths[start : int(self._ends[index])])
 
     def label(self, index: int) -> int:
         """The class of a video: an index into `classes`."""

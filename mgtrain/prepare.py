@@ -1,0 +1,437 @@
+"""Make a prepared set (see clips/prepared.py) out of the videos of a data set, and verify one.
+
+Every video is independent: a worker decodes it once, upright and at an even pace, and writes a file for each level
+under a temporary name. When they are all there, they get their names and the video its line in the manifest. So
+whatever stops the work loses no more than the videos under way, and running it again goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from mgtrain.clips.cut import VideoInfo
+from mgtrain.clips.decode import VideoFile
+from mgtrain.clips.prepared import (
+    Settings,
+    key_of,
+    level_path,
+    read_settings,
+    row_type,
+    stored_frame,
+    write_settings,
+)
+from mgtrain.errors import DataError, MissingCapabilityError, VideoError
+from mgtrain.rng import Draw, generator
+
+SAMPLE = 8  # videos, drawn at random, after which the rest is forecast
+# All key frames, each with its own headers; no entropy coder and no loop filter that would be slow to decode.
+ENCODER = {"preset": "veryfast", "tune": "fastdecode", "g": "1", "bf": "0", "threads": "1"}
+HEADERS = {"x264-params": "repeat-headers=1"}
+
+Record = dict[str, Any]  # a line of the manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the whole set will take, going by the videos made until now."""
+
+    videos: int
+    seconds: float  # from now on, with as many workers
+    bytes: tuple[int, ...]  # of each level
+    originals: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What there is now."""
+
+    videos: int
+    made: int  # this time
+    broken: dict[str, str]  # path -> cause
+    bytes: tuple[int, ...]  # of each level
+    originals: int  # bytes
+    seconds: float
+
+
+def prepare(
+    root: Path,
+    paths: Iterable[str],
+    folder: Path,
+    settings: Settings,
+    workers: int,
+    *,
+    forecast: Callable[[Forecast], bool] = lambda _: True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Prepare the videos at `paths`, relative to `root`, in `folder`; those that are there already are kept.
+
+    `forecast` is told, once, what the rest will take; it returns whether to go on. `progress` is told how many videos
+    of how many are done.
+
+    Raises:
+        DataError: the folder holds a set with other settings, or the disk is too small.
+        MissingCapabilityError: PyAV has no H.264 encoder.
+    """
+    if "libx264" not in av.codecs_available:
+        raise MissingCapabilityError("PyAV was built without libx264, which writes prepared videos; pip install av")
+    _claim(folder, settings)
+    paths = sorted(set(paths))
+    manifest = Manifest(folder)
+    todo = [path for path in paths if not _is_there(root, folder, settings, path, manifest.records.get(path))]
+    todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # so that the first are a fair sample
+    begin, made, told = time.monotonic(), 0, False
+    with manifest:
+        for record, offsets in _all_done(todo, workers, root, folder, settings):
+            manifest.add(record, offsets)
+            made += 1
+            progress(len(paths) - len(todo) + made, len(paths))
+            if not told and made >= min(len(todo), max(SAMPLE, workers)):
+                told = True
+                left = (time.monotonic() - begin) / made * (len(todo) - made)
+                expected = _forecast(manifest.of(paths), len(paths), left, settings)
+                _check_disk(folder, expected, manifest.of(paths))
+                if not forecast(expected):
+                    break
+    records = manifest.of(paths)
+    if len(records) == len(paths):
+        write_index(folder, settings, manifest.records.values())
+    broken = {record["path"]: record["error"] for record in records if "error" in record}
+    sizes, originals = _bytes(records, settings)
+    return Summary(len(records), made, broken, sizes, originals, time.monotonic() - begin)
+
+
+class Manifest:
+    """`videos.jsonl` and `offsets.bin`: lines are only ever added, and the last one for a video counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lines, self._offsets = folder / "videos.jsonl", folder / "offsets.bin"
+        self.records: dict[str, Record] = {}
+        whole = 0  # bytes up to the last whole line
+        for line in self._lines.read_bytes().splitlines(keepends=True) if self._lines.exists() else ():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # cut short by a crash
+            if not line.endswith(b"\n"):
+                break
+            self.records[record["path"]] = record
+            whole += len(line)
+        if self._lines.exists():
+            os.truncate(self._lines, whole)
+
+    def __enter__(self) -> Manifest:
+        self._to_lines, self._to_offsets = self._lines.open("ab"), self._offsets.open("ab")
+        self._to_offsets.truncate(self._to_offsets.tell() // 4 * 4)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._to_lines.close()
+        self._to_offsets.close()
+
+    def add(self, record: Record, offsets: Sequence[np.ndarray]) -> None:
+        """Add a video and, for each of its levels, where frames are in its file: uint32 (frames + 1,)."""
+        for level, ends in zip(record.get("levels", ()), offsets, strict=True):
+            level["start"] = self._to_offsets.seek(0, os.SEEK_END) // 4
+            self._to_offsets.write(ends.astype("<u4").tobytes())
+        self._to_offsets.flush()
+        self._to_lines.write(json.dumps(record).encode() + b"\n")
+        self._to_lines.flush()
+        self.records[record["path"]] = record
+
+    def of(self, paths: Iterable[str]) -> list[Record]:
+        """The records of those of the videos that have one."""
+        return [self.records[path] for path in paths if path in self.records]
+
+
+def encode_video(root: Path, path: str, folder: Path, settings: Settings) -> tuple[Record, list[np.ndarray]]:
+    """Write one video's files; its record and, for each level, where frames are. What is broken gets a record, too."""
+    try:
+        source = (root / path).stat()
+        with VideoFile(root / path) as video:
+            info = video.info
+            stored = max(1, round(info.frames * min(1.0, (settings.fps or info.fps) / info.fps)))
+            sizes = level_sizes(info, settings.levels)
+            files = [level_path(folder, level, path) for level in sizes]
+            offsets = _write(video, stored, dict(zip(files, sizes.values(), strict=True)), settings.quality)
+    except OSError as error:
+        return {"path": path, "error": f"{root / path}: {error.strerror}"}, []
+    except VideoError as error:
+        return {"path": path, "error": str(error)}, []
+    levels = [
+        {"level": level, "width": width, "height": height, "bytes": file.stat().st_size, "sha256": checksum(file)}
+        for (level, (width, height)), file in zip(sizes.items(), files, strict=True)
+    ]
+    facts = {"path": path, "source_bytes": source.st_size, "source_mtime_ns": source.st_mtime_ns, **asdict(info)}
+    return {**facts, "stored": stored, "levels": levels}, offsets
+
+
+def _write(video: VideoFile, stored: int, sizes: dict[Path, tuple[int, int]], quality: int) -> list[np.ndarray]:
+    """Write `stored` frames of a video, evenly spread, to a file of each size; where frames are in each."""
+    frames = video.info.frames
+    writers = [_Writer(file, size, video.info.fps * stored / frames, quality) for file, size in sizes.items()]
+    try:
+        done = -1
+        for picture, indices in video.pictures([stored_frame(n, stored, frames) for n in range(stored)]):
+            upright = np.ascontiguousarray(picture)
+            for index in indices:
+                if index > done:  # reading may have started again
+                    done = index
+                    for writer in writers:
+                        writer.add(upright)
+        return [writer.finish() for writer in writers]
+    except (OSError, av.FFmpegError) as error:
+        raise DataError(f"{next(iter(sizes))}: cannot be written: {error.strerror}; run it again to go on") from error
+    finally:
+        for writer in writers:
+            writer.discard()
+
+
+def level_sizes(info: VideoInfo, levels: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Width and height of a video at each level: even numbers, nothing enlarged, no level that saves nothing.
+
+    >>> level_sizes(VideoInfo(300, 30.0, 455, 256), levels=(256, 160))
+    {256: (454, 256), 160: (284, 160)}
+    >>> level_sizes(VideoInfo(300, 30.0, 120, 161), levels=(256, 160, 96))
+    {256: (120, 160), 96: (96, 128)}
+    """
+    sizes: dict[int, tuple[int, int]] = {}
+    for level in levels:
+        scale = min(1.0, level / min(info.width, info.height))
+        if not sizes or scale < 1:
+            width, height = (max(2, round(length * scale) // 2 * 2) for length in (info.width, info.height))
+            if (width, height) not in sizes.values():
+                sizes[level] = width, height
+    return sizes
+
+
+class _Writer:
+    """Writes pictures to an mp4 file, which gets its name when it is finished."""
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float, quality: int) -> None:
+        self._path, self._size, self._frames = path, size, 0
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self._temporary), "w", format="mp4")
+        self._rate = Fraction(rate).limit_denominator(1001)
+        self._stream = self._container.add_stream(
+            "libx264", rate=self._rate, options={**ENCODER, **HEADERS, "crf": str(quality)}
+        )
+        self._stream.width, self._stream.height = size
+        self._stream.pix_fmt = "yuv420p"
+
+    def add(self, picture: np.ndarray) -> None:
+        """Add uint8 (H, W, 3) RGB of any size."""
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame = frame.reformat(*self._size, format="yuv420p", interpolation="BICUBIC", threads=1)
+        frame.pts, frame.time_base = self._frames, 1 / self._rate
+        self._frames += 1
+        self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> np.ndarray:
+        """End the file and give it its name; where its first frame starts and each ends: uint32 (frames + 1,)."""
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        with av.open(str(self._temporary)) as container:
+            places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+        ends = np.cumsum([places[0][0], *(size for _, size in places)])
+        assert len(places) == self._frames, "an encoder that drops frames"
+        assert all(place == end for (place, _), end in zip(places, ends, strict=False)), "frames that do not adjoin"
+        if ends[-1] > np.iinfo(np.uint32).max:
+            raise VideoError(f"{self._path}: would be larger than 4 GiB; cut the video into shorter ones")
+        os.replace(self._temporary, self._path)
+        return ends.astype(np.uint32)
+
+    def discard(self) -> None:
+        """Remove what has not been finished."""
+        self._container.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _all_done(
+    paths: Sequence[str], workers: int, root: Path, folder: Path, settings: Settings
+) -> Iterator[tuple[Record, list[np.ndarray]]]:
+    """`encode_video` of all paths, in processes. A video that kills its process is broken, and costs no other one."""
+    waiting = iter(paths)
+    under_way: dict[Future[tuple[Record, list[np.ndarray]]], str] = {}
+    suspects: list[str] = []
+    pool = _pool(workers)
+    try:
+        while True:
+            for path in islice(waiting, 2 * workers - len(under_way)):
+                under_way[pool.submit(encode_video, root, path, folder, settings)] = path
+            if not under_way:
+                break
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                path = under_way.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    suspects.append(path)
+            if suspects:
+                suspects += under_way.values()
+                under_way.clear()
+                pool.shutdown(cancel_futures=True)
+                yield from (_alone(path, root, folder, settings) for path in suspects)
+                suspects, pool = [], _pool(workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _alone(path: str, root: Path, folder: Path, settings: Settings) -> tuple[Record, list[np.ndarray]]:
+    """`encode_video` in a process of its own."""
+    with _pool(1) as pool:
+        try:
+            return pool.submit(encode_video, root, path, folder, settings).result()
+        except BrokenProcessPool:
+            return {"path": path, "error": f"{root / path}: crashes the decoder; replace this video"}, []
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Ctrl-C goes to every process of a terminal: the main one ends the others.
+    return ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    """Make the folder, or see that it holds a set of the same settings."""
+    if (folder / "prepared.json").exists():
+        there = read_settings(folder)
+        if there != settings:
+            raise DataError(
+                f"{folder}: is prepared with {_words(there)}, not {_words(settings)}; "
+                "choose another folder or the same settings"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder}: holds other files; choose an empty or a new folder")
+    else:
+        write_settings(folder, settings)
+
+
+def _words(settings: Settings) -> str:
+    fps = f" --fps {settings.fps:g}" if settings.fps else ""
+    return f"--levels {','.join(map(str, settings.levels))} --quality {settings.quality}{fps}"
+
+
+def _is_there(root: Path, folder: Path, settings: Settings, path: str, record: Record | None) -> bool:
+    """Whether a video need not be prepared again: its files are whole, and the original is what it was."""
+    if record is None or "error" in record:
+        return False
+    try:
+        source = (root / path).stat()
+        same = (source.st_size, source.st_mtime_ns) == (record["source_bytes"], record["source_mtime_ns"])
+    except OSError:
+        same = True  # the original is not needed any more
+    return same and all(
+        file.exists() and file.stat().st_size == level["bytes"]
+        for level in record["levels"]
+        for file in [level_path(folder, level["level"], path)]
+    )
+
+
+def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ...], int]:
+    """Bytes of each level, and of the originals."""
+    by_level = dict.fromkeys(settings.levels, 0)
+    originals = 0
+    for record in records:
+        originals += record.get("source_bytes", 0)
+        for level in record.get("levels", ()):
+            by_level[level["level"]] += level["bytes"]
+    return tuple(by_level.values()), originals
+
+
+def _forecast(records: Sequence[Record], total: int, seconds: float, settings: Settings) -> Forecast:
+    sizes, originals = _bytes(records, settings)
+    scale = total / len(records)
+    return Forecast(total, seconds, tuple(round(size * scale) for size in sizes), round(originals * scale))
+
+
+def _check_disk(folder: Path, expected: Forecast, records: Sequence[Record]) -> None:
+    there = sum(level["bytes"] for record in records for level in record.get("levels", ()))
+    missing, free = sum(expected.bytes) - there, shutil.disk_usage(folder).free
+    if missing > free:
+        raise DataError(
+            f"{folder}: about {missing / 1e9:.1f} GB are still to be written and {free / 1e9:.1f} GB are free; "
+            "make room, choose fewer --levels or a higher --quality number, and run it again"
+        )
+
+
+def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> None:
+    """Write `index.npy`: one row for each video, sorted by key."""
+    latest = list(records)
+    rows = np.zeros(len(latest), row_type(len(settings.levels)))
+    for row, record in zip(rows, latest, strict=True):
+        row["key"] = key_of(record["path"])
+        for name in ("frames", "fps", "width", "height", "stored"):
+            row[name] = record.get(name, 0)
+        for level in record.get("levels", ()):
+            place = row["levels"][settings.levels.index(level["level"])]
+            place["width"], place["height"], place["start"] = level["width"], level["height"], level["start"]
+    rows.sort(order="key")
+    assert (rows["key"][1:] != rows["key"][:-1]).all(), "two paths with one hash"
+    temporary = folder / ".index.npy"
+    with temporary.open("wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / "index.npy")
+
+
+def verify(
+    folder: Path, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, str]:
+    """Look at every byte of a prepared set: what is wrong, by file. Nothing is changed.
+
+    Raises:
+        DataError: it is no prepared set.
+    """
+    settings = read_settings(folder)
+    records = [record for record in Manifest(folder).records.values() if "error" not in record]
+    wrong: dict[str, str] = {}
+    rows = {int(row["key"]): row for row in np.load(folder / "index.npy")} if (folder / "index.npy").exists() else {}
+
+    def look(record: Record) -> dict[str, str]:
+        found = {}
+        row = rows.get(key_of(record["path"]))
+        if row is None or int(row["frames"]) != record["frames"]:
+            found["index.npy"] = "is older than the manifest"
+        for level in record["levels"]:
+            file = level_path(folder, level["level"], record["path"])
+            if not file.exists():
+                found[str(file)] = "is missing"
+            elif file.stat().st_size != level["bytes"]:
+                found[str(file)] = f"has {file.stat().st_size} bytes instead of {level['bytes']}"
+            elif checksum(file) != level["sha256"]:
+                found[str(file)] = "has another checksum than when it was written"
+            elif level["level"] not in settings.levels:
+                found[str(file)] = "is of a level that the set does not have"
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done, found in enumerate(pool.map(look, records), start=1):
+            wrong.update(found)
+            progress(done, len(records))
+    return wrong
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
