@@ -49,6 +49,10 @@ class Data(Section):
     enlarge: Annotated[float, Field(ge=1)] = Field(
         1.0, description="by how much pixels of a prepared level may be enlarged where a larger level exists"
     )
+    skip_loop_filter: Literal["default", "bidir", "all"] = Field(
+        "default",
+        description="of H.264, where clips come from the originals: bidir decodes a tenth faster, 0.4/255 off",
+    )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,48 @@ def test_resampling_is_antialiased_bilinear(width: int, height: int, crop: int):
     exact = torch.nn.functional.interpolate(part, size=(crop, crop), mode="bilinear", antialias=True)
     got = resample(pictures, crop)
     assert np.abs(got - exact.permute(0, 2, 3, 1).numpy()).max() <= 1.5  # two roundings, one per axis
+
+
+def test_without_the_loop_filter_pixels_are_a_little_off(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", 12, crf="40")
+    pixels = {}
+    for skip in ("default", "bidir", "all"):
+        with VideoFile(path, skip) as video:
+            pixels[skip] = video.read([whole(video.info, *range(12))])[0].astype(int)
+    bidir, all_ = (np.abs(pixels[skip] - pixels["default"]).mean() for skip in ("bidir", "all"))
+    assert bidir <= all_
+    assert 0 < all_ < 5
+
+
+@pytest.mark.parametrize("gop", [1, 4, 12, 250])
+@pytest.mark.parametrize("open_gop", [0, 1])
+def test_picked_frames_are_those_of_decoding_everything(tmp_path: Path, gop: int, open_gop: int):
+    options = {"x264-params": f"open-gop={open_gop}:scenecut=0"}
+    path = write_video(tmp_path / "v.mp4", 60, gop=gop, b_frames=3, **options)
+    with VideoFile(path) as video:
+        everything = video.read([whole(video.info, *range(60))])[0]
+        for n in range(30):
+            frames = generator(0, Draw.CUT, n).choice(60, 1 + n % 9, replace=False)
+            assert np.array_equal(
+                video.read([whole(video.info, *sorted(frames.tolist()))])[0], everything[np.sort(frames)]
+            )
+
+
+def test_few_frames_of_a_long_video_are_decoded_for_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from mgtrain.clips import decode as module
+
+    path = write_video(tmp_path / "v.mp4", 60, gop=12, b_frames=3)
+    packets = 0
+
+    def counted(codec: av.VideoCodecContext, packet: av.Packet[av.VideoStream] | None) -> list[av.VideoFrame]:
+        nonlocal packets
+        packets += packet is not None and codec.skip_frame == "DEFAULT"
+        return codec.decode(packet)
+
+    with VideoFile(path) as video:
+        monkeypatch.setattr(module, "decoded", counted)
+        video.read([whole(video.info, 0, 12, 36, 48)])
+    assert packets == 4
 
 
 def test_colours_survive(tmp_path: Path):

@@ -54,7 +54,7 @@ class Source:
     """Where the videos are read: their own files, or a prepared set."""
 
     def __init__(self, videos: Videos, data: Data) -> None:
-        self.videos = videos
+        self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
         if self._prepared:
             self._rows = self._prepared.find(videos.relative(n) for n in range(len(videos)))
@@ -69,7 +69,7 @@ class Source:
         """A video, to be used as a context manager. Raises `VideoError` if it cannot be read."""
         if self._prepared:
             return self._prepared.open(int(self._rows[video]), self.videos.relative(video))
-        return VideoFile(self.videos.path(video))
+        return VideoFile(self.videos.path(video), self._skip_loop_filter)
 
 
 class RandomClips(Dataset[Loaded]):

@@ -25,7 +25,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from mgtrain.clips.cut import Cut, VideoInfo
-from mgtrain.clips.decode import Clip, one_thread, rgb
+from mgtrain.clips.decode import Clip, decoded, one_thread, rgb
 from mgtrain.errors import DataError, VideoError
 
 SCHEMA = "mgtrain.prepared/1"
@@ -210,9 +210,9 @@ class Decoder:
     def picture(self, data: bytes) -> np.ndarray | None:
         """A stored frame as uint8 (H, W, 3) RGB; None if it is damaged."""
         try:
-            frames = self.codec.decode(av.Packet(data))
+            frames = decoded(self.codec, av.Packet(data))
             if not frames:
-                frames = self.codec.decode(None)
+                frames = decoded(self.codec, None)
                 self.codec.flush_buffers()
             return rgb(frames[0], *self.size, self.reformatter) if frames and not frames[0].is_corrupt else None
         except (av.FFmpegError, ValueError):
