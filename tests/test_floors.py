@@ -21,7 +21,7 @@ FLOORS = [
      "checkpoint", "console"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
      "clips.loader", "rundir"],
-    ["engine.fit", "engine.record", "compare", "prepare"],
+    ["engine.fit", "engine.record", "compare", "prepare", "bench"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

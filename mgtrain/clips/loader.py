@@ -168,7 +168,7 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of each step from `start` on: uint8 (b, 3, T, S, S) and int64 (b,), on the rank's device."""
     steps = (step_requests(step, len(videos), recipe.seed, world.rank, world.size) for step in plan.steps(start))
-    return _batches(RandomClips(videos, recipe), steps, recipe, world, bad)
+    return batches_of(RandomClips(videos, recipe), steps, recipe, world, bad)
 
 
 def recalibration_batches(
@@ -185,7 +185,7 @@ def recalibration_batches(
         ]
         for batch in range(recipe.evaluation.recalibration_batches)
     )
-    return _batches(RandomClips(videos, recipe, Draw.RECALIBRATION), steps, recipe, world, bad)
+    return batches_of(RandomClips(videos, recipe, Draw.RECALIBRATION), steps, recipe, world, bad)
 
 
 def view_batches(
@@ -196,7 +196,7 @@ def view_batches(
     share = range(world.rank, len(videos), world.size)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (share[first : first + per_batch] for first in range(0, len(share), per_batch))
-    return _batches(dataset, batches, recipe, world, bad)
+    return batches_of(dataset, batches, recipe, world, bad)
 
 
 def evaluation_grid(recipe: Recipe) -> Grid:
@@ -216,7 +216,7 @@ def worker_count(recipe: Recipe, world: World) -> int:
     return max(1, min(16, share // 2 if world.device.type == "cpu" else share))
 
 
-def _batches(
+def batches_of(
     dataset: Dataset[Loaded], steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load each step's items in units, and join the units again."""

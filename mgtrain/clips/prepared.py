@@ -171,7 +171,7 @@ class PreparedVideo:
         try:
             for index in sorted({index for clip in clips for index in clip.cut.frames}):
                 begin, end = self._set.offsets(start, index)
-                picture = decoder.picture(os.pread(file, end - begin, begin))
+                picture = decoder.picture(read_bytes(file, begin, end))
                 if picture is None:
                     raise VideoError(f"{path}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
                 for clip in clips:
@@ -197,6 +197,11 @@ def stretch(offset: int, extent: int, source: int, target: int) -> tuple[int, in
     """
     first = min(round(offset * target / source), target - 1)
     return first, min(max(1, round(extent * target / source)), target - first)
+
+
+def read_bytes(file: int, begin: int, end: int) -> bytes:
+    """Bytes of an open file."""
+    return os.pread(file, end - begin, begin)
 
 
 @dataclass(slots=True)

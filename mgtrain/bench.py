@@ -1,0 +1,230 @@
+"""How fast this machine delivers the clips of a recipe's plan, where the time goes, and what training needs.
+
+1. Each distinct shape of the plan is cut and decoded in this process, on one core, for a few seconds, with the time
+   split into stages.
+2. The loader delivers the same shapes with its worker processes.
+3. One step of the base shape is timed. Volume is constant, so every step is taken to last as long: what a phase needs
+   is its clips per step over that time, and it waits where the loader delivers less.
+4. Where the data is not prepared, a few of its videos are, in a temporary folder, to tell what that would give.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mgtrain.clips import decode, prepared
+from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, RandomClips, batches_of, worker_count
+from mgtrain.clips.order import ClipRequest, video_at
+from mgtrain.clips.prepared import Settings
+from mgtrain.datasets.videos import Videos
+from mgtrain.distributed import World
+from mgtrain.engine.checks import make_model
+from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.step import to_device, train_step
+from mgtrain.errors import DataError
+from mgtrain.grid import Grid, Shape
+from mgtrain.prepare import prepare
+from mgtrain.recipe import Recipe
+from mgtrain.rng import Draw, generator
+from mgtrain.schedule import Plan, baseline_recipe, make_plan
+
+SAMPLE = 16  # videos that are prepared to see what it gives
+
+# stage -> the functions whose time it is, without that of others among them
+STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
+    "open": ((decode.VideoFile, "_open"), (decode.VideoFile, "_probe"), (prepared.PreparedSet, "open")),
+    "demux": ((decode.VideoFile, "_span"), (prepared, "read_bytes")),
+    "decode": ((decode, "decoded"), (prepared, "decoded")),
+    "convert": ((decode, "rgb"), (prepared, "rgb")),
+    "resample": ((decode, "resample"),),
+}
+
+
+class Stages:
+    """Splits time between named functions of the package, for as long as `measure` lasts."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._inner = 0.0  # seconds of stages within the one that is running
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Within, calls of the functions in `STAGES` are timed."""
+        with ExitStack() as stack:
+            for stage, functions in STAGES.items():
+                for owner, name in functions:
+                    stack.enter_context(mock.patch.object(owner, name, self._timed(stage, getattr(owner, name))))
+            yield
+
+    def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            outer, self._inner = self._inner, 0.0
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                whole = time.perf_counter() - start
+                self.seconds[stage] += whole - self._inner
+                self._inner = outer + whole
+
+        return timed
+
+
+def bench_data(
+    recipe: Recipe,
+    videos: Videos,
+    world: World,
+    levels: tuple[int, ...],
+    quality: int,
+    *,
+    seconds: float = 2.0,
+    step_seconds: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Rates of every shape, for about `seconds` each, and what they mean for the plan; as plain values.
+
+    `step_seconds` is how long a training step takes, measured here unless told. Where the recipe names no prepared set,
+    a second one is made of a few videos.
+
+    Raises:
+        DataError: there is no video that can be read.
+    """
+    plan, baseline = make_plan(recipe, len(videos)), make_plan(baseline_recipe(recipe), len(videos))
+    grids = {shape: grid for phase in plan.phases for shape, grid in zip(phase.shapes, phase.grids, strict=True)}
+    step = step_seconds or time_step(recipe, world)
+    kinds = 1 if recipe.data.prepared else 2
+
+    def bench(name: str, recipe: Recipe, videos: Videos, done: int) -> dict[str, Any]:
+        rows = []
+        for n, (shape, grid) in enumerate(grids.items(), start=1):
+            rows.append(bench_shape(recipe, videos, world, shape, grid, seconds, shape.clips / step))
+            progress(done + n, kinds * len(grids))
+        rates = {shape: row["loader_clips_per_second"] for shape, row in zip(grids, rows, strict=True)}
+        totals = {key: forecast(of, rates, step) for key, of in (("plan", plan), ("baseline", baseline))}
+        return {"name": name, "shapes": rows, **totals}
+
+    first = bench("prepared" if recipe.data.prepared else "originals", recipe, videos, 0)
+    sets = [first]
+    if not recipe.data.prepared:
+        with tempfile.TemporaryDirectory() as folder:
+            few = sample(videos)
+            paths = [few.relative(n) for n in range(len(few))]
+            settings = Settings(levels, quality, None)
+            prepare(Path(few.root), paths, Path(folder) / "set", settings, max(1, worker_count(recipe, world)))
+            data = recipe.data.model_copy(update={"prepared": str(Path(folder) / "set")})
+            sets.append(bench("prepared", recipe.model_copy(update={"data": data}), few, len(grids)))
+    return {"workers": worker_count(recipe, world), "step_seconds": step, "sets": sets}
+
+
+def sample(videos: Videos) -> Videos:
+    """Some of the videos, drawn at random."""
+    chosen = generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE]
+    return Videos.of(videos.root, [(videos.relative(n), videos.label(n)) for n in chosen.tolist()], videos.classes)
+
+
+def bench_shape(
+    recipe: Recipe, videos: Videos, world: World, shape: Shape, grid: Grid, seconds: float, needed: float
+) -> dict[str, Any]:
+    """Clips of one shape: per second and core, where the milliseconds go, and per second out of the loader."""
+    dataset = RandomClips(videos, recipe)
+    requests = (ClipRequest(video_at(c, len(videos), recipe.seed), c, grid) for c in count())
+    stages, clips, start = Stages(), 0, time.perf_counter()
+    with stages.measure():
+        while clips < 4 or time.perf_counter() - start < seconds:
+            if dataset[[next(requests)]].given_up:
+                raise DataError(f"{videos.root}: none of the videos can be read; mend data.root or the annotations")
+            clips += 1
+    spent = time.perf_counter() - start
+    milliseconds = {stage: 1000 * total / clips for stage, total in stages.seconds.items()}
+    milliseconds["rest"] = 1000 * spent / clips - sum(milliseconds.values())
+
+    # Batches small enough that several come within the time; the first ones only start the workers.
+    pieces = UNITS_PER_WORKER * max(1, worker_count(recipe, world))
+    batch = min(shape.clips, pieces * math.ceil(clips / spent * seconds / 8))
+    steps = ([next(requests) for _ in range(batch)] for _ in count())
+    loader = batches_of(dataset, steps, recipe, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
+    for _ in range(3):
+        next(loader)
+    start, delivered = time.perf_counter(), 0
+    while delivered < 2 * batch or time.perf_counter() - start < seconds:
+        next(loader)
+        delivered += batch
+    rate = delivered / (time.perf_counter() - start)
+    return {
+        "clips": shape.clips, "frames": shape.frames, "crop": shape.crop,
+        "clips_per_second_per_core": clips / spent, "milliseconds": milliseconds,
+        "loader_clips_per_second": rate, "needed_clips_per_second": needed,
+    }  # fmt: skip
+
+
+def time_step(recipe: Recipe, world: World) -> float:
+    """Seconds of a training step of the base shape: on a CPU those of one clip, times the clips."""
+    clips = 1 if world.device.type == "cpu" else min(recipe.batch.clips, recipe.hardware.micro_clips or 64)
+    batch = recipe.batch.model_copy(update={"clips": clips, "bn_clips": min(clips, recipe.batch.bn_clips)})
+    small = baseline_recipe(recipe).model_copy(update={"batch": batch})
+    model = to_device(make_model(small), small, world)
+    optimizer = make_optimizer(model, small.optim)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+    pixels = torch.zeros(clips, recipe.clip.frames, recipe.clip.crop, recipe.clip.crop, 3, dtype=torch.uint8)
+    pixels, labels = (
+        pixels.to(world.device).permute(0, 4, 1, 2, 3),
+        torch.zeros(clips, dtype=torch.int64).to(world.device),
+    )
+    step = make_plan(small, clips)[0]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        train_step(model, optimizer, scaler, pixels, labels, step, small, world).loss.item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) * recipe.batch.clips / clips
+
+
+def forecast(plan: Plan, rates: dict[Shape, float], step_seconds: float) -> dict[str, Any]:
+    """Hours of a plan, and of each phase whether the loader or the network sets its pace.
+
+    Within a short cycle the loader catches up, so a phase takes as long as the slower of the two takes for a cycle.
+    """
+    phases, total = [], 0.0
+    for phase in plan.phases:
+        known = [rates.get(shape, rates[max(rates)]) for shape in phase.shapes]
+        load = sum(shape.clips / rate for shape, rate in zip(phase.shapes, known, strict=True)) / len(phase.shapes)
+        total += phase.steps * max(load, step_seconds)
+        phases.append({"index": phase.index, "load_seconds": load, "waits": load > step_seconds})
+    alone = len(plan) * step_seconds
+    return {"phases": phases, "hours": total / 3600, "hours_without_waiting": alone / 3600, "steps": len(plan)}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a person reads it."""
+    lines = []
+    for found in result["sets"]:
+        stages = list(found["shapes"][0]["milliseconds"])
+        head = "".join(f"{stage:>9}" for stage in stages)
+        lines.append(f"{found['name']:15}  clips/s/core{head}   {result['workers']} workers  needed clips/s")
+        for row in found["shapes"]:
+            shape = Shape(row["clips"], row["frames"], row["crop"])
+            spent = "".join(f"{row['milliseconds'][stage]:6.2f} ms" for stage in stages)
+            rate, needed = row["loader_clips_per_second"], row["needed_clips_per_second"]
+            verdict = "" if rate >= needed else "  waits"
+            lines.append(
+                f"{shape!s:15}  {row['clips_per_second_per_core']:12.1f}{spent}  {rate:10.1f}  {needed:14.1f}{verdict}"
+            )
+        waiting = [str(phase["index"] + 1) for phase in found["plan"]["phases"] if phase["waits"]]
+        plan, rival = found["plan"], found["baseline"]
+        lines.append(
+            f"phases that wait for data: {', '.join(waiting) or 'none'}; training takes about {plan['hours']:.2f} h, "
+            f"{plan['hours_without_waiting']:.2f} h if it never waited; {rival['hours'] / plan['hours']:.2f}x less than "
+            f"the baseline's {rival['hours']:.2f} h"
+        )
+        lines.append("")
+    return "\n".join(lines[:-1])
