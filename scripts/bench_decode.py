@@ -13,7 +13,7 @@ Contestants, each as a training path of that library would be written:
 
     mgtrain      `VideoFile` and `cut_random`, as the loader calls them: uint8
     PySlowFast   `Kinetics.__getitem__` of a checkout in train mode, decoding with PyAV: normalised float32
-    torchcodec   `get_frames_at` with approximate seeking, then torchvision's `resized_crop`: uint8
+    torchcodec   `get_frames_at` with approximate seeking, then torchvision's `resized_crop`, faster than its own: uint8
     decord       `get_batch`, then torchvision's `resized_crop`: uint8
     plain        decoding every frame from the key frame before the clip to its last frame, with PyAV, and nothing else
     floor        the same, but frames that no other frame needs are skipped unless they are sampled
@@ -44,10 +44,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 from importlib import metadata
@@ -70,12 +71,12 @@ from mgtrain.rng import Draw, generator
 WIDTH, HEIGHT, FPS = 340, 256, 30
 KEY_FRAMES = (250, 12)  # frames from one key frame to the next, of each set of videos
 WORKERS = 2  # processes of a loader
-LOADER_CLIPS = 64  # clips that a loader is timed for, in each round
 
 Read = Callable[[ClipRequest], Any]  # the clip, in whatever form and type the library's users would have it
 Contestant = Callable[[Sequence[str], "Job"], Read]
 Rates = dict[str, list[float]]  # contestant -> clips/s per core in each round
 ByJob = dict[str, Rates]
+Measure = Callable[[Sequence[str], "Job"], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,54 +113,85 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one round of two clips of short videos")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    jobs = [replace(job, batch=2) for job in JOBS] if options.smoke else [*JOBS]
     if options.smoke:
         options.videos, options.repeats, options.clips = options.videos / "smoke", 1, 2
     cores = options.cores or sorted(os.sched_getaffinity(0))[:WORKERS]
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants' processes
-
-    sets = make_videos(options.videos, videos=2 if options.smoke else 12, frames=80 if options.smoke else 300)
     contestants = CONTESTANTS | ({"PySlowFast": partial(pyslowfast, options.pyslowfast)} if options.pyslowfast else {})
     if unknown := set(options.contestants or ()) - set(contestants):
         parser.error(f"no contestant {min(unknown)!r}; choose among {', '.join(contestants)}")
-    names = [name for name in options.contestants or contestants if not (options.loader and name in ("plain", "floor"))]
-    rates: dict[str, ByJob] = {videos: {str(job): {} for job in JOBS} for videos in sets}
-    inside: dict[str, ByJob] = {videos: {str(job): {} for job in JOBS} for videos in sets} if options.loader else {}
-    measure = partial(loader_rate, len(cores)) if options.loader else partial(decode_rate, options.clips)
-    with ExitStack() as stack:
-        alone = stack.enter_context(process(cores[:1]))
-        processes = {name: stack.enter_context(process(cores if options.loader else cores[:1])) for name in names}
-        for name in names:
-            try:
-                processes[name].submit(decode_rate, 1, contestants[name], next(iter(sets.values())), JOBS[0]).result()
-            except (ImportError, OSError, RuntimeError) as error:
-                print(f"{name} takes no part: {str(error).splitlines()[0]}", file=sys.stderr)
-                del processes[name]
-        for round_, (videos, paths), job in product(range(options.repeats), sets.items(), JOBS):
-            print(f"round {round_ + 1} of {options.repeats}: {videos}, {job}", file=sys.stderr, flush=True)
-            for name, one in processes.items():
-                rate = one.submit(measure, contestants[name], paths, job).result()
-                rates[videos][str(job)].setdefault(name, []).append(rate)
-            if options.loader:
-                for name, rate in alone.submit(loader_and_loop, paths, job).result().items():
-                    inside[videos][str(job)].setdefault(name, []).append(rate)
+    contestants = {name: contestants[name] for name in options.contestants or contestants}
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants' processes
+
+    sets = make_videos(options.videos, videos=2 if options.smoke else 12, frames=80 if options.smoke else 300)
+    race = partial(compare, sets=sets, jobs=jobs, repeats=options.repeats)
+    if options.loader:
+        measures = {
+            name: partial(loader_rate, options.clips, len(cores), contestant)
+            for name, contestant in contestants.items()
+            if name not in ("plain", "floor")  # they make no clips
+        }
+        alone = {"loader": partial(one_worker_rate, options.clips), "loop": partial(loop_rate, options.clips)}
+        measured = {
+            f"loaders of {WORKERS} workers on {len(cores)} core(s)": race(measures, cores=cores),
+            "mgtrain on 1 core, loader of 1 worker and loop over the same clips": race(alone, cores=cores[:1]),
+        }
+    else:
+        measures = {name: partial(decode_rate, options.clips, entrant) for name, entrant in contestants.items()}
+        measured = {"decoding": race(measures, cores=cores[:1])}
 
     if options.json:
         facts = {"schema": "mgtrain.bench_decode/1", "machine": machine(), "cores": cores, "clips": options.clips}
-        kind = "loaders" if options.loader else "decoding"
-        print(json.dumps({**facts, "unit": "clips/s per core", kind: rates, "one_worker": inside}))
+        print(json.dumps({**facts, "clips_per_second_per_core": measured}))
         return
     print(*(f"{key} {value}" for key, value in machine().items()), sep=", ")
-    kind = f"loaders of {WORKERS} workers on {len(cores)} core(s)" if options.loader else "decoding"
-    for videos in sets:
-        report(f"{videos}, {kind}", rates[videos])
-        if options.loader:
-            report(f"{videos}, mgtrain's loader of 1 worker and the same clips in a loop, on 1 core", inside[videos])
+    for kind, by_set in measured.items():
+        for videos, by_job in by_set.items():
+            report(f"{kind}; {videos}", by_job)
+
+
+def compare(
+    measures: Mapping[str, Measure],
+    *,
+    sets: Mapping[str, Sequence[str]],
+    jobs: Sequence[Job],
+    repeats: int,
+    cores: Sequence[int],
+) -> dict[str, ByJob]:
+    """The rates of all jobs on all sets of videos: contestants take turns, each in a process of its own.
+
+    One that cannot do the first job takes no part, and it is said why.
+    """
+    rates: dict[str, ByJob] = {videos: {str(job): {} for job in jobs} for videos in sets}
+    turns = [*product(range(repeats), sets, jobs)]
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(process(cores)) for name in measures}
+        for turn in turns:
+            round_, videos, job = turn
+            print(f"round {round_ + 1} of {repeats}: {videos}, {job}", file=sys.stderr, flush=True)
+            for name in list(processes):
+                try:
+                    rate = processes[name].submit(measures[name], sets[videos], job).result()
+                except (ImportError, OSError, RuntimeError) as error:
+                    if turn != turns[0]:
+                        raise
+                    print(f"{name} takes no part: {str(error).splitlines()[0]}", file=sys.stderr)
+                    del processes[name]
+                else:
+                    rates[videos][str(job)].setdefault(name, []).append(rate)
+    return rates
 
 
 def process(cores: Sequence[int]) -> ProcessPoolExecutor:
     """One process on these cores."""
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=os.sched_setaffinity, initargs=(0, cores))
+    spawn = multiprocessing.get_context("spawn")  # several copies of FFmpeg do not mix
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=settle, initargs=(cores,))
+
+
+def settle(cores: Sequence[int]) -> None:
+    os.sched_setaffinity(0, cores)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of a loader, as users have it
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # the cores may be fewer than the workers
 
 
 def machine() -> dict[str, str]:
@@ -394,19 +426,27 @@ class Clips(Dataset[torch.Tensor]):
         return torch.as_tensor(self.read(request(position, self.videos, self.job)))
 
 
-def loader_rate(cores: int, contestant: Contestant, paths: Sequence[str], job: Job) -> float:
+def loader_rate(clips: int, cores: int, contestant: Contestant, paths: Sequence[str], job: Job) -> float:
     """Clips per second and core that come out of a loader of two workers."""
     if contestant is mgtrain:
-        return steady_rate(mgtrain_loader(paths, job, WORKERS)[0], job, skip=WORKERS) / cores
-    clips = Clips(contestant(paths, job), len(paths), job)
-    return steady_rate(DataLoader(clips, job.batch, sampler=range(10**6), num_workers=WORKERS), job, WORKERS) / cores
+        loader, _, _ = mgtrain_loader(paths, job, WORKERS)
+    else:
+        dataset = Clips(contestant(paths, job), len(paths), job)
+        loader = DataLoader(dataset, job.batch, sampler=range(10**6), num_workers=WORKERS)
+    return steady_rate(loader, job, WORKERS, clips) / cores
 
 
-def loader_and_loop(paths: Sequence[str], job: Job) -> dict[str, float]:
-    """Clips per second of mgtrain's loader with one worker, and of reading the same clips without a loader."""
-    batches, clips, plan = mgtrain_loader(paths, job, workers=1)
-    loop = ([clips[[wanted]] for wanted in step_requests(step, len(paths), seed=0)] for step in plan)
-    return {"loader": steady_rate(batches, job, skip=1), "loop": steady_rate(loop, job, skip=1)}
+def one_worker_rate(clips: int, paths: Sequence[str], job: Job) -> float:
+    """Clips per second of mgtrain's loader with one worker."""
+    loader, _, _ = mgtrain_loader(paths, job, workers=1)
+    return steady_rate(loader, job, 1, clips)
+
+
+def loop_rate(clips: int, paths: Sequence[str], job: Job) -> float:
+    """Clips per second of a plain loop over the same clips, in this process."""
+    _, dataset, plan = mgtrain_loader(paths, job, workers=1)
+    batches = ([dataset[[wanted]] for wanted in step_requests(step, len(paths), seed=0)] for step in plan)
+    return steady_rate(batches, job, 1, clips)
 
 
 def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterable[Any], Any, Any]:
@@ -417,14 +457,14 @@ def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterab
     from mgtrain.recipe import parse_recipe
     from mgtrain.schedule import make_plan
 
-    grid = job.grid
+    low, high = job.grid.short_side
     recipe = parse_recipe(
         f"""
         data: {{format: list, root: ., train: train.csv, val: val.csv, classes: 2}}
-        clip: {{frames: {job.frames}, stride: {job.stride}, crop: {job.crop}, short_side: {list(grid.short_side)}}}
+        clip: {{frames: {job.frames}, stride: {job.stride}, crop: {job.crop}, short_side: [{low}, {high}]}}
         evaluation: {{crop: {job.crop}, short_side: {job.crop}}}
         model: {{name: i3d_r50}}
-        batch: {{clips: {job.batch}, bn_clips: 8}}
+        batch: {{clips: {job.batch}, bn_clips: {job.batch}}}
         optim: {{lr: 0.1, stages: [1000000]}}
         schedule: {{name: baseline}}
         hardware: {{workers: {workers}}}
@@ -437,10 +477,10 @@ def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterab
     return batches, RandomClips(videos, recipe), plan
 
 
-def steady_rate(loader: Iterable[Any], job: Job, skip: int) -> float:
-    """Clips per second after the first `skip` batches, one for each worker: by then the workers keep their pace."""
-    batches, timed = iter(loader), LOADER_CLIPS // job.batch
-    for _ in islice(batches, skip):
+def steady_rate(loader: Iterable[Any], job: Job, workers: int, clips: int) -> float:
+    """Clips per second after the first batch of each worker, over at least `clips` clips and equally many of each."""
+    batches, timed = iter(loader), workers * -(-clips // (workers * job.batch))
+    for _ in islice(batches, workers):
         pass
     start = time.perf_counter()
     for _ in islice(batches, timed):
