@@ -21,6 +21,7 @@ class Draw(IntEnum):
     INIT = 4  # the model's first weights
     RECALIBRATION = 5  # the clips that recalibrate BatchNorm
     SYNTHETIC = 6  # synthetic videos
+    CHOICE = 21  # which videos are set apart for validation, or looked at as a sample
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:
