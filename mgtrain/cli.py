@@ -287,7 +287,7 @@ def index(
                 out.print(str(finding), markup=False)
         out.print(f"wrote {', '.join(map(str, files))}", markup=False)
     if strict and warnings:
-        raise DataError(f"{len(warnings)} warnings, which --strict does not allow; mend what they name")
+        raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
 
 
 @data_app.command()
@@ -358,12 +358,13 @@ def stats(
 
     Example:  mgtrain data stats demo_multigrid --picture stats.png
     """
+    if picture and picture.suffix.lower() != ".png":
+        raise UsageError(f"--picture {picture}: has to end in .png")
+
     from mgtrain.console import progress
     from mgtrain.datasets import open_splits
     from mgtrain.stats import draw_picture, make_stats, render
 
-    if picture and picture.suffix.lower() != ".png":
-        raise UsageError(f"--picture {picture}: has to end in .png")
     loaded = load_recipe(recipe, overrides or ())
     videos = open_splits(loaded.data)[split.value]
     count = workers if workers is not None else min(16, os.cpu_count() or 1)
@@ -371,13 +372,13 @@ def stats(
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
         err.print(f"warning: {cause}", markup=False, style="yellow", soft_wrap=True)
-    if picture:
-        draw_picture(made, picture)
     if json_:
         result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
         out.print_json(json.dumps(result))
     else:
         out.print(render(made), markup=False)
+    if picture:
+        draw_picture(made, picture)
 
 
 @app.callback(invoke_without_command=True)

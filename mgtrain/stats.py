@@ -16,12 +16,13 @@ import numpy as np
 from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.decode import VideoFile
 from mgtrain.console import duration
-from mgtrain.datasets.videos import EXAMPLES, Videos
-from mgtrain.errors import DataError, VideoError
+from mgtrain.datasets.videos import EXAMPLES, Videos, printable
+from mgtrain.errors import DataError, UsageError, VideoError
 from mgtrain.recipe import Clip
 from mgtrain.rng import Draw, generator
 
 COMMONEST = 4  # sizes and codecs that are named
+MOST_NAMED = 12  # bars with names
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
 
@@ -149,7 +150,7 @@ def probe_video(path: str) -> Probe:
         with VideoFile(path) as file:
             return Probe(file.info, file.codec, os.stat(path).st_size)
     except VideoError as error:
-        return Probe(None, "", 0, str(error))
+        return Probe(None, "", 0, printable(str(error)))
 
 
 def render(stats: Stats) -> str:
@@ -188,40 +189,48 @@ def render(stats: Stats) -> str:
 
 
 def draw_picture(stats: Stats, path: Path) -> None:
-    """Four panels: videos per class, seconds, frames per second, and sizes."""
+    """Four panels: videos per class, seconds, frames per second, and sizes. `UsageError` if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes", fontsize=12)
+    looked_at = f"{len(stats.probes):,} looked at, {len(stats.broken):,} of them broken"
+    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {looked_at}", fontsize=12)
     (balance, seconds, fps, sizes) = figure.subplots(2, 2).flat
-    counts = np.sort(stats.videos.videos_per_class)[::-1]
-    balance.bar(np.arange(len(counts)), counts, width=1.0 if len(counts) > 30 else 0.8, color="tab:blue")
-    balance.set(title="class balance", xlabel="classes, commonest first", ylabel="videos", ylim=(0, None))
-    balance.xaxis.get_major_locator().set_params(integer=True)
-    _histogram(seconds, stats.column("seconds"), "duration", "seconds")
+    counts = stats.videos.videos_per_class
+    order = np.argsort(-counts, kind="stable")
+    balance.bar(np.arange(len(counts)), counts[order], width=0.8 if len(counts) <= MOST_NAMED else 1.0)
+    balance.set(title="class balance", xlabel="classes, commonest first", ylabel="videos")
+    if len(counts) <= MOST_NAMED:
+        names = [stats.videos.classes[label] for label in order]
+        balance.set_xticks(np.arange(len(counts)), names, rotation=30, ha="right", parse_math=False)
     clip = stats.clip
     span = clip.frames * clip.stride / clip.fps
-    seconds.axvline(span, color="tab:red", label=f"span of the base clip, {span:g} s")
+    seconds.hist(stats.column("seconds"), bins=30)
+    seconds.axvline(span, color="tab:red", label=f"span of the base clip, {span:.3g} s")
+    seconds.set(title="duration", xlabel="seconds", ylabel="videos looked at")
+    seconds.margins(y=0.2)  # room for the legend
     seconds.legend(frameon=False, fontsize=8)
-    _histogram(fps, stats.column("fps"), "frame rate", "frames per second")
-    fps.axvline(clip.fps, color="tab:red", label=f"the recipe's, {clip.fps:g}")
-    fps.legend(frameon=False, fontsize=8)
-    sizes.scatter(stats.column("width"), stats.column("height"), s=14, alpha=0.4, linewidths=0, color="tab:blue")
-    sizes.set(title="size", xlabel="width, pixels", ylabel="height, pixels", xlim=(0, None), ylim=(0, None))
+    rates = Counter(f"{rate:.4g}" for rate in stats.column("fps"))
+    shown = dict(rates.most_common(MOST_NAMED - 1))
+    shown |= {"others": rates.total() - sum(shown.values())} if len(rates) > len(shown) else {}
+    fps.bar(list(shown), list(shown.values()))
+    fps.margins(x=max(0.05, 0.5 - 0.1 * len(shown)))
+    fps.set(title="frame rate", xlabel=f"frames per second; strides count at {clip.fps:g}", ylabel="videos looked at")
+    sizes.scatter(stats.column("width"), stats.column("height"), s=14, alpha=0.4, linewidths=0)
+    sizes.set(title="size", xlabel="width, pixels", ylabel="height, pixels")
+    sizes.set(xlim=(0, 1.05 * stats.column("width").max()), ylim=(0, 1.05 * stats.column("height").max()))
     low, high = clip.short_side
     for value, style in ((low, ":"), (high, "--")):
         sizes.plot([value, value, max(sizes.get_xlim()[1], value)], [max(sizes.get_ylim()[1], value), value, value],
                    style, color="tab:red", linewidth=1, label=f"short side {value}")  # fmt: skip
     sizes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _histogram(axes: Any, values: np.ndarray, title: str, unit: str) -> None:
-    axes.hist(values, bins=30, color="tab:blue")
-    axes.set(title=title, xlabel=unit, ylabel="videos of the sample")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
 
 
 def _named(counts: dict[str, int], total: int) -> str:

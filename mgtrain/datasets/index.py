@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mgtrain.datasets.folder import SUFFIXES
-from mgtrain.datasets.videos import EXAMPLES, Videos
+from mgtrain.datasets.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError
 
 THREADS = 16  # they wait for the disk
-CHUNK = 1024  # rows that a thread looks at, at a time
+CHUNK = 1000  # rows that a thread looks at, at a time
 BLOCK = 4096  # bytes of the first, middle and last block
 KINETICS_NAME = re.compile(r"(?:.*/)?(.{11})_\d{6}_\d{6}\.[^./]+", re.DOTALL)
 
@@ -36,22 +36,21 @@ ROW = np.dtype(
 )  # fmt: skip
 
 WARNINGS = {
-    "missing": "{count} rows of {splits} have no file",
-    "empty": "{count} files of {splits} hold no bytes and are left out",
-    "apple_double": "{count} rows of {splits} are AppleDouble files (._*), no videos, and are left out",
-    "repeated": "{count} rows of {splits} repeat another's path",
-    "duplicates": "{count} files of {splits} have another's content",
-    "conflicts": "{count} files have the content, but not the label, of another in {splits}",
-    "same_path": "leakage: {count} videos are in {splits}",
-    "same_content": "leakage: {count} videos under other names are in {splits}",
-    "same_source": "leakage: {count} videos come from the same source as others, in {splits}",
+    "missing": "rows without a file",
+    "empty": "files without a byte, left out",
+    "apple_double": "AppleDouble files (._*), which are no videos, left out",
+    "repeated": "rows that repeat a path",
+    "duplicates": "files with the content of another",
+    "conflicts": "files with the content of another, but not its label",
+    "same_path": "leakage, the same videos",
+    "same_content": "leakage, the same content under other names",
+    "same_source": "leakage, clips of the same source",
 }
 NOTES = {
-    "extra": "{count} videos under the root are in no split",
-    "extra_apple_double": "{count} AppleDouble files (._*) under the root are no videos",
-    "unreadable": "{count} folders under the root cannot be read",
+    "extra": "under the root, videos that no split names",
+    "extra_apple_double": "under the root, AppleDouble files (._*) that no split names",
+    "unreadable": "under the root, folders that cannot be read",
 }
-
 WITHIN_SPLIT = ("missing", "empty", "apple_double", "repeated", "duplicates")
 
 Progress = Callable[[str, int, int], None]  # told what is being done, how many are done, and of how many
@@ -74,8 +73,9 @@ class Finding:
         return self.kind in WARNINGS
 
     def __str__(self) -> str:
-        sentence = {**WARNINGS, **NOTES}[self.kind].format(count=f"{self.count:,}", splits=" and ".join(self.splits))
-        return f"{sentence}: {', '.join(self.examples)}{', ...' if self.count > len(self.examples) else ''}"
+        what = f"{' and '.join(self.splits)}: {WARNINGS[self.kind]}" if self.warns else NOTES[self.kind]
+        more = ", ..." if self.count > len(self.examples) else ""
+        return f"{what}: {self.count:,} ({', '.join(self.examples)}{more})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
     names, videos = list(splits), list(splits.values())
 
     def name(row: np.void) -> str:
-        return str(videos[row["split"]].name(int(row["row"])))
+        return printable(videos[row["split"]].name(int(row["row"])))
 
     def path(row: np.void) -> str:
         return str(videos[row["split"]].path(int(row["row"])))
@@ -125,7 +125,7 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
         for first in range(0, len(of), CHUNK)
     ]
     table = np.concatenate(
-        list(_each(lambda chunk: _look(videos[chunk[0]], *chunk), chunks, "files of 1024 rows", show))
+        list(_each(lambda chunk: _look(videos[chunk[0]], *chunk), chunks, "thousand rows looked at", show))
     )
     listed = set(table["path"].tolist())
     findings = []
@@ -147,9 +147,7 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
         _compare_contents(table, path, show)
     by_split = [table[table["split"] == split] for split in range(len(names))]
     for key, own in zip(names, by_split, strict=True):
-        findings.append(_repeats("repeated", (key,), own, "path", name))
-        own = own[np.unique(own["path"], return_index=True)[1]]
-        findings.append(_repeats("duplicates", (key,), own, "content", name))
+        findings += _repeats(key, own, name)
     findings.append(_conflicts(tuple(names), table, name))
     for one, other in combinations(range(len(names)), 2):
         findings += _leaks((names[one], names[other]), by_split[one], by_split[other], name)
@@ -186,7 +184,10 @@ def _compare_contents(table: np.ndarray, path: Callable[[np.void], str], show: P
     _, first, inverse = np.unique(table["path"], return_index=True, return_inverse=True)
     files = table[first]  # every file once
     alike = np.flatnonzero(_shared(files["size"]))
-    for what, digest in (("files of equal size", _hash_of_blocks), ("possible duplicates", _hash_of_file)):
+    for what, digest in (
+        ("files of equal size compared", _hash_of_blocks),
+        ("possible duplicates compared", _hash_of_file),
+    ):
         paths = [path(file) for file in files[alike]]
         digests = np.array(list(_each(digest, paths, what, show)), np.uint64)
         same = _shared(digests)
@@ -195,20 +196,27 @@ def _compare_contents(table: np.ndarray, path: Callable[[np.void], str], show: P
     table["content"] = files["content"][inverse]
 
 
-def _repeats(kind: str, splits: tuple[str, ...], rows: np.ndarray, key: str, name: Callable[[np.void], str]) -> Finding:
-    """Rows whose `key` a row before them has."""
-    places, firsts = _repeated(rows[key])
-    pairs = zip(rows[places[:EXAMPLES]], rows[firsts[:EXAMPLES]], strict=True)
-    examples = (name(row) if key == "path" else f"{name(row)} = {name(first)}" for row, first in pairs)
-    return Finding(kind, splits, len(places), tuple(examples))
+def _twins(
+    kind: str, splits: tuple[str, ...], rows: np.ndarray, twins: np.ndarray, name: Callable[[np.void], str]
+) -> Finding:
+    """Rows and what they are like: the examples are pairs, or one name where both have it."""
+    pairs = [(name(row), name(twin)) for row, twin in zip(rows[:EXAMPLES], twins[:EXAMPLES], strict=True)]
+    return Finding(kind, splits, len(rows), tuple(a if a == b else f"{a} = {b}" for a, b in pairs))
+
+
+def _repeats(split: str, rows: np.ndarray, name: Callable[[np.void], str]) -> Iterator[Finding]:
+    """Rows of a split that have the path of an earlier one, and files that have the content of an earlier one."""
+    for kind, key in (("repeated", "path"), ("duplicates", "content")):
+        places, firsts = _repeated(rows[key])
+        yield _twins(kind, (split,), rows[places], rows[firsts], name)
+        rows = np.delete(rows, places)
 
 
 def _conflicts(splits: tuple[str, ...], rows: np.ndarray, name: Callable[[np.void], str]) -> Finding:
-    """Rows with the content of a row before them, but another label."""
+    """Rows with the content of an earlier one, but another label."""
     places, firsts = _repeated(rows["content"])
     differ = rows["label"][places] != rows["label"][firsts]
-    pairs = zip(rows[places[differ][:EXAMPLES]], rows[firsts[differ][:EXAMPLES]], strict=True)
-    return Finding("conflicts", splits, int(differ.sum()), tuple(f"{name(a)} = {name(b)}" for a, b in pairs))
+    return _twins("conflicts", splits, rows[places[differ]], rows[firsts[differ]], name)
 
 
 def _leaks(
@@ -217,11 +225,8 @@ def _leaks(
     """Rows of the second split that the first has, too; each counts once, as the strongest kind."""
     for kind, key in (("same_path", "path"), ("same_content", "content"), ("same_source", "source")):
         leaks = np.isin(other[key], one[key])
-        examples = []
-        for row in other[leaks][:EXAMPLES]:
-            twin = one[np.argmax(one[key] == row[key])]
-            examples.append(name(row) if key == "path" else f"{name(row)} = {name(twin)}")
-        yield Finding(kind, splits, int(leaks.sum()), tuple(examples))
+        twins = [np.argmax(one[key] == row[key]) for row in other[leaks][:EXAMPLES]]
+        yield _twins(kind, splits, other[leaks], one[np.array(twins, int)], name)
         other = other[~leaks]
 
 
@@ -231,17 +236,18 @@ def _extra(root: str, listed: set[int], show: Progress) -> Iterator[Finding]:
     found: dict[str, list[str]] = {"extra": [], "extra_apple_double": []}  # the first few names
     counts = dict.fromkeys(found, 0)
     for done, (folder, folders, files) in enumerate(os.walk(root, onerror=lambda e: unreadable.append(e.filename))):
-        show("folders under the root", done, done + len(folders))
+        show("folders searched", done, done + len(folders))
         folders.sort()
+        within = os.path.relpath(folder, root)
         for file in sorted(files):
-            name = os.path.relpath(os.path.join(folder, file), root) if folder != root else file
+            name = os.path.normpath(os.path.join(within, file))
             if file.lower().endswith(SUFFIXES) and _hash(os.fsencode(name)) not in listed:
                 kind = "extra_apple_double" if file.startswith("._") else "extra"
                 counts[kind] += 1
-                found[kind] += [name] if len(found[kind]) < EXAMPLES else []
+                found[kind] += [printable(name)] if len(found[kind]) < EXAMPLES else []
     for kind, names in found.items():
         yield Finding(kind, (), counts[kind], tuple(names))
-    yield Finding("unreadable", (), len(unreadable), tuple(unreadable[:EXAMPLES]))
+    yield Finding("unreadable", (), len(unreadable), tuple(map(printable, unreadable[:EXAMPLES])))
 
 
 def _repeated(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

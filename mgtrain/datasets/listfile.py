@@ -56,7 +56,7 @@ def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]])
     With `data.root` as it was and `data.format=list` a recipe reads the same videos, classes and labels from them.
 
     Raises:
-        UsageError: one of the files is there already and says something else.
+        UsageError: one of the files is there already and says something else, or cannot be written.
         DataError: a path that no list can hold.
     """
     texts = {f"{name}.csv": _text(videos, rows) for name, (videos, rows) in lists.items()}
@@ -66,9 +66,12 @@ def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]])
         path = folder / name
         if path.exists() and path.read_bytes() != text.encode():
             raise UsageError(f"{path}: is there already and would change; remove it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode())
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror}; choose another folder") from None
     return [folder / name for name in texts]
 
 

@@ -165,6 +165,15 @@ def _files(folder: str) -> dict[str, str]:
         return {}
 
 
+def printable(name: str) -> str:
+    """The name as it is, or quoted with escapes where it holds line breaks or bytes that are no UTF-8.
+
+    >>> print(printable("a b.mp4"), printable("a\\nb.mp4"))
+    a b.mp4 'a\\nb.mp4'
+    """
+    return name if name.isprintable() else repr(name)
+
+
 def check_exists(path: Path, kind: str) -> None:
     """`DataError` that helps to find it, if there is no such file or folder; `kind` says in words what it should be."""
     if path.exists():
