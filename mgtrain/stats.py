@@ -91,7 +91,7 @@ class Stats:
             },
             "sizes": {"different": len(sizes), "commonest": dict(sizes.most_common(COMMONEST))},
             "codecs": dict(Counter(probe.codec for probe in opened).most_common(COMMONEST)),
-            "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 3),
+            "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
             "bytes": round(float(np.mean([probe.bytes for probe in opened])) * len(self.videos)),
             "recipe": {
                 "span_seconds": round(span, 3),
@@ -163,13 +163,13 @@ def render(stats: Stats) -> str:
         return f"{count:,} of {opened:,} ({100 * count / opened:.1f} %)"
 
     sampled = f", of which {facts['sample']:,} were looked at" if facts["sample"] < facts["videos"] else ""
-    missing = f", {facts['missing']:,} more have no file" if facts["missing"] else ""
+    missing = f", {facts['missing']:,} more without a file" if facts["missing"] else ""
     about = "about " if sampled else ""
-    empty = f", {per_class['empty']} have none" if per_class["empty"] else ""
+    empty = f", {per_class['empty']:,} without any" if per_class["empty"] else ""
     lines = [
         f"videos      {facts['videos']:,}{sampled}{missing}",
         f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
-        f"({per_class['commonest']}) videos, median {per_class['median']:,.0f}{empty}",
+        f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
         f"in all      {about}{duration(facts['hours'] * 3600)}, {about}{_bytes(facts['bytes'])}",
         f"sizes       {facts['sizes']['different']:,} different; {_named(facts['sizes']['commonest'], opened)}",
         f"codecs      {_named(facts['codecs'], opened)}",

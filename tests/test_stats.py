@@ -45,7 +45,7 @@ def test_stats_are_those_of_the_files(mixed: Videos):
     root = Path(mixed.root)
     sizes = [(root / name).stat().st_size for name in ("short.mp4", "exact.mp4", "slow.avi")]
     assert facts["bytes"] == round(sum(sizes) / 3 * 4)
-    assert facts["hours"] == pytest.approx((20 / 30 + 32 / 30 + 2) / 3 * 4 / 3600, abs=1e-3)
+    assert facts["hours"] == pytest.approx((20 / 30 + 32 / 30 + 2) / 3 * 4 / 3600, abs=1e-6)
     assert facts["broken"]["count"] == 1
     assert facts["broken"]["examples"][0].startswith(f"{root}/broken.mp4: ")
 
@@ -59,7 +59,7 @@ def test_stats_tell_what_the_recipe_would_do(mixed: Videos):
     assert larger.describe()["recipe"]["enlarged"] == 3
     text = render(stats)
     assert "1 of 3 (33.3 %)" in text
-    assert "0 (none) to 3 (fast) videos, median 1, 1 have none" in text
+    assert "0 (none) to 3 (fast) videos, median 1, 1 without any" in text
 
 
 def test_a_sample_is_drawn_by_the_seed_and_workers_change_nothing(tiny: Callable[..., Recipe]):

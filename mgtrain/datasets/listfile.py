@@ -38,10 +38,11 @@ def read_list(root: str, source: str, classes: Sequence[str] | None) -> Videos:
             meaning[text] = _parse_label(line, path, text, numbers, f"{listing}:{number}")
         path = _inside(path, root, listing, number)
         label = meaning[text]
-        _, known, first = rows[row] if (row := row_of.setdefault(path, len(rows))) < len(rows) else ("", label, 0)
+        row = row_of.setdefault(path, len(rows))
+        rows.append((path, label, number))
+        _, known, first = rows[row]
         if known != label:
             raise DataError(f"{listing}:{number}: {path!r} has label {label}, but {known} in line {first}; keep one")
-        rows.append((path, label, number))
     if not rows:
         raise DataError(f"{listing}: no video in it; write one `path label` per line")
     if not classes:
