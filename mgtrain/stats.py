@@ -24,6 +24,14 @@ from mgtrain.rng import Draw, generator
 COMMONEST = 4  # sizes and codecs that are named
 MOST_NAMED = 12  # bars with names
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
+QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
+    "frames": lambda info: info.frames,
+    "seconds": lambda info: info.frames / info.fps,
+    "fps": lambda info: info.fps,
+    "width": lambda info: info.width,
+    "height": lambda info: info.height,
+    "short_side": lambda info: min(info.width, info.height),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +58,9 @@ class Stats:
         return [probe.broken for probe in self.probes if probe.info is None]
 
     def column(self, name: str) -> np.ndarray:
-        """One quantity of all videos of the sample that can be opened: float64 (videos,)."""
+        """One of `QUANTITIES` of all videos of the sample that can be opened: float64 (videos,)."""
         infos = [probe.info for probe in self.probes if probe.info is not None]
-        quantities: dict[str, Callable[[VideoInfo], float]] = {
-            "frames": lambda info: info.frames,
-            "seconds": lambda info: info.frames / info.fps,
-            "fps": lambda info: info.fps,
-            "width": lambda info: info.width,
-            "height": lambda info: info.height,
-            "short_side": lambda info: min(info.width, info.height),
-        }
-        return np.array([quantities[name](info) for info in infos], float)
+        return np.array([QUANTITIES[name](info) for info in infos], float)
 
     def describe(self) -> dict[str, Any]:
         """All that is known, as JSON."""
@@ -87,7 +87,7 @@ class Stats:
             },
             **{
                 name: {label: round(float(np.quantile(self.column(name), q)), 3) for label, q in QUANTILES.items()}
-                for name in ("frames", "seconds", "fps", "width", "height", "short_side")
+                for name in QUANTITIES
             },
             "sizes": {"different": len(sizes), "commonest": dict(sizes.most_common(COMMONEST))},
             "codecs": dict(Counter(probe.codec for probe in opened).most_common(COMMONEST)),
@@ -177,7 +177,7 @@ def render(stats: Stats) -> str:
         f"{'':12}" + "".join(f"{label:>10}" for label in QUANTILES),
         *(
             f"{name.replace('_', ' '):12}" + "".join(f"{value:>10,.4g}" for value in facts[name].values())
-            for name in ("frames", "seconds", "fps", "width", "height", "short_side")
+            for name in QUANTITIES
         ),
         "",
         f"shorter than the base clip's span of {recipe['span_seconds']:g} s, so the last frame repeats: "
