@@ -89,7 +89,7 @@ def bench_data(
     *,
     seconds: float = 2.0,
     step_seconds: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Rates of every shape, for about `seconds` each, and what they mean for the plan; as plain values.
 
@@ -108,7 +108,7 @@ def bench_data(
         rows = []
         for n, (shape, grid) in enumerate(grids.items(), start=1):
             rows.append(bench_shape(recipe, videos, world, shape, grid, seconds, shape.clips / step))
-            progress(done + n, kinds * len(grids))
+            progress("measuring", done + n, kinds * len(grids))
         rates = {shape: row["loader_clips_per_second"] for shape, row in zip(grids, rows, strict=True)}
         totals = {key: forecast(of, rates, step) for key, of in (("plan", plan), ("baseline", baseline))}
         return {"name": name, "shapes": rows, **totals}
@@ -118,7 +118,7 @@ def bench_data(
     if not recipe.data.prepared:
         with tempfile.TemporaryDirectory() as folder:
             few = sample(videos)
-            paths = [few.relative(n) for n in range(len(few))]
+            paths = [few.name(n) for n in range(len(few))]
             settings = Settings(levels, quality, None)
             prepare(Path(few.root), paths, Path(folder) / "set", settings, max(1, worker_count(recipe, world)))
             data = recipe.data.model_copy(update={"prepared": str(Path(folder) / "set")})
@@ -129,7 +129,7 @@ def bench_data(
 def sample(videos: Videos) -> Videos:
     """Some of the videos, drawn at random."""
     chosen = generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE]
-    return Videos.of(videos.root, [(videos.relative(n), videos.label(n)) for n in chosen.tolist()], videos.classes)
+    return Videos.of(videos.root, [(videos.name(n), videos.label(n)) for n in chosen.tolist()], videos.classes)
 
 
 def bench_shape(
@@ -221,10 +221,11 @@ def render(result: dict[str, Any]) -> str:
             )
         waiting = [str(phase["index"] + 1) for phase in found["plan"]["phases"] if phase["waits"]]
         plan, rival = found["plan"], found["baseline"]
+        gain = rival["hours"] / plan["hours"]
         lines.append(
             f"phases that wait for data: {', '.join(waiting) or 'none'}; training takes about {plan['hours']:.2f} h, "
-            f"{plan['hours_without_waiting']:.2f} h if it never waited; {rival['hours'] / plan['hours']:.2f}x less than "
-            f"the baseline's {rival['hours']:.2f} h"
+            f"{plan['hours_without_waiting']:.2f} h if it never waited; {gain:.2f}x less than the "
+            f"baseline's {rival['hours']:.2f} h"
         )
         lines.append("")
     return "\n".join(lines[:-1])

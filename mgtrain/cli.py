@@ -43,6 +43,13 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Split(str, Enum):
+    """A part of a data set."""
+
+    train = "train"
+    val = "val"
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
@@ -55,6 +62,9 @@ DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute. Def
 Procs = Annotated[
     int | None, typer.Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
 ]
+
+ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other videos.")]
 
 
 @app.command()
@@ -235,6 +245,149 @@ def synthesize(
 
 
 @data_app.command()
+def index(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    *,
+    to: ToFolder,
+    contents: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Find duplicates and leakage by content, which reads files.")
+    ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is any warning.")] = False,
+    json_: Json = False,
+) -> None:
+    """Make one list for each split out of any annotations, and say what is missing, doubled or leaked.
+
+    Read the lists with data.format=list data.train=FOLDER/train.csv data.val=FOLDER/val.csv (full paths), data.root as
+    it was.
+
+    Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
+    """
+    from mgtrain.console import counts_table, progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.datasets.index import make_index
+    from mgtrain.datasets.listfile import write_lists
+    from mgtrain.errors import DataError
+
+    splits = open_splits(load_recipe(recipe, overrides or ()).data)
+    with progress() as show:
+        made = make_index(splits, contents=contents, progress=show)
+    unusable = [name for name, rows in made.usable.items() if not len(rows)]
+    warnings = [str(finding) for finding in made.findings if finding.warns]
+    for warning in warnings:
+        err.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+    if unusable:
+        raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
+    files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
+    if json_:
+        result = {
+            "schema": "mgtrain.data_index/1",
+            "root": splits["train"].root,
+            "files": [str(file) for file in files],
+        }
+        out.print_json(json.dumps({**result, **made.describe()}))
+    else:
+        out.print(counts_table("split", made.counts()))
+        for finding in made.findings:
+            if not finding.warns:
+                out.print(str(finding), markup=False)
+        out.print(f"wrote {', '.join(map(str, files))}", markup=False)
+    if strict and warnings:
+        raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
+
+
+@data_app.command()
+def split(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or a folder with one folder per class.")
+    ],
+    overrides: Overrides = None,
+    *,
+    to: ToFolder,
+    val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
+    folds: Annotated[int | None, typer.Option(min=2, help="Make so many folds instead, each validating once.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Split training and validation videos taken together.")] = False,
+    groups: Annotated[
+        Path | None, typer.Option(help="CSV with a column `path`: videos of one group stay together.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="The column of the CSV that names the group.")] = "group",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Split labelled videos into training and validation lists, every class alike.
+
+    Examples:  mgtrain data split videos --to lists --val 0.2
+    |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
+    """
+    from mgtrain.console import counts_table
+    from mgtrain.datasets import open_splits, open_videos
+    from mgtrain.datasets.listfile import write_lists
+    from mgtrain.datasets.split import count_classes, joined, make_split, read_groups
+
+    if (val is None) == (folds is None):
+        raise UsageError("give --val SHARE or --folds NUMBER, one of them")
+    if val is not None and not 0 < val < 1:
+        raise UsageError(f"--val {val:g}: has to be above 0 and below 1, such as 0.2")
+    if Path(source).is_dir():
+        if overrides or all_:
+            raise UsageError(f"{source}: a folder takes neither overrides nor --all; it is split as a whole")
+        videos = joined([open_videos("folder", source, ".")])
+    else:
+        splits = open_splits(load_recipe(source, overrides or ()).data)
+        videos = joined(splits.values() if all_ else [splits["train"]])
+    grouping = read_groups(groups, by, videos) if groups else None
+    lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
+    files = write_lists(to, {name: (videos, rows) for name, rows in lists.items()})
+    counts = {name: count_classes(videos, rows) for name, rows in lists.items()}
+    table = {name: {key: int(of[label]) for key, of in counts.items()} for label, name in enumerate(videos.classes)}
+    total = {name: len(rows) for name, rows in lists.items()}
+    if json_:
+        result = {"schema": "mgtrain.data_split/1", "root": videos.root, "files": [str(file) for file in files]}
+        out.print_json(json.dumps({**result, "videos": total, "videos_per_class": table}))
+    else:
+        out.print(counts_table("class", {**table, "in all": total}))
+        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}", markup=False)
+
+
+@data_app.command()
+def stats(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    split: Annotated[Split, typer.Option(help="Which videos.")] = Split.train,
+    sample: Annotated[int, typer.Option(min=1, help="Videos to look at.")] = 500,
+    seed: Seed = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw it, too: a PNG file to write.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what the videos are like: lengths, sizes, rates, classes, and what that means for the recipe.
+
+    Example:  mgtrain data stats demo_multigrid --picture stats.png
+    """
+    if picture and picture.suffix.lower() != ".png":
+        raise UsageError(f"--picture {picture}: has to end in .png")
+
+    from mgtrain.console import progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.stats import draw_picture, make_stats, render
+
+    loaded = load_recipe(recipe, overrides or ())
+    videos = open_splits(loaded.data)[split.value]
+    count = workers if workers is not None else min(16, os.cpu_count() or 1)
+    with progress() as show:
+        made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
+    for cause in made.broken:
+        err.print(f"warning: {cause}", markup=False, style="yellow", soft_wrap=True)
+    if json_:
+        result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
+        out.print_json(json.dumps(result))
+    else:
+        out.print(render(made), markup=False)
+    if picture:
+        draw_picture(made, picture)
+
+
+@data_app.command()
 def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -259,8 +412,8 @@ def prepare(
     from dataclasses import asdict
 
     from mgtrain.clips.prepared import Settings
-    from mgtrain.console import counting, duration, size
-    from mgtrain.datasets import open_videos
+    from mgtrain.console import duration, progress, size
+    from mgtrain.datasets import open_splits
     from mgtrain.prepare import Forecast
     from mgtrain.prepare import prepare as make
 
@@ -268,8 +421,7 @@ def prepare(
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
     settings = Settings(_parse_levels(levels), quality, fps)
     count = workers or _cores()
-    splits = [open_videos(data.format, data.root, source, None) for source in (data.train, data.val)]
-    paths = [videos.relative(n) for videos in splits for n in range(len(videos))]
+    paths = [videos.name(n) for videos in open_splits(data).values() for n in range(len(videos))]
 
     def by_level(sizes: tuple[int, ...]) -> str:
         parts = ", ".join(f"{size(n)} at {level}" for level, n in zip(settings.levels, sizes, strict=True))
@@ -284,8 +436,8 @@ def prepare(
         )
         return not forecast
 
-    with counting("preparing") as progress:
-        done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=progress)
+    with progress() as show:
+        done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=show)
     for cause in done.broken.values():
         err.print(f"left out: {cause}", markup=False, soft_wrap=True)
     if json_:
@@ -307,12 +459,12 @@ def verify(
 
     Example:  mgtrain data verify /scratch/k400
     """
-    from mgtrain.console import counting
+    from mgtrain.console import progress
     from mgtrain.errors import DataError
     from mgtrain.prepare import verify as look
 
-    with counting("verifying") as progress:
-        wrong = look(folder, _cores(), progress)
+    with progress() as show:
+        wrong = look(folder, _cores(), show)
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
     for file, problem in [] if json_ else wrong.items():
@@ -342,17 +494,17 @@ def bench_data(
     """
     from mgtrain.bench import bench_data as bench
     from mgtrain.bench import render
-    from mgtrain.console import counting
-    from mgtrain.datasets import open_videos
+    from mgtrain.console import progress
+    from mgtrain.datasets import open_splits
     from mgtrain.distributed import connect
 
     loaded = load_recipe(recipe, overrides or ())
-    videos = open_videos(loaded.data.format, loaded.data.root, loaded.data.train, None)
-    with connect(device.value if device else None) as world, counting("measuring") as progress:
+    videos = open_splits(loaded.data)["train"]
+    with connect(device.value if device else None) as world, progress() as show:
         start_logging(None, world.main, world.rank)
         result = bench(
             loaded, videos, world, _parse_levels(levels), quality,
-            seconds=seconds, step_seconds=step_seconds, progress=progress,
+            seconds=seconds, step_seconds=step_seconds, progress=show,
         )  # fmt: skip
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mgtrain.grid import Shape
@@ -62,14 +56,12 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal's stderr; to be told how many of how many are done."""
-    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True
-    ) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A line on the terminal: call what it gives with what is being done, how many are done, and of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def size(count: float) -> str:
@@ -166,4 +158,15 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
             "/".join(str(shape.clips // phase.bn_groups) for shape in phase.shapes),
         ]
         table.add_row(*row, *(["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
+    return table
+
+
+def counts_table(first: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
+    """Counts by row and column, under the columns' names; `first` says what the rows are."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for column in next(iter(rows.values())):
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+    for name, counts in rows.items():
+        table.add_row(escape(name), *(f"{count:,}" for count in counts.values()))
     return table

@@ -77,7 +77,7 @@ def prepare(
     workers: int,
     *,
     forecast: Callable[[Forecast], bool] = lambda _: True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Summary:
     """Prepare the videos at `paths`, relative to `root`, in `folder`; those that are there already are kept.
 
@@ -100,7 +100,7 @@ def prepare(
         for record, offsets in _all_done(todo, workers, root, folder, settings):
             manifest.add(record, offsets)
             made += 1
-            progress(len(paths) - len(todo) + made, len(paths))
+            progress("preparing", len(paths) - len(todo) + made, len(paths))
             if not told and made >= min(len(todo), max(SAMPLE, workers)):
                 told = True
                 left = (time.monotonic() - begin) / made * (len(todo) - made)
@@ -392,7 +392,7 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
 
 
 def verify(
-    folder: Path, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path, workers: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> dict[str, str]:
     """Look at every byte of a prepared set: what is wrong, by file. Nothing is changed.
 
@@ -424,7 +424,7 @@ def verify(
     with ThreadPoolExecutor(workers) as pool:
         for done, found in enumerate(pool.map(look, records), start=1):
             wrong.update(found)
-            progress(done, len(records))
+            progress("verifying", done, len(records))
     return wrong
 
 

@@ -37,7 +37,9 @@ class Section(BaseModel):
 class Data(Section):
     """Which videos."""
 
-    format: Literal["list", "kinetics", "folder"] = Field(description="how the annotations are written")
+    format: Literal["list", "kinetics", "folder", "something_something", "charades"] = Field(
+        description="how the annotations are written"
+    )
     root: str = Field(description="the folder that the videos' paths are relative to")
     train: str = Field(description="annotations of the training videos, relative to root")
     val: str = Field(description="annotations of the validation videos, relative to root")

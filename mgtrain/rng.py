@@ -21,7 +21,8 @@ class Draw(IntEnum):
     INIT = 4  # the model's first weights
     RECALIBRATION = 5  # the clips that recalibrate BatchNorm
     SYNTHETIC = 6  # synthetic videos
-    PREPARE = 30  # the order in which videos are prepared
+    CHOICE = 11  # which videos are set apart for validation, or looked at as a sample
+    PREPARE = 12  # the order in which videos are prepared
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

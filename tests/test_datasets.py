@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mgtrain.datasets import DATASETS, open_videos
+from mgtrain.datasets.listfile import write_lists
 from mgtrain.datasets.videos import Videos
-from mgtrain.errors import DataError
+from mgtrain.errors import DataError, UsageError
 
 
 def rows(videos: Videos) -> list[tuple[str, int]]:
@@ -69,6 +71,23 @@ def test_a_million_videos_are_three_blocks_of_memory():
     assert videos.label(987_654) == 987_654 % 400
 
 
+def test_videos_may_have_several_labels_or_none():
+    entries = [("a.mp4", (0, 2)), ("b.mp4", ()), ("c.mp4", 1), ("d.mp4", (1,))]
+    videos = Videos.of("/r", entries, ["x", "y", "z"])
+    for copy in (videos, pickle.loads(pickle.dumps(videos))):
+        assert copy.multi_label
+        assert [copy.labels(i) for i in range(4)] == [(0, 2), (), (1,), (1,)]
+        assert copy.labels(-1) == (1,)
+        assert copy.videos_per_class.tolist() == [1, 2, 1]
+        assert copy.fingerprint == videos.fingerprint
+    with pytest.raises(AssertionError, match="labels"):
+        videos.label(0)
+    moved = [("a.mp4", (0,)), ("b.mp4", (2,)), ("c.mp4", 1), ("d.mp4", (1,))]
+    assert Videos.of("/r", moved, ["x", "y", "z"]).fingerprint != videos.fingerprint
+    single = Videos.of("/r", [("a.mp4", 2)], ["x", "y", "z"])
+    assert (single.multi_label, single.labels(0), single.videos_per_class.tolist()) == (False, (2,), [0, 0, 1])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -94,6 +113,49 @@ def test_list_classes_are_numbers_unless_told(tmp_path: Path):
     (tmp_path / "classes.txt").write_text("left\nright\nup\ndown\n")
     assert open_videos("list", str(tmp_path), "train.csv").classes == ("left", "right", "up", "down")
     assert open_videos("list", str(tmp_path), "train.csv", ["a", "b", "c"]).classes == ("a", "b", "c")
+
+
+def test_list_labels_may_be_several_or_none(tmp_path: Path):
+    for text in ("a b.mp4 2;0;2\nc.mp4 -\nd.mp4 1\n", "a b.mp4,z; x\nc.mp4,-\nd.mp4,y\n"):
+        write_list(tmp_path, text)
+        videos = open_videos("list", str(tmp_path), "train.csv", ["x", "y", "z"])
+        assert videos.multi_label
+        assert [videos.labels(i) for i in range(3)] == [(0, 2), (), (1,)]
+    write_list(tmp_path, "a.mp4 0;12\nb.mp4 3\n")
+    assert len(open_videos("list", str(tmp_path), "train.csv").classes) == 13
+    assert "label 3 is out of range" in refusal(tmp_path, "a.mp4 0;3\n", ["x", "y", "z"])
+    assert refusal(tmp_path, "a.mp4 0;\n").startswith("ROOT/train.csv:1: 'a.mp4 0;' does not end in a label; ")
+    assert refusal(tmp_path, "a.mp4 0;1\na.mp4 0\n").startswith("ROOT/train.csv:2: 'a.mp4' has label 0, but (0, 1)")
+
+
+@pytest.mark.parametrize("classes", [["x", "y", "z"], ["2", "0", "1"], ["0", "1", "10"], ["red fox", "a;b", "1"]])
+def test_a_written_list_reads_back_the_same(tmp_path: Path, classes: list[str]):
+    single = Videos.of("/r", [("a b/ü 1.mp4", 2), ("c,d,1.mp4", 0), ("# e.mp4", 1), (" f.mp4", 2)], classes)
+    multi = Videos.of("/r", [("a,0.mp4", (0, 2)), ("b.mp4", ()), ("c.mp4", (1,))], classes)
+    for number, videos in enumerate((single, multi)):
+        root = tmp_path / str(number)
+        for _ in range(2):  # a second time changes nothing
+            files = write_lists(root, {"train": (videos, range(len(videos))), "val": (videos, [1])})
+            assert files == [root / "train.csv", root / "val.csv", root / "classes.txt"]
+        again = open_videos("list", str(tmp_path), f"{number}/train.csv")  # classes.txt lies beside it
+        assert again.fingerprint == videos.fingerprint
+        assert [again.labels(i) for i in range(len(again))] == [videos.labels(i) for i in range(len(videos))]
+        assert open_videos("list", str(tmp_path), f"{number}/val.csv").name(0) == videos.name(1)
+
+
+def test_lists_that_cannot_be_written_are_refused(tmp_path: Path):
+    for name in ("a\nb.mp4", "\udcff.mp4", "a.mp4 ", "../a.mp4"):
+        with pytest.raises(DataError, match="a list cannot hold this path") as caught:
+            write_lists(tmp_path / "lists", {"train": (Videos.of("/r", [(name, 0)], ["x"]), [0])})
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "lists").exists()
+    videos = Videos.of("/r", [("a.mp4", 0), ("b.mp4", 0)], ["x"])
+    write_lists(tmp_path, {"train": (videos, [0])})
+    with pytest.raises(UsageError, match=r"train.csv: is there already and would change; remove it, or"):
+        write_lists(tmp_path, {"more": (videos, [0]), "train": (videos, [1])})
+    assert not (tmp_path / "more.csv").exists()
+    with pytest.raises(UsageError, match="cannot be written to"):
+        write_lists(tmp_path / "train.csv/x", {"train": (videos, [0])})
 
 
 def test_a_list_may_lie_elsewhere(tmp_path: Path):
@@ -135,7 +197,7 @@ def test_a_missing_list_or_root_is_told_with_what_there_is(tmp_path: Path):
         open_videos("list", str(tmp_path / "0000"), "train.csv")
     with pytest.raises(DataError, match="no data set format 'lists'; did you mean 'list'"):
         open_videos("lists", str(tmp_path), "train.csv")
-    assert [*DATASETS] == ["list", "kinetics", "folder"]
+    assert [*DATASETS] == ["list", "kinetics", "folder", "something_something", "charades"]
 
 
 def test_classes_have_to_differ(tmp_path: Path):
@@ -168,6 +230,18 @@ def test_kinetics_videos_are_found_where_people_put_them(tmp_path: Path):
     assert rows(videos) == list(zip(places, [1, 0, 0, 2], strict=True))
     assert videos.classes == ("abseiling", "riding, a bike", "zumba")
     assert videos.missing == 1
+    assert videos.missing_names == ("gone________000005_000015",)
+
+
+def test_replacements_of_broken_kinetics_videos_come_first(tmp_path: Path):
+    write_list(tmp_path / "annotations", KINETICS, "val.csv")
+    replacement = "replacement/replacement_for_corrupted_k400/yyyyyyyyyyy_000300_000310.mp4"
+    for place in ("val/xxxxxxxxxxx_000020_000030.mp4", "val/yyyyyyyyyyy_000300_000310.mp4", replacement):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    videos = open_videos("kinetics", str(tmp_path), "annotations/val.csv")
+    assert rows(videos) == [("val/xxxxxxxxxxx_000020_000030.mp4", 0), (replacement, 0)]
+    assert videos.missing == 3
 
 
 def test_kinetics_errors_say_where_they_looked(tmp_path: Path):
@@ -205,3 +279,85 @@ def test_a_folder_per_class(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no videos; they have to be at"):
         open_videos("folder", str(tmp_path), "empty")
+
+
+LABELS = {"Putting something on something": "1", "Moving something up": "0", "Holding something": "2"}
+SOMETHING = [
+    {"id": "78687", "label": "moving a cup up", "template": "Moving [something] up", "placeholders": ["a cup"]},
+    {"id": "42326", "label": "putting tea on tray", "template": "Putting [something] on [something]"},
+    {"id": "100904", "label": "holding a pen", "template": "Holding [something]"},
+]
+
+
+def something(root: Path, entries: object, labels: object = LABELS) -> Videos:
+    root.joinpath("something-something-v2-train.json").write_text(json.dumps(entries))
+    root.joinpath("something-something-v2-labels.json").write_text(json.dumps(labels))
+    return open_videos("something_something", str(root), "something-something-v2-train.json")
+
+
+def test_something_something_templates_are_classes(tmp_path: Path):
+    for place in ("20bn-something-something-v2/42326.webm", "78687.mp4"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+    videos = something(tmp_path, SOMETHING)
+    assert rows(videos) == [("78687.mp4", 0), ("20bn-something-something-v2/42326.webm", 1)]
+    assert videos.classes == ("Moving something up", "Putting something on something", "Holding something")
+    assert (videos.missing, videos.missing_names) == (1, ("100904",))
+
+
+def test_bad_something_something_files_are_refused(tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"train.json: none of its 3 videos is there; looked for 78687.\* and so on in "
+    ):
+        something(tmp_path, SOMETHING)
+    with pytest.raises(DataError, match="entry 1 has no id or no template; use the list of training or validation"):
+        something(tmp_path, [{"id": "1420"}])
+    with pytest.raises(DataError, match="entry 1: 'Eating something' is none of the 3 classes"):
+        something(tmp_path, [{"id": "1", "template": "Eating [something]"}])
+    with pytest.raises(DataError, match=r"labels.json: the classes are not numbered 0, 1, ...; it has to be"):
+        something(tmp_path, SOMETHING, {"x": "1", "y": "2"})
+    with pytest.raises(DataError, match=r"train.json: no list of videos; it has to be \[{"):
+        something(tmp_path, {})
+    (tmp_path / "something-something-v2-train.json").write_text(json.dumps(SOMETHING))
+    (tmp_path / "something-something-v2-labels.json").write_text("{")
+    with pytest.raises(DataError, match=r"labels.json: not valid JSON"):
+        open_videos("something_something", str(tmp_path), "something-something-v2-train.json")
+    (tmp_path / "something-something-v2-labels.json").unlink()
+    with pytest.raises(DataError, match=r"no something-something-v2-labels.json or labels.json; put the labels' file"):
+        open_videos("something_something", str(tmp_path), "something-something-v2-train.json")
+
+
+CHARADES = """id,subject,scene,script,objects,actions,length
+46GP8,HR43,Kitchen,"A person cooks, and eats.",food,c092 11.90 21.20;c147 0.00 12.60;c092 1.00 2.00,24.83
+N11GT,0KZ7,Stairs,"Someone runs.",,,18.33
+AAAAA,0KZ7,Stairs,"Gone.",,c000 0.00 1.00,18.33
+"""
+
+
+def test_charades_videos_have_the_classes_of_all_their_actions(tmp_path: Path):
+    write_list(tmp_path, CHARADES, "Charades_v1_train.csv")
+    for place in ("Charades_v1_480/46GP8.mp4", "N11GT.mp4"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+    videos = open_videos("charades", str(tmp_path), "Charades_v1_train.csv")
+    assert [videos.name(i) for i in range(2)] == ["Charades_v1_480/46GP8.mp4", "N11GT.mp4"]
+    assert [videos.labels(i) for i in range(2)] == [(92, 147), ()]
+    assert (videos.missing, videos.missing_names) == (1, ("AAAAA",))
+    assert (len(videos.classes), videos.classes[92]) == (157, "c092")
+    (tmp_path / "Charades_v1_classes.txt").write_text("".join(f"c{n:03} Doing {n}\n" for n in range(157)))
+    assert open_videos("charades", str(tmp_path), "Charades_v1_train.csv").classes[92] == "c092 Doing 92"
+
+
+def test_bad_charades_files_are_refused(tmp_path: Path):
+    write_list(tmp_path, CHARADES)
+    with pytest.raises(DataError, match=r"train.csv: none of its 3 videos is there; looked for 46GP8.\* and so on in "):
+        open_videos("charades", str(tmp_path), "train.csv")
+    write_list(tmp_path, CHARADES.replace("c147", "c157"))
+    with pytest.raises(DataError, match=r"train.csv:2: 'c157' is no class; it has to be c000 to c156"):
+        open_videos("charades", str(tmp_path), "train.csv")
+    write_list(tmp_path, "a.mp4 0\n")
+    with pytest.raises(DataError, match=r"train.csv:1: no column 'id'; use the Charades_v1_"):
+        open_videos("charades", str(tmp_path), "train.csv")
+    write_list(tmp_path, "id,actions\n")
+    with pytest.raises(DataError, match=r"train.csv: no row in it"):
+        open_videos("charades", str(tmp_path), "train.csv")

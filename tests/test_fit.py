@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mgtrain.distributed import World
 from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.fit import fit
-from mgtrain.errors import CheckpointError, NonFiniteError, PlanError
+from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.recipe import Recipe
 from mgtrain.rundir import RunDir
 from mgtrain.schedule import make_plan
@@ -197,3 +197,12 @@ def test_a_shape_that_the_model_refuses_stops_the_run_before_it_begins(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_videos_with_several_labels_are_refused_before_the_run_begins(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    (tmp_path / "train.csv").write_text("a.mp4 0;1\nb.mp4 3\n")
+    with pytest.raises(DataError, match="the train videos have several labels each, which cannot be trained yet; use"):
+        run_to_end(tiny(f"data.train={tmp_path}/train.csv"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -76,6 +76,11 @@ class VideoFile:
         """Release the file and the decoder."""
         self._container.close()
 
+    @property
+    def codec(self) -> str:
+        """The codec's name, such as h264."""
+        return str(self._stream.codec_context.name)
+
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """The clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
         assert self._container.input_was_opened, "read() after close()"

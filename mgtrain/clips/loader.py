@@ -57,18 +57,18 @@ class Source:
         self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
         if self._prepared:
-            self._rows = self._prepared.find(videos.relative(n) for n in range(len(videos)))
+            self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
             missing = np.flatnonzero(self._rows < 0)
             if len(missing):
                 raise DataError(
                     f"{data.prepared}: lacks {len(missing)} of {len(videos)} videos, the first is "
-                    f"{videos.relative(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
+                    f"{videos.name(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
                 )
 
     def open(self, video: int) -> VideoFile | PreparedVideo:
         """A video, to be used as a context manager. Raises `VideoError` if it cannot be read."""
         if self._prepared:
-            return self._prepared.open(int(self._rows[video]), self.videos.relative(video))
+            return self._prepared.open(int(self._rows[video]), self.videos.name(video))
         return VideoFile(self.videos.path(video), self._skip_loop_filter)
 
 

@@ -42,7 +42,7 @@ def read_folder(root: str, source: str, classes: Sequence[str] | None) -> Videos
         if name not in names:
             raise DataError(f"{top / name}: {name!r} is none of the {len(names)} classes; move the folder elsewhere")
     entries = [
-        (os.path.join(os.path.relpath(top, root), name, file), label)
+        (os.path.normpath(os.path.join(os.path.relpath(top, root), name, file)), label)
         for label, name in enumerate(names)
         if name in folders
         for file in sorted(os.listdir(top / name))

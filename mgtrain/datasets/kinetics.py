@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgtrain.datasets.videos import Videos, check_exists, read_lines
+from mgtrain.datasets.videos import Finder, Videos, check_exists, read_lines
 from mgtrain.errors import DataError
 
+REPLACEMENTS = os.path.join("replacement", "replacement_for_corrupted_k400")  # as the CVDF's scripts unpack it
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 
 
@@ -18,8 +19,9 @@ def read_kinetics(root: str, source: str, classes: Sequence[str] | None) -> Vide
 
     They are looked for in `root/<split>/<label>`, `root/<split>`, `root/<label>` and `root`; the split is that of the
     row or the name of the CSV (so `val.csv` finds `val/` though its rows say `validate`), and a label's spaces may be
-    underscores in the name of its folder. Rows without a video are left out and counted in `missing`. Without
-    `classes` these are all labels of the CSV in alphabetical order, whether or not they have a video.
+    underscores in the name of its folder. Before all these comes the folder in which the CVDF's copy of Kinetics-400
+    has replacements for broken videos. Rows without a video are left out and counted in `missing`. Without `classes`
+    these are all labels of the CSV in alphabetical order, whether or not they have a video.
     """
     listing = Path(root, source)
     check_exists(Path(root), "folder of videos")
@@ -43,37 +45,21 @@ def read_kinetics(root: str, source: str, classes: Sequence[str] | None) -> Vide
 
     names = tuple(classes) if classes else tuple(sorted({label for _, label, _, _ in clips}))
     numbers = {name: number for number, name in enumerate(names)}
-    folders: dict[str, dict[str, str]] = {}  # folder -> its files by name without suffix: every folder is read once
+    finder = Finder(root)
     entries = []
     for where, label, split, name in clips:
         if label not in numbers:
             raise DataError(f"{where}: {label!r} is none of the {len(names)} classes; mend the label or the classes")
-        for folder in _folders(label, split, listing.stem):
-            if folder not in folders:
-                folders[folder] = _files(os.path.join(root, folder))
-            if name in folders[folder]:
-                entries.append((os.path.join(folder, folders[folder][name]), numbers[label]))
-                break
+        file = finder.find(name, _folders(label, split, listing.stem))
+        if file is not None:
+            entries.append((file, numbers[label]))
     if not entries:
-        _, label, split, name = clips[0]
-        places = ", ".join(str(Path(root, folder)) for folder in _folders(label, split, listing.stem))
-        raise DataError(
-            f"{listing}: none of its {len(clips)} videos is there; looked for {name}.* and so on in {places}"
-        )
-    return Videos.of(root, entries, names, missing=len(clips) - len(entries))
+        raise finder.none_found(listing, _folders(clips[0][1], clips[0][2], listing.stem))
+    return Videos.of(root, entries, names, finder.missing, finder.missing_names)
 
 
 def _folders(label: str, split: str, stem: str) -> list[str]:
-    """Where a video may be, relative to the root, most specific first."""
+    """Where a video may be, relative to the root: its replacement first, then most specific first."""
     labels = dict.fromkeys((label, label.replace(" ", "_")))
     splits = dict.fromkeys((split, stem))
-    return [*(os.path.join(s, f) for s in splits for f in labels), *splits, *labels, ""]
-
-
-def _files(folder: str) -> dict[str, str]:
-    """The files of a folder by their names without suffix; none if there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return {os.path.splitext(entry.name)[0]: entry.name for entry in entries if not entry.name.startswith(".")}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    return [REPLACEMENTS, *(os.path.join(s, f) for s in splits for f in labels), *splits, *labels, ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,58 +14,102 @@ import numpy as np
 
 from mgtrain.errors import DataError
 
+EXAMPLES = 3  # names that a report gives of whatever it counts
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Videos:
     """Videos and their labels, in a fixed order. `missing` counts the rows of the list whose video was not found.
 
     A million videos are one block of bytes and two arrays, not millions of Python objects: worker processes share
-    them, and reading them copies nothing (reference counts would).
+    them, and reading them copies nothing (reference counts would). A set is single-label, or multi-label if any video
+    came with a sequence of labels.
 
     >>> videos = Videos.of("/data", [("a b.mp4", 1), ("c.mp4", 0)], classes=("cat", "dog"))
     >>> len(videos), videos.path(0), videos.label(0)
     (2, '/data/a b.mp4', 1)
+    >>> videos = Videos.of("/data", [("a b.mp4", [0, 1]), ("c.mp4", [])], classes=("cat", "dog"))
+    >>> videos.multi_label, videos.labels(0), videos.labels(1)
+    (True, (0, 1), ())
     """
 
     root: str
     classes: tuple[str, ...]
     missing: int
+    missing_names: tuple[str, ...]  # the first few
     _paths: bytes = field(repr=False)  # relative to the root, one after the other
     _ends: np.ndarray = field(repr=False)  # int64 (N,): where each path ends in `_paths`
-    _labels: np.ndarray = field(repr=False)  # int32 (N,)
+    _labels: np.ndarray = field(repr=False)  # int32 (N,), or all labels of all videos, one after the other
+    _label_ends: np.ndarray | None = field(
+        repr=False
+    )  # int64 (N,): where each video's end in `_labels`; None: one each
 
     @classmethod
     def of(
         cls,
         root: str | os.PathLike[str],
-        entries: Iterable[tuple[str, int]],
+        entries: Iterable[tuple[str, int | Sequence[int]]],
         classes: Sequence[str],
         missing: int = 0,
+        missing_names: Sequence[str] = (),
     ) -> Videos:
-        """From (path relative to `root`, label) pairs."""
-        paths, labels = [], []
+        """From (path relative to `root`, label or labels) pairs."""
+        paths, ends, labels, label_ends, multi = bytearray(), array("q"), array("i"), array("q"), False
         for path, label in entries:
-            paths.append(os.fsencode(path))
-            labels.append(label)
-        ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-        return cls(os.fspath(root), tuple(classes), missing, b"".join(paths), ends, np.array(labels, np.int32))
+            paths += os.fsencode(path)
+            ends.append(len(paths))
+            if isinstance(label, int):
+                labels.append(label)
+            else:
+                labels.extend(label)
+                multi = True
+            label_ends.append(len(labels))
+        return cls(
+            os.fspath(root),
+            tuple(classes),
+            missing,
+            tuple(missing_names[:EXAMPLES]),
+            bytes(paths),
+            np.array(ends, np.int64),
+            np.array(labels, np.int32),
+            np.array(label_ends, np.int64) if multi else None,
+        )
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._ends)
 
-    def path(self, index: int) -> str:
-        """The path of a video, with the root."""
-        return os.path.join(self.root, self.relative(index))
-
-    def relative(self, index: int) -> str:
-        """The path of a video, relative to the root."""
+    def name(self, index: int) -> str:
+        """The path of a video within the root."""
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._paths[start : int(self._ends[index])])
 
+    def path(self, index: int) -> str:
+        """The path of a video, with the root."""
+        return os.path.join(self.root, self.name(index))
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether videos may have several labels, or none."""
+        return self._label_ends is not None
+
     def label(self, index: int) -> int:
-        """The class of a video: an index into `classes`."""
+        """The class of a video: an index into `classes`. In a multi-label set there is no such thing."""
+        assert self._label_ends is None, "a multi-label set has labels(), not label()"
         return int(self._labels[index])
+
+    def labels(self, index: int) -> tuple[int, ...]:
+        """The classes of a video: indices into `classes`."""
+        if self._label_ends is None:
+            return (int(self._labels[index]),)
+        index = range(len(self))[index]
+        start = int(self._label_ends[index - 1]) if index else 0
+        return tuple(self._labels[start : int(self._label_ends[index])].tolist())
+
+    @property
+    def videos_per_class(self) -> np.ndarray:
+        """How many videos have each class: int64 (classes,)."""
+        return np.bincount(self._labels, minlength=len(self.classes))
 
     @property
     def fingerprint(self) -> str:
@@ -72,8 +117,61 @@ class Videos:
         digest = hashlib.sha256(self._paths)
         digest.update(self._ends.astype("<i8").tobytes())
         digest.update(self._labels.astype("<i4").tobytes())
+        if self._label_ends is not None:
+            digest.update(self._label_ends.astype("<i8").tobytes())
         digest.update("\0".join(self.classes).encode())
         return digest.hexdigest()[:16]
+
+
+class Finder:
+    """Finds videos by their names without suffix in the folders under a root; each folder is read once.
+
+    What is not found is counted in `missing` and named in `missing_names`.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.missing = 0
+        self.missing_names: list[str] = []
+        self._files: dict[str, dict[str, str]] = {}  # folder -> its files by name without suffix
+
+    def find(self, name: str, folders: Iterable[str]) -> str | None:
+        """The path, relative to the root, of the first `folder/name.*` that is there; hidden files do not count."""
+        for folder in folders:
+            if folder not in self._files:
+                self._files[folder] = _files(os.path.join(self.root, folder))
+            if name in self._files[folder]:
+                return os.path.join(folder, self._files[folder][name])
+        self.missing += 1
+        if len(self.missing_names) < EXAMPLES:
+            self.missing_names.append(name)
+        return None
+
+    def none_found(self, listing: Path, folders: Iterable[str]) -> DataError:
+        """The error to raise where not one video of a list was found."""
+        places = ", ".join(str(Path(self.root, folder)) for folder in folders)
+        return DataError(
+            f"{listing}: none of its {self.missing} videos is there; "
+            f"looked for {self.missing_names[0]}.* and so on in {places}"
+        )
+
+
+def _files(folder: str) -> dict[str, str]:
+    """The files of a folder by their names without suffix; none if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {os.path.splitext(entry.name)[0]: entry.name for entry in entries if not entry.name.startswith(".")}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def printable(name: str) -> str:
+    """The name as it is, or quoted with escapes where it holds line breaks or bytes that are no UTF-8.
+
+    >>> print(printable("a b.mp4"), printable("a\\nb.mp4"))
+    a b.mp4 'a\\nb.mp4'
+    """
+    return name if name.isprintable() else repr(name)
 
 
 def check_exists(path: Path, kind: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from mgtrain.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint
 from mgtrain.clips.loader import BadVideos, recalibration_batches, train_batches, view_batches
 from mgtrain.console import TrainProgress
-from mgtrain.datasets import open_videos
+from mgtrain.datasets import open_splits
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World, replicate
 from mgtrain.engine.checks import check_micro_batches, check_precision, check_shapes, make_model
@@ -89,15 +89,15 @@ def fit(recipe: Recipe, run: RunDir, world: World, resume: bool = False, baselin
 
 
 def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
-    """The training and validation videos, with the same classes in both."""
-    data = recipe.data
-    train = open_videos(data.format, data.root, data.train, None)
-    if len(train.classes) != data.classes:
-        raise DataError(
-            f"{data.root}: the training videos have {len(train.classes)} classes, data.classes says {data.classes}; "
-            f"set data.classes={len(train.classes)}, or correct {data.train}"
-        )
-    return train, open_videos(data.format, data.root, data.val, train.classes)
+    """The training and validation videos, with the same classes in both and one label each."""
+    splits = open_splits(recipe.data)
+    for name, videos in splits.items():
+        if videos.multi_label:
+            raise DataError(
+                f"{recipe.data.root}: the {name} videos have several labels each, which cannot be trained yet; "
+                "use lists with one label per video"
+            )
+    return splits["train"], splits["val"]
 
 
 def recalibrate_and_evaluate(
