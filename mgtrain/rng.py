@@ -21,6 +21,10 @@ class Draw(IntEnum):
     INIT = 4  # the model's first weights
     RECALIBRATION = 5  # the clips that recalibrate BatchNorm
     SYNTHETIC = 6  # synthetic videos
+    RAND_AUGMENT = 7  # a clip's operations of RandAugment
+    COLOUR = 8  # brightness, contrast, saturation and hue of a step's clips
+    ERASE = 9  # the boxes erased from a step's clips
+    MIX = 10  # how the pairs of a step's clips are mixed
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

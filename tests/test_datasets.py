@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mgtrain.datasets import DATASETS, open_videos
-from mgtrain.datasets.videos import Videos
+from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.errors import DataError
 
 
@@ -205,3 +205,13 @@ def test_a_folder_per_class(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no videos; they have to be at"):
         open_videos("folder", str(tmp_path), "empty")
+
+
+def test_a_flip_turns_labels_into_those_of_the_mirrored_classes():
+    classes = ("left", "up", "right", "7", "clockwise")
+    assert mirrored_labels(classes, []) == (0, 1, 2, 3, 4)
+    assert mirrored_labels(classes, [("right", "left"), (3, "clockwise")]) == (2, 1, 0, 4, 3)
+    with pytest.raises(DataError, match=r"^data.mirrored: 'rigth' is none of the 5 classes; did you mean 'right'\?$"):
+        mirrored_labels(classes, [("left", "rigth")])
+    with pytest.raises(DataError, match=r"^data.mirrored: 5 is none of the 5 classes; use names or numbers 0 to 4$"):
+        mirrored_labels(classes, [(5, "left")])

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.order import ClipRequest, step_requests, video_at
-from mgtrain.datasets.videos import Videos
+from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.distributed import World
 from mgtrain.errors import DataError, VideoError
 from mgtrain.grid import Grid
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Augment, Recipe
 from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan
 
@@ -54,6 +55,9 @@ class RandomClips(Dataset[Loaded]):
 
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
         self.videos, self.clip, self.seed, self.draw = videos, recipe.clip, recipe.seed, draw
+        self.mirrored = mirrored_labels(videos.classes, recipe.data.mirrored)
+        # BatchNorm's statistics are to be those of clips as evaluations see them.
+        self.augment = recipe.augment if draw is Draw.CUT else Augment()
 
     def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
         grid = unit[0].grid
@@ -63,11 +67,13 @@ class RandomClips(Dataset[Loaded]):
         for i, request in enumerate(unit):
             for video in self._candidates(request):
                 try:
-                    clips[i] = torch.from_numpy(self._cut(video, request))
+                    clip, flipped = self._cut(video, request)
                 except VideoError as error:
                     bad.append((self.videos.path(video), str(error)))
                 else:
-                    labels[i] = self.videos.label(video)
+                    clips[i] = torch.from_numpy(rand_augment(clip, self.augment, self.seed, request.position))
+                    label = self.videos.label(video)
+                    labels[i] = self.mirrored[label] if flipped else label
                     break
             else:
                 return Loaded(clips, labels, tuple(bad), given_up=True)
@@ -80,7 +86,8 @@ class RandomClips(Dataset[Loaded]):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
             yield int(rng.integers(len(self.videos)))
 
-    def _cut(self, video: int, request: ClipRequest) -> np.ndarray:
+    def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, bool]:
+        """The clip, uint8 (T, S, S, 3), and whether it is flipped."""
         rng = generator(self.seed, self.draw, request.position)
         with VideoFile(self.videos.path(video)) as file:
             cut = cut_random(
@@ -91,7 +98,7 @@ class RandomClips(Dataset[Loaded]):
                 flip=self.clip.flip,
                 inverse_uniform=self.clip.inverse_uniform,
             )
-            return file.read([cut])[0]
+            return file.read([cut])[0], cut.flip
 
 
 class ViewClips(Dataset[Loaded]):
