@@ -3,7 +3,7 @@
 
     taskset -c 0 python scripts/bench_augment.py [--repeats 15] [--clips 8]
 
-Makes a few videos of 340x256, 10 s, in a temporary folder. All rows take turns, so that a machine's good and bad moments
+Makes two videos of 340x256, 10 s, in a temporary folder. All rows take turns, so that a machine's good and bad moments
 fall on all of them; a row is the median over the turns. RandAugment runs in the loader's workers, the rest on the
 device, here the CPU, where `input` (to float, normalized) is what a step does anyway. The last two rows are
 torchvision's ColorJitter, which is not used.

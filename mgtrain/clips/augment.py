@@ -21,6 +21,7 @@ from mgtrain.clips.pixels import BLACK, MEAN, WHITE
 from mgtrain.recipe import Augment
 from mgtrain.rng import Draw, seed_of
 
+FRAMES = 4  # that RandAugment works on at a time: 1.5 times as fast as 32, which leave the processor's cache
 GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 YUV = np.array([GREY, [-0.147, -0.289, 0.436], [0.615, -0.515, -0.1]])
 ERASED_AREA = (0.02, 0.33)  # of the frame (Zhong et al. 2020)
@@ -37,9 +38,11 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
     change = RandAugment(
         augment.rand_augment, augment.magnitude, interpolation=InterpolationMode.BILINEAR, fill=round(255 * MEAN)
     )
-    with _seeded(seed_of(seed, Draw.RAND_AUGMENT, position)):
-        changed: Tensor = change(torch.from_numpy(clip).permute(0, 3, 1, 2))  # (T, 3, S, S)
-    pixels: np.ndarray = changed.permute(0, 2, 3, 1).numpy()
+    changed = []
+    for frames in torch.split(torch.from_numpy(clip).permute(0, 3, 1, 2), FRAMES):  # (FRAMES, 3, S, S)
+        with _seeded(seed_of(seed, Draw.RAND_AUGMENT, position)):  # all with the same operations
+            changed.append(change(frames))
+    pixels: np.ndarray = torch.cat(changed).permute(0, 2, 3, 1).numpy()
     return pixels
 
 
