@@ -31,7 +31,7 @@ ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
 def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -> np.ndarray:
     """RandAugment (Cubuk et al. 2020) of the clip at a position of the run: uint8 (T, S, S, 3) to the same.
 
-    What an operation leaves empty is grey. Contrast, AutoContrast and Equalize go by each frame's own histogram.
+    What an operation leaves empty is grey. Contrast, AutoContrast and Equalize alone go by each frame's own values.
     """
     if not augment.rand_augment:
         return clip
