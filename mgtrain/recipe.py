@@ -55,7 +55,18 @@ class Data(Section):
         "default",
         description="of H.264, where clips come from the originals: bidir decodes a tenth faster, 0.4/255 off",
     )
+    mirrored: tuple[tuple[str | int, str | int], ...] = Field(
+        (), description="pairs of classes, by name or number, that a horizontal flip makes of one another"
+    )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
+
+    @model_validator(mode="after")
+    def _mirrored_once(self) -> Data:
+        seen = [name for pair in self.mirrored for name in pair]
+        for name in seen:
+            if seen.count(name) > 1:
+                raise ValueError(f"mirrored names the class {name!r} twice; name every class once at most")
+        return self
 
 
 class Clip(Section):
@@ -75,6 +86,33 @@ class Clip(Section):
         if not self.crop <= low <= high:
             raise ValueError(f"short_side [{low}, {high}] must be ascending and not smaller than crop {self.crop}")
         return self
+
+
+class Augment(Section):
+    """What happens to training clips, and to their labels, after they are cut. Everything is off unless asked for."""
+
+    rand_augment: Annotated[int, Field(ge=0)] = Field(0, description="operations of RandAugment on each clip")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="of RandAugment's operations")
+    brightness: Fraction = Field(0.0, description="a clip's brightness is drawn from 1 - brightness .. 1 + brightness")
+    contrast: Fraction = Field(0.0, description="the same for contrast, about the clip's mean grey")
+    saturation: Fraction = Field(0.0, description="the same for saturation")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.0, description="largest turn of the hue, in whole turns")
+    erase: Fraction = Field(0.0, description="probability that a box of a clip is erased")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
+    cutmix: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair of clips draws one"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of a label spread evenly")
+
+    @property
+    def jitters_colour(self) -> bool:
+        """Whether colours change."""
+        return max(self.brightness, self.contrast, self.saturation, self.hue) > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of clips are mixed."""
+        return max(self.mixup, self.cutmix) > 0
 
 
 class Evaluation(Section):
@@ -177,6 +215,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: Data
     clip: Clip
+    augment: Augment = Augment()
     evaluation: Evaluation
     model: ModelOptions
     batch: Batch

@@ -21,6 +21,10 @@ class Draw(IntEnum):
     INIT = 4  # the model's first weights
     RECALIBRATION = 5  # the clips that recalibrate BatchNorm
     SYNTHETIC = 6  # synthetic videos
+    RAND_AUGMENT = 7  # a clip's operations of RandAugment
+    COLOUR = 8  # brightness, contrast, saturation and hue of a step's clips
+    ERASE = 9  # the boxes erased from a step's clips
+    MIX = 10  # how the pairs of a step's clips are mixed
     CHOICE = 11  # which videos are set apart for validation, or looked at as a sample
     PREPARE = 12  # the order in which videos are prepared
 

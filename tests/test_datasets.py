@@ -9,7 +9,7 @@ import pytest
 
 from mgtrain.datasets import DATASETS, open_videos
 from mgtrain.datasets.listfile import write_lists
-from mgtrain.datasets.videos import Videos
+from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.errors import DataError, UsageError
 
 
@@ -361,3 +361,13 @@ def test_bad_charades_files_are_refused(tmp_path: Path):
     write_list(tmp_path, "id,actions\n")
     with pytest.raises(DataError, match=r"train.csv: no row in it"):
         open_videos("charades", str(tmp_path), "train.csv")
+
+
+def test_a_flip_turns_labels_into_those_of_the_mirrored_classes():
+    classes = ("left", "up", "right", "7", "clockwise")
+    assert mirrored_labels(classes, []) == (0, 1, 2, 3, 4)
+    assert mirrored_labels(classes, [("right", "left"), (3, "clockwise")]) == (2, 1, 0, 4, 3)
+    with pytest.raises(DataError, match=r"^data.mirrored: 'rigth' is none of the 5 classes; did you mean 'right'\?$"):
+        mirrored_labels(classes, [("left", "rigth")])
+    with pytest.raises(DataError, match=r"^data.mirrored: 5 is none of the 5 classes; use names or numbers 0 to 4$"):
+        mirrored_labels(classes, [(5, "left")])

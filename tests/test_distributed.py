@@ -22,6 +22,10 @@ from mgtrain.schedule import check_world, make_plan
 
 Start = Callable[..., "subprocess.CompletedProcess[str]"]
 EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+AUGMENTED = (
+    "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
+    "augment.mixup=0.8", "augment.cutmix=1", "data.mirrored=[[left, right]]", "optim.stages=[2, 1]",
+)  # fmt: skip
 # Losses differ from those on one rank by the order in which float32 numbers are added up: 4e-7 where this was written.
 ROUNDING = 1e-4
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
@@ -89,6 +93,17 @@ def test_four_ranks_train_as_one_does(mgtrain: Start, tiny_text: str, alone: Run
     done = mgtrain(tmp_path, *FIT, "--procs", 4)
     assert done.returncode == 0, done.stderr
     assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=4)
+
+
+def test_two_ranks_augment_as_one_does(
+    mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    alone = RunDir(tmp_path / "alone")
+    fit(tiny(*AUGMENTED), alone, World())
+    assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
 
 
 def test_torchrun_starts_the_ranks_as_well(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:

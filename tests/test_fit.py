@@ -20,6 +20,10 @@ from mgtrain.rundir import RunDir
 from mgtrain.schedule import make_plan
 
 EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+AUGMENTED = (
+    "augment.brightness=0.4", "augment.hue=0.1", "augment.erase=0.5", "augment.rand_augment=2", "augment.mixup=0.8",
+    "augment.cutmix=1", "data.mirrored=[[left, right]]",
+)  # fmt: skip
 STEPS = 17
 PHASE_ENDS = [3, 6, 8, 11, 14, 17]
 TIMES = ("train_seconds", "data_seconds", "eval_seconds")
@@ -107,6 +111,22 @@ def test_without_recalibration_too(tiny: Callable[..., Recipe], tmp_path: Path, 
     cut(tmp_path / "straight", tmp_path / "cut", step)
     run_to_end(recipe, tmp_path / "cut", resume=True)
     assert_same_end(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_an_augmented_run_too_is_the_one_that_was_not_cut(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny(*EVERY_STEP, *AUGMENTED)
+    run_to_end(recipe, tmp_path / "straight")
+    cut(tmp_path / "straight", tmp_path / "cut", step=12)
+    run_to_end(tiny(*EVERY_STEP, *AUGMENTED, "hardware.workers=1"), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_a_mirrored_class_that_does_not_exist_stops_the_run_before_it_begins(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"data.mirrored: 'rigth' is none of the 4 classes; did you mean 'right'\?"):
+        run_to_end(tiny("data.mirrored=[[left, rigth]]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_a_finished_run_gives_its_scores(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:

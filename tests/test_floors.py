@@ -17,10 +17,10 @@ FLOORS = [
     ["errors", "grid", "rng", "models.options"],
     ["recipe"],
     ["schedule"],
-    ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "models", "datasets", "distributed",
+    ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models", "datasets", "distributed",
      "checkpoint", "console"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
-     "clips.loader", "rundir"],
+     "engine.mix", "clips.loader", "rundir"],
     ["engine.fit", "engine.record", "compare", "prepare", "bench", "stats"],
     ["cli"],
     ["__main__"],
@@ -100,7 +100,8 @@ def test_only_rng_makes_generators() -> None:
     assert users_of("np.random.Generator") >= {"rng"}  # others name the type
     assert users_of("default_rng") | users_of("Philox") | users_of("SeedSequence") == {"rng"}
     assert users_of("torch.Generator") == {"models.dropout"}  # rng.py knows no torch
-    assert users_of("manual_seed") == {"models.dropout", "engine.fit"}  # the first weights
+    assert users_of("manual_seed") == {"models.dropout", "clips.augment", "engine.fit"}  # the last: the first weights
+    assert users_of("default_generator") == users_of("set_rng_state") == {"clips.augment"}  # torchvision draws from it
     assert not any(
         other == "random" or other.startswith("random.") for path in NAMES.values() for other in imported(path)
     )

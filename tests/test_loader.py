@@ -126,6 +126,48 @@ def test_the_shares_of_all_ranks_are_the_batch_of_one(tiny: Callable[..., Recipe
     assert_same(joined(shares), trained_on(tiny()))
 
 
+def test_augmented_clips_too_are_the_same_with_workers_and_on_ranks(tiny: Callable[..., Recipe]) -> None:
+    words = ("augment.rand_augment=2", "data.mirrored=[[left, right]]")
+    alone = trained_on(tiny(*words))
+    assert_same(trained_on(tiny(*words, "hardware.workers=2"), 4), alone[4:])
+    assert_same(joined([trained_on(tiny(*words), world=World(rank, 2)) for rank in range(2)]), alone)
+    plain = trained_on(tiny())
+    changed = torch.cat([(x != y).flatten(1).any(1) for (x, _), (y, _) in zip(alone, plain, strict=True)])
+    assert changed.double().mean() > 0.9  # a few draw Identity twice
+
+
+def rightward(clip: Tensor) -> float:
+    """Pixels per frame by which a clip (3, T, S, S) moves to the right, by its gradients."""
+    frames = clip.double().mean(0)  # (T, S, S)
+    over_time, across = frames.diff(dim=0)[:, :, 1:-1], (frames[:-1, :, 2:] - frames[:-1, :, :-2]) / 2
+    return float(-(over_time * across).sum() / across.square().sum())
+
+
+def test_a_flipped_left_is_labelled_right(tiny: Callable[..., Recipe]) -> None:
+    words = ("schedule.name=baseline", "clip.flip=0.5")
+    mirrored, plain = trained_on(tiny(*words, "data.mirrored=[[left, 1]]")), trained_on(tiny(*words))
+    turned = 0
+    for (clips, labels), (_, videos_labels) in zip(mirrored, plain, strict=True):
+        assert torch.equal(labels[videos_labels > 1], videos_labels[videos_labels > 1])  # up and down
+        for clip, label in zip(clips[labels < 2], labels[labels < 2], strict=True):
+            assert (rightward(clip) > 0) == (label == 1)
+        turned += int((labels != videos_labels).sum())
+    assert turned >= 3
+
+
+def test_evaluations_and_recalibration_are_not_augmented(tiny: Callable[..., Recipe]) -> None:
+    words = ("augment.rand_augment=2", "clip.flip=1", "data.mirrored=[[left, right]]")
+    for make in (lambda r: views(r, 1, 1, World(), BadVideos(12, 0)), recalibrated_on):
+        ours, theirs = make(tiny(*words)), make(tiny("clip.flip=1"))
+        assert all(torch.equal(clips, others) for (clips, _), (others, _) in zip(ours, theirs, strict=True))
+    (labels, others) = (torch.cat([y for _, y in views(tiny(w), 1, 1, World(), BadVideos(12, 0))]) for w in words[1:])
+    assert torch.equal(labels, others)
+
+
+def recalibrated_on(recipe: Recipe) -> list[Batch]:
+    return list(recalibration_batches(opened(recipe), recipe, World(), BadVideos(24, 0)))
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_no_worker_holds_more_than_its_part_of_a_step(tiny: Callable[..., Recipe], workers: int) -> None:
     recipe = tiny(f"hardware.workers={workers}")

@@ -213,6 +213,18 @@ def test_numbers_of_gpus_that_cannot_share_a_step_are_refused() -> None:
         check_world(odd, 4)
 
 
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_numbers_of_gpus_that_part_pairs_to_be_mixed_are_refused(mix: str) -> None:
+    plan = make_plan(multigrid(f"augment.{mix}=0.2"), 1_000)
+    for ranks in (1, 2, 4, 8, 16, 32):
+        check_world(plan, ranks)
+    with pytest.raises(PlanError, match=r"phase 4 has steps of 64 clips, 1 on each of 64 GPUs, but augment\.mixup"):
+        check_world(plan, 64)
+    alone = make_plan(multigrid(f"augment.{mix}=0.2", "batch.clips=7", "batch.bn_clips=7"), 1_000)
+    with pytest.raises(PlanError, match=r"7 clips, 7 on each of 1 GPUs, but .* pairs; use a batch\.clips and a number"):
+        check_world(alone, 1)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     clips=st.integers(1, 40).map(lambda n: 8 * n),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from mgtrain.datasets import open_videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import check_micro_batches, make_model, micro_limit
 from mgtrain.engine.optim import make_optimizer
-from mgtrain.engine.step import StepResult, parts, to_device, train_step
+from mgtrain.engine.step import StepResult, augmented, parts, to_device, to_input, train_step
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step, make_plan
 
+AUGMENTED = (
+    "augment.brightness=0.4", "augment.contrast=0.4", "augment.saturation=0.4", "augment.hue=0.1", "augment.erase=0.5",
+    "augment.rand_augment=2", "augment.mixup=0.8", "augment.cutmix=1", "augment.label_smoothing=0.1",
+)  # fmt: skip
 EIGHT = ("batch.clips=8", "batch.bn_clips=4", "optim.stages=[12, 6]")  # 16, 8, 4 and 2 BatchNorm groups
 
 
@@ -79,13 +84,14 @@ def first_steps_of_phases(plan: Plan) -> list[int]:
     return [phase.first_step for phase in plan.phases]
 
 
-def test_whole_and_micro_batches_are_the_same_steps(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(*EIGHT)
+@pytest.mark.parametrize("augment", [(), AUGMENTED], ids=["plain", "augmented"])
+def test_whole_and_micro_batches_are_the_same_steps(tiny: Callable[..., Recipe], augment: tuple[str, ...]) -> None:
+    recipe = tiny(*EIGHT, *augment)
     plan = tiny_plan(recipe)
     assert [phase.bn_groups for phase in plan.phases] == [16, 8, 4, 2, 2, 2]
     wanted = first_steps_of_phases(plan)[:4]
     whole = train(recipe, wanted, double=True)
-    micro = train(tiny(*EIGHT, "hardware.micro_clips=4"), wanted, double=True)
+    micro = train(tiny(*EIGHT, *augment, "hardware.micro_clips=4"), wanted, double=True)
     assert recipe.model.dropout == 0.5
     assert whole.passes == [1, 1, 1, 1]
     assert micro.passes == [2, 2, 2, 2]
@@ -135,6 +141,34 @@ def test_the_loss_is_the_mean_over_the_clips(tiny: Callable[..., Recipe]) -> Non
     assert trained.results[0].loss.item() == pytest.approx(torch.tensor(4.0).log().item(), abs=0.1)
     assert 0 <= trained.results[0].correct.item() <= 1
     assert trained.results[0].correct.item() * 64 == pytest.approx(round(trained.results[0].correct.item() * 64))
+
+
+def test_without_augmentation_the_input_is_the_clips_and_targets_are_labels(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    step, labels = step_of(recipe, 0), torch.arange(64) % 4
+    clips = torch.randint(0, 256, (64, 3, 2, 16, 16), dtype=torch.uint8)
+    (part,) = parts(step, recipe, World())
+    x, targets = augmented(clips, labels, part, step, recipe)
+    assert torch.equal(x, to_input(clips, recipe))
+    assert targets is labels
+
+
+@pytest.mark.parametrize("word", [*AUGMENTED[:5], *AUGMENTED[6:8]])
+def test_each_augmentation_draws_anew_in_each_step_and_by_seed(tiny: Callable[..., Recipe], word: str) -> None:
+    recipe, other = tiny(word), tiny(word, "seed=4")
+    clips = torch.randint(0, 256, (64, 3, 2, 16, 16), dtype=torch.uint8)
+    step, next_step = step_of(recipe, 0), step_of(recipe, 0, turn=1)
+    results = [
+        augmented(clips, torch.arange(64) % 4, next(parts(s, r, World())), s, r)[0]
+        for s, r in [(step, recipe), (step, recipe), (replace(next_step, shape=step.shape), recipe), (step, other)]
+    ]
+    assert torch.equal(results[0], results[1])
+    assert not any(torch.equal(results[0], result) for result in [*results[2:], to_input(clips, recipe)])
+
+
+def test_labels_are_smoothed_in_the_loss(tiny: Callable[..., Recipe]) -> None:
+    plain, smoothed = (train(tiny(*word), [0, 1, 2]).results[-1] for word in [(), ("augment.label_smoothing=0.5",)])
+    assert not torch.equal(plain.loss, smoothed.loss)
 
 
 def test_the_first_step_after_a_phase_change_needs_no_new_model(tiny: Callable[..., Recipe]) -> None:
@@ -211,3 +245,13 @@ def test_a_micro_batch_smaller_than_a_group_is_refused(tiny: Callable[..., Recip
     check_micro_batches(
         tiny(*EIGHT, "hardware.micro_clips=5"), tiny_plan(recipe), ranks=1
     )  # 4 and what rounding adds to 23²
+
+
+def test_a_micro_batch_that_parts_pairs_to_be_mixed_is_refused(tiny: Callable[..., Recipe]) -> None:
+    words = ("batch.clips=6", "batch.bn_clips=3", "hardware.micro_clips=4", "optim.stages=[12, 6]")
+    check_micro_batches(tiny(*words), tiny_plan(tiny(*words)), ranks=1)
+    recipe = tiny(*words, "augment.mixup=1")
+    with pytest.raises(PlanError) as caught:
+        check_micro_batches(recipe, tiny_plan(recipe), ranks=1)
+    assert re.match(r"hardware.micro_clips 4 makes micro-batches of \d+ clips in phase \d, but ", str(caught.value))
+    assert "use another hardware.micro_clips or an even batch.bn_clips" in str(caught.value)

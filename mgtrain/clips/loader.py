@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.order import ClipRequest, step_requests, video_at
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo
-from mgtrain.datasets.videos import Videos
+from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.distributed import World
 from mgtrain.errors import DataError, VideoError
 from mgtrain.grid import Grid
-from mgtrain.recipe import Data, Recipe
+from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan
 
@@ -78,6 +79,9 @@ class RandomClips(Dataset[Loaded]):
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
         self.videos, self.source = videos, Source(videos, recipe.data)
         self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
+        self.mirrored = mirrored_labels(videos.classes, recipe.data.mirrored)
+        # BatchNorm's statistics are to be those of clips as evaluations see them.
+        self.augment = recipe.augment if draw is Draw.CUT else Augment()
 
     def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
         grid = unit[0].grid
@@ -87,11 +91,13 @@ class RandomClips(Dataset[Loaded]):
         for i, request in enumerate(unit):
             for video in self._candidates(request):
                 try:
-                    clips[i] = torch.from_numpy(self._cut(video, request))
+                    clip, flipped = self._cut(video, request)
                 except VideoError as error:
                     bad.append((self.videos.path(video), str(error)))
                 else:
-                    labels[i] = self.videos.label(video)
+                    clips[i] = torch.from_numpy(rand_augment(clip, self.augment, self.seed, request.position))
+                    label = self.videos.label(video)
+                    labels[i] = self.mirrored[label] if flipped else label
                     break
             else:
                 return Loaded(clips, labels, tuple(bad), given_up=True)
@@ -104,7 +110,8 @@ class RandomClips(Dataset[Loaded]):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
             yield int(rng.integers(len(self.videos)))
 
-    def _cut(self, video: int, request: ClipRequest) -> np.ndarray:
+    def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, bool]:
+        """The clip, uint8 (T, S, S, 3), and whether it is flipped."""
         rng = generator(self.seed, self.draw, request.position)
         with self.source.open(video) as file:
             cut = cut_random(
@@ -115,7 +122,7 @@ class RandomClips(Dataset[Loaded]):
                 flip=self.clip.flip,
                 inverse_uniform=self.clip.inverse_uniform,
             )
-            return file.read([cut])[0]
+            return file.read([cut])[0], cut.flip
 
 
 class ViewClips(Dataset[Loaded]):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 MEAN = 0.45  # of pixels in 0..1, all channels alike (Feichtenhofer et al. 2019)
 STD = 0.225
+BLACK, WHITE = -MEAN / STD, (1 - MEAN) / STD  # of normalized pixels
 
 
 def normalize(clips: Tensor, memory_format: torch.memory_format) -> Tensor:

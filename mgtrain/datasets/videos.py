@@ -174,6 +174,27 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def mirrored_labels(classes: Sequence[str], pairs: Iterable[tuple[str | int, str | int]]) -> tuple[int, ...]:
+    """The label of each class's videos once they are flipped; `pairs`, by name or number, become one another.
+
+    >>> mirrored_labels(("left", "up", "right"), [("left", "right")])
+    (2, 1, 0)
+    """
+    labels = list(range(len(classes)))
+    for one, other in pairs:
+        i, j = (_label_of(name, classes) for name in (one, other))
+        labels[i], labels[j] = j, i
+    return tuple(labels)
+
+
+def _label_of(name: str | int, classes: Sequence[str]) -> int:
+    if name in range(len(classes)) if isinstance(name, int) else name in classes:
+        return name if isinstance(name, int) else classes.index(name)
+    near = difflib.get_close_matches(str(name), classes, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"use names or numbers 0 to {len(classes) - 1}"
+    raise DataError(f"data.mirrored: {name!r} is none of the {len(classes)} classes; {hint}")
+
+
 def check_exists(path: Path, kind: str) -> None:
     """`DataError` that helps to find it, if there is no such file or folder; `kind` says in words what it should be."""
     if path.exists():

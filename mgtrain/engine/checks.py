@@ -44,10 +44,10 @@ def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
 
 
 def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
-    """A micro-batch holds at least one whole BatchNorm group, or one rank's share of it.
+    """A micro-batch holds at least one whole BatchNorm group, or one rank's share of it, and whole pairs to be mixed.
 
     Raises:
-        PlanError: hardware.micro_clips is smaller than that.
+        PlanError: hardware.micro_clips is smaller than that, or cuts pairs.
     """
     for phase in plan.phases:
         for shape in phase.shapes:
@@ -57,6 +57,13 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
                     f"hardware.micro_clips {recipe.hardware.micro_clips} allows {limit} clips of "
                     f"{shape.frames}x{shape.crop}², but phase {phase.index + 1} has {smallest} in one BatchNorm group; "
                     "raise it, or lower batch.bn_clips"
+                )
+            clips = pass_clips(recipe, shape, phase.bn_groups, ranks)
+            if recipe.augment.mixes and clips % 2:
+                raise PlanError(
+                    f"hardware.micro_clips {recipe.hardware.micro_clips} makes micro-batches of {clips} clips in phase "
+                    f"{phase.index + 1}, but augment.mixup and augment.cutmix mix pairs; use another "
+                    "hardware.micro_clips or an even batch.bn_clips, or set both to 0"
                 )
 
 
@@ -96,6 +103,14 @@ def micro_limit(recipe: Recipe, shape: Shape) -> int | None:
     base = recipe.base
     # Up to 2 % over the volume, which rounding puts into coarse shapes, is no reason to halve a micro-batch.
     return int(1.02 * recipe.hardware.micro_clips * base.frames * base.crop**2 / (shape.frames * shape.crop**2))
+
+
+def pass_clips(recipe: Recipe, shape: Shape, bn_groups: int, ranks: int) -> int:
+    """Clips of a micro-batch: as many whole BatchNorm groups as `hardware.micro_clips` allows."""
+    share = shape.clips // ranks
+    unit = min(share, shape.clips // bn_groups)  # a whole group, or this rank's piece of one
+    limit = micro_limit(recipe, shape) or share
+    return min(share, max(unit, limit // unit * unit))
 
 
 def _smallest_pass(phase: Phase, shape: Shape, ranks: int) -> int:

@@ -16,7 +16,7 @@ from mgtrain.checkpoint import CheckpointInfo, load_model, load_optimizer, read_
 from mgtrain.clips.loader import BadVideos, recalibration_batches, train_batches, view_batches
 from mgtrain.console import TrainProgress
 from mgtrain.datasets import open_splits
-from mgtrain.datasets.videos import Videos
+from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.distributed import World, replicate
 from mgtrain.engine.checks import check_micro_batches, check_precision, check_shapes, make_model
 from mgtrain.engine.clock import Clock
@@ -97,6 +97,7 @@ def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
                 f"{recipe.data.root}: the {name} videos have several labels each, which cannot be trained yet; "
                 "use lists with one label per video"
             )
+    mirrored_labels(splits["train"].classes, recipe.data.mirrored)  # refuses what is no class
     return splits["train"], splits["val"]
 
 

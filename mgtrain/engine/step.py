@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgtrain.clips.augment import erase, jitter_colour
 from mgtrain.clips.pixels import normalize
 from mgtrain.distributed import World, no_sync, unwrap
-from mgtrain.engine.checks import DTYPES, micro_limit
+from mgtrain.engine.checks import DTYPES, pass_clips
+from mgtrain.engine.mix import mix
 from mgtrain.models.part import Part, set_part
 from mgtrain.recipe import Recipe
-from mgtrain.rng import Draw, seed_of
+from mgtrain.rng import Draw, generator, seed_of
 from mgtrain.schedule import Step
 
 
@@ -23,7 +26,7 @@ class StepResult:
     """A step's outcome over this rank's clips, still on the device: reading it would wait for the GPU."""
 
     loss: Tensor  # () mean
-    correct: Tensor  # () share of clips whose most probable class is right
+    correct: Tensor  # () share of clips whose most probable class is right; of a mixed clip, the class it is most of
 
 
 def train_step(
@@ -47,13 +50,16 @@ def train_step(
     for part in parts(step, recipe, world):
         mine = slice(part.first - first_of_rank, part.first - first_of_rank + part.clips)
         set_part(unwrap(model), part)
+        x, targets = augmented(clips[mine], labels[mine], part, step, recipe)
         with no_sync(model, last=mine.stop == len(clips)):
             with autocast(recipe, world):
-                logits = model(to_input(clips[mine], recipe)).float()  # (part.clips, classes)
-            loss = F.cross_entropy(logits, labels[mine], reduction="sum") / len(clips)
+                logits = model(x).float()  # (part.clips, classes)
+            smoothing = recipe.augment.label_smoothing
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) / len(clips)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
-        correct += (logits.detach().argmax(1) == labels[mine]).sum() / len(clips)
+        expected = targets if targets.ndim == 1 else targets.argmax(1)  # (part.clips,)
+        correct += (logits.detach().argmax(1) == expected).sum() / len(clips)
     scaler.step(optimizer)
     scaler.update()
     return StepResult(loss_sum, correct)
@@ -62,14 +68,29 @@ def train_step(
 def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
     """The micro-batches of this rank's share: as many whole BatchNorm groups as `hardware.micro_clips` allows."""
     total, groups = step.shape.clips, step.bn_groups
-    share = total // world.size
-    unit = min(share, total // groups)  # a whole group, or this rank's piece of one
-    limit = micro_limit(recipe, step.shape) or share
-    size = min(share, max(unit, limit // unit * unit))
+    share, size = total // world.size, pass_clips(recipe, step.shape, groups, world.size)
     seed = seed_of(recipe.seed, Draw.STEP, step.index)
     for first in range(0, share, size):
         clips = min(size, share - first)
         yield Part(world.rank * share + first, clips, total, groups, world.size, seed, world.gather)
+
+
+def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """One pass's input, float32 (B, 3, T, S, S), and targets: the labels, or float32 (B, classes) of mixed clips."""
+    x, augment = to_input(clips, recipe), recipe.augment
+
+    def draws(purpose: Draw, numbers: int) -> np.ndarray:
+        everyone = generator(recipe.seed, purpose, step.index).random((part.total, numbers))
+        mine: np.ndarray = everyone[part.first : part.first + part.clips]
+        return mine  # (B, numbers), uniform in [0, 1)
+
+    if augment.jitters_colour:
+        x = jitter_colour(x, draws(Draw.COLOUR, 4), augment)
+    if augment.erase:
+        x = erase(x, draws(Draw.ERASE, 5), augment.erase)
+    if augment.mixes:
+        return mix(x, labels, part, generator(recipe.seed, Draw.MIX, step.index), recipe)
+    return x, labels
 
 
 def to_input(clips: Tensor, recipe: Recipe) -> Tensor:

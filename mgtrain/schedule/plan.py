@@ -98,6 +98,7 @@ class Plan(Sequence[Step]):
         self.videos = videos
         self.base = recipe.base
         self.base_bn_groups = bn_groups(recipe.base, recipe.batch.bn_clips)
+        self.mixes = recipe.augment.mixes
         self._optim = recipe.optim
         self.phases = _phases(recipe, stretches)
         self._first_steps = [phase.first_step for phase in self.phases]
@@ -272,7 +273,7 @@ def bn_groups(shape: Shape, bn_clips: int) -> int:
 
 
 def check_world(plan: Plan, ranks: int) -> None:
-    """Every step must be shared equally, and no BatchNorm group may be cut unequally.
+    """Every step must be shared equally, in whole pairs if they are mixed, and no BatchNorm group be cut unequally.
 
     Raises:
         PlanError: with the phase and what would divide.
@@ -288,4 +289,12 @@ def check_world(plan: Plan, ranks: int) -> None:
             raise PlanError(
                 f"{what} of {groups} BatchNorm groups, which {ranks} GPUs cannot share; "
                 f"use a number of GPUs that divides {groups} or is a multiple of it, or another batch.bn_clips"
+            )
+    for phase in plan.phases:
+        odd = [shape for shape in phase.shapes if shape.clips // ranks % 2]
+        if plan.mixes and odd:
+            raise PlanError(
+                f"phase {phase.index + 1} has steps of {odd[0].clips} clips, {odd[0].clips // ranks} on each of "
+                f"{ranks} GPUs, but augment.mixup and augment.cutmix mix pairs; use a batch.clips and a number of GPUs "
+                "that leave each an even number, or set both to 0"
             )
