@@ -133,7 +133,7 @@ def main() -> None:
         measures = {
             name: partial(loader_rate, options.clips, len(cores), contestant)
             for name, contestant in contestants.items()
-            if name not in ("plain", "floor")  # they make no clips
+            if name not in ("plain", "floor", "prepared")  # the first two make no clips
         }
         alone = {"loader": partial(one_worker_rate, options.clips), "loop": partial(loop_rate, options.clips)}
         measured = {
@@ -257,6 +257,26 @@ def mgtrain(paths: Sequence[str], job: Job) -> Read:
 
     def read(wanted: ClipRequest) -> np.ndarray:
         with VideoFile(paths[wanted.video]) as file:
+            return file.read([cut(wanted, file.info)])[0]  # (T, S, S, 3)
+
+    return read
+
+
+def prepared(paths: Sequence[str], job: Job) -> Read:
+    """The same pictures out of a prepared set, made beside the videos when it is first asked for."""
+    from mgtrain.clips.prepared import PreparedSet, Settings
+    from mgtrain.prepare import prepare
+
+    root = Path(os.path.commonpath([Path(path).parent for path in paths]))
+    names = [Path(path).relative_to(root).as_posix() for path in paths]
+    folder = root.with_name(f"{root.name}-prepared")
+    done = prepare(root, names, folder, Settings((256, 160), 25, None), 1)
+    ready = PreparedSet(folder)
+    rows = ready.find(names)
+    print(f"{folder.name}: {sum(done.bytes) / done.originals:.2f}x the bytes", file=sys.stderr)
+
+    def read(wanted: ClipRequest) -> np.ndarray:
+        with ready.open(int(rows[wanted.video]), names[wanted.video]) as file:
             return file.read([cut(wanted, file.info)])[0]  # (T, S, S, 3)
 
     return read
@@ -407,9 +427,10 @@ def load_pyslowfast(checkout: Path) -> SimpleNamespace:
     return SimpleNamespace(kinetics=kinetics, decoder=decoder, config=config)
 
 
-# PySlowFast joins them when there is a checkout. A reader of prepared videos is one more function like these.
+# PySlowFast joins them when there is a checkout.
 CONTESTANTS: dict[str, Contestant] = {
     "mgtrain": mgtrain,
+    "prepared": prepared,
     "torchcodec": torchcodec,
     "decord": decord,
     "plain": plain,
