@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from mgtrain.clips import decode, prepared
+from mgtrain.clips import decode, loader, prepared
 from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, RandomClips, batches_of, worker_count
 from mgtrain.clips.order import ClipRequest, video_at
 from mgtrain.clips.prepared import Settings
@@ -47,6 +47,7 @@ STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "decode": ((decode, "decoded"), (prepared, "decoded")),
     "convert": ((decode, "rgb"), (prepared, "rgb")),
     "resample": ((decode, "resample"),),
+    "deliver": ((loader, "_join"),),  # collate, and transfer to the device
 }
 
 
@@ -100,7 +101,8 @@ def bench_data(
         DataError: there is no video that can be read.
     """
     plan, baseline = make_plan(recipe, len(videos)), make_plan(baseline_recipe(recipe), len(videos))
-    grids = {shape: grid for phase in plan.phases for shape, grid in zip(phase.shapes, phase.grids, strict=True)}
+    phases = [*plan.phases, *baseline.phases]
+    grids = {shape: grid for p in phases for shape, grid in list(zip(p.shapes, p.grids, strict=True))[: p.steps]}
     step = step_seconds or time_step(recipe, world)
     kinds = 1 if recipe.data.prepared else 2
 
@@ -146,20 +148,22 @@ def bench_shape(
             clips += 1
     spent = time.perf_counter() - start
     milliseconds = {stage: 1000 * total / clips for stage, total in stages.seconds.items()}
-    milliseconds["rest"] = 1000 * spent / clips - sum(milliseconds.values())
+    milliseconds["rest"] = 1000 * spent / clips - sum(milliseconds.values())  # cutting, copying, Python
 
     # Batches small enough that several come within the time; the first ones only start the workers.
     pieces = UNITS_PER_WORKER * max(1, worker_count(recipe, world))
     batch = min(shape.clips, pieces * math.ceil(clips / spent * seconds / 8))
     steps = ([next(requests) for _ in range(batch)] for _ in count())
-    loader = batches_of(dataset, steps, recipe, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
+    batches = batches_of(dataset, steps, recipe, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
     for _ in range(3):
-        next(loader)
-    start, delivered = time.perf_counter(), 0
-    while delivered < 2 * batch or time.perf_counter() - start < seconds:
-        next(loader)
-        delivered += batch
+        next(batches)
+    joining, start, delivered = Stages(), time.perf_counter(), 0
+    with joining.measure():
+        while delivered < 2 * batch or time.perf_counter() - start < seconds:
+            next(batches)
+            delivered += batch
     rate = delivered / (time.perf_counter() - start)
+    milliseconds["deliver"] = 1000 * joining.seconds["deliver"] / delivered  # in the training process
     return {
         "clips": shape.clips, "frames": shape.frames, "crop": shape.crop,
         "clips_per_second_per_core": clips / spent, "milliseconds": milliseconds,
@@ -168,18 +172,16 @@ def bench_shape(
 
 
 def time_step(recipe: Recipe, world: World) -> float:
-    """Seconds of a training step of the base shape: on a CPU those of one clip, times the clips."""
-    clips = 1 if world.device.type == "cpu" else min(recipe.batch.clips, recipe.hardware.micro_clips or 64)
+    """Seconds of a training step of the base shape: on a CPU those of two clips, times the pairs."""
+    clips = 2 if world.device.type == "cpu" else min(recipe.batch.clips, recipe.hardware.micro_clips or 64)
     batch = recipe.batch.model_copy(update={"clips": clips, "bn_clips": min(clips, recipe.batch.bn_clips)})
     small = baseline_recipe(recipe).model_copy(update={"batch": batch})
     model = to_device(make_model(small), small, world)
     optimizer = make_optimizer(model, small.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    pixels = torch.zeros(clips, recipe.clip.frames, recipe.clip.crop, recipe.clip.crop, 3, dtype=torch.uint8)
-    pixels, labels = (
-        pixels.to(world.device).permute(0, 4, 1, 2, 3),
-        torch.zeros(clips, dtype=torch.int64).to(world.device),
-    )
+    size = (clips, recipe.clip.frames, recipe.clip.crop, recipe.clip.crop, 3)
+    pixels = torch.zeros(size, dtype=torch.uint8, device=world.device).permute(0, 4, 1, 2, 3)  # (b, 3, T, S, S)
+    labels = torch.zeros(clips, dtype=torch.int64, device=world.device)
     step = make_plan(small, clips)[0]
     times = []
     for _ in range(3):
@@ -196,8 +198,8 @@ def forecast(plan: Plan, rates: dict[Shape, float], step_seconds: float) -> dict
     """
     phases, total = [], 0.0
     for phase in plan.phases:
-        known = [rates.get(shape, rates[max(rates)]) for shape in phase.shapes]
-        load = sum(shape.clips / rate for shape, rate in zip(phase.shapes, known, strict=True)) / len(phase.shapes)
+        shapes = phase.shapes[: phase.steps]
+        load = sum(shape.clips / rates[shape] for shape in shapes) / len(shapes)
         total += phase.steps * max(load, step_seconds)
         phases.append({"index": phase.index, "load_seconds": load, "waits": load > step_seconds})
     alone = len(plan) * step_seconds

@@ -373,7 +373,7 @@ def stats(
 
     loaded = load_recipe(recipe, overrides or ())
     videos = open_splits(loaded.data)[split.value]
-    count = workers if workers is not None else min(16, os.cpu_count() or 1)
+    count = workers if workers is not None else min(16, _cores())
     with progress() as show:
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
@@ -495,11 +495,11 @@ def bench_data(
     from mgtrain.bench import bench_data as bench
     from mgtrain.bench import render
     from mgtrain.console import progress
-    from mgtrain.datasets import open_splits
     from mgtrain.distributed import connect
+    from mgtrain.engine.fit import open_data
 
     loaded = load_recipe(recipe, overrides or ())
-    videos = open_splits(loaded.data)["train"]
+    videos, _ = open_data(loaded)
     with connect(device.value if device else None) as world, progress() as show:
         start_logging(None, world.main, world.rank)
         result = bench(

@@ -7,6 +7,7 @@ whatever stops the work loses no more than the videos under way, and running it 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -97,6 +98,8 @@ def prepare(
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # so that the first are a fair sample
     begin, made, told = time.monotonic(), 0, False
     with manifest:
+        if todo:  # until all is done again, the index would tell of files that are being replaced
+            (folder / "index.npy").unlink(missing_ok=True)
         for record, offsets in _all_done(todo, workers, root, folder, settings):
             manifest.add(record, offsets)
             made += 1
@@ -132,11 +135,18 @@ class Manifest:
                 break
             self.records[record["path"]] = record
             whole += len(line)
-        if self._lines.exists():
-            os.truncate(self._lines, whole)
+        self._whole = whole
 
     def __enter__(self) -> Manifest:
         self._to_lines, self._to_offsets = self._lines.open("ab"), self._offsets.open("ab")
+        try:
+            fcntl.flock(self._to_lines, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when the process ends
+        except OSError:
+            self.__exit__()
+            raise DataError(
+                f"{self._lines.parent}: is being prepared by another process; wait for it, or choose another folder"
+            ) from None
+        self._to_lines.truncate(self._whole)
         self._to_offsets.truncate(self._to_offsets.tell() // 4 * 4)
         return self
 
@@ -184,8 +194,10 @@ def encode_video(root: Path, path: str, folder: Path, settings: Settings) -> tup
 def _write(video: VideoFile, stored: int, sizes: dict[Path, tuple[int, int]], quality: int) -> list[np.ndarray]:
     """Write `stored` frames of a video, evenly spread, to a file of each size; where frames are in each."""
     frames = video.info.frames
-    writers = [_Writer(file, size, video.info.fps * stored / frames, quality) for file, size in sizes.items()]
+    writers: list[_Writer] = []
     try:
+        for file, size in sizes.items():
+            writers.append(_Writer(file, size, video.info.fps * stored / frames, quality))
         done = -1
         for picture, indices in video.pictures([stored_frame(n, stored, frames) for n in range(stored)]):
             upright = np.ascontiguousarray(picture)

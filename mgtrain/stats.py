@@ -15,7 +15,7 @@ import numpy as np
 
 from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.decode import VideoFile
-from mgtrain.console import duration
+from mgtrain.console import duration, size
 from mgtrain.datasets.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError, UsageError, VideoError
 from mgtrain.recipe import Clip
@@ -170,7 +170,7 @@ def render(stats: Stats) -> str:
         f"videos      {facts['videos']:,}{sampled}{missing}",
         f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
         f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
-        f"in all      {about}{duration(facts['hours'] * 3600)}, {about}{_bytes(facts['bytes'])}",
+        f"in all      {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
         f"sizes       {facts['sizes']['different']:,} different; {_named(facts['sizes']['commonest'], opened)}",
         f"codecs      {_named(facts['codecs'], opened)}",
         "",
@@ -235,15 +235,3 @@ def draw_picture(stats: Stats, path: Path) -> None:
 
 def _named(counts: dict[str, int], total: int) -> str:
     return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in counts.items())
-
-
-def _bytes(count: float) -> str:
-    """Bytes as people say them.
-
-    >>> _bytes(999), _bytes(31_400_000)
-    ('999 bytes', '31.4 MB')
-    """
-    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} bytes"

@@ -214,6 +214,38 @@ def test_what_is_missing_damaged_or_changed_is_found_and_made_again(root: Path, 
     assert video(out, "d.mp4").info.frames == 6
 
 
+def test_a_set_that_is_being_made_anew_is_not_read(root: Path, out: Path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(root / name, 5)
+    prepared(root)
+    write_video(root / "a.mp4", 4)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(root, progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(DataError, match="not finished"):
+        PreparedSet(out)
+    prepared(root)
+    assert numbers(video(out, "a.mp4"), *range(4)) == [0, 1, 2, 3]
+
+
+def test_two_processes_do_not_prepare_one_folder(root: Path, out: Path):
+    write_video(root / "v.mp4", 5)
+    prepared(root)
+    write_video(root / "more.mp4", 5)
+    with module.Manifest(out), pytest.raises(DataError, match="is being prepared by another process"):
+        prepared(root)
+    assert verify(out, 1) == {}
+    assert prepared(root).made == 1
+
+
+def test_a_folder_that_cannot_be_written_stops_the_work(root: Path, out: Path):
+    write_video(root / "v.mp4", 5)
+    out.mkdir()
+    module.write_settings(out, SETTINGS)
+    (out / "64").write_text("in the way")
+    with pytest.raises(DataError, match=r"v\.mp4\.mp4: cannot be written: .*; run it again to go on"):
+        prepared(root)
+
+
 def test_broken_videos_are_recorded_and_tried_again(root: Path, out: Path):
     write_video(root / "v.mp4", 5)
     (root / "empty.mp4").touch()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mgtrain.bench import STAGES, Stages, bench_data, forecast, render
+from mgtrain.clips import decode
+from mgtrain.clips.cut import Cut
+from mgtrain.clips.decode import VideoFile
+from mgtrain.datasets import open_splits
+from mgtrain.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.schedule import make_plan
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_every_shape_is_measured_and_every_phase_is_judged(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    videos = open_splits(recipe.data)["train"]
+    plan = make_plan(recipe, len(videos))
+    seen: list[tuple[str, int, int]] = []
+    result = bench_data(
+        recipe, videos, World(), (48, 36), 23, seconds=0.01, step_seconds=1e-6,
+        progress=lambda *counts: seen.append(counts),
+    )  # fmt: skip
+    wanted = {*plan.shapes(), recipe.base}
+    assert [found["name"] for found in result["sets"]] == ["originals", "prepared"]
+    for found in result["sets"]:
+        shapes = {(row["clips"], row["frames"], row["crop"]) for row in found["shapes"]}
+        assert shapes == {(shape.clips, shape.frames, shape.crop) for shape in wanted}
+        for row in found["shapes"]:
+            assert row["needed_clips_per_second"] == pytest.approx(row["clips"] / 1e-6)
+            spent = dict(row["milliseconds"])
+            assert all(spent[stage] > 0 for stage in ("demux", "decode", "convert", "deliver"))
+            del spent["deliver"]  # is the training process's
+            assert sum(spent.values()) == pytest.approx(1000 / row["clips_per_second_per_core"])
+        assert [phase["waits"] for phase in found["plan"]["phases"]] == [True] * len(plan.phases)
+        assert found["plan"]["hours"] > found["plan"]["hours_without_waiting"]
+    assert seen[-1] == ("measuring", 2 * len(wanted), 2 * len(wanted))
+    assert "phases that wait for data: 1, 2, 3, 4, 5, 6;" in render(result)
+    assert decode.VideoFile._open.__name__ == "_open"  # measuring has left nothing behind
+
+
+def test_a_phase_takes_as_long_as_the_slower_of_loader_and_network(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny("schedule.short_cycle=[]"), 24)
+    fast, slow = dict.fromkeys(plan.shapes(), 1e9), {shape: float(shape.clips) for shape in plan.shapes()}
+    assert forecast(plan, fast, 2.0)["hours"] == pytest.approx(len(plan) * 2 / 3600)
+    assert forecast(plan, slow, 0.25)["hours"] == pytest.approx(len(plan) * 1 / 3600)
+    assert not any(phase["waits"] for phase in forecast(plan, slow, 2.0)["phases"])
+
+
+def test_the_stages_of_a_clip_add_up_to_no_more_than_its_time(motions: Path) -> None:
+    stages, start = Stages(), time.perf_counter()
+    with stages.measure(), VideoFile(motions / "videos/train/left_0.mp4") as video:
+        video.read([Cut((0, 9, 20), (0, 0, 64, 48), 32, flip=False)])
+    assert set(stages.seconds) == set(STAGES)
+    assert all(seconds > 0 for stage, seconds in stages.seconds.items() if stage != "deliver")
+    assert sum(stages.seconds.values()) <= time.perf_counter() - start
+
+
+def test_data_is_prepared_verified_and_trained_on_from_the_command_line(
+    tiny_text: str, tmp_path: Path, mgtrain: Run
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    stopped = mgtrain(tmp_path, "data", "prepare", "tiny.yaml", "--to", "out", "--levels", "48,36", "--forecast")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "36 videos: about" in stopped.stderr
+    refused = mgtrain(tmp_path, "bench", "data", "tiny.yaml", "data.prepared=out", "--step-seconds", 1)
+    assert (refused.returncode, refused.stderr.count("\n")) == (3, 1)
+    assert "is not finished; go on with `mgtrain data prepare`" in refused.stderr
+    done = mgtrain(tmp_path, "data", "prepare", "tiny.yaml", "--to", "out", "--levels", "36,48", "--json")
+    result = json.loads(done.stdout)
+    assert (result["schema"], result["videos"], result["broken"]) == ("mgtrain.prepare/1", 36, {})
+    assert mgtrain(tmp_path, "data", "verify", "out").stdout == "out: every file is as it was written\n"
+    trained = mgtrain(tmp_path, "fit", "tiny.yaml", "data.prepared=out", "optim.stages=[1, 1]", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["videos"] == 12
+    next((tmp_path / "out" / "36").rglob("*.mp4")).unlink()
+    broken = mgtrain(tmp_path, "data", "verify", "out")
+    assert broken.returncode == 3
+    assert "is missing" in broken.stdout
+    assert mgtrain(tmp_path, "data", "prepare", "tiny.yaml", "--to", "out", "--levels", "wide").returncode == 2
