@@ -286,7 +286,9 @@ def test_a_damaged_frame_is_a_broken_video(root: Path, out: Path):
 
 def test_what_cannot_be_is_refused(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
     write_video(root / "v.mp4", 5)
-    with pytest.raises(DataError, match="no prepared set"):
+    with pytest.raises(
+        DataError, match=r"prepared\.json: cannot be read: No such file or directory; make the set with"
+    ):
         PreparedSet(root)
     with pytest.raises(DataError, match="holds other files"):
         prepare(root, ["v.mp4"], root, SETTINGS, 1)

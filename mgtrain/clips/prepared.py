@@ -68,7 +68,8 @@ def read_settings(folder: Path) -> Settings:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: no prepared set ({error}); make it with `mgtrain data prepare`") from None
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(f"{file}: cannot be read: {cause}; make the set with `mgtrain data prepare`") from None
     if facts.get("schema") != SCHEMA:
         raise DataError(f"{file}: is {facts.get('schema')!r}, this mgtrain reads {SCHEMA!r}; prepare the set anew")
     return Settings(tuple(facts["levels"]), facts["quality"], facts["fps"])
