@@ -30,6 +30,8 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+app.add_typer(ckpt_app, name="ckpt")
 
 
 # Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
@@ -64,6 +66,9 @@ Procs = Annotated[
 ]
 
 ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other videos.")]
 
 
@@ -74,6 +79,9 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although the recipe or the videos have changed since.")
     ] = False,
     baseline: Annotated[
         str | None, typer.Option(help="A run to measure the speedup against, by name or folder, as training goes.")
@@ -86,33 +94,31 @@ def fit(
 
     Examples:  mgtrain fit demo_multigrid  |  torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
     """
+    from mgtrain.distributed import connect, is_restarted, rank_of_environment
     from mgtrain.rundir import RUNS, RunDir, find_run
 
     loaded = load_recipe(recipe, overrides or ())
     folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
-    run = RunDir(folder)
+    run = RunDir(folder, writes=rank_of_environment() == 0)
+    resume = resume or is_restarted()
     if run.rows("steps.jsonl") and not resume:
         raise UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
     rival = find_run(baseline) if baseline else None
     if _started_ranks(procs, device):
         return
 
-    from mgtrain.distributed import connect
     from mgtrain.engine.fit import fit as train
 
-    with connect(device.value if device else None) as world:
-        run.writes = world.main
+    with run.locked(), connect(device.value if device else None, loaded.faults.timeout_seconds) as world:
         start_logging(folder / "log.txt", world.main, world.rank)
-        scores = train(loaded, run, world, resume, rival)
+        scores = train(loaded, run, world, resume, rival, allow_changes)
         if world.main:
             _print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, 1, json_)
 
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
-    ],
+    checkpoint: CheckpointArgument,
     overrides: Overrides = None,
     views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
     procs: Procs = None,
@@ -225,6 +231,78 @@ def show_recipe(name: str) -> None:
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
     """
     sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+
+
+@ckpt_app.command("inspect")
+def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
+    """Say what a checkpoint holds and belongs to.
+
+    Example:  mgtrain ckpt inspect demo_multigrid
+    """
+    from math import prod
+
+    from mgtrain.checkpoint import read_info, tensor_shapes
+    from mgtrain.recipe import parse_recipe
+
+    path = _checkpoint_path(checkpoint)
+    info, shapes = read_info(path), tensor_shapes(path)
+    recipe = parse_recipe(info.recipe, str(path))
+    numbers = {
+        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
+        for part in ("model", "optimizer", "groups")
+    }
+    facts = {
+        "checkpoint": str(path),
+        "bytes": path.stat().st_size,
+        "step": info.step,
+        "evaluated": info.evaluated,
+        "recalibrated": info.recalibrated,
+        "training_seconds": info.train_seconds,
+        "model": recipe.model.name,
+        "classes": len(info.classes),
+        "tensors": len(shapes),
+        "numbers": numbers,
+        "training_videos": info.data,
+        "validation_videos": info.val_data,
+        "steps_left_out": info.left_out,
+    }
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}))
+        return
+    for key, value in facts.items():
+        shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
+        out.print(f"{key.replace('_', ' '):18} {shown}", markup=False)
+
+
+@ckpt_app.command("verify")
+def verify_checkpoints(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
+    json_: Json = False,
+) -> None:
+    """Read checkpoints whole and compare them with their checksums; exits with 4 if one is damaged.
+
+    Example:  mgtrain ckpt verify demo_multigrid
+    """
+    from mgtrain.checkpoint import verify as verify_file
+    from mgtrain.rundir import find_run
+
+    files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
+    if not files:
+        raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
+    damaged: dict[str, str] = {}
+    for file in files:
+        try:
+            verify_file(file)
+        except CheckpointError as error:
+            damaged[str(file)] = str(error)
+    if json_:
+        result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
+        out.print_json(json.dumps(result))
+    else:
+        for file in files:
+            out.print(damaged.get(str(file), f"{file}: whole"), markup=False)
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")
 
 
 @data_app.command()
@@ -605,15 +683,17 @@ def _parse_views(views: str) -> tuple[int, int]:
 
 
 def _checkpoint_path(checkpoint: str) -> Path:
+    from mgtrain.checkpoint import newest_whole
     from mgtrain.rundir import find_run
 
     path = Path(checkpoint)
     if path.is_file():
         return path
     run = find_run(checkpoint)
-    if not run.checkpoints():
+    newest = newest_whole(run.checkpoints())
+    if newest is None:
         raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
-    return run.checkpoints()[-1]
+    return newest
 
 
 def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool, classes: Any = ()) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mgtrain.console import duration
 from mgtrain.errors import UsageError
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import recipe_differences
 from mgtrain.rundir import RunDir, speedup_at_equal_accuracy, time_to_accuracy
 from mgtrain.schedule import make_plan
 
@@ -117,12 +117,6 @@ def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
     return {**result, "verdict": _verdict(theirs, ours, result)}
 
 
-def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
-    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
-    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
-
-
 def render(result: dict[str, Any]) -> Group:
     """The comparison as a person reads it: warnings, table, recipe differences, verdict."""
     theirs, ours = result["runs"]
@@ -202,13 +196,6 @@ def _noise(a: Summary, b: Summary) -> float:
 
 def _share(summary: dict[str, Any], key: str) -> str:
     return f"{duration(summary[key])} ({100 * summary[key] / max(summary['train_seconds'], 1e-9):.0f} %)"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _brief(value: Any) -> str:

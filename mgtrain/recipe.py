@@ -209,6 +209,20 @@ class Logging(Section):
     keep_checkpoints: Count = Field(3, description="newest checkpoints to keep, apart from the last and the best")
 
 
+class Faults(Section):
+    """What is done when something goes wrong. Nothing here changes a run in which nothing does."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a loss or gradient that is not finite: stop; leave the step's update out (skip); "
+        "or go back to the newest checkpoint's weights as well (rollback)",
+    )
+    non_finite_steps: Count = Field(10, description="most such steps of a run that are left out or taken back")
+    timeout_seconds: Positive = Field(
+        900.0, description="a process in which nothing has happened for so long says what it was doing, and ends"
+    )
+
+
 class Recipe(Section):
     """Everything that defines a run. Two runs of one recipe see the same clips in the same steps."""
 
@@ -223,6 +237,7 @@ class Recipe(Section):
     schedule: Schedule
     hardware: Hardware = Hardware()
     logging: Logging = Logging()
+    faults: Faults = Faults()
 
     @property
     def base(self) -> Shape:
@@ -272,6 +287,12 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_explain(error, tree, name, origins)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{name}:1: cannot be understood: {error}") from None
+
+
+def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
+    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -394,3 +415,10 @@ def _allowed_keys(section: str | None, tree: Any) -> list[str]:
     if len(kinds) > 1:
         kinds = tuple(kind for kind in kinds if tree[section]["name"] in get_args(kind.model_fields["name"].annotation))
     return list(kinds[0].model_fields)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

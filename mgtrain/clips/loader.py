@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import cut_random, cut_views
@@ -33,6 +34,7 @@ from mgtrain.grid import Grid
 from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan
+from mgtrain.signals import leave_signals_to_the_parent
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,11 @@ class Loaded:
 
 
 class Source:
-    """Where the videos are read: their own files, or a prepared set."""
+    """Where the videos are read: their own files, or a prepared set. It tells which ones are being decoded."""
 
     def __init__(self, videos: Videos, data: Data) -> None:
         self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
+        self._open = torch.zeros(1, dtype=torch.int64)  # of each process, 1 + the video that it decodes, or 0
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
         if self._prepared:
             self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
@@ -66,8 +69,27 @@ class Source:
                     f"{videos.name(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
                 )
 
-    def open(self, video: int) -> VideoFile | PreparedVideo:
-        """A video, to be used as a context manager. Raises `VideoError` if it cannot be read."""
+    def share(self, workers: int) -> None:
+        """Make ready to be used by so many processes, before they start."""
+        self._open = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def under_way(self) -> list[str]:
+        """The paths of the videos that are being decoded, by all processes."""
+        return [self.videos.path(video - 1) for video in self._open.tolist() if video]
+
+    @contextmanager
+    def open(self, video: int) -> Iterator[VideoFile | PreparedVideo]:
+        """A video to read. Raises `VideoError` if it cannot be read."""
+        worker = get_worker_info()
+        process = worker.id if worker else 0
+        self._open[process] = video + 1
+        try:
+            with self._reader(video) as file:
+                yield file
+        finally:
+            self._open[process] = 0
+
+    def _reader(self, video: int) -> VideoFile | PreparedVideo:
         if self._prepared:
             return self._prepared.open(int(self._rows[video]), self.videos.name(video))
         return VideoFile(self.videos.path(video), self._skip_loop_filter)
@@ -224,10 +246,11 @@ def worker_count(recipe: Recipe, world: World) -> int:
 
 
 def batches_of(
-    dataset: Dataset[Loaded], steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
+    dataset: RandomClips | ViewClips, steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load each step's items in units, and join the units again."""
     workers = worker_count(recipe, world)
+    dataset.source.share(workers)
     pieces = UNITS_PER_WORKER * max(1, workers)
     lengths: list[int] = []  # units of the steps that are under way, filled by `units` as the workers ask for more
 
@@ -248,13 +271,15 @@ def batches_of(
         worker_init_fn=_start_worker if workers else None,
     )
     joined: list[Loaded] = []
-    for loaded in loader:
-        bad.add(loaded)
-        joined.append(loaded)
-        if len(joined) == lengths[0]:
-            del lengths[0]
-            yield _join(joined, world)
-            joined = []
+    with world.watchdog.looking_at(dataset.source.under_way):
+        for loaded in loader:
+            world.watchdog.beat()
+            bad.add(loaded)
+            joined.append(loaded)
+            if len(joined) == lengths[0]:
+                del lengths[0]
+                yield _join(joined, world)
+                joined = []
 
 
 def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
@@ -273,4 +298,5 @@ def _as_is(loaded: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    leave_signals_to_the_parent()
     torch.set_num_threads(1)

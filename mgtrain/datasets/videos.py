@@ -122,6 +122,11 @@ class Videos:
         digest.update("\0".join(self.classes).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def identity(self) -> str:
+        """How many videos there are, and their fingerprint."""
+        return f"{len(self)} ({self.fingerprint})"
+
 
 class Finder:
     """Finds videos by their names without suffix in the folders under a root; each folder is read once.

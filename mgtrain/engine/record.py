@@ -24,7 +24,6 @@ from mgtrain.distributed import World
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.step import StepResult
-from mgtrain.errors import NonFiniteError
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
 from mgtrain.rundir import RunDir, speedup_at_equal_accuracy
@@ -49,14 +48,9 @@ def describe_run(
 
 
 def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress: TrainProgress, world: World) -> None:
-    """Write a step down, over all ranks; stop the run if its loss is not a number."""
+    """Write a step down, over all ranks."""
     loss, top1 = (world.sum(torch.stack([result.loss, result.correct])) / world.size).tolist()
     seconds = clock.train_seconds + clock.since_lap()
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss is {loss} at step {step.index} (phase {step.phase.index + 1}, {step.shape}, lr {step.lr:.3g}); "
-            "lower optim.lr or lengthen optim.warmup_epochs, then run again with --resume"
-        )
     row = {
         "step": step.index + 1,
         "phase": step.phase.index,
@@ -65,7 +59,7 @@ def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress
         "frames": step.shape.frames,
         "crop": step.shape.crop,
         "lr": step.lr,
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,
         "top1": top1,
         "train_seconds": seconds,
         "data_seconds": clock.data_seconds,
@@ -84,7 +78,7 @@ def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress
         "time/train": "train_seconds",
         "time/data": "data_seconds",
     }
-    run.scalars(step.index + 1, {tag: float(row[key]) for tag, key in tags.items()})
+    run.scalars(step.index + 1, {tag: row[key] for tag, key in tags.items() if row[key] is not None})
     progress.show(step, loss, top1, clock.data_seconds / seconds)
 
 
