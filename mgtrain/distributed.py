@@ -208,8 +208,8 @@ def launch(command: Sequence[str], procs: int) -> int:
 def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """The first failure's exit code, or 0, when all have ended or had their time."""
     deadline = float("inf")
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-        if deadline == float("inf") and any(process.returncode for process in ranks):
+    while None in (codes := [process.poll() for process in ranks]) and time.monotonic() < deadline:
+        if deadline == float("inf") and any(codes):
             deadline = time.monotonic() + SECONDS_TO_END
         time.sleep(0.05)
     failed = [process.returncode for process in ranks if process.returncode]

@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("fit tiny.yaml --device cpu --name new data.root=nowhere", 3, "nowhere: no such folder of videos"),
         ("fit tiny.yaml --device cpu --name new data.classes=5", 3, "have 4 classes, data.classes says 5"),
         ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: no run directory"),
-        ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "was saved by a run with another schedule than now"),
+        ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "has changed since: optim.lr 0.002 -> 0.01; resume as"),
         ("eval garbage.safetensors", 4, "garbage.safetensors: not a readable checkpoint"),
         ("eval foreign.safetensors", 4, "foreign.safetensors: a safetensors file, but not a checkpoint of mgtrain"),
         ("eval begun", 4, "runs/begun: no checkpoint yet; train it with `mgtrain fit`"),

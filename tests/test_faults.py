@@ -386,3 +386,28 @@ def test_checkpoints_can_be_looked_at_and_verified(
     assert done.returncode == 4
     assert f"{path.name}: is not what was written: its checksum does not match its contents" in done.stdout
     assert done.stderr == "mgtrain: 1 of 4 checkpoints are damaged; --resume passes them over\n"
+
+
+def test_the_slurm_script_starts_the_ranks_and_puts_a_stopped_job_back(folder: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts/preemptible.slurm"
+    stubs = folder / "bin"
+    stubs.mkdir()
+    (stubs / "mgtrain").write_text(f'#!/bin/bash\nexec {sys.executable} -m mgtrain "$@"\n')
+    (stubs / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo localhost || echo "$@" >> asked\n')
+    (stubs / "srun").write_text(  # two tasks; the exit code is the larger one, as srun's
+        '#!/bin/bash\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); echo $! > task$i; done\n'
+        "code=0; for pid in ${pids[@]}; do wait $pid; c=$?; [ $c -gt $code ] && code=$c; done; exit $code\n"
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(
+        ["bash", str(script), "tiny.yaml", "--device", "cpu", *LONG],
+        cwd=folder, env=os.environ | slurm | {"PATH": f"{stubs}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    os.kill(int((folder / "task1").read_text()), signal.SIGUSR1)
+    status, errors = end(job)
+    assert status == 75, errors
+    assert (folder / "asked").read_text() == "requeue 7\n"
