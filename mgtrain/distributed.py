@@ -201,6 +201,7 @@ def launch(command: Sequence[str], procs: int) -> int:
     finally:
         for process in ranks:
             process.kill()
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 
