@@ -185,10 +185,11 @@ def children(pid: int) -> list[int]:
 
 
 def loaders(pid: int) -> list[int]:
-    """The loader processes of a run: children of its only process, or of its ranks."""
-    first = children(pid)
-    second = [loader for child in first for loader in children(child)]
-    return second or first
+    """The loader processes of a run: the only descendants that have been given their name by torch."""
+    mine = children(pid)
+    for found in mine:
+        mine += children(found)
+    return [found for found in mine if Path(f"/proc/{found}/comm").read_text().startswith("pt_data_worker")]
 
 
 def lost(run: RunDir, rival: RunDir) -> list[str]:

@@ -5,7 +5,9 @@
 3. The units come back in order and are joined to this rank's share of the batch, pinned when it goes to a GPU.
 
 Workers live as long as the run: a change of shape is just another request. Since every step has about the same volume,
-memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank.
+memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank. They are forked from a
+server process that has no threads, since a fork of a process that trains may hang; what they know of the videos is in
+shared memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -59,6 +63,8 @@ class Source:
     def __init__(self, videos: Videos, data: Data) -> None:
         self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
         self._open = torch.zeros(1, dtype=torch.int64)  # of each process, 1 + the video that it decodes, or 0
+        self._shared: list[Tensor] | None = None
+        self._rows = np.empty(0, np.int32)  # of the videos, in the prepared set
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
         if self._prepared:
             self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
@@ -72,6 +78,19 @@ class Source:
     def share(self, workers: int) -> None:
         """Make ready to be used by so many processes, before they start."""
         self._open = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker is given: the arrays, which may tell of millions of videos, as shared memory."""
+        if self._shared is None:
+            self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
+            for tensor in self._shared:
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return {**self.__dict__, "videos": self.videos.without_arrays(), "_rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        *arrays, self._rows = (tensor.numpy() for tensor in state["_shared"])
+        self.videos = self.videos.with_arrays(arrays)
 
     def under_way(self) -> list[str]:
         """The paths of the videos that are being decoded, by all processes."""
@@ -99,7 +118,7 @@ class RandomClips(Dataset[Loaded]):
     """Clips cut at random; an item is a unit, a list of requests. A clip depends on its request and the seed alone."""
 
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
-        self.videos, self.source = videos, Source(videos, recipe.data)
+        self.source = Source(videos, recipe.data)
         self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
         self.mirrored = mirrored_labels(videos.classes, recipe.data.mirrored)
         # BatchNorm's statistics are to be those of clips as evaluations see them.
@@ -115,10 +134,10 @@ class RandomClips(Dataset[Loaded]):
                 try:
                     clip, flipped = self._cut(video, request)
                 except VideoError as error:
-                    bad.append((self.videos.path(video), str(error)))
+                    bad.append((self.source.videos.path(video), str(error)))
                 else:
                     clips[i] = torch.from_numpy(rand_augment(clip, self.augment, self.seed, request.position))
-                    label = self.videos.label(video)
+                    label = self.source.videos.label(video)
                     labels[i] = self.mirrored[label] if flipped else label
                     break
             else:
@@ -130,7 +149,7 @@ class RandomClips(Dataset[Loaded]):
         yield request.video
         for attempt in range(REPLACEMENTS):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
-            yield int(rng.integers(len(self.videos)))
+            yield int(rng.integers(len(self.source.videos)))
 
     def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, bool]:
         """The clip, uint8 (T, S, S, 3), and whether it is flipped."""
@@ -151,7 +170,7 @@ class ViewClips(Dataset[Loaded]):
     """All views of each video, for evaluation; an item is a unit, a list of video numbers. Broken ones are left out."""
 
     def __init__(self, videos: Videos, recipe: Recipe, times: int, crops: int) -> None:
-        self.videos, self.source = videos, Source(videos, recipe.data)
+        self.source = Source(videos, recipe.data)
         self.grid, self.times, self.crops, self.fps = evaluation_grid(recipe), times, crops, recipe.clip.fps
 
     def __getitem__(self, unit: Sequence[int]) -> Loaded:
@@ -163,9 +182,9 @@ class ViewClips(Dataset[Loaded]):
                 with self.source.open(video) as file:
                     cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.fps)
                     views.extend(file.read(cuts))
-                labels.append(self.videos.label(video))
+                labels.append(self.source.videos.label(video))
             except VideoError as error:
-                bad.append((self.videos.path(video), str(error)))
+                bad.append((self.source.videos.path(video), str(error)))
         shape = (self.grid.frames, self.grid.crop, self.grid.crop, 3)
         clips = np.stack(views) if views else np.zeros((0, *shape), np.uint8)  # (videos * times * crops, T, S, S, 3)
         return Loaded(torch.from_numpy(clips), torch.tensor(labels, dtype=torch.int64), tuple(bad))
@@ -269,6 +288,7 @@ def batches_of(
         collate_fn=_as_is,
         prefetch_factor=UNITS_PER_WORKER * STEPS_AHEAD if workers else None,
         worker_init_fn=_start_worker if workers else None,
+        multiprocessing_context=_server() if workers else None,
     )
     joined: list[Loaded] = []
     with world.watchdog.looking_at(dataset.source.under_way):
@@ -291,6 +311,13 @@ def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
     labels = labels.pin_memory() if pin else labels
     clips = clips.to(world.device, non_blocking=True).permute(0, 4, 1, 2, 3)  # (b, 3, T, S, S)
     return clips, labels.to(world.device, non_blocking=True)
+
+
+def _server() -> BaseContext:
+    """Forks workers from a process that has done nothing but import this module."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _as_is(loaded: Any) -> Any:

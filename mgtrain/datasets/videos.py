@@ -7,7 +7,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ class Videos:
     classes: tuple[str, ...]
     missing: int
     missing_names: tuple[str, ...]  # the first few
-    _paths: bytes = field(repr=False)  # relative to the root, one after the other
+    _paths: np.ndarray = field(repr=False)  # uint8: bytes, relative to the root, one after the other
     _ends: np.ndarray = field(repr=False)  # int64 (N,): where each path ends in `_paths`
     _labels: np.ndarray = field(repr=False)  # int32 (N,), or all labels of all videos, one after the other
     _label_ends: np.ndarray | None = field(
@@ -69,11 +69,26 @@ class Videos:
             tuple(classes),
             missing,
             tuple(missing_names[:EXAMPLES]),
-            bytes(paths),
+            np.frombuffer(bytes(paths), np.uint8),
             np.array(ends, np.int64),
             np.array(labels, np.int32),
             np.array(label_ends, np.int64) if multi else None,
         )
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that grows with the number of videos."""
+        arrays = (self._paths, self._ends, self._labels, self._label_ends)
+        return [array for array in arrays if array is not None]
+
+    def without_arrays(self) -> Videos:
+        """The rest, to be given `with_arrays` what `arrays` gave."""
+        none = np.empty(0, np.uint8)
+        return replace(self, _paths=none, _ends=none, _labels=none, _label_ends=None)
+
+    def with_arrays(self, arrays: Sequence[np.ndarray]) -> Videos:
+        """These videos, told of by other arrays of the same contents, such as ones in shared memory."""
+        paths, ends, labels, *label_ends = arrays
+        return replace(self, _paths=paths, _ends=ends, _labels=labels, _label_ends=next(iter(label_ends), None))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -82,7 +97,7 @@ class Videos:
         """The path of a video within the root."""
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._paths[start : int(self._ends[index])])
+        return os.fsdecode(self._paths[start : int(self._ends[index])].tobytes())
 
     def path(self, index: int) -> str:
         """The path of a video, with the root."""
@@ -114,7 +129,7 @@ class Videos:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with any path (within the root), label, class, or their order."""
-        digest = hashlib.sha256(self._paths)
+        digest = hashlib.sha256(self._paths.data)
         digest.update(self._ends.astype("<i8").tobytes())
         digest.update(self._labels.astype("<i4").tobytes())
         if self._label_ends is not None:
