@@ -15,12 +15,12 @@ import mgtrain
 PACKAGE = Path(mgtrain.__file__).parent
 FLOORS = [
     ["errors", "grid", "rng", "models.options"],
-    ["recipe"],
+    ["recipe", "isolated", "manifest"],
     ["schedule"],
     ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models",
      "datasets", "distributed", "checkpoint", "console"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
-     "engine.mix", "clips.loader", "rundir", "prepare"],
+     "engine.mix", "clips.loader", "rundir", "prepare", "check"],
     ["engine.fit", "engine.record", "compare", "bench", "stats"],
     ["cli"],
     ["__main__"],

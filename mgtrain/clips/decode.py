@@ -119,7 +119,7 @@ class VideoFile:
         return sum(1 for _ in self._from_start())
 
     def _regular_file(self) -> int:
-        """The file's descriptor. Whatever else has this name is not opened; were it put there since, it does no harm."""
+        """The file's descriptor. What is no file is not opened, and not waited for if it takes the name just then."""
         try:
             if stat.S_ISREG(os.stat(self.path).st_mode):
                 file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -183,7 +183,7 @@ class VideoFile:
                 seconds -= self._start * self._time_base
         expected = round(seconds * self._fps)
         if expected > 0:
-            agreed = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
+            agreed: int = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
             return min(agreed, os.fstat(self._file).st_size)
         self._reopen()
         packets = 0
@@ -299,7 +299,7 @@ class VideoFile:
             for packet in packets:
                 yield from decoded(codec, packet if packet.size else None)
         except av.FFmpegError as error:
-            self.damage = error.strerror
+            self.damage = error.strerror or str(error)
 
     def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
         """Every frame that is wanted, with the rising numbers for which it stands; anew from the first if need be."""

@@ -141,7 +141,7 @@ def _git_revision() -> str | None:
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:
-    return {"videos": len(videos), "fingerprint": videos.fingerprint}
+    return {"videos": len(videos), "fingerprint": videos.fingerprint, "left_out": dict(videos.left_out)}
 
 
 def _cpu_name() -> str:
