@@ -6,12 +6,19 @@
 
 Workers live as long as the run: a change of shape is just another request. Since every step has about the same volume,
 memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank.
+
+A video that cannot be decoded is replaced. One that kills its worker, as a fault of FFmpeg's or a lack of memory may,
+ends the run with an error that names it: what a killed process had in hand is lost, and a step without it would not be
+the same step on another machine. `mgtrain data check` finds such videos beforehand.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import cut_random, cut_views
@@ -38,6 +45,7 @@ log = logging.getLogger(__name__)
 
 UNITS_PER_WORKER = 2  # units that a step is cut into, for each worker
 STEPS_AHEAD = 2  # steps that the workers may run ahead of training
+READERS = 1024  # workers of which it is noted what they read
 REPLACEMENTS = 16  # videos to try in place of a broken one, before the data set is given up
 
 
@@ -56,6 +64,8 @@ class Source:
 
     def __init__(self, videos: Videos, data: Data) -> None:
         self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
+        self.reading = torch.full((READERS, 2), -1)  # of each worker, its pid and the video it is at
+        self.reading.share_memory_()  # type: ignore[no-untyped-call]
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
         if self._prepared:
             self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
@@ -68,9 +78,24 @@ class Source:
 
     def open(self, video: int) -> VideoFile | PreparedVideo:
         """A video, to be used as a context manager. Raises `VideoError` if it cannot be read."""
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id % READERS] = torch.tensor([os.getpid(), video])
         if self._prepared:
             return self._prepared.open(int(self._rows[video]), self.videos.name(video))
         return VideoFile(self.videos.path(video), self._skip_loop_filter)
+
+    def lost(self, error: RuntimeError) -> DataError | None:
+        """What to say if the error is torch's word of workers that died."""
+        dead = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
+        if dead is None:
+            return None
+        pids = [int(pid) for pid in dead[1].split(",")]
+        paths = [self.videos.path(video) for pid, video in self.reading.tolist() if pid in pids]
+        return DataError(
+            f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
+            "`mgtrain data check` and leave them out with data.checked, or mend the lack of memory if there was any"
+        )
 
 
 class RandomClips(Dataset[Loaded]):
@@ -166,7 +191,7 @@ class BadVideos:
             raise DataError(
                 f"{len(self.causes)} of {self.videos} videos cannot be decoded, more than data.max_bad_fraction "
                 f"{self.max_fraction:g} allows; mend the paths or files named in the log (the last: "
-                f"{next(reversed(self.causes.values()))}), or raise it"
+                f"{next(reversed(self.causes.values()))}), leave them out with `mgtrain data check`, or raise it"
             )
 
 
@@ -224,7 +249,7 @@ def worker_count(recipe: Recipe, world: World) -> int:
 
 
 def batches_of(
-    dataset: Dataset[Loaded], steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
+    dataset: RandomClips | ViewClips, steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load each step's items in units, and join the units again."""
     workers = worker_count(recipe, world)
@@ -248,13 +273,29 @@ def batches_of(
         worker_init_fn=_start_worker if workers else None,
     )
     joined: list[Loaded] = []
-    for loaded in loader:
+    for loaded in _units_of(loader, dataset.source):
         bad.add(loaded)
         joined.append(loaded)
         if len(joined) == lengths[0]:
             del lengths[0]
             yield _join(joined, world)
             joined = []
+
+
+def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
+    """What the loader gives. Raises `DataError`, which names the video, if a worker dies."""
+    of_child = signal.getsignal(signal.SIGCHLD)
+    units = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise its error wherever the main thread happens to be; without it, it raises it here.
+        signal.signal(signal.SIGCHLD, of_child)
+    try:
+        yield from units
+    except RuntimeError as error:
+        lost = source.lost(error)
+        if lost is None:
+            raise
+        raise lost from None
 
 
 def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:

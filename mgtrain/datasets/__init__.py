@@ -54,8 +54,13 @@ def open_splits(data: Data) -> dict[str, Videos]:
             f"{data.root}: the training videos have {len(train.classes)} classes, data.classes says {data.classes}; "
             f"set data.classes={len(train.classes)}, or correct {data.train}"
         )
-    splits = {"train": train, "val": open_videos(data.format, data.root, data.val, train.classes)}
-    if data.checked is not None:
-        checked = Checked(data.checked)
-        splits = {name: checked.usable(videos) for name, videos in splits.items()}
-    return splits
+    val = open_videos(data.format, data.root, data.val, train.classes)
+    return dict(zip(("train", "val"), usable(data, train, val), strict=True))
+
+
+def usable(data: Data, *splits: Videos) -> list[Videos]:
+    """Of each split the videos that can be used, as far as `data.checked` knows better than that all can."""
+    if data.checked is None:
+        return [*splits]
+    checked = Checked(data.checked)
+    return [checked.usable(videos) for videos in splits]

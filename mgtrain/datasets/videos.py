@@ -133,6 +133,11 @@ class Videos:
         )
 
     @property
+    def left_out_words(self) -> str:
+        """How many videos were left out, and why: `3 left out (2 corrupt, 1 missing)`."""
+        return f"{sum(n for _, n in self.left_out)} left out ({', '.join(f'{n} {why}' for why, n in self.left_out)})"
+
+    @property
     def videos_per_class(self) -> np.ndarray:
         """How many videos have each class: int64 (classes,)."""
         return np.bincount(self._labels, minlength=len(self.classes))

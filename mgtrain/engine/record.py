@@ -46,6 +46,9 @@ def describe_run(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
     )
+    for name, videos in (("training", train), ("validation", val)):
+        if videos.left_out:
+            log.info(f"{name} videos: {videos.left_out_words}, as {recipe.data.checked} says")
 
 
 def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress: TrainProgress, world: World) -> None:
