@@ -5,7 +5,7 @@ A video is read as training reads it, and decoded from its first frame to its la
     ok        it can be used
     short     it can be used, though it has fewer frames than its container says or than the base clip spans: the last
               one repeats
-    corrupt   it cannot be opened, or damage ends its decoding before its end
+    corrupt   it cannot be opened, or damage ends its decoding well before its end
     crash     it kills the process that decodes it
     timeout   it takes too long
     missing   there is no such file
@@ -30,7 +30,7 @@ from mgtrain.isolated import Lost, isolated
 from mgtrain.manifest import Manifest, Record, checksum
 from mgtrain.recipe import Clip
 
-FEWER = 2  # frames that a container may promise too many without being wrong: rates and durations are rounded
+FEWER = 2  # frames that may be lacking at the end: rates and durations are rounded, the last packet is often cut
 
 
 def check(
@@ -80,8 +80,10 @@ def look(root: str, path: str, clip: Clip) -> Record:
         facts["sha256"] = checksum(Path(whole))
         status, message = judge(info, decodable, damage, clip)
     except (VideoError, OSError, MemoryError) as error:
-        status = "corrupt" if os.path.exists(whole) else "missing"
-        message = str(error).removeprefix(f"{whole}: ").partition(";")[0]
+        missing = isinstance(error.__cause__ or error, FileNotFoundError | NotADirectoryError)
+        status = "missing" if missing else "corrupt"
+        message = getattr(error, "strerror", None) or str(error).removeprefix(f"{whole}: ").partition(";")[0]
+        message = message or "out of memory"
     return {**facts, "status": status, "message": message}
 
 
@@ -99,9 +101,10 @@ def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str
     ('corrupt', 'Invalid data after 120 of 300 frames')
     """
     span = round(clip.frames * clip.stride * info.fps / clip.fps)
-    if damage:
+    lacks = decodable < info.frames - FEWER
+    if damage and lacks:
         return "corrupt", f"{damage} after {decodable} of {info.frames} frames"
-    if decodable < info.frames - FEWER:
+    if lacks:
         return "short", f"{decodable} of {info.frames} frames decode"
     if decodable < span:
         return "short", f"{decodable} frames, the base clip spans {span}"

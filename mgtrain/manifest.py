@@ -12,6 +12,7 @@ from typing import Any
 
 from mgtrain.errors import DataError
 
+START = b'{"path": '  # of each line
 Record = dict[str, Any]  # a line: `path` is the video's, relative to the data's root
 
 
@@ -61,20 +62,29 @@ class Manifest:
 
 
 def read_records(file: Path) -> Iterator[tuple[Record, int]]:
-    """The whole lines of a manifest, if it is there, and the byte where each ends."""
-    if not file.exists():
-        return
+    """The whole lines of a manifest, if it is there, and the byte where each ends.
+
+    Raises:
+        DataError: it is another file, or cannot be read.
+    """
     end = 0
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                return  # cut short by a crash
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            yield record, end
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n") and (line.startswith(START[: len(line)]) or not line.strip(b"\0")):
+                    return  # cut short by a crash
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict) or not isinstance(record.get("path"), str):
+                    raise DataError(f"{file}:{number}: is no line of a manifest; choose another file")
+                end += len(line)
+                yield record, end
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}; choose another file") from None
 
 
 def key_of(relative: str) -> int:

@@ -155,6 +155,7 @@ def read_as_training(path: Path, limit: int) -> Reading:
 
 def mutated(folder: Path, sources: list[Path], files: int, seed: int, port: int) -> list[tuple[Path, str]]:
     """Write so many files; each with its kind of mutation."""
+    sources = [path for path in sources if path.stat().st_size > 64]
     data = [path.read_bytes() for path in sources]
     made = []
     for n in range(files):
@@ -266,7 +267,7 @@ BYTES: dict[str, Callable[[bytes, bytes, np.random.Generator], bytes]] = {
 
 
 def _no_file(path: Path, rng: np.random.Generator) -> None:
-    """What is no video file: nothing, an empty one, a folder, a pipe, a loop of links, a link to a device or nowhere."""
+    """What is no video file: a folder, a pipe, a socket, an empty file, a link to itself, a device or nowhere."""
     match int(rng.integers(8)):
         case 0:
             path.mkdir()

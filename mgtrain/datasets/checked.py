@@ -26,10 +26,8 @@ class Checked:
             for record, _ in read_records(Path(file)):
                 keys.append(key_of(record["path"]))
                 statuses.append(STATUSES.index(record["status"]))
-        except OSError as error:
-            raise self._error(f"cannot be read: {error.strerror}") from None
-        except (KeyError, TypeError, ValueError):
-            raise self._error(f"line {len(keys) + 1} is not of a checked video") from None
+        except (KeyError, ValueError):
+            raise self._error(f"line {len(keys)} is not of a checked video") from None
         if not keys:
             raise self._error("holds no checked video")
         latest = np.array(keys[::-1], np.uint64)  # the last line of a video counts
@@ -54,7 +52,7 @@ class Checked:
         left_out = tuple((name, int(n)) for name, n in zip(STATUSES, counts, strict=True) if n and name not in USABLE)
         usable = statuses < len(USABLE)
         if not usable.any():
-            raise self._error(f"leaves none of {len(videos)} videos to use")
+            raise self._error(f"leaves none of {len(videos)} videos")
         return videos.only(usable, left_out) if left_out else videos
 
     def _error(self, problem: str) -> DataError:
