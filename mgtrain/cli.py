@@ -37,6 +37,8 @@ app.add_typer(ckpt_app, name="ckpt")
 # Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
 LEVELS, QUALITY = "256,160", 25
 
+MOST_NAMED = 20  # videos that a command names one by one
+
 
 class Device(str, Enum):
     """Where to compute."""
@@ -466,6 +468,67 @@ def stats(
 
 
 @data_app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a video.")] = 300.0,
+    memory: Annotated[float, typer.Option(min=0.1, help="Most memory of a process, in GB.")] = 4.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    json_: Json = False,
+) -> None:
+    """Decode every video in a process that it may crash, and write down which can be used.
+
+    Run it again to go on where it was stopped. Then train with data.checked=MANIFEST. Exits with 3 if more than
+    data.max_bad_fraction of the videos cannot be used.
+
+    Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
+    """
+    from collections import Counter
+
+    from mgtrain.check import check as look
+    from mgtrain.console import counts_table, progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.datasets.checked import STATUSES, USABLE
+    from mgtrain.datasets.videos import printable
+    from mgtrain.errors import DataError
+
+    loaded = load_recipe(recipe, overrides or ())
+    data = loaded.data
+    file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
+    splits = open_splits(data.model_copy(update={"checked": None}))
+    names = {split: [videos.name(n) for n in range(len(videos))] for split, videos in splits.items()}
+    with progress() as show:
+        records = look(
+            data.root, [name for split in names.values() for name in split], file, loaded.clip, workers or _cores(),
+            seconds=seconds, memory=round(memory * 1e9), progress=show,
+        )  # fmt: skip
+    status = {record["path"]: record["status"] for record in records}
+    counted = {split: Counter(status[name] for name in within) for split, within in names.items()}
+    counts = {split: {one: of[one] for one in STATUSES} for split, of in counted.items()}
+    unusable = [record for record in records if record["status"] not in USABLE]
+    if json_:
+        found = {record["path"]: {"status": record["status"], "message": record["message"]} for record in unusable}
+        result = {"schema": "mgtrain.data_check/1", "root": data.root, "file": str(file), "splits": counts}
+        out.print_json(json.dumps({**result, "unusable": found}))
+    else:
+        for record in unusable[:MOST_NAMED]:
+            name = printable(record["path"])
+            err.print(f"{record['status']}: {name}: {record['message']}", markup=False, soft_wrap=True)
+        if len(unusable) > MOST_NAMED:
+            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", markup=False, soft_wrap=True)
+        out.print(counts_table("split", counts))
+        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}", markup=False)
+    if len(unusable) > data.max_bad_fraction * len(records):
+        raise DataError(
+            f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
+            f"{data.max_bad_fraction:g} allows; replace them, or leave them out with data.checked={file}"
+        )
+
+
+@data_app.command()
 def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -650,15 +713,21 @@ def _started_ranks(procs: int | None, device: Device | None) -> bool:
 
 def _training_videos(recipe: Recipe) -> int:
     """How many training videos the data have; what the recipe expects where they are not on this machine."""
-    from mgtrain.datasets import open_videos
+    from mgtrain.datasets import open_videos, usable
     from mgtrain.errors import DataError
 
     try:
-        return len(open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None))
+        videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None)
     except DataError as error:
         if recipe.data.videos is None:
             raise DataError(f"{error}; give --videos to plan without the data") from None
         return recipe.data.videos
+    (videos,) = usable(recipe.data, videos)
+    if videos.left_out:
+        err.print(
+            f"training videos: {videos.left_out_words}, as {recipe.data.checked} says", markup=False, soft_wrap=True
+        )
+    return len(videos)
 
 
 def _parse_levels(levels: str) -> tuple[int, ...]:

@@ -45,6 +45,9 @@ class Data(Section):
     val: str = Field(description="annotations of the validation videos, relative to root")
     classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
     videos: Count | None = Field(None, description="training videos to expect; `mgtrain plan` uses it without the data")
+    checked: str | None = Field(
+        None, description="file made by `mgtrain data check`: videos that it says cannot be used are left out"
+    )
     prepared: str | None = Field(
         None, description="folder made by `mgtrain data prepare`, to read the clips from; none: from the originals"
     )

@@ -15,11 +15,11 @@ import mgtrain
 PACKAGE = Path(mgtrain.__file__).parent
 FLOORS = [
     ["errors", "grid", "rng", "models.options", "watchdog", "signals"],
-    ["recipe"],
+    ["recipe", "isolated", "manifest"],
     ["schedule"],
     ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models",
      "datasets", "distributed", "console"],
-    ["clips.loader", "checkpoint", "rundir", "prepare"],
+    ["clips.loader", "checkpoint", "rundir", "prepare", "check"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
      "engine.mix", "engine.finite", "engine.resume"],
     ["engine.fit", "engine.record", "compare", "bench", "stats"],

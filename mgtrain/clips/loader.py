@@ -8,13 +8,20 @@ Workers live as long as the run: a change of shape is just another request. Sinc
 memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank. They are forked from a
 server process that has no threads, since a fork of a process that trains may hang; what they know of the videos is in
 shared memory.
+
+A video that cannot be decoded is replaced. One that kills its worker, as a fault of FFmpeg's or a lack of memory may,
+ends the run with an error that names it: what a killed process had in hand is lost, and a step without it would not be
+the same step on another machine. `mgtrain data check` finds such videos beforehand.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import signal
+import threading
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -62,7 +69,7 @@ class Source:
 
     def __init__(self, videos: Videos, data: Data) -> None:
         self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
-        self._open = torch.zeros(1, dtype=torch.int64)  # of each process, 1 + the video that it decodes, or 0
+        self._reading = torch.zeros(1, 2, dtype=torch.int64)  # of each process, its pid, and 1 + the video or 0
         self._shared: list[Tensor] | None = None
         self._rows = np.empty(0, np.int32)  # of the videos, in the prepared set
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
@@ -77,7 +84,8 @@ class Source:
 
     def share(self, workers: int) -> None:
         """Make ready to be used by so many processes, before they start."""
-        self._open = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._reading = torch.zeros(max(1, workers), 2, dtype=torch.int64)
+        self._reading.share_memory_()  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker is given: the arrays, which may tell of millions of videos, as shared memory."""
@@ -92,26 +100,38 @@ class Source:
         *arrays, self._rows = (tensor.numpy() for tensor in state["_shared"])
         self.videos = self.videos.with_arrays(arrays)
 
-    def under_way(self) -> list[str]:
-        """The paths of the videos that are being decoded, by all processes."""
-        return [self.videos.path(video - 1) for video in self._open.tolist() if video]
-
     @contextmanager
     def open(self, video: int) -> Iterator[VideoFile | PreparedVideo]:
         """A video to read. Raises `VideoError` if it cannot be read."""
         worker = get_worker_info()
-        process = worker.id if worker else 0
-        self._open[process] = video + 1
+        mine = self._reading[worker.id if worker else 0]
+        mine[0], mine[1] = os.getpid(), video + 1
         try:
             with self._reader(video) as file:
                 yield file
         finally:
-            self._open[process] = 0
+            mine[1] = 0
 
     def _reader(self, video: int) -> VideoFile | PreparedVideo:
         if self._prepared:
             return self._prepared.open(int(self._rows[video]), self.videos.name(video))
         return VideoFile(self.videos.path(video), self._skip_loop_filter)
+
+    def under_way(self, pids: Container[int] | None = None) -> list[str]:
+        """The paths of the videos that are being decoded: by all processes, or by some of them."""
+        reading = [(pid, video - 1) for pid, video in self._reading.tolist() if video]
+        return [self.videos.path(video) for pid, video in reading if pids is None or pid in pids]
+
+    def lost(self, error: RuntimeError) -> DataError | None:
+        """What to say if the error is torch's word of workers that died."""
+        dead = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
+        if dead is None:
+            return None
+        paths = self.under_way([int(pid) for pid in dead[1].split(",")])
+        return DataError(
+            f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
+            "`mgtrain data check` and leave them out with data.checked, or mend the lack of memory if there was any"
+        )
 
 
 class RandomClips(Dataset[Loaded]):
@@ -207,7 +227,7 @@ class BadVideos:
             raise DataError(
                 f"{len(self.causes)} of {self.videos} videos cannot be decoded, more than data.max_bad_fraction "
                 f"{self.max_fraction:g} allows; mend the paths or files named in the log (the last: "
-                f"{next(reversed(self.causes.values()))}), or raise it"
+                f"{next(reversed(self.causes.values()))}), leave them out with `mgtrain data check`, or raise it"
             )
 
 
@@ -292,7 +312,7 @@ def batches_of(
     )
     joined: list[Loaded] = []
     with world.watchdog.looking_at(dataset.source.under_way):
-        for loaded in loader:
+        for loaded in _units_of(loader, dataset.source):
             world.watchdog.beat()
             bad.add(loaded)
             joined.append(loaded)
@@ -300,6 +320,22 @@ def batches_of(
                 del lengths[0]
                 yield _join(joined, world)
                 joined = []
+
+
+def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
+    """What the loader gives. Raises `DataError`, which names the video, if a worker dies."""
+    of_child = signal.getsignal(signal.SIGCHLD)
+    units = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise its error wherever the main thread happens to be; without it, it raises it here.
+        signal.signal(signal.SIGCHLD, of_child)
+    try:
+        yield from units
+    except RuntimeError as error:
+        lost = source.lost(error)
+        if lost is None:
+            raise
+        raise lost from None
 
 
 def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:

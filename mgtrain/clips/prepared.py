@@ -12,7 +12,6 @@ frames: what a clip costs shrinks with its grid, as the network's work does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from av.video.reformatter import VideoReformatter
 from mgtrain.clips.cut import Cut, VideoInfo
 from mgtrain.clips.decode import Clip, decoded, one_thread, rgb
 from mgtrain.errors import DataError, VideoError
+from mgtrain.manifest import key_of
 
 SCHEMA = "mgtrain.prepared/1"
 EVERY_HEADER = bytes((1, 100, 0, 40, 0xFF, 0xE0, 0))  # avcC without parameter sets: each frame brings its own
@@ -46,11 +46,6 @@ def row_type(levels: int) -> np.dtype:
     level = [("width", "<i4"), ("height", "<i4"), ("start", "<i8")]  # width 0: none; start: in `offsets.bin`
     original = [("frames", "<i4"), ("fps", "<f8"), ("width", "<i4"), ("height", "<i4")]  # frames 0: it was broken
     return np.dtype([("key", "<u8"), *original, ("stored", "<i4"), ("levels", level, (levels,))])
-
-
-def key_of(relative: str) -> int:
-    """The number under which a path, relative to the data's root, is found in the index."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(relative), digest_size=8).digest(), "little")
 
 
 def level_path(folder: Path, level: int, relative: str) -> Path:

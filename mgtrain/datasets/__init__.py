@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mgtrain.datasets.charades import read_charades
+from mgtrain.datasets.checked import Checked
 from mgtrain.datasets.folder import read_folder
 from mgtrain.datasets.kinetics import read_kinetics
 from mgtrain.datasets.listfile import read_list
@@ -45,11 +46,21 @@ def open_videos(format: str, root: str, source: str, classes: Sequence[str] | No
 
 
 def open_splits(data: Data) -> dict[str, Videos]:
-    """The videos of a recipe, `train` and `val`, with the same classes in both."""
+    """The videos of a recipe, `train` and `val`, with the same classes in both; without those that `data.checked` says
+    cannot be used."""
     train = open_videos(data.format, data.root, data.train)
     if len(train.classes) != data.classes:
         raise DataError(
             f"{data.root}: the training videos have {len(train.classes)} classes, data.classes says {data.classes}; "
             f"set data.classes={len(train.classes)}, or correct {data.train}"
         )
-    return {"train": train, "val": open_videos(data.format, data.root, data.val, train.classes)}
+    val = open_videos(data.format, data.root, data.val, train.classes)
+    return dict(zip(("train", "val"), usable(data, train, val), strict=True))
+
+
+def usable(data: Data, *splits: Videos) -> list[Videos]:
+    """Of each split the videos that can be used, as far as `data.checked` knows better than that all can."""
+    if data.checked is None:
+        return [*splits]
+    checked = Checked(data.checked)
+    return [checked.usable(videos) for videos in splits]

@@ -43,6 +43,7 @@ class Videos:
     _label_ends: np.ndarray | None = field(
         repr=False
     )  # int64 (N,): where each video's end in `_labels`; None: one each
+    left_out: tuple[tuple[str, int], ...] = ()  # why videos were left out, and how many
 
     @classmethod
     def of(
@@ -120,6 +121,36 @@ class Videos:
         index = range(len(self))[index]
         start = int(self._label_ends[index - 1]) if index else 0
         return tuple(self._labels[start : int(self._label_ends[index])].tolist())
+
+    def only(self, chosen: np.ndarray, left_out: tuple[tuple[str, int], ...]) -> Videos:
+        """The videos where `chosen`, bool (N,), is true, in their order; the others are `left_out`.
+
+        >>> videos = Videos.of("", [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 1)], classes=("cat", "dog"))
+        >>> few = videos.only(np.array([True, False, True]), left_out=(("corrupt", 1),))
+        >>> [(few.name(n), few.label(n)) for n in range(len(few))]
+        [('a.mp4', 1), ('c.mp4', 1)]
+        """
+
+        def picked(data: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            lengths = np.diff(ends, prepend=0)
+            return data[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen])
+
+        paths, ends = picked(self._paths, self._ends)
+        one_each = np.arange(1, len(self) + 1)
+        labels, label_ends = picked(self._labels, one_each if self._label_ends is None else self._label_ends)
+        return replace(
+            self,
+            _paths=paths,
+            _ends=ends,
+            _labels=labels,
+            _label_ends=None if self._label_ends is None else label_ends,
+            left_out=left_out,
+        )
+
+    @property
+    def left_out_words(self) -> str:
+        """How many videos were left out, and why: `3 left out (2 corrupt, 1 missing)`."""
+        return f"{sum(n for _, n in self.left_out)} left out ({', '.join(f'{n} {why}' for why, n in self.left_out)})"
 
     @property
     def videos_per_class(self) -> np.ndarray:

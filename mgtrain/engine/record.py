@@ -45,6 +45,9 @@ def describe_run(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
     )
+    for name, videos in (("training", train), ("validation", val)):
+        if videos.left_out:
+            log.info(f"{name} videos: {videos.left_out_words}, as {recipe.data.checked} says")
 
 
 def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress: TrainProgress, world: World) -> None:
@@ -135,7 +138,7 @@ def _git_revision() -> str | None:
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:
-    return {"videos": len(videos), "fingerprint": videos.fingerprint}
+    return {"videos": len(videos), "fingerprint": videos.fingerprint, "left_out": dict(videos.left_out)}
 
 
 def _cpu_name() -> str:
