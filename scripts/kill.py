@@ -108,7 +108,8 @@ def start(name: str, ranks: int) -> subprocess.Popen[bytes]:
     """Start or resume a run."""
     words = ["fit", "small.yaml", "--name", name, "--procs", str(ranks), "--device", "cpu", "--resume"]
     with Path(f"{name}.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "mgtrain", *words], stdout=log, stderr=log)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-m", "mgtrain", *words], stdout=log, stderr=log, env=one_thread)
 
 
 def tortured(name: str, ranks: int, seconds: float, draw: random.Random) -> list[str]:
