@@ -91,7 +91,7 @@ class Source:
         if dead is None:
             return None
         pids = [int(pid) for pid in dead[1].split(",")]
-        paths = [self.videos.path(video) for pid, video in self.reading.tolist() if pid in pids]
+        paths = sorted({self.videos.path(video) for pid, video in self.reading.tolist() if pid in pids})
         return DataError(
             f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
             "`mgtrain data check` and leave them out with data.checked, or mend the lack of memory if there was any"
