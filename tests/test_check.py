@@ -3,20 +3,24 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 from videos import write_video
 
 import mgtrain.check as module
 from mgtrain.check import check
+from mgtrain.cli import app
 from mgtrain.clips.decode import VideoFile
 from mgtrain.datasets import open_splits, open_videos
 from mgtrain.datasets.checked import Checked
-from mgtrain.errors import DataError
+from mgtrain.distributed import World
+from mgtrain.engine.fit import fit
+from mgtrain.errors import CheckpointError, DataError
 from mgtrain.manifest import Manifest
-from mgtrain.recipe import Clip, Recipe, parse_recipe
+from mgtrain.recipe import Clip, parse_recipe
+from mgtrain.rundir import RunDir
 
 CLIP = Clip(frames=4, stride=2, crop=32, short_side=(32, 40))
 
@@ -198,47 +202,47 @@ def hurt(tmp_path: Path, tiny_text: str, motions: Path) -> Path:
     return tmp_path
 
 
-def test_check_plan_fit_and_eval_agree_on_the_videos(hurt: Path, mgtrain: Callable):
-    refused = mgtrain(hurt, "data", "check", "tiny.yaml")
-    assert refused.returncode == 3
-    assert "corrupt: videos/train/left_0.mp4: Invalid data" in refused.stderr
-    assert "2 of 36 videos cannot be used, more than data.max_bad_fraction 0.01 allows" in refused.stderr
-    assert (hurt / "data-checked.jsonl").exists()
-    done = mgtrain(hurt, "data", "check", "tiny.yaml", "data.max_bad_fraction=0.1", "--json")
-    assert done.returncode == 0
-    result = json.loads(done.stdout)
-    assert result["schema"] == "mgtrain.data_check/1"
-    assert {split: (of["ok"] + of["short"], of["corrupt"]) for split, of in result["splits"].items()} == {
+def test_the_command_writes_the_manifest_and_plan_leaves_out_what_it_says(hurt: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(hurt)
+    refused = CliRunner().invoke(app, ["data", "check", "tiny.yaml", "--json"])
+    assert isinstance(refused.exception, DataError)
+    assert str(refused.exception).startswith(
+        "2 of 36 videos cannot be used, more than data.max_bad_fraction 0.01 allows"
+    )
+    result = json.loads(refused.stdout)
+    assert (result["schema"], result["file"]) == ("mgtrain.data_check/1", "data-checked.jsonl")
+    assert {split: (of["ok"], of["corrupt"]) for split, of in result["splits"].items()} == {
         "train": (23, 1), "val": (11, 1),
     }  # fmt: skip
     assert sorted(result["unusable"]) == ["videos/train/left_0.mp4", "videos/val/up_0.mp4"]
-
-    checked = "data.checked=data-checked.jsonl"
-    plan = mgtrain(hurt, "plan", "tiny.yaml", checked, "--json")
+    done = CliRunner().invoke(app, ["data", "check", "tiny.yaml", "data.max_bad_fraction=0.1"])
+    assert done.exit_code == 0
+    assert "corrupt: videos/train/left_0.mp4: Invalid data" in done.stderr
+    assert "to leave out what cannot be used: data.checked=data-checked.jsonl" in done.stdout
+    plan = CliRunner().invoke(app, ["plan", "tiny.yaml", "data.checked=data-checked.jsonl", "--json"])
     assert json.loads(plan.stdout)["videos"] == 23
     assert "training videos: 1 left out (1 corrupt), as data-checked.jsonl says" in plan.stderr
+
+
+def test_a_run_trains_on_and_evaluates_what_can_be_used_and_resumes_with_the_same(
+    hurt: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(hurt)
     short = (
         "optim.stages=[1]",
         "optim.warmup_epochs=0",
         "evaluation.recalibration_batches=0",
         "schedule.name=baseline",
     )
-    fit = mgtrain(hurt, "fit", "tiny.yaml", checked, *short, "data.max_bad_fraction=0", "--name", "run")
-    assert fit.returncode == 0, fit.stderr
-    assert fit.stderr.count("training videos: 1 left out (1 corrupt), as data-checked.jsonl says") == 1
-    assert fit.stderr.count("validation videos: 1 left out (1 corrupt)") == 1
-    assert "on 11 videos" in fit.stdout
-    assert json.loads((hurt / "runs/run/data.json").read_text())["train"]["left_out"] == {"corrupt": 1}
-    assert "on 11 videos" in mgtrain(hurt, "eval", "run", "--views", "1x1").stdout
-    other = mgtrain(hurt, "fit", "tiny.yaml", *short, "data.max_bad_fraction=1", "--name", "run", "--resume")
-    assert other.returncode == 4
-    assert "has changed since: data.checked data-checked.jsonl -> None; training videos 23 (" in other.stderr
-
-
-def test_the_recipe_leads_to_the_usable_videos(hurt: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(hurt)
-    recipe: Recipe = parse_recipe((hurt / "tiny.yaml").read_text(), "tiny.yaml")
-    paths = [videos.name(n) for videos in open_splits(recipe.data).values() for n in range(len(videos))]
+    text = (hurt / "tiny.yaml").read_text()
+    recipe = parse_recipe(text, "tiny.yaml", [*short, "data.max_bad_fraction=0", "data.checked=c.jsonl"])
+    everything = open_splits(recipe.data.model_copy(update={"checked": None}))
+    paths = [videos.name(n) for videos in everything.values() for n in range(len(videos))]
     check("data", paths, Path("c.jsonl"), recipe.clip, 2, seconds=20, memory=1 << 32)
-    splits = open_splits(recipe.data.model_copy(update={"checked": "c.jsonl"}))
-    assert {name: len(videos) for name, videos in splits.items()} == {"train": 23, "val": 11}
+    run = RunDir(hurt / "run")
+    assert fit(recipe, run, World()).videos == 11
+    assert run.read("plan.json")["videos"] == 23
+    assert run.read("data.json")["train"]["left_out"] == {"corrupt": 1}
+    assert fit(recipe, run, World(), resume=True).videos == 11
+    with pytest.raises(CheckpointError, match=r"data\.checked c\.jsonl -> None; training videos 23 "):
+        fit(parse_recipe(text, "tiny.yaml", [*short, "data.max_bad_fraction=1"]), run, World(), resume=True)

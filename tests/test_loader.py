@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.loader import (
     REPLACEMENTS,
     UNITS_PER_WORKER,
@@ -249,6 +253,23 @@ def test_a_data_set_of_broken_videos_stops_the_run_whatever_is_allowed(
         video.write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be decoded"):
         trained_on(tiny(f"data.root={broken}", "data.max_bad_fraction=1"))
+
+
+def test_a_video_that_kills_a_loader_process_is_named(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hostile(path: str, skip: str) -> VideoFile:  # as a fault in FFmpeg might; workers are forked and inherit it
+        return os.kill(os.getpid(), signal.SIGKILL) if path.endswith("right_1.mp4") else VideoFile(path, skip)
+
+    monkeypatch.setattr("mgtrain.clips.loader.VideoFile", hostile)
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataError) as caught:
+        trained_on(tiny("hardware.workers=1"))
+    message = str(caught.value)
+    assert re.match(
+        r"a loader process died while it read \S+/train/right_1\.mp4; find .* with `mgtrain data check`", message
+    )
+    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_missing_videos_are_broken_videos(tiny: Callable[..., Recipe], broken: Path) -> None:

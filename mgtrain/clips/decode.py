@@ -139,6 +139,8 @@ class VideoFile:
         os.lseek(self._file, 0, os.SEEK_SET)
         try:
             self._container = self._opened.enter_context(av.open("fd:", options=limit, container_options=alone))
+        except av.ArgumentError as error:
+            raise self._error("no container that is read (Invalid argument)") from error
         except (OSError, ValueError, av.FFmpegError) as error:
             raise self._error(getattr(error, "strerror", None) or str(error)) from error
         pictures = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
