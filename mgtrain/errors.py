@@ -53,6 +53,12 @@ class NonFiniteError(MgtrainError):
     exit_code = 5
 
 
+class ThresholdError(MgtrainError):
+    """A result below what was demanded of it."""
+
+    exit_code = 6
+
+
 class MissingCapabilityError(MgtrainError):
     """The machine lacks something the command needs (a GPU, a library, a codec)."""
 

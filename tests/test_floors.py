@@ -20,7 +20,7 @@ FLOORS = [
     ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models",
      "datasets", "distributed", "checkpoint", "console"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
-     "engine.mix", "clips.loader", "rundir", "prepare"],
+     "engine.mix", "clips.loader", "rundir", "prepare", "weights"],
     ["engine.fit", "engine.record", "compare", "bench", "stats"],
     ["cli"],
     ["__main__"],

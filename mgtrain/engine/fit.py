@@ -31,6 +31,7 @@ from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, seed_of
 from mgtrain.rundir import RunDir
 from mgtrain.schedule import check_world, make_plan
+from mgtrain.weights.load import start_from
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def fit(recipe: Recipe, run: RunDir, world: World, resume: bool = False, baselin
 
     torch.manual_seed(seed_of(recipe.seed, Draw.INIT))
     model = to_device(make_model(recipe), recipe, world)
+    start_from(model, recipe.init, fresh=not (resume and run.checkpoints()))
     optimizer = make_optimizer(model, recipe.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.hardware.precision == "fp16")
     state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.fingerprint)
