@@ -1,7 +1,7 @@
 """Compare our networks with the published ones on the same weights and clips, and write the golden of the tests.
 
-    python scripts/parity.py --pyslowfast CHECKOUT                     # full width, float32: a table
-    python scripts/parity.py --pyslowfast CHECKOUT --golden FILE       # width 16, float64: also tests/golden/parity.json
+    python scripts/parity.py --pyslowfast CHECKOUT             # full width, float32: a table
+    python scripts/parity.py --pyslowfast CHECKOUT --golden F  # width 16, float64: also the golden
 
 Needs a checkout of facebookresearch/SlowFast and, installed, pytorchvideo 0.1.5, mmaction2 1.2 with mmengine and
 mmcv-lite, fvcore, iopath, yacs and simplejson (none of which mgtrain needs). What these import and a classifier does
@@ -17,6 +17,7 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ CLASSES = 10
 class Empty(types.ModuleType):
     """A module in which any name is a class without anything, or 0 if it is all in capitals."""
 
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -80,7 +81,6 @@ class Network:
     make: Callable[[int], nn.Module]  # of a width
     options: dict[str, Any]
     shapes: tuple[tuple[int, int, int], ...]
-    both: bool = True  # whether it takes a list of both pathways' frames
     frames: Callable[[int], tuple[int, ...]] | None = None  # that its slow pathway is given; None: it takes clips
 
 
@@ -180,7 +180,8 @@ class Recognizer(nn.Module):
 
 def mmaction2() -> Iterator[tuple[str, Network]]:
     spec = importlib.util.find_spec("mmengine")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     package = Path(spec.origin).parent.parent / "mmaction"
     for name in ("mmaction", "mmaction.models", "mmaction.models.backbones"):
         bare(name, package.parent / name.replace(".", "/"))
@@ -208,49 +209,52 @@ def mmaction2() -> Iterator[tuple[str, Network]]:
     yield "slowfast, lateral_norm", Network("MMAction2", slowfast, {"name": "slowfast_r50"}, ((2, 4, 112),))
 
 
+@torch.no_grad()
+def compare(title: str, network: Network, width: int, dtype: torch.dtype, file: Path) -> Iterator[dict[str, Any]]:
+    """A row for each shape and mode: the published network's logits, and how far ours are from them, relatively."""
+    theirs = network.make(width).to(dtype)
+    ours, after = (build_model(**network.options, classes=CLASSES, width=width, dropout=0).to(dtype) for _ in range(2))
+    for clip_count, frames, crop in network.shapes:
+        x = torch.from_numpy(clips(clip_count, 3, frames, crop, crop)).to(dtype)  # (B, 3, T, S, S)
+        given: Any = x
+        if network.frames:
+            given = [x[:, :, list(network.frames(frames))], x]
+        elif network.project == "PySlowFast":
+            given = [x]
+        for mode in ("evaluation", "training"):
+            fill(theirs)
+            matched = take(theirs, ours, file)
+            logits = theirs.train(mode == "training")(given).flatten(1)  # (B, classes)
+            error = apart(ours.train(mode == "training")(x), logits)
+            take(theirs, after, file)
+            own, running = ours.state_dict(), {n: t for n, t in after.state_dict().items() if ".running_" in n}
+            yield {
+                "title": title, "project": network.project, "model": network.options, "width": width,
+                "names": fingerprint((name, tuple(tensor.shape)) for name, tensor in theirs.state_dict().items()),
+                "shape": [clip_count, frames, crop], "mode": mode, "logits": logits.tolist(),
+                "running": {name: tensor[:3].tolist() for name, tensor in [*running.items()][::97]},
+                "matched": matched, "error": error,
+                "running_error": max(apart(own[name], tensor) for name, tensor in running.items()),
+            }  # fmt: skip
+
+
 def fill(model: nn.Module) -> None:
+    """Give the model the weights of the formula."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(torch.from_numpy(value(name, tuple(tensor.shape))))
 
 
-def running(tensors: dict[str, Tensor], common: str) -> list[float]:
-    return [float(x) for x in tensors[common].double().flatten()[:3]]
+def take(theirs: nn.Module, ours: nn.Module, file: Path) -> int:
+    """Import a file of all of their tensors into our model; returns how many ours has."""
+    torch.save({"state_dict": theirs.state_dict()}, file)
+    report = load_weights(ours, read_weights(file))
+    report.demand(1.0, file)
+    return len(report.matched)
 
 
-@torch.no_grad()
-def compare(title: str, network: Network, width: int, dtype: torch.dtype, file: Path) -> Iterator[dict[str, Any]]:
-    """A row for each shape and mode: the published network's logits and how far ours are from them, relatively."""
-    theirs = network.make(width).to(dtype)
-    ours = build_model(**network.options, classes=CLASSES, width=width, dropout=0.0).to(dtype)
-    for shape in network.shapes:
-        for mode in ("evaluation", "training"):
-            fill(theirs)
-            torch.save({"state_dict": theirs.state_dict()}, file)
-            report = load_weights(ours, read_weights(file))
-            report.demand(1.0, file)
-            x = torch.from_numpy(clips(shape[0], 3, *shape[1:], shape[2])).to(dtype)  # (B, 3, T, S, S)
-            given: Any = x
-            if network.frames:
-                given = [x[:, :, list(network.frames(shape[1]))], x]
-            elif network.project == "PySlowFast":
-                given = [x]
-            logits = [m.train(mode == "training")(i).flatten(1) for m, i in ((theirs, given), (ours, x))]
-            error = float((logits[1] - logits[0]).abs().max() / logits[0].abs().max())
-            torch.save({"state_dict": theirs.state_dict()}, file)
-            after, own = read_weights(file).tensors, ours.state_dict()
-            apart = load_weights(theirs_as_ours := build_model(**network.options, classes=CLASSES, width=width), read_weights(file))
-            assert not apart.missing
-            stats = max(
-                float((own[name].double() - tensor.double()).abs().max() / tensor.double().abs().max())
-                for name, tensor in theirs_as_ours.to(dtype).state_dict().items() if "running" in name
-            )  # fmt: skip
-            yield {
-                "title": title, "project": network.project, "model": network.options, "width": width,
-                "names": fingerprint((n, tuple(t.shape)) for n, t in theirs.state_dict().items()),
-                "shape": shape, "mode": mode, "logits": [[float(v) for v in row] for row in logits[0]],
-                "running": {n: running(dict(after), n) for n in ("slow.stem.norm.running_mean", "slow.res5.2.norm3.running_var")},
-                "error": error, "stats_error": stats, "matched": len(report.matched),
-            }  # fmt: skip
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def main() -> None:
@@ -264,12 +268,17 @@ def main() -> None:
     rows = []
     print(f"{'project':12} {'network':28} {'B x T x S':12} {'mode':10} {'matched':>7} {'logits':>8} {'BN stats':>8}")
     for title, network in networks(arguments.pyslowfast.resolve()):
-        if arguments.only in title:
-            for row in compare(title, network, width, dtype, Path("/tmp") / f"parity-{width}.pth"):
+        if arguments.only not in title:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for row in compare(title, network, width, dtype, Path(folder) / "weights.pth"):
                 shape = "x".join(map(str, row["shape"]))
-                print(f"{row['project']:12} {title:28} {shape:12} {row['mode']:10} {row['matched']:7} "
-                      f"{row['error']:8.1e} {row['stats_error']:8.1e}", flush=True)  # fmt: skip
-                rows.append({key: v for key, v in row.items() if not key.endswith("error")})
+                print(
+                    f"{row['project']:12} {title:28} {shape:12} {row['mode']:10} {row['matched']:7} "
+                    f"{row.pop('error'):8.1e} {row.pop('running_error'):8.1e}",
+                    flush=True,
+                )
+                rows.append(row)
     if arguments.golden:
         how = "python scripts/parity.py --pyslowfast CHECKOUT (facebookresearch/SlowFast at 287ec007) --golden FILE"
         lines = ",\n".join("  " + json.dumps(row) for row in rows)

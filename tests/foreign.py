@@ -1,4 +1,4 @@
-"""Weights as other projects write them: their names, by rules that the golden's fingerprints of the real ones confirm."""
+"""Weights as other projects write them: names by rules that the golden's fingerprints of the real ones confirm."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def pytorchvideo(name: str, pathways: int) -> str:
         return f"{start}.{rest}"
     place, layer = rest.split(".", 1)
     inner = {"shortcut.0": "branch1_conv", "shortcut.1": "branch1_norm"}
-    inner |= {f"{kind}{i}": f"branch2.{kind}_{letter}" for kind in ("conv", "norm") for i, letter in enumerate("abc", 1)}
+    inner |= {
+        f"{kind}{i}": f"branch2.{kind}_{letter}" for kind in ("conv", "norm") for i, letter in enumerate("abc", 1)
+    }
     return f"{start}.res_blocks.{place}.{_replace(layer, inner)}"
 
 
