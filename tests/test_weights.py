@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,27 @@ import torchvision
 from torch import Tensor, nn
 
 from mgtrain.checkpoint import CheckpointInfo, save_checkpoint
+from mgtrain.cli import import_weights
+from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model
+from mgtrain.engine.fit import fit
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.models import build_model
 from mgtrain.models.norm import GroupBatchNorm3d, reset_group_stats
 from mgtrain.recipe import Init, Recipe, parse_recipe
+from mgtrain.rundir import RunDir
 from mgtrain.weights.files import read_tensors
 from mgtrain.weights.load import (
-    fit_shape, freeze, inflate, load_weights, model_options, read_weights, save_weights, start_from,
+    Weights,
+    fit_shape,
+    freeze,
+    inflate,
+    load_weights,
+    model_options,
+    read_weights,
+    save_weights,
+    start_from,
 )  # fmt: skip
 from mgtrain.weights.naming import OWN
 from mgtrain.weights.torchvision import download
@@ -57,13 +68,6 @@ def assert_taken(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensor, tensors[OWN.common(name)]), name
-
-
-def in_python_2(value: Any) -> bytes:
-    """A pickle as Python 2's, whose strings of bytes Python 3 only writes through a function: done by hand here."""
-    text = pickle.dumps(value, protocol=2)
-    assert b"_codecs" in text
-    return text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,17 +176,16 @@ def common_of(model: nn.Module) -> dict[str, Tensor]:
     return {OWN.common(name): tensor for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("depth", "matched"), [("resnet50", 267), ("resnet101", 522)])
-def test_a_2d_resnet_fills_all_of_i3d(depth: str, matched: int, tmp_path: Path) -> None:
-    torch.save(getattr(torchvision.models, depth)(num_classes=3).state_dict(), tmp_path / "in1k.pth")
+def test_a_2d_resnet_fills_all_of_i3d(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet50(num_classes=3).state_dict(), tmp_path / "in1k.pth")
     weights = read_weights(tmp_path / "in1k.pth")
     options = model_options(weights, "i3d_r50")
-    assert options == {"name": "i3d_r50", "width": 64, "depth": int(depth[6:]), "classes": 3}
+    assert options == {"name": "i3d_r50", "width": 64, "depth": 50, "classes": 3}
     with torch.device("meta"):
         model = build_model(**options)
     report = load_weights(model, weights)
-    assert (len(report.matched), report.missing, report.unused) == (matched, {}, [])
-    assert report.lines()[0].startswith(f"torchvision: matched {matched} of {matched} tensors, ")
+    assert (len(report.matched), report.missing, report.unused) == (267, {}, [])
+    assert report.lines()[0] == "torchvision: matched 267 of 267 tensors, 53 of them inflated from 2-D kernels"
     with pytest.raises(CheckpointError, match="say not which model they are of; choose one of slowfast_r50"):
         model_options(weights)
 
@@ -236,8 +239,6 @@ def test_what_does_not_fit_is_named_and_left_as_it_was() -> None:
 
 
 def read(tensors: dict[str, Tensor]) -> Any:
-    from mgtrain.weights.load import Weights
-
     return Weights("PySlowFast", tensors, ())
 
 
@@ -270,7 +271,7 @@ class Runs:
 @pytest.mark.parametrize("layout", ["zip", "legacy", "caffe2", "caffe2 0", "caffe2 dtype", "bare"])
 def test_a_hostile_file_runs_nothing(layout: str, tmp_path: Path) -> None:
     canary, file = tmp_path / "canary", tmp_path / "model.pth"
-    for evil in (Runs(os.mkdir, str(canary)), Runs(eval, f"open({str(canary)!r}, 'w')"), Runs(getattr, os, "sep")):
+    for evil in (Runs(os.mkdir, str(canary)), Runs(eval, f"open({str(canary)!r}, 'w')"), Runs(getattr, "x", "upper")):
         content: Any = {"blobs": {"conv1_w": evil}, "state_dict": {"conv1.weight": torch.zeros(1), "x": evil}}
         if layout == "bare":
             file.write_bytes(pickle.dumps(evil))
@@ -312,7 +313,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             read_weights(tmp_path / "bad")
         assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(CheckpointError, match="no such|No such"):
+    with pytest.raises(CheckpointError, match="No such file"):
         read_weights(tmp_path / "absent")
     torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"'encoder\.weight', which no network that we know has"):
@@ -341,7 +342,10 @@ def test_freezing_goes_up_to_a_stage_and_takes_its_statistics_along(name: str) -
 def test_a_frozen_backbone_leaves_the_classifier_and_frozen_statistics_leave_all_weights() -> None:
     model = small("slowfast_r50")
     freeze(model, Init(freeze="backbone"))
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.linear.weight", "head.linear.bias"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "head.linear.weight",
+        "head.linear.bias",
+    ]
     model = small("slowfast_r50")
     freeze(model, Init(freeze_bn=True))
     assert all(p.requires_grad for p in model.parameters())
@@ -370,36 +374,38 @@ def test_weights_are_loaded_on_a_fresh_start_only(tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_imported_weights(
-    tmp_path: Path, tiny_text: str, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, tiny: Callable[..., Recipe], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build_model("i3d_r50", classes=9, width=8, depth=[1, 1, 1, 1])
     state = {foreign.pyslowfast(k): v for k, v in common(model).items()}
     torch.save({"model_state": state, "cfg": ""}, tmp_path / "k400.pyth")
-    done = mgtrain(tmp_path, "weights", "import", "k400.pyth", "--to", "k400.safetensors", "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["schema"] == "mgtrain.weights_import/1"
+    import_weights(tmp_path / "k400.pyth", to=tmp_path / "k400.safetensors", json_=True)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["schema"], report["share"], len(report["matched"])) == ("mgtrain.weights_import/1", 1, 87)
     assert report["model"] == {"name": "i3d_r50", "width": 8, "depth": [1, 1, 1, 1]}
-    (tmp_path / "tune.yaml").write_text(tiny_text)
-    changes = ("init.weights=k400.safetensors", "init.freeze=backbone", "optim.stages=[1]", "schedule.name=baseline")
-    done = mgtrain(tmp_path, "fit", "tune.yaml", *changes, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert "matched 70 of 72 tensors" in done.stderr
-    assert "(9, 256) in the file and (4, 256) here, so it starts afresh" in done.stderr
-    kept = read_weights(max((tmp_path / "runs/tune/checkpoints").glob("*.safetensors"))).tensors
+    changes = (f"init.weights={tmp_path / 'k400.safetensors'}", "init.freeze=backbone", "optim.stages=[1]")
+    caplog.set_level("INFO", logger="mgtrain")
+    run = RunDir(tmp_path / "run")
+    fit(tiny(*changes, "schedule.name=baseline"), run, World())
+    assert "k400.safetensors: mgtrain: matched 85 of 87 tensors" in caplog.text
+    assert "(9, 256) in the file and (4, 256) here, so it starts afresh" in caplog.text
+    kept = read_weights(run.checkpoints()[-1]).tensors
     for name, tensor in common(model).items():
-        assert torch.equal(kept[name], tensor) != name.startswith("head."), name
+        if name.startswith("head."):
+            assert kept[name].shape != tensor.shape
+        else:
+            assert torch.equal(kept[name], tensor), name
 
 
-def test_the_command_refuses_too_few_matches_with_a_code_of_its_own(
-    tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    tensors = {foreign.pyslowfast(k): v for k, v in common(small("i3d_r50")).items() if "res5" not in k}
-    torch.save(tensors, tmp_path / "half.pyth")
-    done = mgtrain(tmp_path, "weights", "import", "half.pyth", "--model", "i3d_nln_r50", "--to", "x.safetensors")
-    assert done.returncode in (4, 6)
+def test_too_few_matches_have_an_exit_code_of_their_own_and_write_nothing(tmp_path: Path) -> None:
+    tensors = {foreign.pyslowfast(k): v for k, v in common(small("i3d_r50")).items() if "res3.1" not in k}
+    torch.save(tensors, tmp_path / "part.pyth")
+    with pytest.raises(ThresholdError, match="use the model that the weights are of, or demand less") as caught:
+        import_weights(tmp_path / "part.pyth", model="i3d_nln_r50", to=tmp_path / "x.safetensors")
+    assert caught.value.exit_code == 6
     assert not (tmp_path / "x.safetensors").exists()
-    assert mgtrain(tmp_path, "weights", "import").returncode == 2
+    with pytest.raises(UsageError, match="give a FILE or --from"):
+        import_weights(None)
 
 
 def test_a_recipe_says_what_it_starts_from(tiny_text: str) -> None:
