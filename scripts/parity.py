@@ -216,12 +216,12 @@ def compare(title: str, network: Network, width: int, dtype: torch.dtype, file: 
     ours, after = (build_model(**network.options, classes=CLASSES, width=width, dropout=0).to(dtype) for _ in range(2))
     for clip_count, frames, crop in network.shapes:
         x = torch.from_numpy(clips(clip_count, 3, frames, crop, crop)).to(dtype)  # (B, 3, T, S, S)
-        given: Any = x
-        if network.frames:
-            given = [x[:, :, list(network.frames(frames))], x]
-        elif network.project == "PySlowFast":
-            given = [x]
         for mode in ("evaluation", "training"):
+            given: Any = x
+            if network.frames:  # a new list each time, because PyTorchVideo writes to it
+                given = [x[:, :, list(network.frames(frames))], x]
+            elif network.project == "PySlowFast":
+                given = [x]
             fill(theirs)
             matched = take(theirs, ours, file)
             logits = theirs.train(mode == "training")(given).flatten(1)  # (B, classes)
