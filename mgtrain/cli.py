@@ -32,6 +32,8 @@ bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
+weights_app = typer.Typer(help="Weights from elsewhere.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 
 
 # Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
@@ -143,6 +145,7 @@ def evaluate(
     from mgtrain.engine.fit import open_data, recalibrate_and_evaluate
     from mgtrain.engine.step import to_device
     from mgtrain.recipe import parse_recipe
+    from mgtrain.weights.load import freeze
 
     info = read_info(path)
     recipe = parse_recipe(info.recipe, str(path), overrides or ())
@@ -151,6 +154,7 @@ def evaluate(
         train, val = open_data(recipe)
         model = to_device(make_model(recipe), recipe, world)
         load_model(path, model)
+        freeze(model, recipe.init)
         scores = recalibrate_and_evaluate(model, train, val, recipe, world, (times, crops), info.recalibrated)
         if world.main:
             facts = {"schema": "mgtrain.eval/1", "checkpoint": str(path), "step": info.step, "views": views}
@@ -651,6 +655,65 @@ def bench_data(
         out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
     else:
         out.print(render(result), markup=False)
+
+
+@weights_app.command("import")
+def import_weights(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="PySlowFast's .pyth or Caffe2 .pkl, PyTorchVideo's, MMAction2's, torchvision's or our own."
+        ),
+    ] = None,
+    *,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Download instead: torchvision:resnet50 or torchvision:resnet101.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .safetensors file to write. Default: only report.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model they are for, such as i3d_r50. Default: the one they are of.")
+    ] = None,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the model's tensors to demand; below it, exit with 6.")
+    ] = 1.0,
+    json_: Json = False,
+) -> None:
+    """Bring another project's weights into our names, and 2-D ones into three dimensions. Runs nothing of the file.
+
+    A recipe starts from the result, or from the file itself, with init.weights=FILE.
+
+    Examples:  mgtrain weights import SLOWFAST_8x8_R50.pyth --to k400.safetensors
+    |  mgtrain weights import --from torchvision:resnet50 --model i3d_r50 --to in1k.safetensors
+    """
+    if (file is None) == (from_ is None):
+        raise UsageError("give a FILE or --from torchvision:NAME, one of them")
+
+    import torch
+
+    from mgtrain.models import build_model
+    from mgtrain.weights.load import load_weights, model_options, read_weights, save_weights
+    from mgtrain.weights.torchvision import download
+
+    path = file or download(str(from_))
+    weights = read_weights(path)
+    options = model_options(weights, model)
+    with torch.device("meta"):
+        target = build_model(**options)
+    target.to_empty(device="cpu")
+    report = load_weights(target, weights)
+    kept = {key: value for key, value in options.items() if key != "classes"}
+    if json_:
+        result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": to and str(to), "share": report.share}
+        out.print_json(json.dumps({**result, "model": kept, "classes": options["classes"], **report.describe()}))
+    else:
+        for line in report.lines():
+            out.print(line, markup=False)
+        section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
+        out.print(f"model: {{{section}}}, of {options['classes']} classes", markup=False)
+    report.demand(at_least, path)
+    if to:
+        save_weights(to, target, report, options)
+        err.print(f"wrote {to}; a recipe starts from it with init.weights={to}", markup=False, soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)

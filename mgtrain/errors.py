@@ -53,6 +53,12 @@ class NonFiniteError(MgtrainError):
     exit_code = 5
 
 
+class ThresholdError(MgtrainError):
+    """A result below what was demanded of it."""
+
+    exit_code = 6
+
+
 class StoppedError(MgtrainError):
     """A run that was asked to stop and has saved its state; run again with --resume."""
 

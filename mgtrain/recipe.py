@@ -135,6 +135,21 @@ class Evaluation(Section):
         return self
 
 
+class Init(Section):
+    """What training starts from. Fine-tuning usually freezes nothing and takes a lower `optim.lr`."""
+
+    weights: str | None = Field(
+        None, description="a file of weights, ours or another project's (see `mgtrain weights`); none: random ones"
+    )
+    at_least: Fraction = Field(
+        1.0, description="share of the model's tensors that the file must have, a resized classifier left aside"
+    )
+    freeze: Literal["none", "stem", "res2", "res3", "res4", "backbone"] = Field(
+        "none", description="the last stage that stays as loaded; backbone: all but the classifier (linear probing)"
+    )
+    freeze_bn: bool = Field(False, description="keep BatchNorm's statistics as loaded, and normalize by them")
+
+
 class Batch(Section):
     """The baseline's mini-batch over all GPUs."""
 
@@ -157,6 +172,7 @@ class Optim(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="of everything but BatchNorm")
+    head_lr: Positive = Field(1.0, description="learning rate of the classifier, relative to that of the rest")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optim:
@@ -235,6 +251,7 @@ class Recipe(Section):
     augment: Augment = Augment()
     evaluation: Evaluation
     model: ModelOptions
+    init: Init = Init()
     batch: Batch
     optim: Optim
     schedule: Schedule

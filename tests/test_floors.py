@@ -21,7 +21,7 @@ FLOORS = [
      "datasets", "distributed", "console"],
     ["clips.loader", "checkpoint", "rundir", "prepare", "check"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
-     "engine.mix", "engine.finite", "engine.resume"],
+     "engine.mix", "engine.finite", "engine.resume", "weights"],
     ["engine.fit", "engine.record", "compare", "bench", "stats"],
     ["cli"],
     ["__main__"],

@@ -33,6 +33,7 @@ from mgtrain.rng import Draw, seed_of
 from mgtrain.rundir import RunDir
 from mgtrain.schedule import Step, check_world, make_plan
 from mgtrain.signals import StopRequest
+from mgtrain.weights.load import start_from
 
 
 def fit(
@@ -57,6 +58,7 @@ def fit(
 
     torch.manual_seed(seed_of(recipe.seed, Draw.INIT))
     model = to_device(make_model(recipe), recipe, world)
+    start_from(model, recipe.init, fresh=not (resume and run.checkpoints()))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.hardware.precision == "fp16")
     learner = Learner(model, make_optimizer(model, recipe.optim), scaler)
     state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.identity, val.identity)

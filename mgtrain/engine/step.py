@@ -44,7 +44,7 @@ def train_step(
     """Train on this rank's share of one step: clips uint8 (b, 3, T, S, S), labels int64 (b,)."""
     model.train()
     for group in optimizer.param_groups:
-        group["lr"] = step.lr
+        group["lr"] = step.lr * group["lr_factor"]
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), device=world.device)
     correct = torch.zeros((), device=world.device)

@@ -27,6 +27,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     """
 
     part: Part | None = None
+    frozen: bool = False  # whether the running statistics stay as they are, and normalize in training, too
     momentum: float
     pool: bool = False  # see `set_momentum`
     running_mean: Tensor  # (C)
@@ -55,6 +56,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         groups = x.chunk(part.clips // part.group_clips)
         outputs = [self._norm_group(clips, slot) for slot, clips in enumerate(groups, part.slot)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (B, C, T, H, W)
+
+    def train(self, mode: bool = True) -> GroupBatchNorm3d:
+        return super().train(mode and not self.frozen)
 
     def _norm_piece(self, x: Tensor, part: Part) -> Tensor:
         output: Tensor
@@ -181,7 +185,7 @@ def put_group_stats(model: nn.Module, stats: dict[str, Tensor]) -> None:
 
 
 def reset_group_stats(model: nn.Module) -> None:
-    """Forget all running statistics, as before recalibration."""
+    """Forget all running statistics but frozen ones, as before recalibration."""
     for norm in _group_norms(model):
         norm.reset_running_stats()
 
@@ -202,4 +206,5 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _group_norms(model: nn.Module) -> Iterator[GroupBatchNorm3d]:
-    return (module for module in model.modules() if isinstance(module, GroupBatchNorm3d))
+    """The BatchNorms whose statistics are not frozen."""
+    return (module for module in model.modules() if isinstance(module, GroupBatchNorm3d) and not module.frozen)
