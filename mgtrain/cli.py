@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from mgtrain import __version__
-from mgtrain.console import err, out, start_logging
+from mgtrain.console import err, harmless, out, start_logging
 from mgtrain.errors import CheckpointError, MgtrainError, UsageError
 from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 
@@ -100,6 +102,8 @@ def fit(
     from mgtrain.rundir import RUNS, RunDir, find_run
 
     loaded = load_recipe(recipe, overrides or ())
+    if name in (os.curdir, os.pardir):
+        raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
     folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
     run = RunDir(folder, writes=rank_of_environment() == 0)
     resume = resume or is_restarted()
@@ -232,7 +236,7 @@ def show_recipe(name: str) -> None:
 
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
     """
-    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+    sys.stdout.write(harmless(find_recipe(name).read_text(encoding="utf-8")))
 
 
 @ckpt_app.command("inspect")
@@ -355,7 +359,7 @@ def index(
     unusable = [name for name, rows in made.usable.items() if not len(rows)]
     warnings = [str(finding) for finding in made.findings if finding.warns]
     for warning in warnings:
-        err.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if unusable:
         raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
     files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
@@ -370,8 +374,8 @@ def index(
         out.print(counts_table("split", made.counts()))
         for finding in made.findings:
             if not finding.warns:
-                out.print(str(finding), markup=False)
-        out.print(f"wrote {', '.join(map(str, files))}", markup=False)
+                out.print(str(finding))
+        out.print(f"wrote {', '.join(map(str, files))}")
     if strict and warnings:
         raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
 
@@ -426,7 +430,7 @@ def split(
         out.print_json(json.dumps({**result, "videos": total, "videos_per_class": table}))
     else:
         out.print(counts_table("class", {**table, "in all": total}))
-        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}", markup=False)
+        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}")
 
 
 @data_app.command()
@@ -457,12 +461,12 @@ def stats(
     with progress() as show:
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
-        err.print(f"warning: {cause}", markup=False, style="yellow", soft_wrap=True)
+        err.print(f"warning: {cause}", style="yellow", soft_wrap=True)
     if json_:
         result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
         out.print_json(json.dumps(result))
     else:
-        out.print(render(made), markup=False)
+        out.print(render(made))
     if picture:
         draw_picture(made, picture)
 
@@ -572,7 +576,6 @@ def prepare(
         err.print(
             f"{expected.videos:,} videos: about {by_level(expected.bytes)}, the originals have "
             f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
-            markup=False,
             soft_wrap=True,
         )
         return not forecast
@@ -580,7 +583,7 @@ def prepare(
     with progress() as show:
         done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=show)
     for cause in done.broken.values():
-        err.print(f"left out: {cause}", markup=False, soft_wrap=True)
+        err.print(f"left out: {cause}", soft_wrap=True)
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)}))
     else:
@@ -588,7 +591,6 @@ def prepare(
             f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
             f"{by_level(done.bytes)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
             f"{duration(done.seconds)}",
-            markup=False,
         )
 
 
@@ -609,7 +611,7 @@ def verify(
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
     for file, problem in [] if json_ else wrong.items():
-        out.print(f"{file}: {problem}", markup=False)
+        out.print(f"{file}: {problem}")
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} files are not as they were written; delete them and prepare again")
     if not json_:
@@ -650,7 +652,7 @@ def bench_data(
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
     else:
-        out.print(render(result), markup=False)
+        out.print(render(result))
 
 
 @app.callback(invoke_without_command=True)
@@ -662,26 +664,33 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and the documented exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be beyond the terminal's encoding
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
     except MgtrainError as error:
-        err.print(f"mgtrain: {error}", markup=False, style="red", soft_wrap=True)
+        _say(str(error))
         code = error.exit_code
     except typer.TyperException as error:
-        hint = f"see `{' '.join(_command_words())} --help`"
-        err.print(f"mgtrain: {error.format_message().rstrip('.')}; {hint}", markup=False, style="red", soft_wrap=True)
+        _say(f"{error.format_message().rstrip('.')}; see `{' '.join(_command_words())} --help`")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        err.print(
-            "mgtrain: interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint",
-            style="red",
-            soft_wrap=True,
-        )
+        _say("interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint")
         code = 130
     except BrokenPipeError:
         code = 141
+    except Exception as error:
+        err.print(traceback.format_exc().rstrip(), soft_wrap=True)
+        _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
+        code = 1
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    """The one line with which a command ends that does not do what it was asked to."""
+    line = message.replace("\n", r"\n")
+    err.print(f"mgtrain: {line}", style="red", soft_wrap=True)
 
 
 def _command_words() -> list[str]:
@@ -773,9 +782,7 @@ def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool,
         out.print_json(json.dumps(result))
         return
     for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=False):
-        out.print(
-            f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}", markup=False
-        )
+        out.print(f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}")
     out.print(
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  loss {scores.loss:.3f}  "
         f"on {scores.videos} videos, {views} {'view' if views == 1 else 'views'} each"
