@@ -277,7 +277,7 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         return
     for key, value in facts.items():
         shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
-        out.print(f"{key.replace('_', ' '):18} {shown}", markup=False)
+        out.print(f"{key.replace('_', ' '):18} {shown}")
 
 
 @ckpt_app.command("verify")
@@ -306,7 +306,7 @@ def verify_checkpoints(
         out.print_json(json.dumps(result))
     else:
         for file in files:
-            out.print(damaged.get(str(file), f"{file}: whole"), markup=False)
+            out.print(damaged.get(str(file), f"{file}: whole"))
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")
 
@@ -689,6 +689,11 @@ def main() -> None:
 
 def _say(message: str) -> None:
     """The one line with which a command ends that does not do what it was asked to."""
+    if "WORLD_SIZE" in os.environ:  # one of several ranks
+        from mgtrain.distributed import says_first
+
+        if not says_first(message):
+            return
     line = message.replace("\n", r"\n")
     err.print(f"mgtrain: {line}", style="red", soft_wrap=True)
 

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +82,15 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Keep every other process from writing here. The system frees the lock when the process ends, however it does.
 
+        A folder that was made for the lock and has got nothing else is removed.
+
         Raises:
             CheckpointError: another process writes here.
         """
         if not self.writes:
             yield
             return
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w", encoding="utf-8")
@@ -104,7 +107,14 @@ class RunDir:
                             "wait for it or stop it, or start another run with --name"
                         ) from None
                     time.sleep(0.2)
-            yield
+            try:
+                yield
+            finally:
+                if made and os.listdir(self.path) == [".lock"]:  # what was to run here has been refused
+                    (self.path / ".lock").unlink()
+                    with suppress(OSError):  # somebody else has begun in one of the folders above
+                        for folder in made:
+                            folder.rmdir()
 
     def write(self, name: str, value: dict[str, Any] | str) -> None:
         """Write a file whole or not at all: JSON out of a dict, or text."""
