@@ -186,7 +186,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Annotated[
-        int | None, typer.Option(min=1, help="Training videos. Default: those of the data, or data.videos.")
+        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: those of the data, or data.videos.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Check that so many GPUs can share every step.")] = None,
     json_: Json = False,
@@ -389,7 +389,9 @@ def split(
     *,
     to: ToFolder,
     val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
-    folds: Annotated[int | None, typer.Option(min=2, help="Make so many folds instead, each validating once.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Make so many folds instead, each validating once.")
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Split training and validation videos taken together.")] = False,
     groups: Annotated[
         Path | None, typer.Option(help="CSV with a column `path`: videos of one group stay together.")
@@ -730,17 +732,16 @@ def _training_videos(recipe: Recipe) -> int:
     from mgtrain.datasets import open_videos, usable
     from mgtrain.errors import DataError
 
+    data = recipe.data
     try:
-        videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None)
+        videos = open_videos(data.format, data.root, data.train, None, data.outside_root)
     except DataError as error:
-        if recipe.data.videos is None:
+        if data.videos is None:
             raise DataError(f"{error}; give --videos to plan without the data") from None
-        return recipe.data.videos
-    (videos,) = usable(recipe.data, videos)
+        return data.videos
+    (videos,) = usable(data, videos)
     if videos.left_out:
-        err.print(
-            f"training videos: {videos.left_out_words}, as {recipe.data.checked} says", markup=False, soft_wrap=True
-        )
+        err.print(f"training videos: {videos.left_out_words}, as {data.checked} says", soft_wrap=True)
     return len(videos)
 
 

@@ -30,6 +30,7 @@ from mgtrain.clips.prepared import (
     stored_frame,
     write_settings,
 )
+from mgtrain.datasets.videos import leaves_root
 from mgtrain.errors import DataError, MissingCapabilityError, VideoError
 from mgtrain.isolated import Lost, isolated
 from mgtrain.manifest import Manifest, Record, checksum, key_of
@@ -84,8 +85,11 @@ def prepare(
     """
     if "libx264" not in av.codecs_available:
         raise MissingCapabilityError("PyAV was built without libx264, which writes prepared videos; pip install av")
-    _claim(folder, settings)
     paths = sorted(set(paths))
+    for path in paths:
+        if leaves_root(path):  # its files would lead out of the folder, too
+            raise DataError(f"{root / path}: is outside of {root}; set data.root to a folder that holds all videos")
+    _claim(folder, settings)
     manifest = PreparedManifest(folder)
     todo = [path for path in paths if not _is_there(root, folder, settings, path, manifest.records.get(path))]
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # so that the first are a fair sample
