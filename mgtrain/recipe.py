@@ -19,13 +19,14 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from mgtrain.errors import RecipeError
 from mgtrain.grid import Shape
 from mgtrain.models.options import ModelOptions
 
 # Limits keep plans within what numbers, memory and patience hold; no run comes near them.
-MOST_BYTES = 100_000  # of a recipe
+MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -344,8 +345,12 @@ def find_recipe(path: str | Path) -> Path:
 def _parse_yaml(text: str, name: str) -> Any:
     """The YAML document as ruamel's dicts and lists, which remember their lines."""
     yaml = YAML(typ="rt", pure=True)
+    depth = 0
     try:
-        for event in yaml.parse(text):
+        for event in yaml.parse(text):  # as far as it goes: whatever is wrong ends it
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MOST_DEPTH:  # the parser takes minutes over thousands of brackets
+                raise RecipeError(f"{name}:{event.start_mark.line + 1}: nested more than {MOST_DEPTH} deep")
             if getattr(event, "anchor", None) is not None:
                 raise RecipeError(
                     f"{name}:{event.start_mark.line + 1}: anchors and aliases are not allowed in a recipe"

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import resource
+import shutil
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from mgtrain.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint, verify
+from mgtrain.compare import compare
 from mgtrain.datasets import open_videos
-from mgtrain.errors import DataError, PlanError, RecipeError
+from mgtrain.engine.checks import make_model
+from mgtrain.engine.optim import make_optimizer
+from mgtrain.errors import CheckpointError, DataError, MgtrainError, PlanError, RecipeError
 from mgtrain.prepare import prepare
 from mgtrain.recipe import MOST_BYTES, Recipe, load_recipe, parse_recipe
+from mgtrain.rundir import RunDir
 from mgtrain.schedule import make_plan
 
 KINETICS = "label,youtube_id,time_start,time_end,split\n"
@@ -44,8 +58,9 @@ def refusal(action: Callable[[], object], kind: type[Exception] = DataError) -> 
         ("{name: multigrid}", "{name: multigrid, epoch_factor: 1e308}"),
         ("{name: multigrid}", "{name: multigrid, [3]: 4}"),
         ("{name: multigrid}", "{name: multigrid, x: 2020-01-01}"),
-        ("seed: 3", f"seed: {'[' * 5000}{']' * 5000}"),
-        ("seed: 3", f"seed: {'{a: ' * 2000}{'}' * 2000}"),
+        ("seed: 3", f"seed: {'[' * 5000}{']' * 5000}"),  # takes ruamel a minute
+        ("seed: 3", f"seed: {'{a: ' * 5000}{'}' * 5000}"),
+        ("seed: 3", f"seed:\n{''.join(f'{n * chr(32)} - {chr(10)}' for n in range(200))}"),
     ],
 )
 def test_a_recipe_beyond_what_can_be_computed_is_refused(tiny_text: str, old: str, new: str) -> None:
@@ -188,3 +203,154 @@ def test_videos_outside_of_the_root_are_not_prepared_as_their_files_would_lie_ou
     message = refusal(lambda: prepare(tmp_path, ["../../a.mp4"], folder, Settings((256,), 25, None), workers=1))
     assert "is outside of" in message
     assert not folder.exists()
+
+
+class Canary:
+    """What a malicious pickle holds: loaded, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_as_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    evil = pickle.dumps(Canary(tmp_path / "canary"))
+    (tmp_path / "plain.safetensors").write_bytes(evil)
+    with zipfile.ZipFile(tmp_path / "zip.safetensors", "w") as file:  # as torch.save writes it
+        file.writestr("archive/data.pkl", evil)
+        file.writestr("archive/version", "3\n")
+    for name in ("plain", "zip"):
+        for look in (read_info, verify):
+            assert "not a readable checkpoint" in refusal(
+                lambda look=look, name=name: look(tmp_path / f"{name}.safetensors"), CheckpointError
+            )
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(evil)
+    assert (tmp_path / "canary").exists()  # the canary works
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**63),
+        struct.pack("<Q", 10**8) + b" ",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+        struct.pack("<Q", 8) + b"{}      ",
+        struct.pack("<Q", 60) + b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,4]}}',
+    ],
+)
+def test_absurd_headers_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    for look in (read_info, verify):
+        assert refusal(lambda look=look: look(tmp_path / "a.safetensors"), CheckpointError).startswith(f"{tmp_path}/a")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny recipe. Not to be changed."""
+    path = tmp_path_factory.mktemp("checkpoint") / "a.safetensors"
+    model = make_model(tiny())
+    optimizer = make_optimizer(model, tiny().optim)
+    model(torch.zeros(2, 3, 2, 32, 32)).sum().backward()
+    optimizer.step()
+    save_checkpoint(path, model, optimizer, CheckpointInfo(1, tiny().to_yaml(), ("a", "b", "c", "d"), "p", "d"))
+    return path
+
+
+def rewritten(checkpoint: Path, folder: Path, info: str | None, **tensors: torch.Tensor) -> Path:
+    """The checkpoint with other words in its header, or other tensors."""
+    with safe_open(checkpoint, framework="pt") as file:
+        metadata = file.metadata()
+    words = {"format": metadata["format"], **({} if info is None else {"info": info})}
+    save_file({**load_file(checkpoint), **tensors}, folder / "b.safetensors", metadata=words)
+    return folder / "b.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "x"}, {"step": -1}, {"step": 1e300}, {"recipe": 3}, {"classes": 3}, {"classes": [3]}, {"extra": 3},
+     {"scaler": 3}, {"train_seconds": "x"}, {"recalibrated": "x"}, {"plan": None}],
+    ids=str,
+)  # fmt: skip
+def test_facts_of_a_wrong_kind_are_refused(checkpoint: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    with safe_open(checkpoint, framework="pt") as file:
+        facts = json.loads(file.metadata()["info"])
+    path = rewritten(checkpoint, tmp_path, json.dumps({**facts, **change}))
+    assert next(iter(change)) in refusal(lambda: read_info(path), CheckpointError)
+
+
+@pytest.mark.parametrize("info", [None, "", "3", "[]", "{}", "null", "[" * 100_000, '{"step": 1}', "\0"])
+def test_headers_without_the_facts_are_refused(checkpoint: Path, tmp_path: Path, info: str | None) -> None:
+    path = rewritten(checkpoint, tmp_path, info)
+    for look in (read_info, verify):
+        assert refusal(lambda look=look: look(path), CheckpointError).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.stem.conv.weight", "groups.stem.norm", "groups.nowhere", "groups.stem.conv", "optimizer.nowhere",
+     "optimizer.momentum_buffer.nowhere", "optimizer.momentum_buffer.stem.conv.weight"],
+)  # fmt: skip
+def test_tensors_that_fit_nowhere_are_refused(
+    checkpoint: Path, tmp_path: Path, tiny: Callable[..., Recipe], name: str
+) -> None:
+    path = rewritten(checkpoint, tmp_path, "", **{name: torch.zeros(3)})
+    model = make_model(tiny())
+    optimizer = make_optimizer(model, tiny().optim)
+
+    def load() -> None:
+        load_model(path, model)
+        load_optimizer(path, model, optimizer)
+
+    assert name.removeprefix("model.") in refusal(load, CheckpointError)
+
+
+def test_weights_of_another_type_are_refused(checkpoint: Path, tmp_path: Path, tiny: Callable[..., Recipe]) -> None:
+    weight = load_file(checkpoint)["model.stem.conv.weight"]
+    path = rewritten(checkpoint, tmp_path, "", **{"model.stem.conv.weight": weight.to(torch.int8)})
+    message = refusal(lambda: load_model(path, make_model(tiny())), CheckpointError)
+    assert message == f"{path}: stem.conv.weight is torch.int8, the model's is torch.float32"
+
+
+EVAL = {"step": 17, "top1": 0.5, "top5": 1.0, "train_seconds": 2.0, "data_seconds": 1.0, "eval_seconds": 1.0,
+        "videos": 12}  # fmt: skip
+
+
+def sound_run(folder: Path, recipe: Recipe) -> RunDir:
+    """A run directory as `fit` leaves it, as far as `compare` reads it."""
+    run, plan = RunDir(folder), make_plan(recipe, 24)
+    per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": 1} for s in plan.shapes()]
+    run.write("recipe.yaml", recipe.to_yaml())
+    run.write("plan.json", {**plan.describe(), "flops_per_clip": per_clip})
+    run.write("data.json", {})
+    run.write("env.json", {"device": "x", "ranks": 1, "threads": 1})
+    run.append("evals.jsonl", EVAL)
+    return run
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", "{}", "[" * 100_000, '{"videos": "x"}', '{"videos": 1e400}', "\0"]
+)
+@pytest.mark.parametrize("name", ["plan.json", "env.json", "data.json"])
+def test_damaged_records_are_refused(tmp_path: Path, tiny: Callable[..., Recipe], name: str, text: str) -> None:
+    run = sound_run(tmp_path / "run", tiny())
+    other = RunDir(Path(shutil.copytree(run.path, tmp_path / "other")))
+    assert compare(run, other)["speedups"]["steps"] == 1
+    (other.path / name).write_text(text)
+    if (name, text[:1]) != ("data.json", "{"):  # of which only the equality counts
+        assert str(other.path) in refusal(lambda: compare(run, other), MgtrainError)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "3", "[]", "{}", "[" * 100_000, '{"step": 1}', *(json.dumps({**EVAL, key: value}) for key, value in [
+        ("step", "x"), ("step", 10**30), ("top1", None), ("top1", float("nan")), ("train_seconds", [1]),
+        ("data_seconds", "x"), ("top5", float("inf")), ("videos", {}), ("train_seconds", 0), ("eval_seconds", "x")])],
+)  # fmt: skip
+def test_damaged_logs_are_refused(tmp_path: Path, tiny: Callable[..., Recipe], line: str) -> None:
+    run = sound_run(tmp_path / "run", tiny())
+    other = RunDir(Path(shutil.copytree(run.path, tmp_path / "other")))
+    (other.path / "evals.jsonl").write_text(f"{line}\n")
+    assert str(other.path) in refusal(lambda: compare(run, other), MgtrainError)
