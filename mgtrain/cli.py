@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -73,7 +74,7 @@ ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists 
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other videos.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other videos.")]
 
 
 @app.command()
@@ -316,7 +317,7 @@ def synthesize(
     root: Annotated[Path, typer.Argument(help="Folder to make.")],
     train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
     val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Make a small set of real encoded videos whose classes differ only by motion.
 
@@ -564,6 +565,7 @@ def prepare(
     from mgtrain.prepare import Forecast
     from mgtrain.prepare import prepare as make
 
+    _check_finite("--fps", fps)
     data = load_recipe(recipe, overrides or ()).data
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
     settings = Settings(_parse_levels(levels), quality, fps)
@@ -643,6 +645,8 @@ def bench_data(
     from mgtrain.distributed import connect
     from mgtrain.engine.fit import open_data
 
+    _check_finite("--seconds", seconds)
+    _check_finite("--step-seconds", step_seconds)
     loaded = load_recipe(recipe, overrides or ())
     videos, _ = open_data(loaded)
     with connect(device.value if device else None) as world, progress() as show:
@@ -682,9 +686,13 @@ def main() -> None:
     except BrokenPipeError:
         code = 141
     except Exception as error:
-        err.print(traceback.format_exc().rstrip(), soft_wrap=True)
-        _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
-        code = 1
+        if isinstance(error, OSError) and error.filename is not None:  # the world is not as it has to be
+            _say(f"{error.filename}: {error.strerror}; give another path, mend its permissions or make room")
+            code = 2
+        else:
+            err.print(traceback.format_exc().rstrip(), soft_wrap=True)
+            _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
+            code = 1
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -745,13 +753,18 @@ def _training_videos(recipe: Recipe) -> int:
     return len(videos)
 
 
+def _check_finite(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option} {value}: has to be a finite number")
+
+
 def _parse_levels(levels: str) -> tuple[int, ...]:
     try:
         sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
     except ValueError:
         sides = []
-    if not sides or sides[-1] < 16:
-        raise UsageError(f"--levels {levels}: write short sides of at least 16 pixels, such as 256,160")
+    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
+        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
     return tuple(sides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,18 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mgtrain.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint, verify
+from mgtrain.clips.cut import Cut
+from mgtrain.clips.prepared import PreparedSet, Settings
 from mgtrain.compare import compare
 from mgtrain.datasets import open_videos
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.optim import make_optimizer
-from mgtrain.errors import CheckpointError, DataError, MgtrainError, PlanError, RecipeError
-from mgtrain.prepare import prepare
+from mgtrain.errors import CheckpointError, DataError, MgtrainError, PlanError, RecipeError, VideoError
+from mgtrain.prepare import PreparedManifest, prepare
+from mgtrain.prepare import verify as verify_prepared
 from mgtrain.recipe import MOST_BYTES, Recipe, load_recipe, parse_recipe
 from mgtrain.rundir import RunDir
 from mgtrain.schedule import make_plan
@@ -197,8 +202,6 @@ def test_a_root_full_of_links_is_a_root(tmp_path: Path) -> None:
 
 
 def test_videos_outside_of_the_root_are_not_prepared_as_their_files_would_lie_outside_too(tmp_path: Path) -> None:
-    from mgtrain.clips.prepared import Settings
-
     folder = tmp_path / "deep/prepared"
     message = refusal(lambda: prepare(tmp_path, ["../../a.mp4"], folder, Settings((256,), 25, None), workers=1))
     assert "is outside of" in message
@@ -354,3 +357,64 @@ def test_damaged_logs_are_refused(tmp_path: Path, tiny: Callable[..., Recipe], l
     other = RunDir(Path(shutil.copytree(run.path, tmp_path / "other")))
     (other.path / "evals.jsonl").write_text(f"{line}\n")
     assert str(other.path) in refusal(lambda: compare(run, other), MgtrainError)
+
+
+@pytest.fixture(scope="module")
+def prepared(motions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set of two videos. Not to be changed."""
+    folder = tmp_path_factory.mktemp("prepared") / "set"
+    names = ["videos/val/left_0.mp4", "videos/val/left_1.mp4"]
+    prepare(motions, names, folder, Settings((32, 16), 25, None), workers=1)
+    return folder
+
+
+def npy(value: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value, allow_pickle=True)
+    return file.getvalue()
+
+
+def test_damaged_prepared_sets_are_refused_and_run_nothing(prepared: Path, motions: Path, tmp_path: Path) -> None:
+    settings = json.loads((prepared / "prepared.json").read_text())
+    canary = np.array([Canary(tmp_path / "canary")], object)
+    damages = [
+        *(("prepared.json", text.encode()) for text in ("", "3", "[]", "{}", "[" * 100_000)),
+        *(("prepared.json", json.dumps({**settings, "levels": levels}).encode()) for levels in (3, ["x"], None)),
+        *(("index.npy", bytes_) for bytes_ in (b"", b"x", npy(canary), npy(np.zeros(3)), npy(np.zeros((0, 2))))),
+        ("offsets.bin", b""),
+    ]
+    for number, (name, content) in enumerate(damages):
+        folder = Path(shutil.copytree(prepared, tmp_path / str(number)))
+        (folder / name).write_bytes(content)
+        assert str(folder) in refusal(lambda folder=folder: PreparedSet(folder))
+        if name != "offsets.bin":
+            refusal(lambda folder=folder: verify_prepared(folder, 1))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("frames", -5), ("fps", float("nan")), ("width", 0), ("height", -3), ("stored", -5)],
+)
+def test_an_index_of_absurd_numbers_breaks_videos_not_the_loader(
+    prepared: Path, tmp_path: Path, key: str, value: float
+) -> None:
+    folder = Path(shutil.copytree(prepared, tmp_path / "set"))
+    rows = np.load(folder / "index.npy")
+    rows[key] = value
+    np.save(folder / "index.npy", rows)
+    opened = PreparedSet(folder)
+
+    def read() -> None:
+        with opened.open(0, "videos/val/left_0.mp4") as video:
+            video.read([Cut((0, video.info.frames - 1), (0, 0, 8, 8), 8, False)])
+
+    refusal(read, VideoError)
+
+
+def test_manifests_of_something_else_are_refused(prepared: Path, tmp_path: Path) -> None:
+    for number, line in enumerate(["3", "{}", '{"path": 3}', '{"path": "a"}', "[" * 100_000,
+                                   '{"path": "../a", "error": ""}', '{"path": "a", "levels": [3]}']):  # fmt: skip
+        folder = Path(shutil.copytree(prepared, tmp_path / str(number)))
+        (folder / "videos.jsonl").write_text(f"{line}\n")
+        assert str(folder) in refusal(lambda folder=folder: PreparedManifest(folder))
