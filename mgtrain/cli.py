@@ -37,6 +37,7 @@ ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
 
 
+INTERRUPTED = 130  # exit code
 # Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
 LEVELS, QUALITY = "256,160", 25
 
@@ -523,11 +524,11 @@ def check(
     else:
         for record in unusable[:MOST_NAMED]:
             name = printable(record["path"])
-            err.print(f"{record['status']}: {name}: {record['message']}", markup=False, soft_wrap=True)
+            err.print(f"{record['status']}: {name}: {record['message']}", soft_wrap=True)
         if len(unusable) > MOST_NAMED:
-            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", markup=False, soft_wrap=True)
+            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", soft_wrap=True)
         out.print(counts_table("split", counts))
-        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}", markup=False)
+        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}")
     if len(unusable) > data.max_bad_fraction * len(records):
         raise DataError(
             f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
@@ -674,6 +675,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be beyond the terminal's encoding
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
+        if code == INTERRUPTED:  # Ctrl-C, which typer has taken
+            raise KeyboardInterrupt
+        sys.stdout.flush()
     except MgtrainError as error:
         _say(str(error))
         code = error.exit_code
@@ -682,8 +686,13 @@ def main() -> None:
         code = 2
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint")
-        code = 130
-    except BrokenPipeError:
+        code = INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(
+            error.__context__, BrokenPipeError
+        ):  # or typer has taken it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not try once more as it ends
         code = 141
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # the world is not as it has to be
@@ -693,7 +702,6 @@ def main() -> None:
             err.print(traceback.format_exc().rstrip(), soft_wrap=True)
             _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
             code = 1
-    sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
