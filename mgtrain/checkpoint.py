@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ FORMAT = "mgtrain.checkpoint/1"
 class CheckpointInfo:
     """What a checkpoint belongs to."""
 
-    step: int  # steps that are finished
+    step: Annotated[int, Field(ge=0)]  # steps that are finished
     recipe: str  # YAML, complete
     classes: Sequence[str]
     plan: str  # the plan's fingerprint
@@ -86,7 +87,7 @@ def save_checkpoint(
 
 def read_info(path: Path) -> CheckpointInfo:
     """What a checkpoint belongs to, without its tensors."""
-    return CheckpointInfo(**json.loads(_header(path)["info"]))
+    return _info(path, _header(path))
 
 
 def verify(path: Path) -> CheckpointInfo:
@@ -97,9 +98,9 @@ def verify(path: Path) -> CheckpointInfo:
     """
     header = _header(path)
     with safe_open(path, framework="pt") as file:
-        if _checksum(header["info"], file.keys(), file.get_tensor) != header.get("sha256"):
+        if _checksum(header.get("info", ""), file.keys(), file.get_tensor) != header.get("sha256"):
             raise CheckpointError(f"{path}: is not what was written: its checksum does not match its contents")
-    return CheckpointInfo(**json.loads(header["info"]))
+    return _info(path, header)
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
@@ -140,9 +141,15 @@ def load_model(path: Path, model: nn.Module) -> None:
             value = file.get_tensor(f"model.{name}")
             if value.shape != tensor.shape:
                 raise CheckpointError(f"{path}: {name} is {tuple(value.shape)}, the model's is {tuple(tensor.shape)}")
+            if value.dtype != tensor.dtype:
+                raise CheckpointError(f"{path}: {name} is {value.dtype}, the model's is {tensor.dtype}")
             tensor.copy_(value)
-        groups = [name for name in names if name.startswith("groups.")]
-        put_group_stats(model, {name.removeprefix("groups."): file.get_tensor(name) for name in groups})
+        groups = {name.removeprefix("groups."): file.get_tensor(name) for name in names if name.startswith("groups.")}
+        for name, value in groups.items():
+            mean = own.get(f"{name}.running_mean")
+            if mean is None or value.ndim != 3 or value.shape[1:] != (2, *mean.shape):
+                raise CheckpointError(f"{path}: groups.{name} is {tuple(value.shape)}, which fits no BatchNorm there")
+        put_group_stats(model, groups)
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -151,9 +158,11 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             if key.startswith("optimizer."):
-                _, kind, name = key.split(".", 2)
-                parameter = parameters[name]
-                optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(file.get_tensor(key))
+                kind, _, name = key.removeprefix("optimizer.").partition(".")
+                parameter, value = parameters.get(name), file.get_tensor(key)
+                if parameter is None or value.shape != parameter.shape:
+                    raise CheckpointError(f"{path}: {key} belongs to no parameter of the model")
+                optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value)
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -166,6 +175,20 @@ def _header(path: Path) -> dict[str, str]:
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of mgtrain ({FORMAT})")
     return header
+
+
+def _info(path: Path, header: Mapping[str, str]) -> CheckpointInfo:
+    """The facts of a header, each there and of its type."""
+    try:
+        info = TypeAdapter(CheckpointInfo).validate_json(header.get("info", ""), strict=True)
+        unknown = json.loads(header["info"]).keys() - asdict(info).keys()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = ".".join(map(str, first["loc"])) or "what it belongs to"
+        raise CheckpointError(f"{path}: its header is damaged: {what}: {first['msg']}") from None
+    if unknown:
+        raise CheckpointError(f"{path}: was written by another version of mgtrain, which knows {min(unknown)!r}")
+    return info
 
 
 def _checksum(facts: str, names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:

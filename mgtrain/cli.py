@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from mgtrain import __version__
-from mgtrain.console import err, out, start_logging
+from mgtrain.console import err, harmless, out, start_logging
 from mgtrain.errors import CheckpointError, MgtrainError, UsageError
 from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 
@@ -36,6 +39,7 @@ weights_app = typer.Typer(help="Weights from elsewhere.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
 
 
+INTERRUPTED = 130  # exit code
 # Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
 LEVELS, QUALITY = "256,160", 25
 
@@ -73,7 +77,7 @@ ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists 
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other videos.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other videos.")]
 
 
 @app.command()
@@ -102,6 +106,8 @@ def fit(
     from mgtrain.rundir import RUNS, RunDir, find_run
 
     loaded = load_recipe(recipe, overrides or ())
+    if name in (os.curdir, os.pardir):
+        raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
     folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
     run = RunDir(folder, writes=rank_of_environment() == 0)
     resume = resume or is_restarted()
@@ -186,7 +192,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Annotated[
-        int | None, typer.Option(min=1, help="Training videos. Default: those of the data, or data.videos.")
+        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: those of the data, or data.videos.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Check that so many GPUs can share every step.")] = None,
     json_: Json = False,
@@ -236,7 +242,7 @@ def show_recipe(name: str) -> None:
 
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
     """
-    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+    sys.stdout.write(harmless(find_recipe(name).read_text(encoding="utf-8")))
 
 
 @ckpt_app.command("inspect")
@@ -277,7 +283,7 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         return
     for key, value in facts.items():
         shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
-        out.print(f"{key.replace('_', ' '):18} {shown}", markup=False)
+        out.print(f"{key.replace('_', ' '):18} {shown}")
 
 
 @ckpt_app.command("verify")
@@ -306,7 +312,7 @@ def verify_checkpoints(
         out.print_json(json.dumps(result))
     else:
         for file in files:
-            out.print(damaged.get(str(file), f"{file}: whole"), markup=False)
+            out.print(damaged.get(str(file), f"{file}: whole"))
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")
 
@@ -316,7 +322,7 @@ def synthesize(
     root: Annotated[Path, typer.Argument(help="Folder to make.")],
     train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
     val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Make a small set of real encoded videos whose classes differ only by motion.
 
@@ -359,7 +365,7 @@ def index(
     unusable = [name for name, rows in made.usable.items() if not len(rows)]
     warnings = [str(finding) for finding in made.findings if finding.warns]
     for warning in warnings:
-        err.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if unusable:
         raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
     files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
@@ -374,8 +380,8 @@ def index(
         out.print(counts_table("split", made.counts()))
         for finding in made.findings:
             if not finding.warns:
-                out.print(str(finding), markup=False)
-        out.print(f"wrote {', '.join(map(str, files))}", markup=False)
+                out.print(str(finding))
+        out.print(f"wrote {', '.join(map(str, files))}")
     if strict and warnings:
         raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
 
@@ -389,7 +395,9 @@ def split(
     *,
     to: ToFolder,
     val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
-    folds: Annotated[int | None, typer.Option(min=2, help="Make so many folds instead, each validating once.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Make so many folds instead, each validating once.")
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Split training and validation videos taken together.")] = False,
     groups: Annotated[
         Path | None, typer.Option(help="CSV with a column `path`: videos of one group stay together.")
@@ -430,7 +438,7 @@ def split(
         out.print_json(json.dumps({**result, "videos": total, "videos_per_class": table}))
     else:
         out.print(counts_table("class", {**table, "in all": total}))
-        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}", markup=False)
+        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}")
 
 
 @data_app.command()
@@ -461,12 +469,12 @@ def stats(
     with progress() as show:
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
-        err.print(f"warning: {cause}", markup=False, style="yellow", soft_wrap=True)
+        err.print(f"warning: {cause}", style="yellow", soft_wrap=True)
     if json_:
         result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
         out.print_json(json.dumps(result))
     else:
-        out.print(render(made), markup=False)
+        out.print(render(made))
     if picture:
         draw_picture(made, picture)
 
@@ -520,11 +528,11 @@ def check(
     else:
         for record in unusable[:MOST_NAMED]:
             name = printable(record["path"])
-            err.print(f"{record['status']}: {name}: {record['message']}", markup=False, soft_wrap=True)
+            err.print(f"{record['status']}: {name}: {record['message']}", soft_wrap=True)
         if len(unusable) > MOST_NAMED:
-            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", markup=False, soft_wrap=True)
+            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", soft_wrap=True)
         out.print(counts_table("split", counts))
-        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}", markup=False)
+        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}")
     if len(unusable) > data.max_bad_fraction * len(records):
         raise DataError(
             f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
@@ -562,6 +570,7 @@ def prepare(
     from mgtrain.prepare import Forecast
     from mgtrain.prepare import prepare as make
 
+    _check_finite("--fps", fps)
     data = load_recipe(recipe, overrides or ()).data
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
     settings = Settings(_parse_levels(levels), quality, fps)
@@ -576,7 +585,6 @@ def prepare(
         err.print(
             f"{expected.videos:,} videos: about {by_level(expected.bytes)}, the originals have "
             f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
-            markup=False,
             soft_wrap=True,
         )
         return not forecast
@@ -584,7 +592,7 @@ def prepare(
     with progress() as show:
         done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=show)
     for cause in done.broken.values():
-        err.print(f"left out: {cause}", markup=False, soft_wrap=True)
+        err.print(f"left out: {cause}", soft_wrap=True)
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)}))
     else:
@@ -592,7 +600,6 @@ def prepare(
             f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
             f"{by_level(done.bytes)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
             f"{duration(done.seconds)}",
-            markup=False,
         )
 
 
@@ -613,7 +620,7 @@ def verify(
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
     for file, problem in [] if json_ else wrong.items():
-        out.print(f"{file}: {problem}", markup=False)
+        out.print(f"{file}: {problem}")
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} files are not as they were written; delete them and prepare again")
     if not json_:
@@ -643,6 +650,8 @@ def bench_data(
     from mgtrain.distributed import connect
     from mgtrain.engine.fit import open_data
 
+    _check_finite("--seconds", seconds)
+    _check_finite("--step-seconds", step_seconds)
     loaded = load_recipe(recipe, overrides or ())
     videos, _ = open_data(loaded)
     with connect(device.value if device else None) as world, progress() as show:
@@ -654,7 +663,7 @@ def bench_data(
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
     else:
-        out.print(render(result), markup=False)
+        out.print(render(result))
 
 
 @weights_app.command("import")
@@ -725,26 +734,49 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and the documented exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be beyond the terminal's encoding
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
+        if code == INTERRUPTED:  # Ctrl-C, which typer has taken
+            raise KeyboardInterrupt
+        sys.stdout.flush()
     except MgtrainError as error:
-        err.print(f"mgtrain: {error}", markup=False, style="red", soft_wrap=True)
+        _say(str(error))
         code = error.exit_code
     except typer.TyperException as error:
-        hint = f"see `{' '.join(_command_words())} --help`"
-        err.print(f"mgtrain: {error.format_message().rstrip('.')}; {hint}", markup=False, style="red", soft_wrap=True)
+        _say(f"{error.format_message().rstrip('.')}; see `{' '.join(_command_words())} --help`")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        err.print(
-            "mgtrain: interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint",
-            style="red",
-            soft_wrap=True,
-        )
-        code = 130
-    except BrokenPipeError:
+        _say("interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint")
+        code = INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(
+            error.__context__, BrokenPipeError
+        ):  # or typer has taken it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not try once more as it ends
         code = 141
-    sys.stdout.flush()
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the world is not as it has to be
+            _say(f"{error.filename}: {error.strerror}; give another path, mend its permissions or make room")
+            code = 2
+        else:
+            err.print(traceback.format_exc().rstrip(), soft_wrap=True)
+            _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
+            code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    """The one line with which a command ends that does not do what it was asked to."""
+    if "WORLD_SIZE" in os.environ:  # one of several ranks
+        from mgtrain.distributed import says_first
+
+        if not says_first(message):
+            return
+    line = message.replace("\n", r"\n")
+    err.print(f"mgtrain: {line}", style="red", soft_wrap=True)
 
 
 def _command_words() -> list[str]:
@@ -779,18 +811,22 @@ def _training_videos(recipe: Recipe) -> int:
     from mgtrain.datasets import open_videos, usable
     from mgtrain.errors import DataError
 
+    data = recipe.data
     try:
-        videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None)
+        videos = open_videos(data.format, data.root, data.train, None, data.outside_root)
     except DataError as error:
-        if recipe.data.videos is None:
+        if data.videos is None:
             raise DataError(f"{error}; give --videos to plan without the data") from None
-        return recipe.data.videos
-    (videos,) = usable(recipe.data, videos)
+        return data.videos
+    (videos,) = usable(data, videos)
     if videos.left_out:
-        err.print(
-            f"training videos: {videos.left_out_words}, as {recipe.data.checked} says", markup=False, soft_wrap=True
-        )
+        err.print(f"training videos: {videos.left_out_words}, as {data.checked} says", soft_wrap=True)
     return len(videos)
+
+
+def _check_finite(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option} {value}: has to be a finite number")
 
 
 def _parse_levels(levels: str) -> tuple[int, ...]:
@@ -798,8 +834,8 @@ def _parse_levels(levels: str) -> tuple[int, ...]:
         sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
     except ValueError:
         sides = []
-    if not sides or sides[-1] < 16:
-        raise UsageError(f"--levels {levels}: write short sides of at least 16 pixels, such as 256,160")
+    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
+        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
     return tuple(sides)
 
 
@@ -836,9 +872,7 @@ def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool,
         out.print_json(json.dumps(result))
         return
     for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=False):
-        out.print(
-            f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}", markup=False
-        )
+        out.print(f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}")
     out.print(
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  loss {scores.loss:.3f}  "
         f"on {scores.videos} videos, {views} {'view' if views == 1 else 'views'} each"

@@ -6,6 +6,7 @@ invented.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -161,6 +162,19 @@ def rank_of_environment() -> int:
 def is_restarted() -> bool:
     """Whether torchrun started the ranks again after one had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def says_first(message: str) -> bool:
+    """Whether this rank is the first of its run to say this: a mistake that all ranks come to is printed once."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # nobody to ask: the launcher has the store at which ranks meet
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    key = f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
+        return int(store.add(key, 1)) == 1
+    except RuntimeError:  # the launcher is gone
+        return True
 
 
 def default_procs(device: str | None) -> int:

@@ -75,7 +75,7 @@ def read_records(file: Path) -> Iterator[tuple[Record, int]]:
                     return  # cut short by a crash
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict) or not isinstance(record.get("path"), str):
                     raise DataError(f"{file}:{number}: is no line of a manifest; choose another file")

@@ -25,11 +25,13 @@ from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.prepared import (
     Settings,
     level_path,
+    read_index,
     read_settings,
     row_type,
     stored_frame,
     write_settings,
 )
+from mgtrain.datasets.videos import leaves_root
 from mgtrain.errors import DataError, MissingCapabilityError, VideoError
 from mgtrain.isolated import Lost, isolated
 from mgtrain.manifest import Manifest, Record, checksum, key_of
@@ -84,8 +86,11 @@ def prepare(
     """
     if "libx264" not in av.codecs_available:
         raise MissingCapabilityError("PyAV was built without libx264, which writes prepared videos; pip install av")
-    _claim(folder, settings)
     paths = sorted(set(paths))
+    for path in paths:
+        if leaves_root(path):  # its files would lead out of the folder, too
+            raise DataError(f"{root / path}: is outside of {root}; set data.root to a folder that holds all videos")
+    _claim(folder, settings)
     manifest = PreparedManifest(folder)
     todo = [path for path in paths if not _is_there(root, folder, settings, path, manifest.records.get(path))]
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # so that the first are a fair sample
@@ -118,6 +123,9 @@ class PreparedManifest(Manifest):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "videos.jsonl")
         self._offsets = folder / "offsets.bin"
+        odd = next((path for path, record in self.records.items() if not _is_record(record)), None)
+        if odd is not None:
+            raise DataError(f"{self.file}: the line of {odd!r} is not of a prepared video; prepare the set anew")
 
     def __enter__(self) -> PreparedManifest:
         super().__enter__()
@@ -271,6 +279,21 @@ def _claim(folder: Path, settings: Settings) -> None:
         write_settings(folder, settings)
 
 
+def _is_record(record: Record) -> bool:
+    """Whether a line of the manifest says what `encode_video` says."""
+    levels = record.get("levels", [])
+    return not leaves_root(record["path"]) and (
+        "error" in record
+        or (
+            record.keys() >= {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}
+            and isinstance(levels, list)
+            and all(
+                isinstance(of, dict) and of.keys() >= {"level", "width", "height", "bytes", "sha256"} for of in levels
+            )
+        )
+    )
+
+
 def _words(settings: Settings) -> str:
     fps = f" --fps {settings.fps:g}" if settings.fps else ""
     return f"--levels {','.join(map(str, settings.levels))} --quality {settings.quality}{fps}"
@@ -351,7 +374,8 @@ def verify(
     settings = read_settings(folder)
     records = [record for record in PreparedManifest(folder).records.values() if "error" not in record]
     wrong: dict[str, str] = {}
-    rows = {int(row["key"]): row for row in np.load(folder / "index.npy")} if (folder / "index.npy").exists() else {}
+    there = read_index(folder, settings) if (folder / "index.npy").exists() else ()
+    rows = {int(row["key"]): row for row in there}
 
     def look(record: Record) -> dict[str, str]:
         found = {}

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 RUNS = Path("runs")
+NUMBERS = {"steps.jsonl": ("step",), "evals.jsonl": ("step", "top1", "train_seconds")}  # that every line has
 LOCK_SECONDS = 10.0  # to wait for the processes of a run that was killed to be gone
 
 
@@ -60,27 +62,34 @@ class RunDir:
     def read(self, name: str) -> dict[str, Any]:
         """One of the JSON files, such as `plan.json`."""
         try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-            return value
-        except (OSError, ValueError) as error:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path / name}: cannot be read: {error}") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.path / name}: is damaged: it has to be a JSON object")
+        return value
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The lines of `steps.jsonl` or `evals.jsonl`; a last line cut short by a crash is passed over."""
+        """The lines of `steps.jsonl` or `evals.jsonl`; from the first damaged one on, they are passed over."""
         path = self.path / name
         if not path.is_file():
             return []
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                break  # cut short by a crash
+            if not (isinstance(row, dict) and all(is_number(row.get(key)) for key in NUMBERS[name])):
                 break
+            rows.append(row)
         return rows
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other process from writing here. The system frees the lock when the process ends, however it does.
+
+        A folder that was made for the lock and has got nothing else is removed.
 
         Raises:
             CheckpointError: another process writes here.
@@ -88,6 +97,7 @@ class RunDir:
         if not self.writes:
             yield
             return
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w", encoding="utf-8")
@@ -104,7 +114,14 @@ class RunDir:
                             "wait for it or stop it, or start another run with --name"
                         ) from None
                     time.sleep(0.2)
-            yield
+            try:
+                yield
+            finally:
+                if made and os.listdir(self.path) == [".lock"]:  # what was to run here has been refused
+                    (self.path / ".lock").unlink()
+                    with suppress(OSError):  # somebody else has begun in one of the folders above
+                        for folder in made:
+                            folder.rmdir()
 
     def write(self, name: str, value: dict[str, Any] | str) -> None:
         """Write a file whole or not at all: JSON out of a dict, or text."""
@@ -178,6 +195,11 @@ class RunDir:
         if self.writes:
             for path in set(self.checkpoints()[:-keep]) - set(also):
                 path.unlink(missing_ok=True)
+
+
+def is_number(value: object) -> bool:
+    """Whether what was read from JSON is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def time_to_accuracy(evals: list[dict[str, Any]], top1: float) -> float | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from pydantic import TypeAdapter, ValidationError
 
 from mgtrain.clips.cut import Cut, VideoInfo
 from mgtrain.clips.decode import Clip, decoded, one_thread, rgb
@@ -62,12 +63,16 @@ def read_settings(folder: Path) -> Settings:
     file = folder / "prepared.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{file}: cannot be read: {cause}; make the set with `mgtrain data prepare`") from None
-    if facts.get("schema") != SCHEMA:
-        raise DataError(f"{file}: is {facts.get('schema')!r}, this mgtrain reads {SCHEMA!r}; prepare the set anew")
-    return Settings(tuple(facts["levels"]), facts["quality"], facts["fps"])
+    schema = facts.pop("schema", None) if isinstance(facts, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{file}: is {schema!r}, this mgtrain reads {SCHEMA!r}; prepare the set anew")
+    try:
+        return TypeAdapter(Settings).validate_python(facts)
+    except ValidationError as error:
+        raise DataError(f"{file}: is damaged: {error.errors()[0]['msg']}; prepare the set anew") from None
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -77,6 +82,21 @@ def write_settings(folder: Path, settings: Settings) -> None:
     (folder / "prepared.json").write_text(text, encoding="utf-8")
 
 
+def read_index(folder: Path, settings: Settings) -> np.ndarray:
+    """`index.npy`, mapped into memory: `row_type` (N,).
+
+    Raises:
+        DataError: there is none, or it is one of something else.
+    """
+    try:
+        rows = np.load(folder / "index.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype != row_type(len(settings.levels)) or rows.shape < (1,):
+        raise DataError(f"{folder / 'index.npy'}: is no index of these levels; prepare the set anew")
+    return rows
+
+
 class PreparedSet:
     """A prepared folder, open for reading. Costs a process no memory to speak of, however many videos there are."""
 
@@ -84,8 +104,8 @@ class PreparedSet:
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         self.enlarge = enlarge
+        self._rows = read_index(self.folder, self.settings)
         try:
-            self._rows = np.load(self.folder / "index.npy", mmap_mode="r")
             self._offsets = np.memmap(self.folder / "offsets.bin", np.uint32, mode="r")
         except (OSError, ValueError):
             raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
@@ -114,7 +134,7 @@ class PreparedVideo:
     def __init__(self, prepared: PreparedSet, row: np.void, relative: str) -> None:
         self._set, self._row, self._relative = prepared, row, relative
         self.info = VideoInfo(int(row["frames"]), float(row["fps"]), int(row["width"]), int(row["height"]))
-        if not self.info.frames:
+        if min(self.info.frames, self.info.width, self.info.height) < 1 or not self.info.fps > 0:
             raise VideoError(f"{relative}: could not be prepared; {prepared.folder / 'videos.jsonl'} says why")
 
     def __enter__(self) -> PreparedVideo:
@@ -169,8 +189,11 @@ class PreparedVideo:
             raise VideoError(f"{path}: {error.strerror}; `mgtrain data prepare` makes what is missing") from error
         try:
             for index in sorted({index for clip in clips for index in clip.cut.frames}):
-                begin, end = self._set.offsets(start, index)
-                picture = decoder.picture(read_bytes(file, begin, end))
+                try:
+                    begin, end = self._set.offsets(start, index)
+                    picture = decoder.picture(read_bytes(file, begin, end))
+                except (IndexError, OSError, OverflowError, MemoryError):  # an index of something else
+                    picture = None
                 if picture is None:
                     raise VideoError(f"{path}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
                 for clip in clips:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mgtrain.errors import DataError
 
 EXAMPLES = 3  # names that a report gives of whatever it counts
+MOST_BYTES = 1 << 32  # of a file of annotations
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,8 +218,10 @@ def _files(folder: str) -> dict[str, str]:
     try:
         with os.scandir(folder) as entries:
             return {os.path.splitext(entry.name)[0]: entry.name for entry in entries if not entry.name.startswith(".")}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return {}
+        raise
 
 
 def printable(name: str) -> str:
@@ -223,6 +231,15 @@ def printable(name: str) -> str:
     a b.mp4 'a\\nb.mp4'
     """
     return name if name.isprintable() else repr(name)
+
+
+def leaves_root(relative: str) -> bool:
+    """Whether a normal path, relative to the root, leads out of it.
+
+    >>> leaves_root("../a.mp4"), leaves_root("..a.mp4")
+    (True, False)
+    """
+    return relative == os.pardir or relative.startswith(os.pardir + os.sep)
 
 
 def mirrored_labels(classes: Sequence[str], pairs: Iterable[tuple[str | int, str | int]]) -> tuple[int, ...]:
@@ -258,12 +275,45 @@ def check_exists(path: Path, kind: str) -> None:
     raise DataError(f"{path}: no such {kind}; {there}")
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file; whatever else has a name (a folder, a pipe, a device) is refused."""
+    if not path.is_file():
+        raise DataError(f"{path}: is no file; name one")
+    if path.stat().st_size > MOST_BYTES:
+        raise DataError(f"{path}: is larger than {MOST_BYTES >> 30} GiB, so it is no annotation; name another file")
+    return path.read_bytes()
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, with or without a byte order mark."""
     lines = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+    content = read_file(path).removeprefix(b"\xef\xbb\xbf")
+    if b"\0" in content:
+        raise DataError(
+            f"{path}:{content[: content.index(0)].count(10) + 1}: has a zero byte; it has to be a text file"
+        )
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             lines.append(line.decode())
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     return lines
+
+
+class Table:
+    """The rows of a CSV: its `columns`, and by iteration each line's number and cells by column, empty if not there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows = csv.DictReader(read_lines(path), restval="")
+        self.columns: Sequence[str] = self._read(lambda: self._rows.fieldnames or ())
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        while (row := self._read(lambda: next(self._rows, None))) is not None:
+            yield self._rows.line_num, row
+
+    def _read(self, what: Callable[[], Result]) -> Result:
+        try:
+            return what()
+        except csv.Error as error:
+            raise DataError(f"{self._path}:{self._rows.line_num}: not a valid CSV: {error}; mend this line") from None

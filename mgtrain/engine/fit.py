@@ -12,6 +12,7 @@ from torch import nn
 
 from mgtrain.checkpoint import CheckpointInfo
 from mgtrain.clips.loader import BadVideos, recalibration_batches, train_batches, view_batches
+from mgtrain.clips.prepared import PreparedSet
 from mgtrain.console import TrainProgress
 from mgtrain.datasets import open_splits
 from mgtrain.datasets.videos import Videos, mirrored_labels
@@ -126,6 +127,8 @@ def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
                 "use lists with one label per video"
             )
     mirrored_labels(splits["train"].classes, recipe.data.mirrored)  # refuses what is no class
+    if recipe.data.prepared:
+        PreparedSet(recipe.data.prepared)  # refuses what is no prepared set
     return splits["train"], splits["val"]
 
 

@@ -37,10 +37,14 @@ def describe_run(
 ) -> None:
     """Write down what the run is: recipe, plan, data and environment."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
-    run.write("recipe.yaml", recipe.to_yaml())
-    run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
-    run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
-    run.write("env.json", environment(recipe, world))
+    files: dict[str, dict[str, Any] | str] = {
+        "recipe.yaml": recipe.to_yaml(),
+        "plan.json": {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip},
+        "data.json": {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)},
+        "env.json": environment(recipe, world),
+    }
+    for name, value in files.items():
+        run.write(name, value)
     log.info(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
