@@ -29,6 +29,7 @@ from mgtrain.watchdog import Watchdog
 
 Value = TypeVar("Value")
 MINUTES_TO_MEET = 30  # until all ranks of a run have to be there
+LAUNCHER = "MGTRAIN_LAUNCHER"  # the variable that tells ranks its process id
 SECONDS_TO_END = 20.0  # that the ranks have once another one has failed
 
 
@@ -129,24 +130,38 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     size = int(os.environ.get("WORLD_SIZE", 1))
-    watchdog = Watchdog(timeout_seconds, rank_of_environment(), launched=is_launched())
-    if size == 1:
-        with watchdog.on_watch():
+    watchdog = Watchdog(timeout_seconds, rank_of_environment(), _launcher())
+    with watchdog.on_watch():
+        if size == 1:
+            watchdog.beat()
             yield World(device=chosen, watchdog=watchdog)
-        return
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            return
+        with _lost_ranks_named(size):
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=MINUTES_TO_MEET))
+            watchdog.beat()
+            yield World(dist.get_rank(), size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", size)), watchdog)
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_named(size: int) -> Iterator[None]:
+    """Say that another rank is gone, where that is why an exchange failed."""
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=MINUTES_TO_MEET))
-        with watchdog.on_watch():
-            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-            yield World(dist.get_rank(), size, chosen, local_size, watchdog)
+        yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise RanksLostError(
             f"rank {rank_of_environment()} of {size} lost another rank, whose message says why; run again with --resume"
         ) from None
-    dist.destroy_process_group()
+
+
+def _launcher() -> int | None:
+    """The process that started this rank; none if it is not one of several."""
+    if not is_launched():
+        return None
+    return int(os.environ.get(LAUNCHER, os.getppid()))
 
 
 def is_launched() -> bool:
@@ -195,6 +210,9 @@ def launch(command: Sequence[str], procs: int) -> int:
         "MASTER_PORT": store.port,
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the ranks meet at the store above
         "TORCHELASTIC_RESTART_COUNT": 0,
+        LAUNCHER: os.getpid(),
+        # What a lost rank means is said in one line, without the stack of every exchange that failed.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
     }
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         shared["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // procs)

@@ -15,16 +15,17 @@ CHECKS_PER_SECOND = 2
 
 
 class Watchdog:
-    """Ends the process when `beat` was not called for `seconds`, with all threads' stacks and the videos being decoded.
+    """Ends the process when `seconds` have passed since `beat`, with all threads' stacks and the videos being decoded.
 
-    Of a launched rank it also ends the process when its launcher is gone, as a killed one cannot stop its ranks.
+    Of a rank it also ends the process when its launcher is gone, as a killed one cannot stop its ranks. It may be gone
+    already; then `launcher`, its process id, tells.
     """
 
-    def __init__(self, seconds: float, rank: int = 0, launched: bool = False) -> None:
+    def __init__(self, seconds: float, rank: int = 0, launcher: int | None = None) -> None:
         self.seconds, self.rank = seconds, rank
-        self._parent = os.getppid() if launched else None
+        self._launcher = launcher
         self._decoding: list[Callable[[], list[str]]] = []
-        self._last, self._over = time.monotonic(), threading.Event()
+        self._last, self._over = float("inf"), threading.Event()
 
     def beat(self) -> None:
         """Something was done: a step, or clips arrived."""
@@ -41,8 +42,7 @@ class Watchdog:
 
     @contextmanager
     def on_watch(self) -> Iterator[Watchdog]:
-        """Watch until the end of the block."""
-        self.beat()
+        """Watch until the end of the block: the launcher at once, for hangs from the first beat on."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             yield self
@@ -51,7 +51,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(1 / CHECKS_PER_SECOND):
-            if self._parent is not None and os.getppid() != self._parent:
+            if self._launcher is not None and os.getppid() != self._launcher:
                 self._leave("its launcher is gone")
             idle = time.monotonic() - self._last
             if idle > self.seconds:

@@ -167,6 +167,39 @@ def test_a_rank_that_is_killed_ends_the_others(folder: Path) -> None:
     assert "rank 0 of 2 lost another rank" in errors
 
 
+def processes_of_session(session: int) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "sess=,stat=,cmd="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [cmd for sess, status, cmd in rows if int(sess) == session and not status.startswith("Z")]
+
+
+def test_loader_processes_end_with_a_run_that_is_killed(folder: Path) -> None:
+    process = begin(folder, *LONG, "hardware.workers=2", start_new_session=True)
+    wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    assert len(processes_of_session(process.pid)) >= 4  # the run, the server of its workers, and these
+    process.kill()
+    end(process)
+    deadline = time.monotonic() + 20
+    while left := processes_of_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 2.0, 3.0])
+def test_ranks_end_however_early_their_launcher_is_killed(folder: Path, seconds: float) -> None:
+    process = begin(folder, "--procs", 2, *LONG)
+    deadline = time.monotonic() + 60
+    while len(ranks := ranks_of(process)) < 2:
+        assert time.monotonic() < deadline
+    time.sleep(seconds)
+    process.kill()
+    end(process)
+    deadline = time.monotonic() + 40
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_ranks_whose_launcher_is_killed_end_too(folder: Path) -> None:
     process = begin(folder, "--procs", 2, *LONG)
     run = RunDir(folder / "runs/tiny")

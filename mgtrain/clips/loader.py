@@ -24,7 +24,7 @@ import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -356,10 +356,19 @@ def _server() -> BaseContext:
     return context
 
 
+def _end_with_the_run() -> None:
+    """A killed run cannot end its workers, and the server that has forked them lives as long as they do."""
+    run = parent_process()
+    assert run is not None, "a worker has a parent"
+    run.join()
+    os._exit(1)
+
+
 def _as_is(loaded: Any) -> Any:
     return loaded
 
 
 def _start_worker(_: int) -> None:
     leave_signals_to_the_parent()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     torch.set_num_threads(1)
