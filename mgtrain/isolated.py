@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 2.0  # in which a process may tidy up when it is told to end
 ORPHAN_SECONDS = 5.0  # after which an idle process sees that the one that started it is gone
 PAGE = resource.getpagesize()
 
@@ -50,10 +50,8 @@ class _Worker(Generic[Item]):
             self.pipe.send(item)
 
     def end(self, grace: float = 0.0) -> None:
-        """End the process; it may take `grace` seconds to tidy up."""
-        if grace:
-            self.process.terminate()
-            self.process.join(grace)
+        """End the process, which may take `grace` seconds more."""
+        self.process.join(grace)
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -112,6 +110,8 @@ def isolated(
                     raise outcome
                 yield worker.item, outcome
     finally:
+        for worker in team + idle:
+            worker.process.terminate()
         for worker in team + idle:
             worker.end(GRACE_SECONDS)
 
