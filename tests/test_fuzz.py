@@ -177,7 +177,7 @@ def recipes_are_taken_or_refused(data: st.DataObject, folder: Path, tiny_text: s
     (folder / "odd.yaml").write_bytes(data.draw(odd(tiny_text)))
     planned = check(folder, "plan", "odd.yaml")
     trained = check(folder, "fit", "odd.yaml", "--device", "cpu")
-    assert not trained or planned in (0, trained) or planned == 3 != trained  # what fit takes, plan does
+    assert trained or not planned  # what fit takes, plan takes
 
 
 def shipped_recipes_are_taken_or_refused(data: st.DataObject, folder: Path) -> None:
