@@ -45,7 +45,7 @@ STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "open": ((decode.VideoFile, "_open"), (decode.VideoFile, "_probe"), (prepared.PreparedSet, "open")),
     "demux": ((decode.VideoFile, "_span"), (prepared, "read_bytes")),
     "decode": ((decode, "decoded"), (prepared, "decoded")),
-    "convert": ((decode, "rgb"), (prepared, "rgb")),
+    "convert": ((decode, "rgb"),),
     "resample": ((decode, "resample"),),
     "deliver": ((loader, "_join"),),  # collate, and transfer to the device
 }
