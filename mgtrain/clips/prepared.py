@@ -95,6 +95,10 @@ class PreparedSet:
         except (OSError, ValueError):
             raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
 
+    def __reduce__(self) -> tuple[type[PreparedSet], tuple[Path, float]]:
+        # A process that is not forked maps the files itself: pickled, the index of a million videos has 60 MB.
+        return PreparedSet, (self.folder, self.enlarge)
+
     def find(self, paths: Iterable[str]) -> np.ndarray:
         """The rows of videos, given their paths relative to the data's root: int32 (N,), -1 for those not there."""
         keys = np.fromiter((key_of(path) for path in paths), np.uint64)
