@@ -1,7 +1,7 @@
 """How fast this machine delivers the clips of a recipe's plan, where the time goes, and what training needs.
 
 1. Each distinct shape of the plan is cut and decoded in this process, on one core, for a few seconds, with the time
-   split into stages.
+   split into stages. What a step of the shape costs follows in core-seconds, of CPU time.
 2. The loader delivers the same shapes with its worker processes.
 3. One step of the base shape is timed. Volume is constant, so every step is taken to last as long: what a phase needs
    is its clips per step over that time, and it waits where the loader delivers less.
@@ -45,10 +45,12 @@ STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "open": ((decode.VideoFile, "_open"), (decode.VideoFile, "_probe"), (prepared.PreparedSet, "open")),
     "demux": ((decode.VideoFile, "_span"), (prepared, "read_bytes")),
     "decode": ((decode, "decoded"), (prepared, "decoded")),
-    "convert": ((decode, "rgb"), (prepared, "rgb")),
+    "convert": ((decode, "rgb"),),
     "resample": ((decode, "resample"),),
-    "deliver": ((loader, "_join"),),  # collate, and transfer to the device
+    "collate": ((loader, "_collate"),),
+    "transfer": ((loader, "_transfer"),),  # to the device; what a copy of pinned memory takes is not waited for
 }
+IN_TRAINING_PROCESS = ("collate", "transfer")
 
 
 class Stages:
@@ -111,9 +113,10 @@ def bench_data(
         for n, (shape, grid) in enumerate(grids.items(), start=1):
             rows.append(bench_shape(recipe, videos, world, shape, grid, seconds, shape.clips / step))
             progress("measuring", done + n, kinds * len(grids))
+        costs = {shape: row["core_seconds_per_step"] for shape, row in zip(grids, rows, strict=True)}
         rates = {shape: row["loader_clips_per_second"] for shape, row in zip(grids, rows, strict=True)}
         totals = {key: forecast(of, rates, step) for key, of in (("plan", plan), ("baseline", baseline))}
-        return {"name": name, "shapes": rows, **totals}
+        return {"name": name, "shapes": rows, "cost": cost(plan, recipe.base, costs), **totals}
 
     first = bench("prepared" if recipe.data.prepared else "originals", recipe, videos, 0)
     sets = [first]
@@ -140,13 +143,14 @@ def bench_shape(
     """Clips of one shape: per second and core, where the milliseconds go, and per second out of the loader."""
     dataset = RandomClips(videos, recipe)
     requests = (ClipRequest(video_at(c, len(videos), recipe.seed), c, grid) for c in count())
-    stages, clips, start = Stages(), 0, time.perf_counter()
+    dataset[[next(requests)]]  # what happens once only is no part of the rate
+    stages, clips, start, start_of_core = Stages(), 0, time.perf_counter(), time.process_time()
     with stages.measure():
         while clips < 4 or time.perf_counter() - start < seconds:
             if dataset[[next(requests)]].given_up:
                 raise DataError(f"{videos.root}: none of the videos can be read; mend data.root or the annotations")
             clips += 1
-    spent = time.perf_counter() - start
+    spent, of_core = time.perf_counter() - start, time.process_time() - start_of_core
     milliseconds = {stage: 1000 * total / clips for stage, total in stages.seconds.items()}
     milliseconds["rest"] = 1000 * spent / clips - sum(milliseconds.values())  # cutting, copying, Python
 
@@ -163,10 +167,11 @@ def bench_shape(
             next(batches)
             delivered += batch
     rate = delivered / (time.perf_counter() - start)
-    milliseconds["deliver"] = 1000 * joining.seconds["deliver"] / delivered  # in the training process
+    milliseconds |= {stage: 1000 * joining.seconds[stage] / delivered for stage in IN_TRAINING_PROCESS}
     return {
         "clips": shape.clips, "frames": shape.frames, "crop": shape.crop,
         "clips_per_second_per_core": clips / spent, "milliseconds": milliseconds,
+        "core_seconds_per_step": shape.clips * of_core / clips,
         "loader_clips_per_second": rate, "needed_clips_per_second": needed,
     }  # fmt: skip
 
@@ -191,6 +196,19 @@ def time_step(recipe: Recipe, world: World) -> float:
     return min(times[1:]) * recipe.batch.clips / clips
 
 
+def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[str, Any]:
+    """The loader's core-seconds for a step of the finest shape, and of that the coarsest's and the average step's."""
+    steps: dict[Shape, float] = {}
+    for phase in plan.phases:
+        shapes = phase.shapes[: phase.steps]
+        for shape in shapes:
+            steps[shape] = steps.get(shape, 0) + phase.steps / len(shapes)
+    coarsest = max(steps, key=lambda shape: shape.clips)
+    average = sum(core_seconds[shape] * n for shape, n in steps.items()) / sum(steps.values())
+    unit = core_seconds[finest]
+    return {"finest_core_seconds": unit, "coarsest": core_seconds[coarsest] / unit, "average": average / unit}
+
+
 def forecast(plan: Plan, rates: dict[Shape, float], step_seconds: float) -> dict[str, Any]:
     """Hours of a plan, and of each phase whether the loader or the network sets its pace.
 
@@ -212,15 +230,25 @@ def render(result: dict[str, Any]) -> str:
     for found in result["sets"]:
         stages = list(found["shapes"][0]["milliseconds"])
         head = "".join(f"{stage:>9}" for stage in stages)
-        lines.append(f"{found['name']:15}  clips/s/core{head}   {result['workers']} workers  needed clips/s")
+        lines.append(
+            f"{found['name']:15}  clips/s/core{head}  core-s/step  of finest   "
+            f"{result['workers']} workers  needed clips/s"
+        )
+        finest = found["cost"]["finest_core_seconds"]
         for row in found["shapes"]:
             shape = Shape(row["clips"], row["frames"], row["crop"])
             spent = "".join(f"{row['milliseconds'][stage]:6.2f} ms" for stage in stages)
             rate, needed = row["loader_clips_per_second"], row["needed_clips_per_second"]
+            cores = f"{row['core_seconds_per_step']:11.2f}  {row['core_seconds_per_step'] / finest:8.2f}x"
             verdict = "" if rate >= needed else "  waits"
             lines.append(
-                f"{shape!s:15}  {row['clips_per_second_per_core']:12.1f}{spent}  {rate:10.1f}  {needed:14.1f}{verdict}"
+                f"{shape!s:15}  {row['clips_per_second_per_core']:12.1f}{spent}  {cores}   "
+                f"{rate:9.1f}  {needed:14.1f}{verdict}"
             )
+        lines.append(
+            f"a step costs the loader {found['cost']['coarsest']:.2f}x the core-seconds of the finest shape at its "
+            f"coarsest, {found['cost']['average']:.2f}x on average over the plan"
+        )
         waiting = [str(phase["index"] + 1) for phase in found["plan"]["phases"] if phase["waits"]]
         plan, rival = found["plan"], found["baseline"]
         gain = rival["hours"] / plan["hours"]

@@ -577,13 +577,17 @@ def prepare(
     count = workers or _cores()
     paths = [videos.name(n) for videos in open_splits(data).values() for n in range(len(videos))]
 
-    def by_level(sizes: tuple[int, ...]) -> str:
-        parts = ", ".join(f"{size(n)} at {level}" for level, n in zip(settings.levels, sizes, strict=True))
-        return f"{size(sum(sizes))} ({parts})"
+    def by_level(sizes: tuple[int, ...], originals: int) -> str:
+        """What each level adds, in bytes and of the originals."""
+        parts = (
+            f"{size(n)} or {n / max(1, originals):.2f}x at {level}"
+            for level, n in zip(settings.levels, sizes, strict=True)
+        )
+        return f"{size(sum(sizes))} ({', '.join(parts)})"
 
     def told(expected: Forecast) -> bool:
         err.print(
-            f"{expected.videos:,} videos: about {by_level(expected.bytes)}, the originals have "
+            f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
             f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
             soft_wrap=True,
         )
@@ -598,7 +602,7 @@ def prepare(
     else:
         out.print(
             f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
-            f"{by_level(done.bytes)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
+            f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
             f"{duration(done.seconds)}",
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgtrain.bench import STAGES, Stages, bench_data, forecast, render
+from mgtrain.bench import IN_TRAINING_PROCESS, STAGES, Stages, bench_data, cost, forecast, render
 from mgtrain.clips import decode
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
@@ -37,14 +37,24 @@ def test_every_shape_is_measured_and_every_phase_is_judged(tiny: Callable[..., R
         for row in found["shapes"]:
             assert row["needed_clips_per_second"] == pytest.approx(row["clips"] / 1e-6)
             spent = dict(row["milliseconds"])
-            assert all(spent[stage] > 0 for stage in ("demux", "decode", "convert", "deliver"))
-            del spent["deliver"]  # is the training process's
+            assert all(spent[stage] > 0 for stage in ("demux", "decode", "convert", "collate", "transfer"))
+            del spent["collate"], spent["transfer"]  # are the training process's
             assert sum(spent.values()) == pytest.approx(1000 / row["clips_per_second_per_core"])
         assert [phase["waits"] for phase in found["plan"]["phases"]] == [True] * len(plan.phases)
         assert found["plan"]["hours"] > found["plan"]["hours_without_waiting"]
     assert seen[-1] == ("measuring", 2 * len(wanted), 2 * len(wanted))
     assert "phases that wait for data: 1, 2, 3, 4, 5, 6;" in render(result)
     assert decode.VideoFile._open.__name__ == "_open"  # measuring has left nothing behind
+
+
+def test_the_cost_of_the_average_step_weighs_shapes_by_their_steps(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    plan = make_plan(recipe, 24)
+    by_clips = cost(plan, recipe.base, {shape: 3.0 * shape.clips for shape in {*plan.shapes(), recipe.base}})
+    assert by_clips["finest_core_seconds"] == 3 * recipe.base.clips
+    assert by_clips["coarsest"] == max(step.shape.clips for step in plan) / recipe.base.clips
+    average = sum(step.shape.clips for step in plan) / len(plan) / recipe.base.clips
+    assert by_clips["average"] == pytest.approx(average, rel=0.02)  # a phase may end within a short cycle
 
 
 def test_a_phase_takes_as_long_as_the_slower_of_loader_and_network(tiny: Callable[..., Recipe]) -> None:
@@ -60,7 +70,7 @@ def test_the_stages_of_a_clip_add_up_to_no_more_than_its_time(motions: Path) -> 
     with stages.measure(), VideoFile(motions / "videos/train/left_0.mp4") as video:
         video.read([Cut((0, 9, 20), (0, 0, 64, 48), 32, flip=False)])
     assert set(stages.seconds) == set(STAGES)
-    assert all(seconds > 0 for stage, seconds in stages.seconds.items() if stage != "deliver")
+    assert all(seconds > 0 for stage, seconds in stages.seconds.items() if stage not in IN_TRAINING_PROCESS)
     assert sum(stages.seconds.values()) <= time.perf_counter() - start
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,15 @@ from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.loader import Source
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo, Settings, decoder_of, level_path, stored_frame
+from mgtrain.datasets.synthetic import synthesize
+from mgtrain.distributed import World
+from mgtrain.engine.fit import fit
 from mgtrain.errors import DataError, MissingCapabilityError, VideoError
 from mgtrain.grid import Grid
 from mgtrain.prepare import Forecast, Summary, prepare, verify
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Recipe, load_recipe
 from mgtrain.rng import Draw, generator
+from mgtrain.rundir import RunDir
 
 SETTINGS = Settings(levels=(64, 32), quality=18, fps=None)
 
@@ -227,6 +232,16 @@ def test_a_set_that_is_being_made_anew_is_not_read(root: Path, out: Path):
     assert numbers(video(out, "a.mp4"), *range(4)) == [0, 1, 2, 3]
 
 
+def test_a_set_is_handed_to_another_process_by_name(root: Path, out: Path):
+    write_video(root / "v.mp4", 5)
+    prepared(root)
+    handed_over = pickle.dumps(PreparedSet(out, enlarge=1.5))
+    assert len(handed_over) < 1000
+    other = pickle.loads(handed_over)
+    assert other.enlarge == 1.5
+    assert numbers(other.open(int(other.find(["v.mp4"])[0]), "v.mp4"), 0, 4) == [0, 4]
+
+
 def test_two_processes_do_not_prepare_one_folder(root: Path, out: Path):
     write_video(root / "v.mp4", 5)
     prepared(root)
@@ -335,3 +350,20 @@ def test_a_set_that_lacks_videos_is_refused(tiny: Callable[..., Recipe], motions
     recipe = tiny(f"data.prepared={tmp_path / 'out'}")
     with pytest.raises(DataError, match=r"lacks 23 of 24 videos, the first is .*; run `mgtrain data prepare`"):
         Source(opened(recipe), recipe.data)
+
+
+@pytest.mark.slow  # two trainings
+def test_a_run_on_a_prepared_set_is_as_accurate_as_one_on_the_originals(tmp_path: Path) -> None:
+    root, classes, out = tmp_path / "motions", ("left", "right", "up", "down"), tmp_path / "out"
+    synthesize(root, videos_per_class={"train": 40, "val": 20}, classes=classes)
+    paths = [path.relative_to(root).as_posix() for path in root.rglob("*.mp4")]
+    prepare(root, paths, out, Settings((84, 60), 25, None), 2)  # coarse clips read the smaller level
+    top1 = {}
+    for name, prepared_set in {"originals": [], "prepared": [f"data.prepared={out}"]}.items():
+        recipe = load_recipe(
+            "demo_multigrid",
+            [f"data.root={root}", "data.classes=4", "data.videos=160", "data.mirrored=[]", *prepared_set],
+        )
+        top1[name] = fit(recipe, RunDir(tmp_path / name), World(), False).top1
+    assert top1["originals"] > 0.8
+    assert top1["prepared"] >= top1["originals"] - 0.025  # two of the 80 videos

@@ -26,7 +26,7 @@ import stat
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -50,8 +50,10 @@ LATEST = (1 << 63) - 1  # moment that FFmpeg can be asked for
 LOOKS_BACK = 8  # key frames that are tried, one before the other, to find one shown before a clip
 
 TOGETHER = 8  # frames of a clip that are resampled in one go: half the time of one by one at small crops
+PIXELS_TOGETHER = 2**19  # of frames that are converted in one go: beyond, they leave the processor's cache
 
 Frame = TypeVar("Frame")
+Box = tuple[int, int, int, int]  # left, top, width, height
 
 
 class VideoFile:
@@ -97,8 +99,9 @@ class VideoFile:
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """The clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
         assert self._container.input_was_opened, "read() after close()"
-        clips = [Clip(cut) for cut in cuts]
-        for picture, indices in self.pictures(sorted({index for cut in cuts for index in cut.frames})):
+        box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
+        clips = [Clip(cut, box[:2]) for cut in cuts]
+        for picture, indices in self._pictures(sorted({index for cut in cuts for index in cut.frames}), box):
             for clip in clips:
                 clip.put(indices, picture)
         return [clip.pixels() for clip in clips]
@@ -108,10 +111,18 @@ class VideoFile:
 
         Where damage is met on the way it may start again: numbers that came before then come once more.
         """
-        frame = None
-        for frame, indices in self._shown(wanted):
-            yield self._upright(frame), indices
-        if wanted and frame is None:
+        return self._pictures(wanted, (0, 0, *self._size))
+
+    def _pictures(self, wanted: Sequence[int], box: Box) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
+        """As `pictures`, of a box of the frames, in the coordinates of frames as they are stored."""
+        none = True
+        try:
+            for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):
+                none = False
+                yield np.rot90(picture, self._turns), indices
+        except UnconvertibleError as error:
+            raise self._error(str(error)) from error
+        if wanted and none:
             raise self._error("no frame of it can be decoded any more")
 
     def decodable(self) -> int:
@@ -329,17 +340,13 @@ class VideoFile:
             last = frame.pts
             yield (last - self._start) * frames_per_tick, frame
 
-    def _upright(self, frame: av.VideoFrame) -> np.ndarray:
-        """The frame as it is meant to be seen: uint8 (H, W, 3) RGB, a view."""
-        try:
-            picture = rgb(frame, *self._size, self._reformatter)  # of the first frame's size; others are made to fit
-        except (av.FFmpegError, ValueError) as error:
-            raise self._error(f"pixels of format {frame.format.name} cannot be converted to RGB") from error
-        return np.rot90(picture, self._turns)
-
 
 class _UntimedError(Exception):
     """Timestamps are missing or do not increase, or the packets are too many to be held."""
+
+
+class UnconvertibleError(Exception):
+    """The pixels of a frame cannot be made RGB."""
 
 
 def decode(path: str | os.PathLike[str], cut_of: Callable[[VideoInfo], Sequence[Cut]]) -> list[np.ndarray]:
@@ -363,14 +370,90 @@ def one_thread(decoder: av.VideoCodecContext) -> av.VideoCodecContext:
     return decoder
 
 
-def rgb(frame: av.VideoFrame, width: int, height: int, reformatter: VideoReformatter) -> np.ndarray:
-    """A frame as uint8 (height, width, 3) RGB, a view; a reformatter keeps its tables from frame to frame."""
-    converted = reformatter.reformat(frame, width, height, "rgb24", threads=1)
-    rows = converted.planes[0].line_size  # bytes, padding included
-    picture: np.ndarray = np.ndarray(
-        (height, width, 3), np.uint8, memoryview(converted.planes[0]), strides=(rows, 3, 1)
+def converted(
+    frames: Iterable[tuple[av.VideoFrame, Sequence[int]]],
+    size: tuple[int, int],
+    box: Box,
+    reformatter: VideoReformatter,
+) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
+    """A box of each frame as uint8 (height, width, 3) RGB, a view; several frames are converted in one go.
+
+    Frames that are not of `size` (width, height) are made to fit first. A reformatter keeps its tables.
+
+    Raises:
+        UnconvertibleError: the pixels are of a format that cannot be made RGB.
+    """
+    waiting, most = iter(frames), max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
+    while group := list(islice(waiting, most)):
+        try:
+            pictures = rgb([frame for frame, _ in group], size, box, reformatter)
+        except (av.FFmpegError, ValueError) as error:
+            raise UnconvertibleError(
+                f"pixels of format {group[0][0].format.name} cannot be converted to RGB"
+            ) from error
+        yield from zip(pictures, (indices for _, indices in group), strict=True)
+
+
+def rgb(
+    frames: Sequence[av.VideoFrame], size: tuple[int, int], box: Box, reformatter: VideoReformatter
+) -> Sequence[np.ndarray]:
+    """The box of each frame, as `converted` has it: cut out of whole frames, or, if it is small, converted alone."""
+    left, top, width, height = box
+    small = 4 * width * height <= 3 * size[0] * size[1]  # else it takes longer to copy its planes
+    if small and all(in_blocks(frame, frames[0], size) for frame in frames):
+        return list(rgb_of_planes(frames, box, reformatter))
+    whole = [reformatter.reformat(frame, *size, "rgb24", threads=1) for frame in frames]
+    return [plane(frame, 0, size[1], size[0], 3)[top : top + height, left : left + width] for frame in whole]
+
+
+def in_blocks(frame: av.VideoFrame, first: av.VideoFrame, size: tuple[int, int]) -> bool:
+    """Whether each 2 x 2 pixels have their colour from one sample of each chroma plane, as in the `first` frame.
+
+    Else swscale interpolates, and pixels near the border of a box would differ from those of the whole frame.
+    """
+    return (
+        frame.format.name in ("yuv420p", "yuvj420p")
+        and (frame.width, frame.height) == size
+        and size[0] % 2 == size[1] % 2 == 0
+        and not frame.interlaced_frame
+        and (frame.format.name, frame.colorspace, frame.color_range)
+        == (first.format.name, first.colorspace, first.color_range)
     )
-    return picture
+
+
+def rgb_of_planes(frames: Sequence[av.VideoFrame], box: Box, reformatter: VideoReformatter) -> np.ndarray:
+    """The box of frames that are `in_blocks`, piled up and converted in one go: uint8 (n, height, width, 3) RGB."""
+    left, top = box[0] // 2 * 2, box[1] // 2 * 2  # whole blocks
+    width, height = -(-(box[0] + box[2]) // 2) * 2 - left, -(-(box[1] + box[3]) // 2) * 2 - top
+    pile = av.VideoFrame(width, height * len(frames), frames[0].format.name)
+    pile.colorspace, pile.color_range = frames[0].colorspace, frames[0].color_range
+    for n, step in enumerate((1, 2, 2)):  # luma; chroma of half the size
+        rows, columns = height // step, slice(left // step, (left + width) // step)
+        piled = plane(pile, n, len(frames) * rows, width // step)
+        for k, frame in enumerate(frames):
+            whole = plane(frame, n, frame.height // step, frame.width // step)
+            piled[k * rows : (k + 1) * rows] = whole[top // step : top // step + rows, columns]
+    pictures = plane(reformatter.reformat(pile, format="rgb24", threads=1), 0, len(frames) * height, width, 3)
+    y, x = box[1] - top, box[0] - left
+    return pictures.reshape(len(frames), height, width, 3)[:, y : y + box[3], x : x + box[2]]
+
+
+def plane(frame: av.VideoFrame, number: int, *shape: int) -> np.ndarray:
+    """A plane of a frame, without the padding of its rows: uint8 (height, width) or (height, width, 3), a view."""
+    data = frame.planes[number]
+    pixels: np.ndarray = np.ndarray(shape, np.uint8, memoryview(data), strides=(data.line_size, *shape[2:], 1))
+    return pixels
+
+
+def box_around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of them.
+
+    >>> box_around([(4, 0, 10, 20), (10, 30, 10, 5)])
+    (4, 0, 16, 35)
+    """
+    left, top = (min(box[axis] for box in boxes) for axis in (0, 1))
+    right, bottom = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
+    return left, top, right - left, bottom - top
 
 
 def shown(frames: Iterable[tuple[float, Frame]], wanted: Sequence[int]) -> Iterator[tuple[Frame, Sequence[int]]]:
@@ -417,20 +500,28 @@ def needed_runs(packets: Sequence[tuple[bool, int]], wanted: Container[int]) -> 
 
 
 class Clip:
-    """A clip in the making: takes the pictures of its frames as they come, resamples its region of several at once."""
+    """A clip in the making: takes the pictures of its frames as they come, resamples its region of several at once.
 
-    def __init__(self, cut: Cut) -> None:
+    The pictures are of frames, or of a box of them that holds the region and has its upper left corner at `corner`.
+    """
+
+    def __init__(self, cut: Cut, corner: tuple[int, int] = (0, 0)) -> None:
         self.cut = cut
+        left, top, width, height = cut.region
+        self._rows = slice(top - corner[1], top - corner[1] + height)
+        self._columns = slice(left - corner[0], left - corner[0] + width)
         self._pixels = np.empty((len(cut.frames), cut.crop, cut.crop, 3), np.uint8)
+        self._wanted: dict[int, list[int]] = {}  # source frame -> the frames of the clip that it becomes
+        for t, index in enumerate(cut.frames):
+            self._wanted.setdefault(index, []).append(t)
         self._parts: list[np.ndarray] = []  # regions that wait to be resampled, (h, w, 3)
         self._places: list[list[int]] = []  # and the frames of the clip that each becomes
 
     def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
-        """Take uint8 (H, W, 3), if it is wanted here, as the source frames of these numbers."""
-        places = [t for t, index in enumerate(self.cut.frames) if index in indices]
+        """Take uint8 (H, W, 3), if it is wanted here, as the source frames of these numbers; it is kept for a while."""
+        places = [t for index in indices for t in self._wanted.get(index, ())]
         if places:
-            left, top, width, height = self.cut.region
-            self._parts.append(picture[top : top + height, left : left + width].copy())
+            self._parts.append(picture[self._rows, self._columns])
             self._places.append(places)
             if len(self._parts) == TOGETHER:
                 self._resample()
@@ -442,10 +533,9 @@ class Clip:
 
     def _resample(self) -> None:
         if self._parts:
-            frames = resample(np.stack(self._parts), self.cut.crop)
-            for places, frame in zip(self._places, frames[:, :, ::-1] if self.cut.flip else frames, strict=True):
+            for places, frame in zip(self._places, resample(np.stack(self._parts), self.cut.crop), strict=True):
                 for place in places:
-                    self._pixels[place] = frame
+                    copy(frame, self._pixels[place], self.cut.flip)
             self._parts, self._places = [], []
 
 
@@ -460,3 +550,12 @@ def resample(parts: np.ndarray, crop: int) -> np.ndarray:
         interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
     )
     return resampled
+
+
+def copy(picture: np.ndarray, to: np.ndarray, flip: bool) -> None:
+    """Copy a picture (H, W, 3), mirrored if wanted."""
+    if flip:
+        for channel in range(3):  # a fifth of the time of all channels at once
+            to[..., channel] = picture[:, ::-1, channel]
+    else:
+        to[:] = picture

@@ -339,14 +339,22 @@ def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
 
 
 def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
-    """One batch on the device, out of units: the pixels' order in memory is that of channels_last_3d."""
-    pin = world.device.type == "cuda"
+    """One batch on the device, out of units."""
+    clips, labels = _transfer(*_collate(units, pin=world.device.type == "cuda"), world.device)
+    return clips.permute(0, 4, 1, 2, 3), labels  # (b, 3, T, S, S), in memory as channels_last_3d has it
+
+
+def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
+    """One batch out of units: uint8 (b, T, S, S, 3) and int64 (b,)."""
     clips = torch.empty(sum(len(u.clips) for u in units), *units[0].clips.shape[1:], dtype=torch.uint8, pin_memory=pin)
-    torch.cat([unit.clips for unit in units], out=clips)  # (b, T, S, S, 3)
+    torch.cat([unit.clips for unit in units], out=clips)
     labels = torch.cat([unit.labels for unit in units])
-    labels = labels.pin_memory() if pin else labels
-    clips = clips.to(world.device, non_blocking=True).permute(0, 4, 1, 2, 3)  # (b, 3, T, S, S)
-    return clips, labels.to(world.device, non_blocking=True)
+    return clips, labels.pin_memory() if pin else labels
+
+
+def _transfer(clips: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same on the device, to which pinned memory is still being copied."""
+    return clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def _server() -> BaseContext:

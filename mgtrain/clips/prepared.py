@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 from pydantic import TypeAdapter, ValidationError
 
 from mgtrain.clips.cut import Cut, VideoInfo
-from mgtrain.clips.decode import Clip, decoded, one_thread, rgb
+from mgtrain.clips.decode import Clip, UnconvertibleError, box_around, converted, decoded, one_thread
 from mgtrain.errors import DataError, VideoError
 from mgtrain.manifest import key_of
 
@@ -111,7 +111,8 @@ class PreparedSet:
             raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
 
     def __reduce__(self) -> tuple[type[PreparedSet], tuple[Path, float]]:
-        return PreparedSet, (self.folder, self.enlarge)  # another process maps the files itself
+        # A process that is not forked maps the files itself: pickled, the index of a million videos has 60 MB.
+        return PreparedSet, (self.folder, self.enlarge)
 
     def find(self, paths: Iterable[str]) -> np.ndarray:
         """The rows of videos, given their paths relative to the data's root: int32 (N,), -1 for those not there."""
@@ -145,15 +146,13 @@ class PreparedVideo:
 
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """The clips, each uint8 (T, crop, crop, 3) RGB, each from the smallest level that needs no enlargement."""
-        clips = []
-        by_level: dict[int, list[Clip]] = {}
-        for cut in cuts:
-            level = self._level(cut)
-            clips.append(Clip(self._stored(cut, level)))
-            by_level.setdefault(level, []).append(clips[-1])
-        for level, group in by_level.items():
-            self._fill(level, group)
-        return [clip.pixels() for clip in clips]
+        levels = [self._level(cut) for cut in cuts]
+        stored = [self._stored(cut, level) for cut, level in zip(cuts, levels, strict=True)]
+        clips: dict[int, np.ndarray] = {}
+        for level in dict.fromkeys(levels):
+            these = [n for n in range(len(cuts)) if levels[n] == level]
+            clips.update(zip(these, self._read(level, [stored[n] for n in these]), strict=True))
+        return [clips[n] for n in range(len(cuts))]
 
     def _level(self, cut: Cut) -> int:
         """Which level to read: the smallest whose pixels are not enlarged by more than allowed, else the largest."""
@@ -178,28 +177,37 @@ class PreparedVideo:
         top, height = stretch(cut.region[1], cut.region[3], self.info.height, int(size["height"]))
         return Cut(frames, (left, top, width, height), cut.crop, cut.flip)
 
-    def _fill(self, level: int, clips: Sequence[Clip]) -> None:
-        """Decode each frame that the clips want, once."""
+    def _read(self, level: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
+        """The clips, cut from a level's file, of which each frame that they want is decoded once."""
         size = self._row["levels"][level]
         decoder, start = decoder_of((int(size["width"]), int(size["height"]))), int(size["start"])
         path = level_path(self._set.folder, self._set.settings.levels[level], self._relative)
+
+        def frames(file: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+            for index in sorted({index for cut in cuts for index in cut.frames}):
+                try:
+                    frame = decoder.frame(read_bytes(file, *self._set.offsets(start, index)))
+                except (IndexError, OSError, OverflowError, MemoryError):  # an index of something else
+                    frame = None
+                if frame is None:
+                    raise VideoError(f"{path}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
+                yield frame, (index,)
+
+        box = box_around([cut.region for cut in cuts])
+        clips = [Clip(cut, box[:2]) for cut in cuts]
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise VideoError(f"{path}: {error.strerror}; `mgtrain data prepare` makes what is missing") from error
         try:
-            for index in sorted({index for clip in clips for index in clip.cut.frames}):
-                try:
-                    begin, end = self._set.offsets(start, index)
-                    picture = decoder.picture(read_bytes(file, begin, end))
-                except (IndexError, OSError, OverflowError, MemoryError):  # an index of something else
-                    picture = None
-                if picture is None:
-                    raise VideoError(f"{path}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
+            for picture, indices in converted(frames(file), decoder.size, box, decoder.reformatter):
                 for clip in clips:
-                    clip.put((index,), picture)
+                    clip.put(indices, picture)
+        except UnconvertibleError as error:
+            raise VideoError(f"{path}: {error}; `mgtrain data verify` looks for damage") from error
         finally:
             os.close(file)
+        return [clip.pixels() for clip in clips]
 
 
 def stored_frame(index: int, frames: int, stored: int) -> int:
@@ -234,16 +242,16 @@ class Decoder:
     codec: av.VideoCodecContext
     reformatter: VideoReformatter
 
-    def picture(self, data: bytes) -> np.ndarray | None:
-        """A stored frame as uint8 (H, W, 3) RGB; None if it is damaged."""
+    def frame(self, data: bytes) -> av.VideoFrame | None:
+        """A stored frame; None if it is damaged."""
         try:
             frames = decoded(self.codec, av.Packet(data))
             if not frames:
                 frames = decoded(self.codec, None)
                 self.codec.flush_buffers()
-            return rgb(frames[0], *self.size, self.reformatter) if frames and not frames[0].is_corrupt else None
         except (av.FFmpegError, ValueError):
             return None
+        return frames[0] if frames and not frames[0].is_corrupt else None
 
 
 @lru_cache(maxsize=8)
