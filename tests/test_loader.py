@@ -9,18 +9,19 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.loader import (
     REPLACEMENTS,
     UNITS_PER_WORKER,
     BadVideos,
     Loaded,
     RandomClips,
+    Source,
     evaluation_grid,
     recalibration_batches,
     train_batches,
@@ -255,13 +256,20 @@ def test_a_data_set_of_broken_videos_stops_the_run_whatever_is_allowed(
         trained_on(tiny(f"data.root={broken}", "data.max_bad_fraction=1"))
 
 
+class KillingSource(Source):
+    """Kills the process that opens one of the videos, as a fault in FFmpeg might."""
+
+    def open(self, video: int) -> Any:
+        if self.videos.name(video).endswith("right_1.mp4"):
+            self._reading[0, 0], self._reading[0, 1] = os.getpid(), video + 1
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open(video)
+
+
 def test_a_video_that_kills_a_loader_process_is_named(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hostile(path: str, skip: str) -> VideoFile:  # as a fault in FFmpeg might; workers are forked and inherit it
-        return os.kill(os.getpid(), signal.SIGKILL) if path.endswith("right_1.mp4") else VideoFile(path, skip)
-
-    monkeypatch.setattr("mgtrain.clips.loader.VideoFile", hostile)
+    monkeypatch.setattr("mgtrain.clips.loader.Source", KillingSource)
     before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(DataError) as caught:
         trained_on(tiny("hardware.workers=1"))
