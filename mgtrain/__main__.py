@@ -2,4 +2,5 @@
 
 from mgtrain.cli import main
 
-main()
+if __name__ == "__main__":  # not where a loader process imports it
+    main()

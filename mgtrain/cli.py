@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from mgtrain import __version__
-from mgtrain.console import err, out, start_logging
+from mgtrain.console import err, harmless, out, start_logging
 from mgtrain.errors import CheckpointError, MgtrainError, UsageError
 from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 
@@ -30,10 +33,17 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+ckpt_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+app.add_typer(ckpt_app, name="ckpt")
+weights_app = typer.Typer(help="Weights from elsewhere.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 
 
+INTERRUPTED = 130  # exit code
 # Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
 LEVELS, QUALITY = "256,160", 25
+
+MOST_NAMED = 20  # videos that a command names one by one
 
 
 class Device(str, Enum):
@@ -64,7 +74,10 @@ Procs = Annotated[
 ]
 
 ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
-Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other videos.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other videos.")]
 
 
 @app.command()
@@ -74,6 +87,9 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although the recipe or the videos have changed since.")
     ] = False,
     baseline: Annotated[
         str | None, typer.Option(help="A run to measure the speedup against, by name or folder, as training goes.")
@@ -86,33 +102,33 @@ def fit(
 
     Examples:  mgtrain fit demo_multigrid  |  torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
     """
+    from mgtrain.distributed import connect, is_restarted, rank_of_environment
     from mgtrain.rundir import RUNS, RunDir, find_run
 
     loaded = load_recipe(recipe, overrides or ())
+    if name in (os.curdir, os.pardir):
+        raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
     folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
-    run = RunDir(folder)
+    run = RunDir(folder, writes=rank_of_environment() == 0)
+    resume = resume or is_restarted()
     if run.rows("steps.jsonl") and not resume:
         raise UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
     rival = find_run(baseline) if baseline else None
     if _started_ranks(procs, device):
         return
 
-    from mgtrain.distributed import connect
     from mgtrain.engine.fit import fit as train
 
-    with connect(device.value if device else None) as world:
-        run.writes = world.main
+    with run.locked(), connect(device.value if device else None, loaded.faults.timeout_seconds) as world:
         start_logging(folder / "log.txt", world.main, world.rank)
-        scores = train(loaded, run, world, resume, rival)
+        scores = train(loaded, run, world, resume, rival, allow_changes)
         if world.main:
             _print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, 1, json_)
 
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
-    ],
+    checkpoint: CheckpointArgument,
     overrides: Overrides = None,
     views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
     procs: Procs = None,
@@ -135,6 +151,7 @@ def evaluate(
     from mgtrain.engine.fit import open_data, recalibrate_and_evaluate
     from mgtrain.engine.step import to_device
     from mgtrain.recipe import parse_recipe
+    from mgtrain.weights.load import freeze
 
     info = read_info(path)
     recipe = parse_recipe(info.recipe, str(path), overrides or ())
@@ -143,6 +160,7 @@ def evaluate(
         train, val = open_data(recipe)
         model = to_device(make_model(recipe), recipe, world)
         load_model(path, model)
+        freeze(model, recipe.init)
         scores = recalibrate_and_evaluate(model, train, val, recipe, world, (times, crops), info.recalibrated)
         if world.main:
             facts = {"schema": "mgtrain.eval/1", "checkpoint": str(path), "step": info.step, "views": views}
@@ -174,7 +192,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Annotated[
-        int | None, typer.Option(min=1, help="Training videos. Default: those of the data, or data.videos.")
+        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: those of the data, or data.videos.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Check that so many GPUs can share every step.")] = None,
     json_: Json = False,
@@ -224,7 +242,79 @@ def show_recipe(name: str) -> None:
 
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
     """
-    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+    sys.stdout.write(harmless(find_recipe(name).read_text(encoding="utf-8")))
+
+
+@ckpt_app.command("inspect")
+def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
+    """Say what a checkpoint holds and belongs to.
+
+    Example:  mgtrain ckpt inspect demo_multigrid
+    """
+    from math import prod
+
+    from mgtrain.checkpoint import read_info, tensor_shapes
+    from mgtrain.recipe import parse_recipe
+
+    path = _checkpoint_path(checkpoint)
+    info, shapes = read_info(path), tensor_shapes(path)
+    recipe = parse_recipe(info.recipe, str(path))
+    numbers = {
+        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
+        for part in ("model", "optimizer", "groups")
+    }
+    facts = {
+        "checkpoint": str(path),
+        "bytes": path.stat().st_size,
+        "step": info.step,
+        "evaluated": info.evaluated,
+        "recalibrated": info.recalibrated,
+        "training_seconds": info.train_seconds,
+        "model": recipe.model.name,
+        "classes": len(info.classes),
+        "tensors": len(shapes),
+        "numbers": numbers,
+        "training_videos": info.data,
+        "validation_videos": info.val_data,
+        "steps_left_out": info.left_out,
+    }
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}))
+        return
+    for key, value in facts.items():
+        shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
+        out.print(f"{key.replace('_', ' '):18} {shown}")
+
+
+@ckpt_app.command("verify")
+def verify_checkpoints(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
+    json_: Json = False,
+) -> None:
+    """Read checkpoints whole and compare them with their checksums; exits with 4 if one is damaged.
+
+    Example:  mgtrain ckpt verify demo_multigrid
+    """
+    from mgtrain.checkpoint import verify as verify_file
+    from mgtrain.rundir import find_run
+
+    files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
+    if not files:
+        raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
+    damaged: dict[str, str] = {}
+    for file in files:
+        try:
+            verify_file(file)
+        except CheckpointError as error:
+            damaged[str(file)] = str(error)
+    if json_:
+        result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
+        out.print_json(json.dumps(result))
+    else:
+        for file in files:
+            out.print(damaged.get(str(file), f"{file}: whole"))
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")
 
 
 @data_app.command()
@@ -232,7 +322,7 @@ def synthesize(
     root: Annotated[Path, typer.Argument(help="Folder to make.")],
     train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
     val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Make a small set of real encoded videos whose classes differ only by motion.
 
@@ -275,7 +365,7 @@ def index(
     unusable = [name for name, rows in made.usable.items() if not len(rows)]
     warnings = [str(finding) for finding in made.findings if finding.warns]
     for warning in warnings:
-        err.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if unusable:
         raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
     files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
@@ -290,8 +380,8 @@ def index(
         out.print(counts_table("split", made.counts()))
         for finding in made.findings:
             if not finding.warns:
-                out.print(str(finding), markup=False)
-        out.print(f"wrote {', '.join(map(str, files))}", markup=False)
+                out.print(str(finding))
+        out.print(f"wrote {', '.join(map(str, files))}")
     if strict and warnings:
         raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
 
@@ -305,7 +395,9 @@ def split(
     *,
     to: ToFolder,
     val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
-    folds: Annotated[int | None, typer.Option(min=2, help="Make so many folds instead, each validating once.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Make so many folds instead, each validating once.")
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Split training and validation videos taken together.")] = False,
     groups: Annotated[
         Path | None, typer.Option(help="CSV with a column `path`: videos of one group stay together.")
@@ -346,7 +438,7 @@ def split(
         out.print_json(json.dumps({**result, "videos": total, "videos_per_class": table}))
     else:
         out.print(counts_table("class", {**table, "in all": total}))
-        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}", markup=False)
+        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}")
 
 
 @data_app.command()
@@ -377,14 +469,75 @@ def stats(
     with progress() as show:
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
-        err.print(f"warning: {cause}", markup=False, style="yellow", soft_wrap=True)
+        err.print(f"warning: {cause}", style="yellow", soft_wrap=True)
     if json_:
         result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
         out.print_json(json.dumps(result))
     else:
-        out.print(render(made), markup=False)
+        out.print(render(made))
     if picture:
         draw_picture(made, picture)
+
+
+@data_app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a video.")] = 300.0,
+    memory: Annotated[float, typer.Option(min=0.1, help="Most memory of a process, in GB.")] = 4.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    json_: Json = False,
+) -> None:
+    """Decode every video in a process that it may crash, and write down which can be used.
+
+    Run it again to go on where it was stopped. Then train with data.checked=MANIFEST. Exits with 3 if more than
+    data.max_bad_fraction of the videos cannot be used.
+
+    Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
+    """
+    from collections import Counter
+
+    from mgtrain.check import check as look
+    from mgtrain.console import counts_table, progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.datasets.checked import STATUSES, USABLE
+    from mgtrain.datasets.videos import printable
+    from mgtrain.errors import DataError
+
+    loaded = load_recipe(recipe, overrides or ())
+    data = loaded.data
+    file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
+    splits = open_splits(data.model_copy(update={"checked": None}))
+    names = {split: [videos.name(n) for n in range(len(videos))] for split, videos in splits.items()}
+    with progress() as show:
+        records = look(
+            data.root, [name for split in names.values() for name in split], file, loaded.clip, workers or _cores(),
+            seconds=seconds, memory=round(memory * 1e9), progress=show,
+        )  # fmt: skip
+    status = {record["path"]: record["status"] for record in records}
+    counted = {split: Counter(status[name] for name in within) for split, within in names.items()}
+    counts = {split: {one: of[one] for one in STATUSES} for split, of in counted.items()}
+    unusable = [record for record in records if record["status"] not in USABLE]
+    if json_:
+        found = {record["path"]: {"status": record["status"], "message": record["message"]} for record in unusable}
+        result = {"schema": "mgtrain.data_check/1", "root": data.root, "file": str(file), "splits": counts}
+        out.print_json(json.dumps({**result, "unusable": found}))
+    else:
+        for record in unusable[:MOST_NAMED]:
+            name = printable(record["path"])
+            err.print(f"{record['status']}: {name}: {record['message']}", soft_wrap=True)
+        if len(unusable) > MOST_NAMED:
+            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", soft_wrap=True)
+        out.print(counts_table("split", counts))
+        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}")
+    if len(unusable) > data.max_bad_fraction * len(records):
+        raise DataError(
+            f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
+            f"{data.max_bad_fraction:g} allows; replace them, or leave them out with data.checked={file}"
+        )
 
 
 @data_app.command()
@@ -417,6 +570,7 @@ def prepare(
     from mgtrain.prepare import Forecast
     from mgtrain.prepare import prepare as make
 
+    _check_finite("--fps", fps)
     data = load_recipe(recipe, overrides or ()).data
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
     settings = Settings(_parse_levels(levels), quality, fps)
@@ -435,7 +589,6 @@ def prepare(
         err.print(
             f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
             f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
-            markup=False,
             soft_wrap=True,
         )
         return not forecast
@@ -443,7 +596,7 @@ def prepare(
     with progress() as show:
         done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=show)
     for cause in done.broken.values():
-        err.print(f"left out: {cause}", markup=False, soft_wrap=True)
+        err.print(f"left out: {cause}", soft_wrap=True)
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)}))
     else:
@@ -451,7 +604,6 @@ def prepare(
             f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
             f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
             f"{duration(done.seconds)}",
-            markup=False,
         )
 
 
@@ -472,7 +624,7 @@ def verify(
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
     for file, problem in [] if json_ else wrong.items():
-        out.print(f"{file}: {problem}", markup=False)
+        out.print(f"{file}: {problem}")
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} files are not as they were written; delete them and prepare again")
     if not json_:
@@ -502,6 +654,8 @@ def bench_data(
     from mgtrain.distributed import connect
     from mgtrain.engine.fit import open_data
 
+    _check_finite("--seconds", seconds)
+    _check_finite("--step-seconds", step_seconds)
     loaded = load_recipe(recipe, overrides or ())
     videos, _ = open_data(loaded)
     with connect(device.value if device else None) as world, progress() as show:
@@ -513,7 +667,66 @@ def bench_data(
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
     else:
-        out.print(render(result), markup=False)
+        out.print(render(result))
+
+
+@weights_app.command("import")
+def import_weights(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="PySlowFast's .pyth or Caffe2 .pkl, PyTorchVideo's, MMAction2's, torchvision's or our own."
+        ),
+    ] = None,
+    *,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Download instead: torchvision:resnet50 or torchvision:resnet101.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The .safetensors file to write. Default: only report.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model they are for, such as i3d_r50. Default: the one they are of.")
+    ] = None,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the model's tensors to demand; below it, exit with 6.")
+    ] = 1.0,
+    json_: Json = False,
+) -> None:
+    """Bring another project's weights into our names, and 2-D ones into three dimensions. Runs nothing of the file.
+
+    A recipe starts from the result, or from the file itself, with init.weights=FILE.
+
+    Examples:  mgtrain weights import SLOWFAST_8x8_R50.pyth --to k400.safetensors
+    |  mgtrain weights import --from torchvision:resnet50 --model i3d_r50 --to in1k.safetensors
+    """
+    if (file is None) == (from_ is None):
+        raise UsageError("give a FILE or --from torchvision:NAME, one of them")
+
+    import torch
+
+    from mgtrain.models import build_model
+    from mgtrain.weights.load import load_weights, model_options, read_weights, save_weights
+    from mgtrain.weights.torchvision import download
+
+    path = file or download(str(from_))
+    weights = read_weights(path)
+    options = model_options(weights, model)
+    with torch.device("meta"):
+        target = build_model(**options)
+    target.to_empty(device="cpu")
+    report = load_weights(target, weights)
+    kept = {key: value for key, value in options.items() if key != "classes"}
+    if json_:
+        result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": to and str(to), "share": report.share}
+        out.print_json(json.dumps({**result, "model": kept, "classes": options["classes"], **report.describe()}))
+    else:
+        for line in report.lines():
+            out.print(line, markup=False)
+        section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
+        out.print(f"model: {{{section}}}, of {options['classes']} classes", markup=False)
+    report.demand(at_least, path)
+    if to:
+        save_weights(to, target, report, options)
+        err.print(f"wrote {to}; a recipe starts from it with init.weights={to}", markup=False, soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -525,26 +738,49 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and the documented exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be beyond the terminal's encoding
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
+        if code == INTERRUPTED:  # Ctrl-C, which typer has taken
+            raise KeyboardInterrupt
+        sys.stdout.flush()
     except MgtrainError as error:
-        err.print(f"mgtrain: {error}", markup=False, style="red", soft_wrap=True)
+        _say(str(error))
         code = error.exit_code
     except typer.TyperException as error:
-        hint = f"see `{' '.join(_command_words())} --help`"
-        err.print(f"mgtrain: {error.format_message().rstrip('.')}; {hint}", markup=False, style="red", soft_wrap=True)
+        _say(f"{error.format_message().rstrip('.')}; see `{' '.join(_command_words())} --help`")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        err.print(
-            "mgtrain: interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint",
-            style="red",
-            soft_wrap=True,
-        )
-        code = 130
-    except BrokenPipeError:
+        _say("interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint")
+        code = INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(
+            error.__context__, BrokenPipeError
+        ):  # or typer has taken it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not try once more as it ends
         code = 141
-    sys.stdout.flush()
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the world is not as it has to be
+            _say(f"{error.filename}: {error.strerror}; give another path, mend its permissions or make room")
+            code = 2
+        else:
+            err.print(traceback.format_exc().rstrip(), soft_wrap=True)
+            _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
+            code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    """The one line with which a command ends that does not do what it was asked to."""
+    if "WORLD_SIZE" in os.environ:  # one of several ranks
+        from mgtrain.distributed import says_first
+
+        if not says_first(message):
+            return
+    line = message.replace("\n", r"\n")
+    err.print(f"mgtrain: {line}", style="red", soft_wrap=True)
 
 
 def _command_words() -> list[str]:
@@ -576,15 +812,25 @@ def _started_ranks(procs: int | None, device: Device | None) -> bool:
 
 def _training_videos(recipe: Recipe) -> int:
     """How many training videos the data have; what the recipe expects where they are not on this machine."""
-    from mgtrain.datasets import open_videos
+    from mgtrain.datasets import open_videos, usable
     from mgtrain.errors import DataError
 
+    data = recipe.data
     try:
-        return len(open_videos(recipe.data.format, recipe.data.root, recipe.data.train, None))
+        videos = open_videos(data.format, data.root, data.train, None, data.outside_root)
     except DataError as error:
-        if recipe.data.videos is None:
+        if data.videos is None:
             raise DataError(f"{error}; give --videos to plan without the data") from None
-        return recipe.data.videos
+        return data.videos
+    (videos,) = usable(data, videos)
+    if videos.left_out:
+        err.print(f"training videos: {videos.left_out_words}, as {data.checked} says", soft_wrap=True)
+    return len(videos)
+
+
+def _check_finite(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option} {value}: has to be a finite number")
 
 
 def _parse_levels(levels: str) -> tuple[int, ...]:
@@ -592,8 +838,8 @@ def _parse_levels(levels: str) -> tuple[int, ...]:
         sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
     except ValueError:
         sides = []
-    if not sides or sides[-1] < 16:
-        raise UsageError(f"--levels {levels}: write short sides of at least 16 pixels, such as 256,160")
+    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
+        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
     return tuple(sides)
 
 
@@ -609,15 +855,17 @@ def _parse_views(views: str) -> tuple[int, int]:
 
 
 def _checkpoint_path(checkpoint: str) -> Path:
+    from mgtrain.checkpoint import newest_whole
     from mgtrain.rundir import find_run
 
     path = Path(checkpoint)
     if path.is_file():
         return path
     run = find_run(checkpoint)
-    if not run.checkpoints():
+    newest = newest_whole(run.checkpoints())
+    if newest is None:
         raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
-    return run.checkpoints()[-1]
+    return newest
 
 
 def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool, classes: Any = ()) -> None:
@@ -628,9 +876,7 @@ def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool,
         out.print_json(json.dumps(result))
         return
     for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=False):
-        out.print(
-            f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}", markup=False
-        )
+        out.print(f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}")
     out.print(
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  loss {scores.loss:.3f}  "
         f"on {scores.videos} videos, {views} {'view' if views == 1 else 'views'} each"

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mgtrain.console import duration
-from mgtrain.errors import UsageError
-from mgtrain.recipe import Recipe
-from mgtrain.rundir import RunDir, speedup_at_equal_accuracy, time_to_accuracy
+from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.recipe import recipe_differences
+from mgtrain.rundir import RunDir, is_number, speedup_at_equal_accuracy, time_to_accuracy
 from mgtrain.schedule import make_plan
 
 SCHEMA = "mgtrain.compare/1"
+EVALUATED = ("step", "train_seconds", "data_seconds", "eval_seconds", "top1", "top5", "videos")
 DEVICE_KEYS = ("device", "ranks", "threads")  # times are only divided between runs that agree in these
 
 
@@ -46,6 +47,8 @@ def summarize(run: RunDir) -> Summary:
     if not evals:
         raise UsageError(f"{run.path}: no evaluation yet; wait until its first one, or continue it with --resume")
     last = evals[-1]
+    if not all(is_number(row[key]) for row in evals for key in EVALUATED):
+        raise CheckpointError(f"{run.path}: evals.jsonl is damaged; each of {', '.join(EVALUATED)} has to be a number")
     plan = make_plan(run.recipe(), plan_file["videos"])
     per_clip = {(row["frames"], row["crop"]): row["multiply_adds"] for row in plan_file["flops_per_clip"]}
     steps = [plan[index].shape for index in range(last["step"])]
@@ -69,7 +72,21 @@ def summarize(run: RunDir) -> Summary:
 
 
 def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
-    """All that `mgtrain compare` says about a run and its baseline, as plain values (schema mgtrain.compare/1)."""
+    """All that `mgtrain compare` says about a run and its baseline, as plain values (schema mgtrain.compare/1).
+
+    Raises:
+        CheckpointError: what one of them has logged is damaged.
+    """
+    try:
+        return _compare(baseline, run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{baseline.path} or {run.path}: its logs are damaged ({type(error).__name__}: {error}); "
+            "copy the run anew, or run it again"
+        ) from None
+
+
+def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
     theirs, ours = summarize(baseline), summarize(run)
     their_env, our_env = baseline.read("env.json"), run.read("env.json")
     other_device = [
@@ -115,12 +132,6 @@ def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
         "warnings": warnings,
     }
     return {**result, "verdict": _verdict(theirs, ours, result)}
-
-
-def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
-    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
-    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def render(result: dict[str, Any]) -> Group:
@@ -202,13 +213,6 @@ def _noise(a: Summary, b: Summary) -> float:
 
 def _share(summary: dict[str, Any], key: str) -> str:
     return f"{duration(summary[key])} ({100 * summary[key] / max(summary['train_seconds'], 1e-9):.0f} %)"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _brief(value: Any) -> str:

@@ -6,20 +6,31 @@ invented.
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
+import signal
+import subprocess
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mgtrain.errors import MissingCapabilityError
+from mgtrain.errors import MissingCapabilityError, RanksLostError
+from mgtrain.watchdog import Watchdog
+
+Value = TypeVar("Value")
+MINUTES_TO_MEET = 30  # until all ranks of a run have to be there
+LAUNCHER = "MGTRAIN_LAUNCHER"  # the variable that tells ranks its process id
+SECONDS_TO_END = 20.0  # that the ranks have once another one has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,7 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     local_size: int = 1  # ranks on this machine
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(float("inf")))
 
     @property
     def main(self) -> bool:
@@ -53,10 +65,43 @@ class World:
         dist.all_gather(parts, tensor, group=_block(ranks, self.size))
         return torch.stack(parts)
 
+    def from_main(self, value: Value) -> Value:
+        """The main rank's value, which can be pickled."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values)
+        main: Value = values[0]
+        return main
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+
+class Agreement:
+    """A question that any rank may answer with yes at any time; all ranks learn of it before the same step."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._under_way: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, yes: bool) -> bool:
+        """Whether any rank had said yes at the call before this one; alone: at this one.
+
+        What is said travels while the step between two calls is computed, on the CPU: nothing waits for a GPU.
+        """
+        if self._world.size == 1:
+            return yes
+        agreed = False
+        if self._under_way is not None:
+            work, answers = self._under_way
+            work.wait()
+            agreed = bool(answers.item())
+        answers = torch.tensor(float(yes))
+        self._under_way = dist.all_reduce(answers, dist.ReduceOp.MAX, async_op=True), answers
+        return agreed
 
 
 @lru_cache
@@ -66,8 +111,8 @@ def _block(ranks: int, size: int) -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def connect(device: str | None = None) -> Iterator[World]:
-    """Join the run that torchrun's variables describe, or be alone.
+def connect(device: str | None = None, timeout_seconds: float = float("inf")) -> Iterator[World]:
+    """Join the run that torchrun's variables describe, or be alone; under a watchdog.
 
     `device` is `cuda` or `cpu`; none given: a GPU if the machine has one.
     """
@@ -85,19 +130,66 @@ def connect(device: str | None = None) -> Iterator[World]:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        yield World(device=chosen)
-        return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    watchdog = Watchdog(timeout_seconds, rank_of_environment(), _launcher())
+    with watchdog.on_watch():
+        if size == 1:
+            watchdog.beat()
+            yield World(device=chosen, watchdog=watchdog)
+            return
+        with _lost_ranks_named(size):
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=MINUTES_TO_MEET))
+            watchdog.beat()
+            yield World(dist.get_rank(), size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", size)), watchdog)
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_named(size: int) -> Iterator[None]:
+    """Say that another rank is gone, where that is why an exchange failed."""
     try:
-        yield World(dist.get_rank(), size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RanksLostError(
+            f"rank {rank_of_environment()} of {size} lost another rank, whose message says why; run again with --resume"
+        ) from None
+
+
+def _launcher() -> int | None:
+    """The process that started this rank; none if it is not one of several."""
+    if not is_launched():
+        return None
+    return int(os.environ.get(LAUNCHER, os.getppid()))
 
 
 def is_launched() -> bool:
     """Whether torchrun (or `launch`) started this process."""
     return "WORLD_SIZE" in os.environ
+
+
+def rank_of_environment() -> int:
+    """This process's rank, before it is connected to the others."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_restarted() -> bool:
+    """Whether torchrun started the ranks again after one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def says_first(message: str) -> bool:
+    """Whether this rank is the first of its run to say this: a mistake that all ranks come to is printed once."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # nobody to ask: the launcher has the store at which ranks meet
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    key = f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
+        return int(store.add(key, 1)) == 1
+    except RuntimeError:  # the launcher is gone
+        return True
 
 
 def default_procs(device: str | None) -> int:
@@ -106,28 +198,57 @@ def default_procs(device: str | None) -> int:
 
 
 def launch(command: Sequence[str], procs: int) -> int:
-    """Run a command in `procs` processes on this machine, as torchrun would; returns the first failure's exit code."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Run a command in `procs` processes on this machine, as torchrun would; returns the first failure's exit code.
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks say themselves what went wrong
-    if not torch.cuda.is_available():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=procs,
-        run_id="mgtrain",  # torch warns where there is none
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
+    SIGTERM, SIGINT and SIGUSR1 are passed on to all of them. Once one has failed, the others have `SECONDS_TO_END`.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # on a free port
+    shared = {
+        "WORLD_SIZE": procs,
+        "LOCAL_WORLD_SIZE": procs,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # the ranks meet at the store above
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        LAUNCHER: os.getpid(),
+        # What a lost rank means is said in one line, without the stack of every exchange that failed.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
+    }
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // procs)
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for process in ranks:
+            process.send_signal(number)
+
+    passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, pass_on) for number in passed_on}
     try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return 0
+        for rank in range(procs):
+            own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            # Of a session of their own, so that the terminal's Ctrl-C reaches them once.
+            ranks.append(subprocess.Popen(command, env=os.environ | own, start_new_session=True))
+        return _wait_for(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The first failure's exit code, or 0, when all have ended or had their time."""
+    deadline = float("inf")
+    while None in (codes := [process.poll() for process in ranks]) and time.monotonic() < deadline:
+        if deadline == float("inf") and any(codes):
+            deadline = time.monotonic() + SECONDS_TO_END
+        time.sleep(0.05)
+    failed = [process.returncode for process in ranks if process.returncode]
+    # A rank that lost another one fails as well, within moments of it.
+    first = next((code for code in failed if code != RanksLostError.exit_code), failed[0] if failed else 0)
+    return first if first >= 0 else 128 - first
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
@@ -135,7 +256,9 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` gets another name
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -53,6 +53,24 @@ class NonFiniteError(MgtrainError):
     exit_code = 5
 
 
+class ThresholdError(MgtrainError):
+    """A result below what was demanded of it."""
+
+    exit_code = 6
+
+
+class StoppedError(MgtrainError):
+    """A run that was asked to stop and has saved its state; run again with --resume."""
+
+    exit_code = 75
+
+
+class RanksLostError(MgtrainError):
+    """Another rank of the run has failed; its own message says why."""
+
+    exit_code = 1
+
+
 class MissingCapabilityError(MgtrainError):
     """The machine lacks something the command needs (a GPU, a library, a codec)."""
 

@@ -7,21 +7,15 @@ whatever stops the work loses no more than the videos under way, and running it 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -30,22 +24,23 @@ from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.prepared import (
     Settings,
-    key_of,
     level_path,
+    read_index,
     read_settings,
     row_type,
     stored_frame,
     write_settings,
 )
+from mgtrain.datasets.videos import leaves_root
 from mgtrain.errors import DataError, MissingCapabilityError, VideoError
+from mgtrain.isolated import Lost, isolated
+from mgtrain.manifest import Manifest, Record, checksum, key_of
 from mgtrain.rng import Draw, generator
 
 SAMPLE = 8  # videos, drawn at random, after which the rest is forecast
 # All key frames, each with its own headers; no entropy coder and no loop filter that would be slow to decode.
 ENCODER = {"preset": "veryfast", "tune": "fastdecode", "g": "1", "bf": "0", "threads": "1"}
 HEADERS = {"x264-params": "repeat-headers=1"}
-
-Record = dict[str, Any]  # a line of the manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +86,12 @@ def prepare(
     """
     if "libx264" not in av.codecs_available:
         raise MissingCapabilityError("PyAV was built without libx264, which writes prepared videos; pip install av")
-    _claim(folder, settings)
     paths = sorted(set(paths))
-    manifest = Manifest(folder)
+    for path in paths:
+        if leaves_root(path):  # its files would lead out of the folder, too
+            raise DataError(f"{root / path}: is outside of {root}; set data.root to a folder that holds all videos")
+    _claim(folder, settings)
+    manifest = PreparedManifest(folder)
     todo = [path for path in paths if not _is_there(root, folder, settings, path, manifest.records.get(path))]
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # so that the first are a fair sample
     begin, made, told = time.monotonic(), 0, False
@@ -101,7 +99,7 @@ def prepare(
         if todo:  # until all is done again, the index would tell of files that are being replaced
             (folder / "index.npy").unlink(missing_ok=True)
         for record, offsets in _all_done(todo, workers, root, folder, settings):
-            manifest.add(record, offsets)
+            manifest.add_video(record, offsets)
             made += 1
             progress("preparing", len(paths) - len(todo) + made, len(paths))
             if not told and made >= min(len(todo), max(SAMPLE, workers)):
@@ -119,54 +117,33 @@ def prepare(
     return Summary(len(records), made, broken, sizes, originals, time.monotonic() - begin)
 
 
-class Manifest:
-    """`videos.jsonl` and `offsets.bin`: lines are only ever added, and the last one for a video counts."""
+class PreparedManifest(Manifest):
+    """`videos.jsonl`, and `offsets.bin` with it."""
 
     def __init__(self, folder: Path) -> None:
-        self._lines, self._offsets = folder / "videos.jsonl", folder / "offsets.bin"
-        self.records: dict[str, Record] = {}
-        whole = 0  # bytes up to the last whole line
-        for line in self._lines.read_bytes().splitlines(keepends=True) if self._lines.exists() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # cut short by a crash
-            if not line.endswith(b"\n"):
-                break
-            self.records[record["path"]] = record
-            whole += len(line)
-        self._whole = whole
+        super().__init__(folder / "videos.jsonl")
+        self._offsets = folder / "offsets.bin"
+        odd = next((path for path, record in self.records.items() if not _is_record(record)), None)
+        if odd is not None:
+            raise DataError(f"{self.file}: the line of {odd!r} is not of a prepared video; prepare the set anew")
 
-    def __enter__(self) -> Manifest:
-        self._to_lines, self._to_offsets = self._lines.open("ab"), self._offsets.open("ab")
-        try:
-            fcntl.flock(self._to_lines, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when the process ends
-        except OSError:
-            self.__exit__()
-            raise DataError(
-                f"{self._lines.parent}: is being prepared by another process; wait for it, or choose another folder"
-            ) from None
-        self._to_lines.truncate(self._whole)
+    def __enter__(self) -> PreparedManifest:
+        super().__enter__()
+        self._to_offsets = self._offsets.open("ab")
         self._to_offsets.truncate(self._to_offsets.tell() // 4 * 4)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._to_lines.close()
         self._to_offsets.close()
+        super().__exit__()
 
-    def add(self, record: Record, offsets: Sequence[np.ndarray]) -> None:
+    def add_video(self, record: Record, offsets: Sequence[np.ndarray]) -> None:
         """Add a video and, for each of its levels, where frames are in its file: uint32 (frames + 1,)."""
         for level, ends in zip(record.get("levels", ()), offsets, strict=True):
             level["start"] = self._to_offsets.seek(0, os.SEEK_END) // 4
             self._to_offsets.write(ends.astype("<u4").tobytes())
         self._to_offsets.flush()
-        self._to_lines.write(json.dumps(record).encode() + b"\n")
-        self._to_lines.flush()
-        self.records[record["path"]] = record
-
-    def of(self, paths: Iterable[str]) -> list[Record]:
-        """The records of those of the videos that have one."""
-        return [self.records[path] for path in paths if path in self.records]
+        self.add(record)
 
 
 def encode_video(root: Path, path: str, folder: Path, settings: Settings) -> tuple[Record, list[np.ndarray]]:
@@ -279,44 +256,12 @@ def _all_done(
     paths: Sequence[str], workers: int, root: Path, folder: Path, settings: Settings
 ) -> Iterator[tuple[Record, list[np.ndarray]]]:
     """`encode_video` of all paths, in processes. A video that kills its process is broken, and costs no other one."""
-    waiting = iter(paths)
-    under_way: dict[Future[tuple[Record, list[np.ndarray]]], str] = {}
-    suspects: list[str] = []
-    pool = _pool(workers)
-    try:
-        while True:
-            for path in islice(waiting, 2 * workers - len(under_way)):
-                under_way[pool.submit(encode_video, root, path, folder, settings)] = path
-            if not under_way:
-                break
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                path = under_way.pop(future)
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    suspects.append(path)
-            if suspects:
-                suspects += under_way.values()
-                under_way.clear()
-                pool.shutdown(cancel_futures=True)
-                yield from (_alone(path, root, folder, settings) for path in suspects)
-                suspects, pool = [], _pool(workers)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _alone(path: str, root: Path, folder: Path, settings: Settings) -> tuple[Record, list[np.ndarray]]:
-    """`encode_video` in a process of its own."""
-    with _pool(1) as pool:
-        try:
-            return pool.submit(encode_video, root, path, folder, settings).result()
-        except BrokenProcessPool:
-            return {"path": path, "error": f"{root / path}: crashes the decoder; replace this video"}, []
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Ctrl-C goes to every process of a terminal: the main one ends the others.
-    return ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    encode = partial(encode_video, root, folder=folder, settings=settings)
+    for path, done in isolated(encode, paths, workers):
+        if isinstance(done, Lost):
+            cause = f"crashes the decoder ({done.cause}); replace this video or leave it out of the list"
+            done = {"path": path, "error": f"{root / path}: {cause}"}, []
+        yield done
 
 
 def _claim(folder: Path, settings: Settings) -> None:
@@ -332,6 +277,21 @@ def _claim(folder: Path, settings: Settings) -> None:
         raise DataError(f"{folder}: holds other files; choose an empty or a new folder")
     else:
         write_settings(folder, settings)
+
+
+def _is_record(record: Record) -> bool:
+    """Whether a line of the manifest says what `encode_video` says."""
+    levels = record.get("levels", [])
+    return not leaves_root(record["path"]) and (
+        "error" in record
+        or (
+            record.keys() >= {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}
+            and isinstance(levels, list)
+            and all(
+                isinstance(of, dict) and of.keys() >= {"level", "width", "height", "bytes", "sha256"} for of in levels
+            )
+        )
+    )
 
 
 def _words(settings: Settings) -> str:
@@ -412,9 +372,10 @@ def verify(
         DataError: it is no prepared set.
     """
     settings = read_settings(folder)
-    records = [record for record in Manifest(folder).records.values() if "error" not in record]
+    records = [record for record in PreparedManifest(folder).records.values() if "error" not in record]
     wrong: dict[str, str] = {}
-    rows = {int(row["key"]): row for row in np.load(folder / "index.npy")} if (folder / "index.npy").exists() else {}
+    there = read_index(folder, settings) if (folder / "index.npy").exists() else ()
+    rows = {int(row["key"]): row for row in there}
 
     def look(record: Record) -> dict[str, str]:
         found = {}
@@ -438,12 +399,3 @@ def verify(
             wrong.update(found)
             progress("verifying", done, len(records))
     return wrong
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

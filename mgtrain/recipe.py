@@ -9,23 +9,31 @@ from __future__ import annotations
 import difflib
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from mgtrain.errors import RecipeError
 from mgtrain.grid import Shape
 from mgtrain.models.options import ModelOptions
 
-Positive = Annotated[float, Field(gt=0)]
+# Limits keep plans within what numbers, memory and patience hold; no run comes near them.
+MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Length = Annotated[int, Field(ge=1, le=10_000)]  # frames or pixels
+Crop = Annotated[int, Field(ge=8, le=10_000)]
 
 
 class Section(BaseModel):
@@ -43,12 +51,16 @@ class Data(Section):
     root: str = Field(description="the folder that the videos' paths are relative to")
     train: str = Field(description="annotations of the training videos, relative to root")
     val: str = Field(description="annotations of the validation videos, relative to root")
-    classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
+    classes: Annotated[int, Field(ge=2, le=1_000_000)] = Field(description="number of classes")
+    outside_root: bool = Field(False, description="whether a list may name videos outside of root (format: list)")
     videos: Count | None = Field(None, description="training videos to expect; `mgtrain plan` uses it without the data")
+    checked: str | None = Field(
+        None, description="file made by `mgtrain data check`: videos that it says cannot be used are left out"
+    )
     prepared: str | None = Field(
         None, description="folder made by `mgtrain data prepare`, to read the clips from; none: from the originals"
     )
-    enlarge: Annotated[float, Field(ge=1)] = Field(
+    enlarge: Annotated[float, Field(ge=1, le=1e9)] = Field(
         1.0, description="by how much pixels of a prepared level may be enlarged where a larger level exists"
     )
     skip_loop_filter: Literal["default", "bidir", "all"] = Field(
@@ -61,10 +73,15 @@ class Data(Section):
     max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
 
     @model_validator(mode="after")
+    def _outside_by_lists_only(self) -> Data:
+        if self.outside_root and self.format != "list":
+            raise ValueError(f"outside_root is for format: list; annotations of format {self.format} name no paths")
+        return self
+
+    @model_validator(mode="after")
     def _mirrored_once(self) -> Data:
-        seen = [name for pair in self.mirrored for name in pair]
-        for name in seen:
-            if seen.count(name) > 1:
+        for name, count in Counter(name for pair in self.mirrored for name in pair).items():
+            if count > 1:
                 raise ValueError(f"mirrored names the class {name!r} twice; name every class once at most")
         return self
 
@@ -72,10 +89,10 @@ class Data(Section):
 class Clip(Section):
     """The base grid: how the baseline cuts a clip from a video."""
 
-    frames: Count = Field(description="T, frames of a clip")
-    stride: Count = Field(description="frames of the source, at `fps`, from one frame of a clip to the next")
-    crop: Annotated[int, Field(ge=8)] = Field(description="S, pixels")
-    short_side: tuple[Count, Count] = Field(description="range of the resized video's short side, pixels")
+    frames: Length = Field(description="T, frames of a clip")
+    stride: Length = Field(description="frames of the source, at `fps`, from one frame of a clip to the next")
+    crop: Crop = Field(description="S, pixels")
+    short_side: tuple[Length, Length] = Field(description="range of the resized video's short side, pixels")
     fps: Positive = Field(30.0, description="frame rate that `stride` refers to")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     inverse_uniform: bool = Field(False, description="draw the short side inverse-uniformly (Something-Something)")
@@ -91,15 +108,15 @@ class Clip(Section):
 class Augment(Section):
     """What happens to training clips, and to their labels, after they are cut. Everything is off unless asked for."""
 
-    rand_augment: Annotated[int, Field(ge=0)] = Field(0, description="operations of RandAugment on each clip")
+    rand_augment: Annotated[int, Field(ge=0, le=100)] = Field(0, description="operations of RandAugment on each clip")
     magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="of RandAugment's operations")
     brightness: Fraction = Field(0.0, description="a clip's brightness is drawn from 1 - brightness .. 1 + brightness")
     contrast: Fraction = Field(0.0, description="the same for contrast, about the clip's mean grey")
     saturation: Fraction = Field(0.0, description="the same for saturation")
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.0, description="largest turn of the hue, in whole turns")
     erase: Fraction = Field(0.0, description="probability that a box of a clip is erased")
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
-    cutmix: Annotated[float, Field(ge=0)] = Field(
+    mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
+    cutmix: NotNegative = Field(
         0.0, description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair of clips draws one"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of a label spread evenly")
@@ -118,10 +135,12 @@ class Augment(Section):
 class Evaluation(Section):
     """The one grid of every evaluation, and when evaluations happen."""
 
-    crop: Annotated[int, Field(ge=8)] = Field(description="pixels")
-    short_side: Count = Field(description="short side of the resized video, pixels")
-    per_phase: Count = Field(1, description="evaluations in each phase, the last one at its end")
-    recalibration_batches: Annotated[int, Field(ge=0)] = Field(
+    crop: Crop = Field(description="pixels")
+    short_side: Length = Field(description="short side of the resized video, pixels")
+    per_phase: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="evaluations in each phase, the last one at its end"
+    )
+    recalibration_batches: Annotated[int, Field(ge=0, le=10**9)] = Field(
         200, description="batches that set BatchNorm's statistics before an evaluation; 0: running averages"
     )
 
@@ -130,6 +149,21 @@ class Evaluation(Section):
         if self.short_side < self.crop:
             raise ValueError(f"short_side {self.short_side} must not be smaller than crop {self.crop}")
         return self
+
+
+class Init(Section):
+    """What training starts from. Fine-tuning usually freezes nothing and takes a lower `optim.lr`."""
+
+    weights: str | None = Field(
+        None, description="a file of weights, ours or another project's (see `mgtrain weights`); none: random ones"
+    )
+    at_least: Fraction = Field(
+        1.0, description="share of the model's tensors that the file must have, a resized classifier left aside"
+    )
+    freeze: Literal["none", "stem", "res2", "res3", "res4", "backbone"] = Field(
+        "none", description="the last stage that stays as loaded; backbone: all but the classifier (linear probing)"
+    )
+    freeze_bn: bool = Field(False, description="keep BatchNorm's statistics as loaded, and normalize by them")
 
 
 class Batch(Section):
@@ -144,16 +178,17 @@ class Optim(Section):
 
     lr: Positive = Field(description="base learning rate, for a step of the base shape")
     curve: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls")
-    stages: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+    stages: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=100)] = Field(
         description="epochs of each learning-rate stage of the baseline"
     )
     gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
-    end_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end (curve: cosine)")
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.0, description="epochs of linear warm-up")
-    warmup_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the first step of warm-up")
+    end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
+    warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
+    warmup_lr: NotNegative = Field(0.0, description="learning rate at the first step of warm-up")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="of everything but BatchNorm")
+    weight_decay: NotNegative = Field(1e-4, description="of everything but BatchNorm")
+    head_lr: Positive = Field(1.0, description="learning rate of the classifier, relative to that of the rest")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optim:
@@ -173,11 +208,11 @@ class MultigridSchedule(Section):
 
     name: Literal["multigrid"]
     epoch_factor: Positive = Field(1.5, description="epochs relative to the baseline's")
-    long_cycle: tuple[tuple[Scale, Scale], ...] = Field(
+    long_cycle: Annotated[tuple[tuple[Scale, Scale], ...], Field(max_length=20)] = Field(
         ((0.25, 0.7071), (0.5, 0.7071), (0.5, 1.0), (1.0, 1.0)),
         description="[frames, crop] relative to the base, coarse to fine; []: no long cycle",
     )
-    short_cycle: tuple[Scale, ...] = Field(
+    short_cycle: Annotated[tuple[Scale, ...], Field(max_length=20)] = Field(
         (0.5, 0.7071), description="crops relative to the base's that take turns with the long cycle's; []: none"
     )
     fine_tune_short_cycle: bool = Field(True, description="keep the short cycle in the last stage")
@@ -194,7 +229,7 @@ class Hardware(Section):
         None,
         description="most clips of a forward pass on one GPU, at the base shape's volume; cut along BatchNorm groups",
     )
-    workers: Annotated[int, Field(ge=0)] | None = Field(
+    workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None,
         description="loader processes per rank; none given: the cores shared among the ranks, half of that on a CPU",
     )
@@ -209,6 +244,20 @@ class Logging(Section):
     keep_checkpoints: Count = Field(3, description="newest checkpoints to keep, apart from the last and the best")
 
 
+class Faults(Section):
+    """What is done when something goes wrong. Nothing here changes a run in which nothing does."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a loss or gradient that is not finite: stop; leave the step's update out (skip); "
+        "or go back to the newest checkpoint's weights as well (rollback)",
+    )
+    non_finite_steps: Count = Field(10, description="most such steps of a run that are left out or taken back")
+    timeout_seconds: Positive = Field(
+        900.0, description="a process in which nothing has happened for so long says what it was doing, and ends"
+    )
+
+
 class Recipe(Section):
     """Everything that defines a run. Two runs of one recipe see the same clips in the same steps."""
 
@@ -218,11 +267,13 @@ class Recipe(Section):
     augment: Augment = Augment()
     evaluation: Evaluation
     model: ModelOptions
+    init: Init = Init()
     batch: Batch
     optim: Optim
     schedule: Schedule
     hardware: Hardware = Hardware()
     logging: Logging = Logging()
+    faults: Faults = Faults()
 
     @property
     def base(self) -> Shape:
@@ -252,9 +303,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = find_recipe(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            content = opened.read(MOST_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read: {error}") from None
+        raise RecipeError(f"{file}:1: cannot be read: {error}; it has to be a text file in UTF-8") from None
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"{file}:1: is larger than {MOST_BYTES:,} bytes, so it is no recipe")
     return parse_recipe(text, str(file), overrides)
 
 
@@ -267,11 +322,17 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
         origins[keys] = f"override {override!r}"
     try:
         # JSON is the strict dialect in which a list may still stand for a tuple.
-        return Recipe.model_validate_json(json.dumps(tree), strict=True)
+        return Recipe.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
     except ValidationError as error:
         raise RecipeError(_explain(error, tree, name, origins)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{name}:1: cannot be understood: {error}") from None
+
+
+def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
+    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -284,8 +345,9 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(path: str | Path) -> Path:
     """The file at `path`, or the shipped recipe of that name."""
     file = Path(path)
-    if file.is_file():
-        return file
+    with suppress(OSError):  # such as a name that is too long
+        if file.is_file():
+            return file
     shipped = shipped_recipes()
     name = file.name.removesuffix(".yaml")
     if name in shipped and (str(path) == file.name or file.parent.name == "recipes"):
@@ -300,8 +362,12 @@ def find_recipe(path: str | Path) -> Path:
 def _parse_yaml(text: str, name: str) -> Any:
     """The YAML document as ruamel's dicts and lists, which remember their lines."""
     yaml = YAML(typ="rt", pure=True)
+    depth = 0
     try:
-        for event in yaml.parse(text):
+        for event in yaml.parse(text):  # as far as it goes: whatever is wrong ends it
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MOST_DEPTH:  # the parser takes minutes over thousands of brackets
+                raise RecipeError(f"{name}:{event.start_mark.line + 1}: nested more than {MOST_DEPTH} deep")
             if getattr(event, "anchor", None) is not None:
                 raise RecipeError(
                     f"{name}:{event.start_mark.line + 1}: anchors and aliases are not allowed in a recipe"
@@ -313,7 +379,9 @@ def _parse_yaml(text: str, name: str) -> Any:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem or error.context).split())
         raise RecipeError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
-    except (YAMLError, ValueError, RecursionError, AttributeError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever ruamel trips over, such as an IndexError at `0x_`
         raise RecipeError(f"{name}:1: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}:1: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
@@ -331,7 +399,10 @@ def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
         if not isinstance(parent.setdefault(key, {}), dict):
             raise RecipeError(f"override {override!r}: {key!r} is not a section")
         parent = parent[key]
-    parent[keys[-1]] = _parse_yaml(f"value: {value}\n", f"override {override!r}")["value"]
+    parsed = _parse_yaml(f"value: {value}\n", f"override {override!r}")
+    if list(parsed) != ["value"]:
+        raise RecipeError(f"override {override!r}: is more than one value; give every key an override of its own")
+    parent[keys[-1]] = parsed["value"]
     return keys
 
 
@@ -394,3 +465,10 @@ def _allowed_keys(section: str | None, tree: Any) -> list[str]:
     if len(kinds) > 1:
         kinds = tuple(kind for kind in kinds if tree[section]["name"] in get_args(kind.model_fields["name"].annotation))
     return list(kinds[0].model_fields)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -4,15 +4,20 @@
     env.json        versions, device, ranks, git       data.json    fingerprint and size of the data
     steps.jsonl     a line per logged step             evals.jsonl  a line per evaluation
     log.txt         what was said                      checkpoints/, TensorBoard's events
+    .lock           held by the process that writes here
 
 Reading needs neither torch nor TensorBoard.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 RUNS = Path("runs")
+NUMBERS = {"steps.jsonl": ("step",), "evals.jsonl": ("step", "top1", "train_seconds")}  # that every line has
+LOCK_SECONDS = 10.0  # to wait for the processes of a run that was killed to be gone
 
 
 def find_run(name: str | Path) -> RunDir:
@@ -41,6 +48,7 @@ class RunDir:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self._board: SummaryWriter | None = None
+        self._first_step = 0  # of those that TensorBoard gets from this process
 
     @property
     def name(self) -> str:
@@ -54,46 +62,94 @@ class RunDir:
     def read(self, name: str) -> dict[str, Any]:
         """One of the JSON files, such as `plan.json`."""
         try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-            return value
-        except (OSError, ValueError) as error:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path / name}: cannot be read: {error}") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.path / name}: is damaged: it has to be a JSON object")
+        return value
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The lines of `steps.jsonl` or `evals.jsonl`; a last line cut short by a crash is passed over."""
+        """The lines of `steps.jsonl` or `evals.jsonl`; from the first damaged one on, they are passed over."""
         path = self.path / name
         if not path.is_file():
             return []
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                break  # cut short by a crash
+            if not (isinstance(row, dict) and all(is_number(row.get(key)) for key in NUMBERS[name])):
                 break
+            rows.append(row)
         return rows
 
-    def write(self, name: str, value: dict[str, Any] | str) -> None:
-        """Write a whole file: JSON out of a dict, or text."""
-        if self.writes:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from writing here. The system frees the lock when the process ends, however it does.
+
+        A folder that was made for the lock and has got nothing else is removed.
+
+        Raises:
+            CheckpointError: another process writes here.
+        """
+        if not self.writes:
+            yield
+            return
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w", encoding="utf-8")
+        with file:
+            patience = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
+                    break
+                except OSError:
+                    if time.monotonic() > patience:
+                        raise CheckpointError(
+                            f"{self.path}: another process is training in this run directory; "
+                            "wait for it or stop it, or start another run with --name"
+                        ) from None
+                    time.sleep(0.2)
+            try:
+                yield
+            finally:
+                if made and os.listdir(self.path) == [".lock"]:  # what was to run here has been refused
+                    (self.path / ".lock").unlink()
+                    with suppress(OSError):  # somebody else has begun in one of the folders above
+                        for folder in made:
+                            folder.rmdir()
+
+    def write(self, name: str, value: dict[str, Any] | str) -> None:
+        """Write a file whole or not at all: JSON out of a dict, or text."""
+        if self.writes:
             text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-            (self.path / name).write_text(text, encoding="utf-8")
+            temporary = self.path / f".{name}.tmp"
+            with self._writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, self.path / name)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add a line to `steps.jsonl` or `evals.jsonl`."""
         if self.writes:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Add values to TensorBoard's curves, at a number of finished steps."""
         if self.writes:
-            if self._board is None:
-                from torch.utils.tensorboard import SummaryWriter
+            with self._writing():
+                if self._board is None:
+                    from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(self.path), purge_step=step)
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+                    # What an earlier process wrote about these steps is not shown any more.
+                    self._board = SummaryWriter(str(self.path), purge_step=self._first_step)
+                for tag, value in values.items():
+                    self._board.add_scalar(tag, value, step)
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
@@ -101,13 +157,30 @@ class RunDir:
             self._board.close()
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step` finished steps, so that a resumed run logs each step once."""
+        """Forget what was logged after `step` finished steps, so that a resumed run logs each step once.
+
+        Checkpoints of later steps, which were passed over, get another name.
+        """
+        self._first_step = step + 1
         for name in ("steps.jsonl", "evals.jsonl"):
-            if self.writes and (self.path / name).is_file():
-                kept = [json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step]
-                temporary = self.path / f".{name}.tmp"
-                temporary.write_text("".join(kept), encoding="utf-8")
-                os.replace(temporary, self.path / name)
+            if (self.path / name).is_file():
+                self.write(name, "".join(json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step))
+        if self.writes:
+            with self._writing():
+                for path in self.checkpoints():
+                    if path > self.checkpoint_path(step):
+                        path.replace(path.with_suffix(".damaged"))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what a full disk or a folder without permission means."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be written: {error}; the checkpoints there are as they were; "
+                "free some space or mend the permissions, then run again with --resume"
+            ) from None
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` finished steps is."""
@@ -122,6 +195,11 @@ class RunDir:
         if self.writes:
             for path in set(self.checkpoints()[:-keep]) - set(also):
                 path.unlink(missing_ok=True)
+
+
+def is_number(value: object) -> bool:
+    """Whether what was read from JSON is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def time_to_accuracy(evals: list[dict[str, Any]], top1: float) -> float | None:

@@ -65,13 +65,6 @@ def test_names_in_the_file_say_what_they_are(tiny: Callable[..., Recipe], tmp_pa
     assert {name.partition(".")[0] for name in stored} == {"model", "optimizer"}
 
 
-def test_before_the_first_step_there_is_no_momentum_to_save(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    model, optimizer = trained(tiny(), steps=0)
-    save_checkpoint(tmp_path / "a.safetensors", model, optimizer, INFO)
-    load_optimizer(tmp_path / "a.safetensors", model, optimizer)
-    assert not optimizer.state
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

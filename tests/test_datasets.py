@@ -169,7 +169,9 @@ def test_a_bad_list_is_refused_with_file_and_line(tmp_path: Path):
     assert refusal(tmp_path, "a.mp4 0\nb.mp4 x\n").startswith("ROOT/train.csv:2: 'b.mp4 x' does not end in a label; ")
     assert refusal(tmp_path, "a.mp4 0\nb c.mp4\n").startswith("ROOT/train.csv:2: 'b c.mp4' does not end in a label; ")
     assert refusal(tmp_path, "a.mp4 0\n7\n").startswith("ROOT/train.csv:2: '7' does not end in a label; ")
-    assert refusal(tmp_path, "# x\na.mp4 -1\n") == "ROOT/train.csv:2: label -1 is out of range; it has to be 0 or more"
+    assert (
+        refusal(tmp_path, "# x\na.mp4 -1\n") == "ROOT/train.csv:2: label -1 is out of range; it has to be 0 to 999999"
+    )
     assert (
         refusal(tmp_path, "a.mp4 0\nb.mp4 2\n", ["x", "y"])
         == "ROOT/train.csv:2: label 2 is out of range; it has to be 0 to 1"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +323,79 @@ def test_what_is_no_video_is_refused_by_name_and_cause(tmp_path: Path):
     assert "No such file" in refusal(tmp_path / "nothing.mp4")
     assert "No such file" in refusal("http://127.0.0.1:9/v.mp4")
     assert "No such file" in refusal("concat:a.mp4|b.mp4")
+
+
+def test_what_takes_the_place_of_a_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    os.mkfifo(tmp_path / "v.mp4")
+    before = os.stat(__file__)
+    monkeypatch.setattr(os, "stat", lambda path: before)
+    assert "not a regular file" in refusal(tmp_path / "v.mp4")
+
+
+def test_a_video_stays_the_file_that_was_opened(tmp_path: Path):
+    path = write_video(tmp_path / "v.h264", 20)  # is opened anew for each reading
+    with VideoFile(path) as video:
+        write_video(tmp_path / "other.h264", 3).rename(path)
+        assert [number_of(picture) for picture in video.read([whole(video.info, 2, 19)])[0]] == [2, 19]
+
+
+def test_files_are_closed(tmp_path: Path):
+    path = write_video(tmp_path / "v.h264", 5)
+    (tmp_path / "page.mp4").write_text("<html>404</html>")
+    before = os.listdir("/dev/fd")
+    for _ in range(3):
+        numbers(path, 0, 4)
+        refusal(tmp_path / "page.mp4")
+        refusal(tmp_path)
+    assert os.listdir("/dev/fd") == before
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264.ts", "mjpeg.avi", "vp9.webm", "h264.h264", "hevc.mp4"])
+def test_pictures_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    path = write_video(tmp_path / name, 3, **CODECS.get(name, {}))
+    assert numbers(path, 2) == [2]
+    monkeypatch.setattr("mgtrain.clips.decode.MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
+    assert re.search("pictures of 128 x 64 pixels, 8,191 are allowed|no frame of it can be decoded", refusal(path))
+
+
+def test_a_picture_that_grows_on_the_way_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = [write_video(tmp_path / f"{n}.h264", 5, b_frames=0) for n in "ab"]
+    large = write_video(tmp_path / "c.h264", [numbered_picture(n, (256, 128)) for n in range(5)], b_frames=0)
+    path = tmp_path / "v.h264"
+    path.write_bytes(b"".join(file.read_bytes() for file in [*small, large]))
+    monkeypatch.setattr("mgtrain.clips.decode.MAX_PIXELS", SIZE[0] * SIZE[1])
+    with VideoFile(path) as video:
+        assert 9 <= video.decodable() <= 10
+        assert video.damage
+
+
+def test_no_file_has_more_frames_than_bytes(tmp_path: Path):
+    data = bytearray(write_video(tmp_path / "v.mkv", 5).read_bytes())
+    struct.pack_into(">d", data, data.find(b"\x44\x89\x88") + 3, 1e12)  # the duration in milliseconds
+    (tmp_path / "long.mkv").write_bytes(data)
+    with VideoFile(tmp_path / "long.mkv") as video:
+        assert video.info.frames == len(data)
+        assert number_of(video.read([whole(video.info, len(data) - 1)])[0][0]) == 4
+
+
+def test_more_packets_than_may_be_held_are_decoded_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_video(tmp_path / "v.mp4", 60, gop=60, b_frames=3)
+    exact = numbers(path, 7, 40, 59)
+    monkeypatch.setattr("mgtrain.clips.decode.MAX_HELD", 1000)
+    assert numbers(path, 7, 40, 59) == exact == [7, 40, 59]
+
+
+def test_all_frames_are_counted_up_to_the_damage(tmp_path: Path):
+    path = write_video(tmp_path / "v.mp4", 60, gop=60)
+    with VideoFile(path) as video:
+        assert (video.decodable(), video.damage) == (60, "")
+        assert number_of(video.read([whole(video.info, 7)])[0][0]) == 7
+    data = bytearray(path.read_bytes())
+    data[len(data) * 6 // 10 :] = b"\xff" * (len(data) - len(data) * 6 // 10)
+    path.write_bytes(data)
+    with VideoFile(path) as video:
+        assert 20 < video.decodable() < 50
+        assert video.damage == "Invalid data found when processing input"
 
 
 def test_a_file_that_names_other_files_is_refused(tmp_path: Path):

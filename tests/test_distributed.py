@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,15 @@ def test_a_run_may_go_on_with_another_number_of_ranks(
     assert losses(resumed) == pytest.approx(losses(alone), rel=ROUNDING)
 
 
+def test_one_ranks_run_may_go_on_with_four(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    resumed = cut(alone, tmp_path, step=7)  # two BatchNorm groups in a phase of two: four ranks share them
+    done = mgtrain(tmp_path, *FIT, "--procs", 4, "--resume", *EVERY_STEP)
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed)[:7] == losses(alone)[:7]
+    assert losses(resumed) == pytest.approx(losses(alone), rel=ROUNDING)
+
+
 def test_an_odd_number_of_videos_is_counted_once_each_on_two_ranks(
     mgtrain: Start, motions: Path, alone: RunDir, tmp_path: Path
 ) -> None:
@@ -154,14 +165,24 @@ def test_the_first_failure_of_a_rank_is_the_exit_code() -> None:
     assert launch(["python", "-c", command], procs=2) == 3
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_one_that_failed_is_ended(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.distributed.SECONDS_TO_END", 0.5)
+    command = f"import os, sys, time; sys.exit(3) if os.environ['RANK'] == '{rank}' else time.sleep(60)"
+    begun = time.monotonic()
+    assert launch([sys.executable, "-c", command], procs=2) == 3
+    assert time.monotonic() - begun < 30
+
+
 def test_a_users_mistake_keeps_its_exit_code_on_several_ranks(mgtrain: Start, tiny_text: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     done = mgtrain(tmp_path, *FIT, "data.classes=5", "--procs", 2)
     assert done.returncode == 3
     assert done.stdout == ""
-    for line in done.stderr.splitlines():  # each rank that comes to it says it
-        assert line.startswith("mgtrain: ")
-        assert "the training videos have 4 classes, data.classes says 5; set data.classes=4" in line
+    (line,) = done.stderr.splitlines()  # both ranks come to it, one says it
+    assert line.startswith("mgtrain: ")
+    assert "the training videos have 4 classes, data.classes says 5; set data.classes=4" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ranks_that_do_not_divide_a_step_are_refused(tiny: Callable[..., Recipe]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mgtrain.checkpoint import read_info
 from mgtrain.distributed import World
 from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.fit import fit
@@ -155,21 +157,28 @@ def test_training_time_goes_on_from_where_it_was(tiny: Callable[..., Recipe], st
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("schedule.epoch_factor=1.4", "schedule"),
-        ("optim.lr=0.03", "schedule"),
-        ("optim.stages=[6, 4]", "schedule"),
-        ("batch.bn_clips=2", "schedule"),
-        ("schedule.name=baseline", "schedule"),
+        ("schedule.epoch_factor=1.4", "schedule.epoch_factor 1.5 -> 1.4; "),
+        ("optim.lr=0.03", "optim.lr 0.002 -> 0.03; "),
+        ("optim.stages=[6, 4]", "optim.stages [6.0, 3.0] -> [6.0, 4.0]; "),
+        ("batch.bn_clips=2", "batch.bn_clips 4 -> 2; "),
+        ("schedule.name=baseline", "schedule.name multigrid -> baseline; "),
+        ("clip.flip=0.25", "clip.flip 0.5 -> 0.25; "),
+        ("augment.erase=0.5", "augment.erase 0.0 -> 0.5; "),
+        ("hardware.precision=bf16", "hardware.precision fp32 -> bf16; "),
     ],
 )
-def test_resuming_with_another_schedule_is_refused(
-    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, override: str, what: str
+def test_resuming_another_recipe_is_refused_with_the_difference(
+    tiny: Callable[..., Recipe],
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    what: str,
 ) -> None:
+    monkeypatch.setattr("mgtrain.engine.fit.check_precision", lambda *_: None)  # bf16 may not work on this CPU
     cut(straight, tmp_path / "cut", step=5)
     before = contents(tmp_path / "cut")
-    with pytest.raises(
-        CheckpointError, match=f"was saved by a run with another {what} than now; resume with"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=f"has changed since: {re.escape(what)}") as caught:
         run_to_end(tiny(override), tmp_path / "cut", resume=True)
     assert caught.value.exit_code == 4
     assert contents(tmp_path / "cut") == before
@@ -182,8 +191,19 @@ def test_resuming_with_other_videos_is_refused(
     lines = (root / "train.csv").read_text().splitlines()
     (root / "train.csv").write_text("\n".join(reversed(lines)))
     cut(straight, tmp_path / "cut", step=5)
-    with pytest.raises(CheckpointError, match="was saved by a run with another training videos than now"):
+    changed = r"training videos 24 \(\w{16}\) -> 24 \(\w{16}\); resume as it was, or with --allow-changes"
+    with pytest.raises(CheckpointError, match=changed):
         run_to_end(tiny(f"data.root={root}"), tmp_path / "cut", resume=True)
+
+
+def test_told_so_a_run_goes_on_with_another_recipe(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=5)
+    run = RunDir(tmp_path / "cut")
+    fit(tiny("optim.lr=0.001"), run, World(), resume=True, allow_changes=True)
+    ours, theirs = run.rows("steps.jsonl"), RunDir(straight).rows("steps.jsonl")
+    assert [row["lr"] for row in ours[:5]] == [row["lr"] for row in theirs[:5]]
+    assert ours[-1]["lr"] == theirs[-1]["lr"] / 2
+    assert "lr: 0.001" in read_info(run.checkpoints()[-1]).recipe
 
 
 def test_resuming_may_change_hardware_and_logging(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:

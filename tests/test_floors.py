@@ -14,13 +14,14 @@ import mgtrain
 
 PACKAGE = Path(mgtrain.__file__).parent
 FLOORS = [
-    ["errors", "grid", "rng", "models.options"],
-    ["recipe"],
+    ["errors", "grid", "rng", "models.options", "watchdog", "signals"],
+    ["recipe", "isolated", "manifest"],
     ["schedule"],
     ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models",
-     "datasets", "distributed", "checkpoint", "console"],
+     "datasets", "distributed", "console"],
+    ["clips.loader", "checkpoint", "rundir", "prepare", "check"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
-     "engine.mix", "clips.loader", "rundir", "prepare"],
+     "engine.mix", "engine.finite", "engine.resume", "weights"],
     ["engine.fit", "engine.record", "compare", "bench", "stats"],
     ["cli"],
     ["__main__"],

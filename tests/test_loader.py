@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from mgtrain.clips.loader import (
     BadVideos,
     Loaded,
     RandomClips,
+    Source,
     evaluation_grid,
     recalibration_batches,
     train_batches,
@@ -249,6 +254,30 @@ def test_a_data_set_of_broken_videos_stops_the_run_whatever_is_allowed(
         video.write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be decoded"):
         trained_on(tiny(f"data.root={broken}", "data.max_bad_fraction=1"))
+
+
+class KillingSource(Source):
+    """Kills the process that opens one of the videos, as a fault in FFmpeg might."""
+
+    def open(self, video: int) -> Any:
+        if self.videos.name(video).endswith("right_1.mp4"):
+            self._reading[0, 0], self._reading[0, 1] = os.getpid(), video + 1
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open(video)
+
+
+def test_a_video_that_kills_a_loader_process_is_named(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgtrain.clips.loader.Source", KillingSource)
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataError) as caught:
+        trained_on(tiny("hardware.workers=1"))
+    message = str(caught.value)
+    assert re.match(
+        r"a loader process died while it read \S+/train/right_1\.mp4; find .* with `mgtrain data check`", message
+    )
+    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_missing_videos_are_broken_videos(tiny: Callable[..., Recipe], broken: Path) -> None:

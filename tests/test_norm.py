@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from mgtrain.models.dropout import Dropout
-from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats, reset_group_stats, set_momentum
+from mgtrain.models.norm import (
+    GroupBatchNorm3d,
+    group_stats,
+    merge_group_stats,
+    put_group_stats,
+    reset_group_stats,
+    set_momentum,
+)
 from mgtrain.models.part import Part, set_part
+
+Gather = Callable[[Tensor, int], Tensor]
 
 torch.set_num_threads(1)
 GOLDEN = json.loads((Path(__file__).parent / "golden/subbn.json").read_text())
@@ -168,6 +177,53 @@ def test_ranks_together_equal_one_rank(ranks: int, groups: int):
     for made in many:
         close(made.running_mean, one.running_mean)
         close(made.running_var, one.running_var)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (8, 2)])
+def test_statistics_saved_on_some_ranks_go_on_on_others(groups: int, before: int, after: int):
+    straight = nn.Sequential(norm(Part(0, 8, 8, groups)))
+    for seed in range(4):
+        straight(batch(seed))
+    saved: list[dict[str, Tensor]] = []
+    merged: list[Tensor] = []
+
+    def trained(model: nn.Module, rank: int, ranks: int, seeds: tuple[int, int], gather: Gather) -> None:
+        share = 8 // ranks
+        model[0].part = Part(rank * share, share, 8, groups, ranks=ranks, gather=gather)
+        for seed in seeds:
+            model(batch(seed)[rank * share : (rank + 1) * share])
+
+    def first(rank: int, gather: Gather) -> None:
+        model = nn.Sequential(norm())
+        trained(model, rank, before, (0, 1), gather)
+        stats = group_stats(model, lambda x: gather(x, before))
+        assert stats["0"].shape == (groups, 2, 3)
+        if rank == 0:
+            saved.append(stats)
+
+    def second(rank: int, gather: Gather) -> None:
+        model = nn.Sequential(norm())
+        put_group_stats(model, saved[0])
+        trained(model, rank, after, (2, 3), gather)
+        merge_group_stats(model, lambda x: gather(x, after))
+        merged.append(torch.stack([model[0].running_mean, model[0].running_var]))
+
+    on_ranks(before, first)
+    on_ranks(after, second)
+    merge_group_stats(straight)
+    for stats in merged:
+        close(stats, torch.stack([straight[0].running_mean, straight[0].running_var]))
+
+
+def test_what_was_put_back_can_be_merged_before_any_step():
+    made, again = nn.Sequential(norm(Part(0, 8, 8, 4))), nn.Sequential(norm())
+    made(batch())
+    put_group_stats(again, group_stats(made))
+    merge_group_stats(made)
+    merge_group_stats(again)
+    close(again[0].running_var, made[0].running_var)
+    assert group_stats(nn.Sequential(norm())) == {}
 
 
 @pytest.mark.parametrize(("ranks", "groups"), [(1, 4), (2, 2), (2, 1), (8, 2)])

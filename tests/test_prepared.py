@@ -246,7 +246,7 @@ def test_two_processes_do_not_prepare_one_folder(root: Path, out: Path):
     write_video(root / "v.mp4", 5)
     prepared(root)
     write_video(root / "more.mp4", 5)
-    with module.Manifest(out), pytest.raises(DataError, match="is being prepared by another process"):
+    with module.PreparedManifest(out), pytest.raises(DataError, match="another process is writing to it"):
         prepared(root)
     assert verify(out, 1) == {}
     assert prepared(root).made == 1

@@ -67,7 +67,9 @@ def test_a_line_cut_short_by_a_crash_is_passed_over(tmp_path: Path) -> None:
 def test_rewinding_forgets_what_came_after_a_step(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    (tmp_path / "evals.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    (tmp_path / "evals.jsonl").write_text(
+        "".join(f'{{"step": {n}, "top1": 0.5, "train_seconds": 1}}\n' for n in (2, 3))
+    )
     run.rewind(2)
     assert [row["step"] for row in run.rows("steps.jsonl")] == [1, 2]
     assert [row["step"] for row in run.rows("evals.jsonl")] == [2]

@@ -127,11 +127,12 @@ def test_the_step_uses_its_own_learning_rate(tiny: Callable[..., Recipe]) -> Non
 def test_batchnorm_is_not_decayed(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
     model = make_model(recipe)
-    decayed, undecayed = make_optimizer(model, recipe.optim).param_groups
-    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (1e-4, 0)
+    decayed, undecayed, head = make_optimizer(model, recipe.optim).param_groups
+    assert (decayed["weight_decay"], undecayed["weight_decay"], head["weight_decay"]) == (1e-4, 0, 1e-4)
     norms = [name for name, _ in model.named_parameters() if "norm" in name or "shortcut.1" in name]
     assert len(undecayed["params"]) == len(norms)
-    assert len(decayed["params"]) + len(norms) == len(list(model.parameters()))
+    assert len(head["params"]) == 2
+    assert len(decayed["params"]) + len(norms) + 2 == len(list(model.parameters()))
 
 
 def test_the_loss_is_the_mean_over_the_clips(tiny: Callable[..., Recipe]) -> None:

@@ -13,6 +13,10 @@ What is used of a damaged video: the frames from the key frame before the clip u
 repeats. If there are none, the last frame before that decodes is used.
 
 Quarter turns of the display matrix are carried out, other matrices and the shape of pixels are ignored.
+
+What a file can do. FFmpeg is given the open file and no name, and may open nothing else, whatever a playlist or a
+reference in it says. A picture has at most `MAX_PIXELS`; a file has no more frames than bytes; of a clip's packets
+`MAX_HELD` bytes are kept in memory, and a clip of more is decoded in one go.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain, islice
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,6 +44,11 @@ from mgtrain.errors import VideoError
 
 # Demuxers of single files. Left out are those that open further files or URLs (concat, hls, dash, image2, sdp, ...).
 CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,h264,hevc,m4v,h263,obu,ivf,ogg,nut,gif,mjpeg,yuv4mpegpipe"
+
+MAX_PIXELS = 1 << 25  # of a picture: 7680 x 4320 and not much more
+MAX_HELD = 1 << 28  # bytes
+LATEST = (1 << 63) - 1  # moment that FFmpeg can be asked for
+LOOKS_BACK = 8  # key frames that are tried, one before the other, to find one shown before a clip
 
 TOGETHER = 8  # frames of a clip that are resampled in one go: half the time of one by one at small crops
 PIXELS_TOGETHER = 2**19  # of frames that are converted in one go: beyond, they leave the processor's cache
@@ -60,8 +70,11 @@ class VideoFile:
     def __init__(self, path: str | os.PathLike[str], skip_loop_filter: str = "default") -> None:
         self.path, self._skip_loop_filter = os.fspath(path), skip_loop_filter
         self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
-        self._open()
+        self.damage = ""  # what ended the decoding of all frames before their end
+        self._opened = ExitStack()
+        self._file = self._regular_file()
         try:
+            self._open()
             self.info = self._probe()
         except BaseException:
             self.close()
@@ -77,7 +90,7 @@ class VideoFile:
 
     def close(self) -> None:
         """Release the file and the decoder."""
-        self._container.close()
+        self._opened.close()
 
     @property
     def codec(self) -> str:
@@ -113,22 +126,43 @@ class VideoFile:
         if wanted and none:
             raise self._error("no frame of it can be decoded any more")
 
+    def decodable(self) -> int:
+        """How many frames can be decoded from the first on: `damage` tells if there was more."""
+        return sum(1 for _ in self._from_start())
+
+    def _regular_file(self) -> int:
+        """The file's descriptor. What is no file is not opened, and not waited for if it takes the name just then."""
+        try:
+            if stat.S_ISREG(os.stat(self.path).st_mode):
+                file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+                self._opened.callback(os.close, file)
+                if stat.S_ISREG(os.fstat(file).st_mode):
+                    return file
+        except (OSError, ValueError) as error:
+            self.close()
+            raise self._error(getattr(error, "strerror", None) or str(error)) from error
+        self.close()
+        raise self._error("not a regular file")
+
     def _open(self) -> None:
         """Open the container at its start, with one decoding thread."""
+        alone = {"fd": str(self._file), "protocol_whitelist": "fd", "format_whitelist": CONTAINERS}
+        limit = {"max_pixels": str(MAX_PIXELS)}
+        os.lseek(self._file, 0, os.SEEK_SET)
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise self._error("not a regular file")
-            self._container = av.open(
-                f"file:{self.path}", container_options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-            )
+            self._container = self._opened.enter_context(av.open("fd:", options=limit, container_options=alone))
+        except av.ArgumentError as error:
+            raise self._error("no container that is read (Invalid argument)") from error
         except (OSError, ValueError, av.FFmpegError) as error:
             raise self._error(getattr(error, "strerror", None) or str(error)) from error
         pictures = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         if not pictures or pictures[0].codec_context is None:
-            self.close()
             raise self._error("no decoder for its codec" if pictures else "no video stream")
         self._stream = pictures[0]
-        one_thread(self._stream.codec_context).options = {"skip_loop_filter": self._skip_loop_filter}
+        codec = one_thread(self._stream.codec_context)
+        if codec.width * codec.height > MAX_PIXELS:
+            raise self._error(f"pictures of {codec.width} x {codec.height} pixels, {MAX_PIXELS:,} are allowed")
+        codec.options = {"skip_loop_filter": self._skip_loop_filter, **limit}
         self._unread: Iterator[av.VideoFrame] | None = self._decode(self._container.demux(self._stream))
 
     def _error(self, cause: str) -> VideoError:
@@ -142,7 +176,7 @@ class VideoFile:
             raise self._error("no frame of it can be decoded")
         self._unread = chain([first], frames)
         rate, self._start = self._stream.average_rate or self._stream.guessed_rate, self._stream.start_time or 0
-        if not rate or not self._stream.time_base:
+        if not rate or rate < 0 or not self._stream.time_base:
             raise self._error("no frame rate")
         self._fps, self._time_base = float(rate), float(self._stream.time_base)
         self._size = first.width, first.height
@@ -163,7 +197,8 @@ class VideoFile:
                 seconds -= self._start * self._time_base
         expected = round(seconds * self._fps)
         if expected > 0:
-            return stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
+            agreed: int = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
+            return min(agreed, os.fstat(self._file).st_size)
         self._reopen()
         packets = 0
         try:
@@ -176,7 +211,7 @@ class VideoFile:
 
     def _reopen(self) -> None:
         # Streams of a closed container must not be touched again: PyAV would read memory that has been freed.
-        self.close()
+        self._container.close()
         self._open()
 
     def _from_start(self) -> Iterator[av.VideoFrame]:
@@ -191,7 +226,9 @@ class VideoFile:
         """The packets from a key frame that is shown at or before `moment`; None if there is no such place to start."""
         self._unread = None
         target = moment
-        while target >= self._start:
+        for _ in range(LOOKS_BACK):
+            if target < self._start:
+                break
             try:
                 self._container.seek(target, stream=self._stream)
                 packets = self._container.demux(self._stream)
@@ -245,10 +282,12 @@ class VideoFile:
         """Times of showing and packets, in the order of decoding, from a key frame shown at or before `first` on, with
         all that are shown up to `last`; empty if there is no place to start from."""
         span: list[tuple[int, av.Packet[av.VideoStream]]] = []
+        held = 0
         for packet in self._packets_from_key_frame(first) or ():
             if packet.size == 0 or (packet.dts is not None and packet.dts > last):
                 break  # the end, or what comes is shown later
-            if packet.pts is None or packet.dts is None:
+            held += packet.size
+            if packet.pts is None or packet.dts is None or held > MAX_HELD:
                 raise _UntimedError
             span.append((packet.pts, packet))
         return span
@@ -264,16 +303,17 @@ class VideoFile:
 
     def _moment(self, index: int) -> int:
         """The middle of frame `index`, in ticks of the stream."""
-        return self._start + int((index + 0.5) / self._fps / self._time_base)
+        return min(self._start + int((index + 0.5) / self._fps / self._time_base), LATEST)
 
     def _decode(self, packets: Iterable[av.Packet[av.VideoStream]]) -> Iterator[av.VideoFrame]:
         """Frames in the order of showing, up to the end or the first damage."""
         codec = self._stream.codec_context
+        self.damage = ""
         try:
             for packet in packets:
                 yield from decoded(codec, packet if packet.size else None)
-        except av.FFmpegError:
-            return
+        except av.FFmpegError as error:
+            self.damage = error.strerror or str(error)
 
     def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
         """Every frame that is wanted, with the rising numbers for which it stands; anew from the first if need be."""
@@ -303,7 +343,7 @@ class VideoFile:
 
 
 class _UntimedError(Exception):
-    """Timestamps are missing or do not increase."""
+    """Timestamps are missing or do not increase, or the packets are too many to be held."""
 
 
 class UnconvertibleError(Exception):

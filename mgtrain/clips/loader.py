@@ -5,21 +5,33 @@
 3. The units come back in order and are joined to this rank's share of the batch, pinned when it goes to a GPU.
 
 Workers live as long as the run: a change of shape is just another request. Since every step has about the same volume,
-memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank.
+memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank. They are forked from a
+server process that has no threads, since a fork of a process that trains may hang; what they know of the videos is in
+shared memory.
+
+A video that cannot be decoded is replaced. One that kills its worker, as a fault of FFmpeg's or a lack of memory may,
+ends the run with an error that names it: what a killed process had in hand is lost, and a step without it would not be
+the same step on another machine. `mgtrain data check` finds such videos beforehand.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import signal
+import threading
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import cut_random, cut_views
@@ -33,6 +45,7 @@ from mgtrain.grid import Grid
 from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan
+from mgtrain.signals import leave_signals_to_the_parent
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +65,13 @@ class Loaded:
 
 
 class Source:
-    """Where the videos are read: their own files, or a prepared set."""
+    """Where the videos are read: their own files, or a prepared set. It tells which ones are being decoded."""
 
     def __init__(self, videos: Videos, data: Data) -> None:
         self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
+        self._reading = torch.zeros(1, 2, dtype=torch.int64)  # of each process, its pid, and 1 + the video or 0
+        self._shared: list[Tensor] | None = None
+        self._rows = np.empty(0, np.int32)  # of the videos, in the prepared set
         self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
         if self._prepared:
             self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
@@ -66,18 +82,63 @@ class Source:
                     f"{videos.name(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
                 )
 
-    def open(self, video: int) -> VideoFile | PreparedVideo:
-        """A video, to be used as a context manager. Raises `VideoError` if it cannot be read."""
+    def share(self, workers: int) -> None:
+        """Make ready to be used by so many processes, before they start."""
+        self._reading = torch.zeros(max(1, workers), 2, dtype=torch.int64)
+        self._reading.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker is given: the arrays, which may tell of millions of videos, as shared memory."""
+        if self._shared is None:
+            self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
+            for tensor in self._shared:
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return {**self.__dict__, "videos": self.videos.without_arrays(), "_rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        *arrays, self._rows = (tensor.numpy() for tensor in state["_shared"])
+        self.videos = self.videos.with_arrays(arrays)
+
+    @contextmanager
+    def open(self, video: int) -> Iterator[VideoFile | PreparedVideo]:
+        """A video to read. Raises `VideoError` if it cannot be read."""
+        worker = get_worker_info()
+        mine = self._reading[worker.id if worker else 0]
+        mine[0], mine[1] = os.getpid(), video + 1
+        try:
+            with self._reader(video) as file:
+                yield file
+        finally:
+            mine[1] = 0
+
+    def _reader(self, video: int) -> VideoFile | PreparedVideo:
         if self._prepared:
             return self._prepared.open(int(self._rows[video]), self.videos.name(video))
         return VideoFile(self.videos.path(video), self._skip_loop_filter)
+
+    def under_way(self, pids: Container[int] | None = None) -> list[str]:
+        """The paths of the videos that are being decoded: by all processes, or by some of them."""
+        reading = [(pid, video - 1) for pid, video in self._reading.tolist() if video]
+        return [self.videos.path(video) for pid, video in reading if pids is None or pid in pids]
+
+    def lost(self, error: RuntimeError) -> DataError | None:
+        """What to say if the error is torch's word of workers that died."""
+        dead = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
+        if dead is None:
+            return None
+        paths = sorted(set(self.under_way([int(pid) for pid in dead[1].split(",")])))
+        return DataError(
+            f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
+            "`mgtrain data check` and leave them out with data.checked, or mend the lack of memory if there was any"
+        )
 
 
 class RandomClips(Dataset[Loaded]):
     """Clips cut at random; an item is a unit, a list of requests. A clip depends on its request and the seed alone."""
 
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
-        self.videos, self.source = videos, Source(videos, recipe.data)
+        self.source = Source(videos, recipe.data)
         self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
         self.mirrored = mirrored_labels(videos.classes, recipe.data.mirrored)
         # BatchNorm's statistics are to be those of clips as evaluations see them.
@@ -93,10 +154,10 @@ class RandomClips(Dataset[Loaded]):
                 try:
                     clip, flipped = self._cut(video, request)
                 except VideoError as error:
-                    bad.append((self.videos.path(video), str(error)))
+                    bad.append((self.source.videos.path(video), str(error)))
                 else:
                     clips[i] = torch.from_numpy(rand_augment(clip, self.augment, self.seed, request.position))
-                    label = self.videos.label(video)
+                    label = self.source.videos.label(video)
                     labels[i] = self.mirrored[label] if flipped else label
                     break
             else:
@@ -108,7 +169,7 @@ class RandomClips(Dataset[Loaded]):
         yield request.video
         for attempt in range(REPLACEMENTS):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
-            yield int(rng.integers(len(self.videos)))
+            yield int(rng.integers(len(self.source.videos)))
 
     def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, bool]:
         """The clip, uint8 (T, S, S, 3), and whether it is flipped."""
@@ -129,7 +190,7 @@ class ViewClips(Dataset[Loaded]):
     """All views of each video, for evaluation; an item is a unit, a list of video numbers. Broken ones are left out."""
 
     def __init__(self, videos: Videos, recipe: Recipe, times: int, crops: int) -> None:
-        self.videos, self.source = videos, Source(videos, recipe.data)
+        self.source = Source(videos, recipe.data)
         self.grid, self.times, self.crops, self.fps = evaluation_grid(recipe), times, crops, recipe.clip.fps
 
     def __getitem__(self, unit: Sequence[int]) -> Loaded:
@@ -141,9 +202,9 @@ class ViewClips(Dataset[Loaded]):
                 with self.source.open(video) as file:
                     cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.fps)
                     views.extend(file.read(cuts))
-                labels.append(self.videos.label(video))
+                labels.append(self.source.videos.label(video))
             except VideoError as error:
-                bad.append((self.videos.path(video), str(error)))
+                bad.append((self.source.videos.path(video), str(error)))
         shape = (self.grid.frames, self.grid.crop, self.grid.crop, 3)
         clips = np.stack(views) if views else np.zeros((0, *shape), np.uint8)  # (videos * times * crops, T, S, S, 3)
         return Loaded(torch.from_numpy(clips), torch.tensor(labels, dtype=torch.int64), tuple(bad))
@@ -166,7 +227,7 @@ class BadVideos:
             raise DataError(
                 f"{len(self.causes)} of {self.videos} videos cannot be decoded, more than data.max_bad_fraction "
                 f"{self.max_fraction:g} allows; mend the paths or files named in the log (the last: "
-                f"{next(reversed(self.causes.values()))}), or raise it"
+                f"{next(reversed(self.causes.values()))}), leave them out with `mgtrain data check`, or raise it"
             )
 
 
@@ -224,10 +285,11 @@ def worker_count(recipe: Recipe, world: World) -> int:
 
 
 def batches_of(
-    dataset: Dataset[Loaded], steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
+    dataset: RandomClips | ViewClips, steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load each step's items in units, and join the units again."""
     workers = worker_count(recipe, world)
+    dataset.source.share(workers)
     pieces = UNITS_PER_WORKER * max(1, workers)
     lengths: list[int] = []  # units of the steps that are under way, filled by `units` as the workers ask for more
 
@@ -246,15 +308,34 @@ def batches_of(
         collate_fn=_as_is,
         prefetch_factor=UNITS_PER_WORKER * STEPS_AHEAD if workers else None,
         worker_init_fn=_start_worker if workers else None,
+        multiprocessing_context=_server() if workers else None,
     )
     joined: list[Loaded] = []
-    for loaded in loader:
-        bad.add(loaded)
-        joined.append(loaded)
-        if len(joined) == lengths[0]:
-            del lengths[0]
-            yield _join(joined, world)
-            joined = []
+    with world.watchdog.looking_at(dataset.source.under_way):
+        for loaded in _units_of(loader, dataset.source):
+            world.watchdog.beat()
+            bad.add(loaded)
+            joined.append(loaded)
+            if len(joined) == lengths[0]:
+                del lengths[0]
+                yield _join(joined, world)
+                joined = []
+
+
+def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
+    """What the loader gives. Raises `DataError`, which names the video, if a worker dies."""
+    of_child = signal.getsignal(signal.SIGCHLD)
+    units = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise its error wherever the main thread happens to be; without it, it raises it here.
+        signal.signal(signal.SIGCHLD, of_child)
+    try:
+        yield from units
+    except RuntimeError as error:
+        lost = source.lost(error)
+        if lost is None:
+            raise
+        raise lost from None
 
 
 def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
@@ -276,9 +357,26 @@ def _transfer(clips: Tensor, labels: Tensor, device: torch.device) -> tuple[Tens
     return clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
+def _server() -> BaseContext:
+    """Forks workers from a process that has done nothing but import this module."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _end_with_the_run() -> None:
+    """A killed run cannot end its workers, and the server that has forked them lives as long as they do."""
+    run = parent_process()
+    assert run is not None, "a worker has a parent"
+    run.join()
+    os._exit(1)
+
+
 def _as_is(loaded: Any) -> Any:
     return loaded
 
 
 def _start_worker(_: int) -> None:
+    leave_signals_to_the_parent()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     torch.set_num_threads(1)

@@ -12,7 +12,6 @@ frames: what a clip costs shrinks with its grid, as the network's work does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +22,12 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from pydantic import TypeAdapter, ValidationError
 
 from mgtrain.clips.cut import Cut, VideoInfo
 from mgtrain.clips.decode import Clip, UnconvertibleError, box_around, converted, decoded, one_thread
 from mgtrain.errors import DataError, VideoError
+from mgtrain.manifest import key_of
 
 SCHEMA = "mgtrain.prepared/1"
 EVERY_HEADER = bytes((1, 100, 0, 40, 0xFF, 0xE0, 0))  # avcC without parameter sets: each frame brings its own
@@ -48,11 +49,6 @@ def row_type(levels: int) -> np.dtype:
     return np.dtype([("key", "<u8"), *original, ("stored", "<i4"), ("levels", level, (levels,))])
 
 
-def key_of(relative: str) -> int:
-    """The number under which a path, relative to the data's root, is found in the index."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(relative), digest_size=8).digest(), "little")
-
-
 def level_path(folder: Path, level: int, relative: str) -> Path:
     """The file of a video at a level."""
     return folder / str(level) / f"{relative}.mp4"
@@ -67,12 +63,16 @@ def read_settings(folder: Path) -> Settings:
     file = folder / "prepared.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{file}: cannot be read: {cause}; make the set with `mgtrain data prepare`") from None
-    if facts.get("schema") != SCHEMA:
-        raise DataError(f"{file}: is {facts.get('schema')!r}, this mgtrain reads {SCHEMA!r}; prepare the set anew")
-    return Settings(tuple(facts["levels"]), facts["quality"], facts["fps"])
+    schema = facts.pop("schema", None) if isinstance(facts, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{file}: is {schema!r}, this mgtrain reads {SCHEMA!r}; prepare the set anew")
+    try:
+        return TypeAdapter(Settings).validate_python(facts)
+    except ValidationError as error:
+        raise DataError(f"{file}: is damaged: {error.errors()[0]['msg']}; prepare the set anew") from None
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -82,6 +82,21 @@ def write_settings(folder: Path, settings: Settings) -> None:
     (folder / "prepared.json").write_text(text, encoding="utf-8")
 
 
+def read_index(folder: Path, settings: Settings) -> np.ndarray:
+    """`index.npy`, mapped into memory: `row_type` (N,).
+
+    Raises:
+        DataError: there is none, or it is one of something else.
+    """
+    try:
+        rows = np.load(folder / "index.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype != row_type(len(settings.levels)) or rows.shape < (1,):
+        raise DataError(f"{folder / 'index.npy'}: is no index of these levels; prepare the set anew")
+    return rows
+
+
 class PreparedSet:
     """A prepared folder, open for reading. Costs a process no memory to speak of, however many videos there are."""
 
@@ -89,8 +104,8 @@ class PreparedSet:
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         self.enlarge = enlarge
+        self._rows = read_index(self.folder, self.settings)
         try:
-            self._rows = np.load(self.folder / "index.npy", mmap_mode="r")
             self._offsets = np.memmap(self.folder / "offsets.bin", np.uint32, mode="r")
         except (OSError, ValueError):
             raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
@@ -120,7 +135,7 @@ class PreparedVideo:
     def __init__(self, prepared: PreparedSet, row: np.void, relative: str) -> None:
         self._set, self._row, self._relative = prepared, row, relative
         self.info = VideoInfo(int(row["frames"]), float(row["fps"]), int(row["width"]), int(row["height"]))
-        if not self.info.frames:
+        if min(self.info.frames, self.info.width, self.info.height) < 1 or not self.info.fps > 0:
             raise VideoError(f"{relative}: could not be prepared; {prepared.folder / 'videos.jsonl'} says why")
 
     def __enter__(self) -> PreparedVideo:
@@ -170,7 +185,10 @@ class PreparedVideo:
 
         def frames(file: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
             for index in sorted({index for cut in cuts for index in cut.frames}):
-                frame = decoder.frame(read_bytes(file, *self._set.offsets(start, index)))
+                try:
+                    frame = decoder.frame(read_bytes(file, *self._set.offsets(start, index)))
+                except (IndexError, OSError, OverflowError, MemoryError):  # an index of something else
+                    frame = None
                 if frame is None:
                     raise VideoError(f"{path}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
                 yield frame, (index,)

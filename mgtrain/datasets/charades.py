@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgtrain.datasets.videos import Finder, Videos, check_exists, read_lines
+from mgtrain.datasets.videos import Finder, Table, Videos, check_exists, read_lines
 from mgtrain.errors import DataError
 
 CLASSES = 157
@@ -24,16 +24,16 @@ def read_charades(root: str, source: str, classes: Sequence[str] | None) -> Vide
     listing = Path(root, source)
     check_exists(Path(root), "folder of videos")
     check_exists(listing, "Charades CSV")
-    rows = csv.DictReader(read_lines(listing))
-    absent = [column for column in ("id", "actions") if column not in (rows.fieldnames or ())]
+    table = Table(listing)
+    absent = [column for column in ("id", "actions") if column not in table.columns]
     if absent:
         raise DataError(f"{listing}:1: no column {absent[0]!r}; use the Charades_v1_*.csv as they are published")
     names = tuple(classes or _read_classes(listing))
     finder = Finder(root)
     found = []
-    for row in rows:
-        actions = (row["actions"] or "").split(";")
-        labels = {_number(action, len(names), f"{listing}:{rows.line_num}") for action in actions if action.strip()}
+    for line, row in table:
+        actions = row["actions"].split(";")
+        labels = {_number(action, len(names), f"{listing}:{line}") for action in actions if action.strip()}
         file = finder.find(row["id"], FOLDERS)
         if file is not None:
             found.append((file, tuple(sorted(labels))))
@@ -47,7 +47,7 @@ def read_charades(root: str, source: str, classes: Sequence[str] | None) -> Vide
 def _number(action: str, classes: int, where: str) -> int:
     """The class of an action such as `c092 11.90 21.20`."""
     code = action.split()[0]
-    number = int(code[1:]) if code[0] == "c" and code[1:].isdecimal() else classes
+    number = int(code[1:]) if re.fullmatch("c[0-9]{1,9}", code) else classes
     if number >= classes:
         raise DataError(f"{where}: {code!r} is no class; it has to be c000 to c{classes - 1:03}")
     return number

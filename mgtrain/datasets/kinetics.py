@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgtrain.datasets.videos import Finder, Videos, check_exists, read_lines
+from mgtrain.datasets.videos import Finder, Table, Videos, check_exists
 from mgtrain.errors import DataError
 
 REPLACEMENTS = os.path.join("replacement", "replacement_for_corrupted_k400")  # as the CVDF's scripts unpack it
@@ -26,19 +25,22 @@ def read_kinetics(root: str, source: str, classes: Sequence[str] | None) -> Vide
     listing = Path(root, source)
     check_exists(Path(root), "folder of videos")
     check_exists(listing, "Kinetics CSV")
-    rows = csv.DictReader(read_lines(listing))
-    absent = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
+    table = Table(listing)
+    absent = [column for column in COLUMNS if column not in table.columns]
     if absent:
         raise DataError(f"{listing}:1: no column {absent[0]!r}; the first line has to be {','.join(COLUMNS)}")
 
     clips = []  # (where, label, split, name of the file without suffix)
-    for row in rows:
-        where = f"{listing}:{rows.line_num}"
+    for line, row in table:
+        where = f"{listing}:{line}"
         try:
-            times = f"{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
-        except (TypeError, ValueError):
+            times = f"{_six_digits(row['time_start'])}_{_six_digits(row['time_end'])}"
+        except ValueError:
             times = f"{row['time_start']!r} and {row['time_end']!r}"
             raise DataError(f"{where}: the times {times} are no numbers of seconds; mend this line") from None
+        for name in (row["label"], row["split"]):
+            if os.path.isabs(name) or os.pardir in name.split(os.sep):
+                raise DataError(f"{where}: {name!r} leads out of {root}; it has to be a name within it")
         clips.append((where, row["label"], row["split"], f"{row['youtube_id']}_{times}"))
     if not clips:
         raise DataError(f"{listing}: no row in it; it has to list videos, one per line")
@@ -63,3 +65,10 @@ def _folders(label: str, split: str, stem: str) -> list[str]:
     labels = dict.fromkeys((label, label.replace(" ", "_")))
     splits = dict.fromkeys((split, stem))
     return [REPLACEMENTS, *(os.path.join(s, f) for s in splits for f in labels), *splits, *labels, ""]
+
+
+def _six_digits(seconds: str) -> str:
+    """A time as the names of files have it; `ValueError` if it cannot be written like this."""
+    if not 0 <= float(seconds) < 1e6:
+        raise ValueError
+    return f"{int(float(seconds)):06d}"

@@ -7,19 +7,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mgtrain.datasets.videos import Videos, check_exists, read_lines
+from mgtrain.datasets.videos import Videos, check_exists, leaves_root, read_lines
 from mgtrain.errors import DataError, UsageError
 
 NO_LABEL = "-"
+MOST_CLASSES = 1_000_000
 
 
-def read_list(root: str, source: str, classes: Sequence[str] | None) -> Videos:
+def read_list(root: str, source: str, classes: Sequence[str] | None, outside_root: bool = False) -> Videos:
     """The videos of the text file `source`: one `path label` or `path,label` per line, paths relative to `root`.
 
     The label is the last field, so paths may hold spaces and commas. It is the number of a class, or its name where
     `classes` are given; without them the classes are the numbers up to the largest. Several labels of one video are
     joined by semicolons (`3;17`), a dash stands for none, and either makes the set multi-label. Empty lines and lines
     that start with # are skipped. The videos themselves are not looked for.
+
+    A path that leads out of the root by its words (`..`, or absolute) is refused unless `outside_root`. Links are not
+    looked at, so a root full of links to other disks is as good as any.
     """
     listing = Path(root, source)
     check_exists(Path(root), "folder of videos")
@@ -36,7 +40,7 @@ def read_list(root: str, source: str, classes: Sequence[str] | None) -> Videos:
         path, text = _split(line, separator)
         if text not in meaning or not path:
             meaning[text] = _parse_label(line, path, text, numbers, f"{listing}:{number}")
-        path = _inside(path, root, listing, number)
+        path = _within(path, root, f"{listing}:{number}", outside_root)
         label = meaning[text]
         row = row_of.setdefault(path, len(rows))
         rows.append((path, label, number))
@@ -63,11 +67,11 @@ def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]])
     texts = {f"{name}.csv": _text(videos, rows) for name, (videos, rows) in lists.items()}
     classes = next(iter(lists.values()))[0].classes
     texts["classes.txt"] = "".join(f"{name}\n" for name in classes)
-    for name, text in texts.items():
-        path = folder / name
-        if path.exists() and path.read_bytes() != text.encode():
-            raise UsageError(f"{path}: is there already and would change; remove it, or choose another folder")
     try:
+        for name, text in texts.items():
+            path = folder / name
+            if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+                raise UsageError(f"{path}: is there already and would change; remove it, or choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
@@ -85,7 +89,7 @@ def _text(videos: Videos, rows: Iterable[int]) -> str:
     for row in rows:
         name = videos.name(row)
         path = f"./{name}" if name[0] in "# " else name
-        if path != path.rstrip() or re.search(r"[\r\n\udc80-\udcff]", path) or path.startswith(os.pardir + os.sep):
+        if path != path.rstrip() or re.search(r"[\r\n\udc80-\udcff]", path) or leaves_root(path):
             raise DataError(
                 f"{videos.path(row)!r}: a list cannot hold this path; it has to be UTF-8, within {videos.root}, "
                 "without line breaks and spaces at its end; rename the file"
@@ -105,9 +109,9 @@ def _parse_label(line: str, path: str, text: str, numbers: dict[str, int], where
         raise DataError(f"{where}: {line!r} does not end in a label; write `path label`, the label being {allowed}")
     known = [label for label in labels if label is not None]
     for label in known:
-        if label < 0 or (numbers and label >= len(numbers)):
-            highest = f"0 to {len(numbers) - 1}" if numbers else "0 or more"
-            raise DataError(f"{where}: label {label} is out of range; it has to be {highest}")
+        if not 0 <= label < (len(numbers) or MOST_CLASSES):
+            allowed = f"0 to {(len(numbers) or MOST_CLASSES) - 1}"
+            raise DataError(f"{where}: label {label} is out of range; it has to be {allowed}")
     return known[0] if len(known) == 1 else tuple(sorted(set(known)))
 
 
@@ -116,7 +120,7 @@ def _each(label: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.removeprefix("-").isdigit()
+    return text.isascii() and text.removeprefix("-").isdigit() and len(text) < 10
 
 
 def _split(line: str, separator: str | None) -> tuple[str, str]:
@@ -135,14 +139,15 @@ def _separator(lines: list[str], numbers: dict[str, int]) -> str | None:
     return "," if any("," in line for line in lines) and valid(",") >= valid(None) else None
 
 
-def _inside(path: str, root: str, listing: Path, number: int) -> str:
-    """The path relative to the root; `DataError` if it leads out of it. Links are not followed."""
+def _within(path: str, root: str, where: str, outside_root: bool) -> str:
+    """The path relative to the root; `DataError` if it leads out of it and that is not allowed."""
     if path[0] not in "./" and os.path.normpath(path) == path:
         return path  # the short way: there may be a million
     absolute_root = os.path.abspath(root)
     relative = os.path.relpath(os.path.join(absolute_root, path), absolute_root)
-    if relative == os.pardir or relative.startswith(os.pardir + os.sep):
+    if leaves_root(relative) and not outside_root:
         raise DataError(
-            f"{listing}:{number}: {path!r} is outside of {root}; set the root to a folder that holds all videos"
+            f"{where}: {path!r} is outside of {root}; set data.root to a folder that holds all videos, "
+            "or allow it with data.outside_root=true"
         )
     return relative

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgtrain.datasets.videos import Finder, Videos, check_exists
+from mgtrain.datasets.videos import Finder, Videos, check_exists, read_file
 from mgtrain.errors import DataError
 
 FOLDERS = ("20bn-something-something-v2", "videos", "")  # relative to the root
@@ -61,7 +61,7 @@ def _read_classes(listing: Path) -> list[str]:
     try:
         names = sorted(numbers, key=lambda name: int(numbers[name]))
         complete = [int(numbers[name]) for name in names] == list(range(len(names)))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         complete = False
     if not complete:
         raise DataError(
@@ -72,6 +72,6 @@ def _read_classes(listing: Path) -> list[str]:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        return json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}; get the file anew") from None

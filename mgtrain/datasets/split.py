@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from mgtrain.datasets.videos import EXAMPLES, Videos, check_exists, read_lines
+from mgtrain.datasets.videos import EXAMPLES, Table, Videos, check_exists
 from mgtrain.errors import DataError
 from mgtrain.rng import Draw, generator
 
@@ -89,14 +88,14 @@ def _parts(videos: Videos, shares: np.ndarray, seed: int, groups: np.ndarray | N
 def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
     """The group of each video, numbered from 0: int64 (N,), out of a CSV with the columns `path` and `column`."""
     check_exists(path, "CSV of groups")
-    rows = csv.DictReader(read_lines(path))
+    table = Table(path)
     for wanted, option in (("path", ""), (column, ", or name another with --by")):
-        if wanted not in (rows.fieldnames or ()):
-            there = ", ".join(map(repr, rows.fieldnames or ())) or "none"
+        if wanted not in table.columns:
+            there = ", ".join(map(repr, table.columns)) or "none"
             raise DataError(
                 f"{path}:1: no column {wanted!r}, but {there}; give the columns names in the first line{option}"
             )
-    group_of = {os.path.normpath(row["path"]): row[column] for row in rows if row["path"] and row[column]}
+    group_of = {os.path.normpath(row["path"]): row[column] for _, row in table if row["path"] and row[column]}
     names = [videos.name(i) for i in range(len(videos))]
     lacking = [name for name in names if name not in group_of]
     if lacking:

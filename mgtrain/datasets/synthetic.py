@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def synthesize(
     made = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
     record = root / "synthetic.json"  # written last: it says that the set is complete
     if record.exists():
-        if json.loads(record.read_text()) == made:
-            return
+        with suppress(ValueError, RecursionError):
+            if json.loads(record.read_text()) == made:
+                return
         raise DataError(f"{root}: holds another synthetic set; remove it or choose another folder")
 
     done, total = 0, sum(counts.values()) * len(classes)

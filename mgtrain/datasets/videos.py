@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mgtrain.errors import DataError
 
 EXAMPLES = 3  # names that a report gives of whatever it counts
+MOST_BYTES = 1 << 32  # of a file of annotations
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,12 +43,13 @@ class Videos:
     classes: tuple[str, ...]
     missing: int
     missing_names: tuple[str, ...]  # the first few
-    _paths: bytes = field(repr=False)  # relative to the root, one after the other
+    _paths: np.ndarray = field(repr=False)  # uint8: bytes, relative to the root, one after the other
     _ends: np.ndarray = field(repr=False)  # int64 (N,): where each path ends in `_paths`
     _labels: np.ndarray = field(repr=False)  # int32 (N,), or all labels of all videos, one after the other
     _label_ends: np.ndarray | None = field(
         repr=False
     )  # int64 (N,): where each video's end in `_labels`; None: one each
+    left_out: tuple[tuple[str, int], ...] = ()  # why videos were left out, and how many
 
     @classmethod
     def of(
@@ -69,11 +76,26 @@ class Videos:
             tuple(classes),
             missing,
             tuple(missing_names[:EXAMPLES]),
-            bytes(paths),
+            np.frombuffer(bytes(paths), np.uint8),
             np.array(ends, np.int64),
             np.array(labels, np.int32),
             np.array(label_ends, np.int64) if multi else None,
         )
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that grows with the number of videos."""
+        arrays = (self._paths, self._ends, self._labels, self._label_ends)
+        return [array for array in arrays if array is not None]
+
+    def without_arrays(self) -> Videos:
+        """The rest, to be given `with_arrays` what `arrays` gave."""
+        none = np.empty(0, np.uint8)
+        return replace(self, _paths=none, _ends=none, _labels=none, _label_ends=None)
+
+    def with_arrays(self, arrays: Sequence[np.ndarray]) -> Videos:
+        """These videos, told of by other arrays of the same contents, such as ones in shared memory."""
+        paths, ends, labels, *label_ends = arrays
+        return replace(self, _paths=paths, _ends=ends, _labels=labels, _label_ends=next(iter(label_ends), None))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -82,7 +104,7 @@ class Videos:
         """The path of a video within the root."""
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._paths[start : int(self._ends[index])])
+        return os.fsdecode(self._paths[start : int(self._ends[index])].tobytes())
 
     def path(self, index: int) -> str:
         """The path of a video, with the root."""
@@ -106,6 +128,36 @@ class Videos:
         start = int(self._label_ends[index - 1]) if index else 0
         return tuple(self._labels[start : int(self._label_ends[index])].tolist())
 
+    def only(self, chosen: np.ndarray, left_out: tuple[tuple[str, int], ...]) -> Videos:
+        """The videos where `chosen`, bool (N,), is true, in their order; the others are `left_out`.
+
+        >>> videos = Videos.of("", [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 1)], classes=("cat", "dog"))
+        >>> few = videos.only(np.array([True, False, True]), left_out=(("corrupt", 1),))
+        >>> [(few.name(n), few.label(n)) for n in range(len(few))]
+        [('a.mp4', 1), ('c.mp4', 1)]
+        """
+
+        def picked(data: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            lengths = np.diff(ends, prepend=0)
+            return data[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen])
+
+        paths, ends = picked(self._paths, self._ends)
+        one_each = np.arange(1, len(self) + 1)
+        labels, label_ends = picked(self._labels, one_each if self._label_ends is None else self._label_ends)
+        return replace(
+            self,
+            _paths=paths,
+            _ends=ends,
+            _labels=labels,
+            _label_ends=None if self._label_ends is None else label_ends,
+            left_out=left_out,
+        )
+
+    @property
+    def left_out_words(self) -> str:
+        """How many videos were left out, and why: `3 left out (2 corrupt, 1 missing)`."""
+        return f"{sum(n for _, n in self.left_out)} left out ({', '.join(f'{n} {why}' for why, n in self.left_out)})"
+
     @property
     def videos_per_class(self) -> np.ndarray:
         """How many videos have each class: int64 (classes,)."""
@@ -114,13 +166,18 @@ class Videos:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with any path (within the root), label, class, or their order."""
-        digest = hashlib.sha256(self._paths)
+        digest = hashlib.sha256(self._paths.data)
         digest.update(self._ends.astype("<i8").tobytes())
         digest.update(self._labels.astype("<i4").tobytes())
         if self._label_ends is not None:
             digest.update(self._label_ends.astype("<i8").tobytes())
         digest.update("\0".join(self.classes).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def identity(self) -> str:
+        """How many videos there are, and their fingerprint."""
+        return f"{len(self)} ({self.fingerprint})"
 
 
 class Finder:
@@ -161,8 +218,10 @@ def _files(folder: str) -> dict[str, str]:
     try:
         with os.scandir(folder) as entries:
             return {os.path.splitext(entry.name)[0]: entry.name for entry in entries if not entry.name.startswith(".")}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return {}
+        raise
 
 
 def printable(name: str) -> str:
@@ -172,6 +231,15 @@ def printable(name: str) -> str:
     a b.mp4 'a\\nb.mp4'
     """
     return name if name.isprintable() else repr(name)
+
+
+def leaves_root(relative: str) -> bool:
+    """Whether a normal path, relative to the root, leads out of it.
+
+    >>> leaves_root("../a.mp4"), leaves_root("..a.mp4")
+    (True, False)
+    """
+    return relative == os.pardir or relative.startswith(os.pardir + os.sep)
 
 
 def mirrored_labels(classes: Sequence[str], pairs: Iterable[tuple[str | int, str | int]]) -> tuple[int, ...]:
@@ -207,12 +275,45 @@ def check_exists(path: Path, kind: str) -> None:
     raise DataError(f"{path}: no such {kind}; {there}")
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file; whatever else has a name (a folder, a pipe, a device) is refused."""
+    if not path.is_file():
+        raise DataError(f"{path}: is no file; name one")
+    if path.stat().st_size > MOST_BYTES:
+        raise DataError(f"{path}: is larger than {MOST_BYTES >> 30} GiB, so it is no annotation; name another file")
+    return path.read_bytes()
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, with or without a byte order mark."""
     lines = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+    content = read_file(path).removeprefix(b"\xef\xbb\xbf")
+    if b"\0" in content:
+        raise DataError(
+            f"{path}:{content[: content.index(0)].count(10) + 1}: has a zero byte; it has to be a text file"
+        )
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             lines.append(line.decode())
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     return lines
+
+
+class Table:
+    """The rows of a CSV: its `columns`, and by iteration each line's number and cells by column, empty if not there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows = csv.DictReader(read_lines(path), restval="")
+        self.columns: Sequence[str] = self._read(lambda: self._rows.fieldnames or ())
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        while (row := self._read(lambda: next(self._rows, None))) is not None:
+            yield self._rows.line_num, row
+
+    def _read(self, what: Callable[[], Result]) -> Result:
+        try:
+            return what()
+        except csv.Error as error:
+            raise DataError(f"{self._path}:{self._rows.line_num}: not a valid CSV: {error}; mend this line") from None

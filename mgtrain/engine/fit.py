@@ -5,37 +5,46 @@ The only things that change during a run are the model, the optimizer, the scale
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from mgtrain.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint
+from mgtrain.checkpoint import CheckpointInfo
 from mgtrain.clips.loader import BadVideos, recalibration_batches, train_batches, view_batches
+from mgtrain.clips.prepared import PreparedSet
 from mgtrain.console import TrainProgress
 from mgtrain.datasets import open_splits
 from mgtrain.datasets.videos import Videos, mirrored_labels
-from mgtrain.distributed import World, replicate
+from mgtrain.distributed import Agreement, World, replicate
 from mgtrain.engine.checks import check_micro_batches, check_precision, check_shapes, make_model
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.evaluate import Scores, evaluate
+from mgtrain.engine.finite import NonFiniteSteps, refuse_or_report
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.recalibrate import recalibrate_bn
 from mgtrain.engine.record import describe_run, log_evaluation, log_step
+from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
+from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
-from mgtrain.errors import CheckpointError, DataError
+from mgtrain.errors import DataError, StoppedError
 from mgtrain.models.norm import merge_group_stats
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, seed_of
 from mgtrain.rundir import RunDir
-from mgtrain.schedule import check_world, make_plan
+from mgtrain.schedule import Step, check_world, make_plan
+from mgtrain.signals import StopRequest
+from mgtrain.weights.load import start_from
 
-log = logging.getLogger(__name__)
 
-
-def fit(recipe: Recipe, run: RunDir, world: World, resume: bool = False, baseline: RunDir | None = None) -> Scores:
+def fit(
+    recipe: Recipe,
+    run: RunDir,
+    world: World,
+    resume: bool = False,
+    baseline: RunDir | None = None,
+    allow_changes: bool = False,
+) -> Scores:
     """Train a recipe from its first step, or from the run's newest checkpoint, to its last; returns the final scores.
 
     Raises:
@@ -50,40 +59,60 @@ def fit(recipe: Recipe, run: RunDir, world: World, resume: bool = False, baselin
 
     torch.manual_seed(seed_of(recipe.seed, Draw.INIT))
     model = to_device(make_model(recipe), recipe, world)
-    optimizer = make_optimizer(model, recipe.optim)
+    start_from(model, recipe.init, fresh=not (resume and run.checkpoints()))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.hardware.precision == "fp16")
-    state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.fingerprint)
-    if resume and run.checkpoints():
-        state = restore(run.checkpoints()[-1], state, model, optimizer, scaler)
+    learner = Learner(model, make_optimizer(model, recipe.optim), scaler)
+    state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.identity, val.identity)
+    if resume:
+        state = resume_run(run, state, learner, recipe, world, allow_changes)
     describe_run(run, recipe, plan, flops, train, val, world)
     run.rewind(state.step)
 
     replica = replicate(model, world)
-    recalibrates = recipe.evaluation.recalibration_batches > 0
     milestones = set(plan.milestones(recipe.evaluation.per_phase))
-    bad = BadVideos(len(train), recipe.data.max_bad_fraction)
-    batches = train_batches(train, recipe, plan, state.step, world, bad)
-    clock, scores = Clock(state.train_seconds, state.data_seconds), None
-    with TrainProgress(plan, state.step, shown=world.main) as progress:
-        for step in plan.steps(state.step):
-            clips, labels = clock.wait_for(batches)  # uint8 (b, 3, T, S, S), int64 (b,)
-            result = train_step(replica, optimizer, scaler, clips, labels, step, recipe, world)
-            done = step.index + 1
-            if done % recipe.logging.steps == 0 or done in milestones:
-                log_step(run, step, result, clock, progress, world)
-            progress.time(step, clock.lap())
+    batches = train_batches(train, recipe, plan, state.step, world, BadVideos(len(train), recipe.data.max_bad_fraction))
+    clock, scores, bad = Clock(state.train_seconds, state.data_seconds), None, NonFiniteSteps()
+    any_rank = Agreement(world)
 
+    def saved(now: CheckpointInfo) -> CheckpointInfo:
+        with clock.paused():
+            now = replace(now, train_seconds=clock.train_seconds, data_seconds=clock.data_seconds)
+            save(run, now, learner, recipe, world)
+        return now
+
+    def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
+        with clock.paused():
+            scores = recalibrate_and_evaluate(model, train, val, recipe, world)
+        log_evaluation(run, step, plan, scores, clock, baseline)
+        recalibrated = recipe.evaluation.recalibration_batches > 0
+        return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
+
+    with StopRequest() as asked, TrainProgress(plan, state.step, shown=world.main) as progress:
+        if state.step in milestones and not state.evaluated:  # it was stopped between the two
+            scores, state = evaluated(plan[state.step - 1])
+        for step in plan.steps(state.step):
+            stops = any_rank(asked.signal is not None)
+            clips, labels = clock.wait_for(batches)  # uint8 (b, 3, T, S, S), int64 (b,)
+            result = train_step(replica, learner.optimizer, scaler, clips, labels, step, recipe, world)
+            done = step.index + 1
+            logs = done % recipe.logging.steps == 0 or done in milestones
+            saves = done % recipe.logging.checkpoint_steps == 0 or done in milestones or stops
+            bad.add(step, result.bad)
+            if logs:
+                log_step(run, step, result, clock, progress, world)
+            if (logs or saves) and (left_out := bad.take()):
+                refuse_or_report(left_out, state.left_out, run, recipe, plan, train)
+                state = replace(state, left_out=state.left_out + len(left_out))
+                if recipe.faults.non_finite == "rollback" and (good := newest_checkpoint(run, world)):
+                    put_back(good, learner)
+            progress.time(step, clock.lap())
+            world.watchdog.beat()
+            if saves:
+                state = saved(replace(state, step=done, evaluated=False, recalibrated=False))
+            if stops and done < len(plan):
+                raise StoppedError(f"stopped as asked after step {done} of {len(plan)}, saved; go on with --resume")
             if done in milestones:
-                with clock.paused():
-                    scores = recalibrate_and_evaluate(model, train, val, recipe, world)
-                log_evaluation(run, step, plan, scores, clock, baseline)
-            if done in milestones or done % recipe.logging.checkpoint_steps == 0:
-                with clock.paused():
-                    merge_group_stats(model, world.gather)
-                    state = replace(state, step=done, recalibrated=done in milestones and recalibrates)
-                    state = replace(state, train_seconds=clock.train_seconds, data_seconds=clock.data_seconds)
-                    save(run, state, model, optimizer, scaler, recipe)
-                    world.barrier()
+                scores, state = evaluated(step)
     run.close()
     return scores or recalibrate_and_evaluate(model, train, val, recipe, world)
 
@@ -98,6 +127,8 @@ def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
                 "use lists with one label per video"
             )
     mirrored_labels(splits["train"].classes, recipe.data.mirrored)  # refuses what is no class
+    if recipe.data.prepared:
+        PreparedSet(recipe.data.prepared)  # refuses what is no prepared set
     return splits["train"], splits["val"]
 
 
@@ -121,40 +152,3 @@ def recalibrate_and_evaluate(
     bad = BadVideos(len(val), recipe.data.max_bad_fraction)
     times, crops = views
     return evaluate(model, view_batches(val, recipe, times, crops, world, bad), times * crops, recipe, world)
-
-
-def restore(
-    path: Path, fresh: CheckpointInfo, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> CheckpointInfo:
-    """Put a checkpoint's state back; returns what it belongs to.
-
-    Raises:
-        CheckpointError: it was made from another recipe or other videos than `fresh` describes.
-    """
-    info = read_info(path)
-    if info.plan != fresh.plan or info.data != fresh.data:
-        what = "training videos" if info.data != fresh.data else "schedule"
-        raise CheckpointError(
-            f"{path}: was saved by a run with another {what} than now; "
-            "resume with the recipe and the data of its recipe.yaml and data.json, or start a new run with --name"
-        )
-    load_model(path, model)
-    load_optimizer(path, model, optimizer)
-    scaler.load_state_dict(info.scaler)
-    log.info("resumed after step %d from %s", info.step, path)
-    return replace(info, recipe=fresh.recipe)
-
-
-def save(
-    run: RunDir,
-    state: CheckpointInfo,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    recipe: Recipe,
-) -> None:
-    """Write a checkpoint, and delete those that are neither new nor the best evaluated."""
-    if run.writes:
-        save_checkpoint(run.checkpoint_path(state.step), model, optimizer, replace(state, scaler=scaler.state_dict()))
-        best = max(run.rows("evals.jsonl"), key=lambda row: row["top1"], default={"step": 0})
-        run.prune(recipe.logging.keep_checkpoints, also=[run.checkpoint_path(best["step"])])

@@ -24,7 +24,6 @@ from mgtrain.distributed import World
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.step import StepResult
-from mgtrain.errors import NonFiniteError
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
 from mgtrain.rundir import RunDir, speedup_at_equal_accuracy
@@ -38,25 +37,27 @@ def describe_run(
 ) -> None:
     """Write down what the run is: recipe, plan, data and environment."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
-    run.write("recipe.yaml", recipe.to_yaml())
-    run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
-    run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
-    run.write("env.json", environment(recipe, world))
+    files: dict[str, dict[str, Any] | str] = {
+        "recipe.yaml": recipe.to_yaml(),
+        "plan.json": {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip},
+        "data.json": {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)},
+        "env.json": environment(recipe, world),
+    }
+    for name, value in files.items():
+        run.write(name, value)
     log.info(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
     )
+    for name, videos in (("training", train), ("validation", val)):
+        if videos.left_out:
+            log.info(f"{name} videos: {videos.left_out_words}, as {recipe.data.checked} says")
 
 
 def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress: TrainProgress, world: World) -> None:
-    """Write a step down, over all ranks; stop the run if its loss is not a number."""
+    """Write a step down, over all ranks."""
     loss, top1 = (world.sum(torch.stack([result.loss, result.correct])) / world.size).tolist()
     seconds = clock.train_seconds + clock.since_lap()
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss is {loss} at step {step.index} (phase {step.phase.index + 1}, {step.shape}, lr {step.lr:.3g}); "
-            "lower optim.lr or lengthen optim.warmup_epochs, then run again with --resume"
-        )
     row = {
         "step": step.index + 1,
         "phase": step.phase.index,
@@ -65,7 +66,7 @@ def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress
         "frames": step.shape.frames,
         "crop": step.shape.crop,
         "lr": step.lr,
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,
         "top1": top1,
         "train_seconds": seconds,
         "data_seconds": clock.data_seconds,
@@ -84,7 +85,7 @@ def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress
         "time/train": "train_seconds",
         "time/data": "data_seconds",
     }
-    run.scalars(step.index + 1, {tag: float(row[key]) for tag, key in tags.items()})
+    run.scalars(step.index + 1, {tag: row[key] for tag, key in tags.items() if row[key] is not None})
     progress.show(step, loss, top1, clock.data_seconds / seconds)
 
 
@@ -141,7 +142,7 @@ def _git_revision() -> str | None:
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:
-    return {"videos": len(videos), "fingerprint": videos.fingerprint}
+    return {"videos": len(videos), "fingerprint": videos.fingerprint, "left_out": dict(videos.left_out)}
 
 
 def _cpu_name() -> str:

@@ -14,6 +14,7 @@ from mgtrain.clips.augment import erase, jitter_colour
 from mgtrain.clips.pixels import normalize
 from mgtrain.distributed import World, no_sync, unwrap
 from mgtrain.engine.checks import DTYPES, pass_clips
+from mgtrain.engine.finite import not_finite
 from mgtrain.engine.mix import mix
 from mgtrain.models.part import Part, set_part
 from mgtrain.recipe import Recipe
@@ -27,6 +28,7 @@ class StepResult:
 
     loss: Tensor  # () mean
     correct: Tensor  # () share of clips whose most probable class is right; of a mixed clip, the class it is most of
+    bad: Tensor  # () 1 if the loss or a gradient was not finite on any rank; the update was then left out
 
 
 def train_step(
@@ -42,7 +44,7 @@ def train_step(
     """Train on this rank's share of one step: clips uint8 (b, 3, T, S, S), labels int64 (b,)."""
     model.train()
     for group in optimizer.param_groups:
-        group["lr"] = step.lr
+        group["lr"] = step.lr * group["lr_factor"]
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), device=world.device)
     correct = torch.zeros((), device=world.device)
@@ -60,9 +62,12 @@ def train_step(
         loss_sum += loss.detach()
         expected = targets if targets.ndim == 1 else targets.argmax(1)  # (part.clips,)
         correct += (logits.detach().argmax(1) == expected).sum() / len(clips)
+    bad = not_finite(loss_sum, unwrap(model).parameters(), scaler.is_enabled(), world)
+    if not scaler.is_enabled():  # an enabled one tells the optimizer itself
+        optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
-    return StepResult(loss_sum, correct)
+    return StepResult(loss_sum, correct, bad)
 
 
 def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
@@ -101,7 +106,10 @@ def to_input(clips: Tensor, recipe: Recipe) -> Tensor:
 def to_device(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     """The model on this rank's device, in the memory format of its inputs."""
     model.to(world.device)
-    return model.to(memory_format=memory_format(recipe))
+    for parameter in model.parameters():
+        if parameter.ndim == 5 and parameter[0, 0].numel() > 1:  # the others are of both formats
+            parameter.data = parameter.data.to(memory_format=memory_format(recipe))
+    return model
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:

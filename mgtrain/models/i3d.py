@@ -40,8 +40,8 @@ class I3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.res2(self.stem(x))  # (B, 4 * width, T, S/4, S/4)
-        # An odd frame at the end is pooled with itself, so that a single one passes.
-        x = F.max_pool3d(x, (2, 1, 1), ceil_mode=True)  # (B, 4 * width, T/2, S/4, S/4)
+        # An odd frame at the end is left out, as in the published networks; a single one passes.
+        x = F.max_pool3d(x, (min(2, x.shape[2]), 1, 1))  # (B, 4 * width, T/2, S/4, S/4)
         x = self.res5(self.res4(self.res3(x)))  # (B, 32 * width, T/2, S/32, S/32)
         logits: Tensor = self.head(x)
         return logits

@@ -22,11 +22,12 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     """BatchNorm of (B, C, T, H, W) that in training, given a `part`, normalizes each group by itself.
 
     At evaluation, or without a part, it is `nn.BatchNorm3d`, whose `state_dict` it shares. Each group has a slot of
-    running statistics of its own; `merge_group_stats` makes one of them. After that, or when the number of groups of
-    the global batch changes, all slots start from the merged statistics (of all ranks if the part can gather).
+    running statistics of its own; `merge_group_stats` makes one of them. When the number of groups of the global batch
+    changes, all slots start from the merged statistics (of all ranks if the part can gather).
     """
 
     part: Part | None = None
+    frozen: bool = False  # whether the running statistics stay as they are, and normalize in training, too
     momentum: float
     pool: bool = False  # see `set_momentum`
     running_mean: Tensor  # (C)
@@ -37,6 +38,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.groups = 0  # BatchNorm groups of the global batch that the slots are for; 0: for none yet
+        self.everyones = False  # whether the slots are those of all ranks, as `put_group_stats` leaves them
         self.register_buffer("group_mean", torch.empty(0, channels), persistent=False)
         self.register_buffer("group_var", torch.empty(0, channels), persistent=False)
 
@@ -47,11 +49,16 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
         if self.groups != part.bn_groups:
             self._restart_slots(part)
+        elif self.everyones:
+            self._keep_own_slots(part)
         if part.span > 1:
             return self._norm_piece(x, part)
         groups = x.chunk(part.clips // part.group_clips)
         outputs = [self._norm_group(clips, slot) for slot, clips in enumerate(groups, part.slot)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (B, C, T, H, W)
+
+    def train(self, mode: bool = True) -> GroupBatchNorm3d:
+        return super().train(mode and not self.frozen)
 
     def _norm_piece(self, x: Tensor, part: Part) -> Tensor:
         output: Tensor
@@ -79,30 +86,46 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def _restart_slots(self, part: Part) -> None:
         gather = part.gather
         self.merge(None if gather is None else lambda stats: gather(stats, part.ranks))
-        self.groups = part.bn_groups
+        self.groups, self.everyones = part.bn_groups, False
         self.group_mean = self.running_mean.repeat(part.slots, 1)
         self.group_var = self.running_var.repeat(part.slots, 1)
+
+    def _keep_own_slots(self, part: Part) -> None:
+        first = part.first // part.share * part.share // part.group_clips
+        own = slice(first, first + part.slots)
+        self.group_mean, self.group_var = self.group_mean[own].clone(), self.group_var[own].clone()
+        self.everyones = False
+
+    def group_stats(self, gather_all: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """The slots' statistics, of all ranks if `gather_all` is given: (groups, 2, C), no groups if there are none."""
+        stats = torch.stack([self.group_mean, self.group_var], dim=1)  # (slots, 2, C)
+        if self.groups == 0:
+            return stats[:0]
+        if gather_all is None or self.everyones:
+            return stats
+        everyones = gather_all(stats).flatten(0, 1)  # (ranks * slots, 2, C)
+        return everyones[:: max(1, len(everyones) // self.groups)]  # ranks that share a group have the same
 
     @torch.no_grad()
     def merge(self, gather_all: Callable[[Tensor], Tensor] | None) -> None:
         """Make one running mean and variance out of the slots': see `merge_group_stats`."""
-        if self.groups == 0:
-            return
-        stats = torch.stack([self.group_mean, self.group_var], dim=1)  # (slots, 2, C)
-        if gather_all is not None:
-            stats = gather_all(stats).flatten(0, 1)  # (ranks * slots, 2, C)
-        means, variances = stats.unbind(dim=1)  # (slots, C)
-        self.running_mean.copy_(means.mean(dim=0))
-        self.running_var.copy_(variances.mean(dim=0) + means.var(dim=0, correction=0))
-        self.groups = 0  # the slots go on from the merged statistics, as they must in a run resumed here
+        means, variances = self.group_stats(gather_all).unbind(dim=1)  # (groups, C)
+        if len(means):
+            self.running_mean.copy_(means.mean(dim=0))
+            self.running_var.copy_(variances.mean(dim=0) + means.var(dim=0, correction=0))
+
+    def put_group_stats(self, stats: Tensor) -> None:
+        """Take over all ranks' slots, (groups, 2, C), as `group_stats` gave them; each rank keeps its own."""
+        self.groups, self.everyones = len(stats), True
+        self.group_mean, self.group_var = (part.to(self.running_mean.device) for part in stats.unbind(dim=1))
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        self.groups = 0
+        self.groups, self.everyones = 0, False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.groups = 0  # the slots belong to the statistics that were there before
+        self.groups, self.everyones = 0, False  # the slots belong to the statistics that were there before
 
 
 class _NormSpanningRanks(torch.autograd.Function):
@@ -141,14 +164,28 @@ def merge_group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] |
     """Make each BatchNorm's running statistics out of those of its groups, for evaluation and for checkpoints.
 
     The mean of the means, and the mean of the variances plus the variance of the means: over this rank's groups, or
-    those of all ranks if `gather_all` (tensor -> (ranks, *shape)) is given. The groups' own go on from these.
+    those of all ranks if `gather_all` (tensor -> (ranks, *shape)) is given. The groups' own stay as they are.
     """
     for norm in _group_norms(model):
         norm.merge(gather_all)
 
 
+def group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Each BatchNorm's statistics of its groups, (groups, 2, C), of all ranks if `gather_all` is given; by its name."""
+    named = {name: m.group_stats(gather_all) for name, m in model.named_modules() if isinstance(m, GroupBatchNorm3d)}
+    return {name: stats for name, stats in named.items() if len(stats)}
+
+
+def put_group_stats(model: nn.Module, stats: dict[str, Tensor]) -> None:
+    """Put back what `group_stats` gave, on any number of ranks."""
+    for name, tensor in stats.items():
+        norm = model.get_submodule(name)
+        assert isinstance(norm, GroupBatchNorm3d), f"{name} has no groups"
+        norm.put_group_stats(tensor)
+
+
 def reset_group_stats(model: nn.Module) -> None:
-    """Forget all running statistics, as before recalibration."""
+    """Forget all running statistics but frozen ones, as before recalibration."""
     for norm in _group_norms(model):
         norm.reset_running_stats()
 
@@ -169,4 +206,5 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _group_norms(model: nn.Module) -> Iterator[GroupBatchNorm3d]:
-    return (module for module in model.modules() if isinstance(module, GroupBatchNorm3d))
+    """The BatchNorms whose statistics are not frozen."""
+    return (module for module in model.modules() if isinstance(module, GroupBatchNorm3d) and not module.frozen)

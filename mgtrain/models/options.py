@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Blocks = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+Count = Annotated[int, Field(ge=1, le=200)]
+Blocks = tuple[Count, Count, Count, Count]
 
 
 class _ResNetOptions(BaseModel):
@@ -14,7 +15,9 @@ class _ResNetOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    width: int = Field(64, ge=8, multiple_of=8, description="channels of the (slow) stem; later stages scale with it")
+    width: int = Field(
+        64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; later stages scale with it"
+    )
     depth: Literal[50, 101] | Blocks = Field(50, description="50, 101 or the number of blocks of res2 .. res5")
     dropout: float = Field(0.5, ge=0, lt=1, description="probability of dropping a feature before the classifier")
 
@@ -35,7 +38,7 @@ class SlowFastOptions(_ResNetOptions):
     """SlowFast: a wide pathway that sees few frames and a narrow one that sees all of them."""
 
     name: Literal["slowfast_r50"]
-    alpha: int = Field(4, ge=1, description="the slow pathway sees one frame in `alpha`")
+    alpha: int = Field(4, ge=1, le=10_000, description="the slow pathway sees one frame in `alpha`")
     beta_inv: int = Field(8, ge=1, description="the fast pathway has 1/`beta_inv` of the slow one's channels")
     fusion_kernel: Literal[1, 3, 5, 7, 9] = Field(7, description="frames of the lateral convolutions' kernel")
 

@@ -19,6 +19,8 @@ from mgtrain.grid import Grid, Shape, train_grid
 from mgtrain.recipe import Recipe
 from mgtrain.schedule.lr import cosine, stepwise, warmup
 
+MOST_STEPS = 10**12
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -101,6 +103,11 @@ class Plan(Sequence[Step]):
         self.mixes = recipe.augment.mixes
         self._optim = recipe.optim
         self.phases = _phases(recipe, stretches)
+        if self.phases[-1].end_step > MOST_STEPS:
+            raise PlanError(
+                f"a run of {self.phases[-1].end_step:.3g} steps for {videos:,} videos, and no more than "
+                f"{MOST_STEPS:.0g} are possible; lower optim.stages or schedule.epoch_factor, or raise batch.clips"
+            )
         self._first_steps = [phase.first_step for phase in self.phases]
         self._warmup_target = self._lr_after_warmup()
 
