@@ -145,7 +145,7 @@ def bench_shape(
     requests = (ClipRequest(video_at(c, len(videos), recipe.seed), c, grid) for c in count())
     dataset[[next(requests)]]  # what happens once only is no part of the rate
     stages, clips, start, start_of_core = Stages(), 0, time.perf_counter(), time.process_time()
-    with stages.measure():
+    with stages.measure(), one_thread():
         while clips < 4 or time.perf_counter() - start < seconds:
             if dataset[[next(requests)]].given_up:
                 raise DataError(f"{videos.root}: none of the videos can be read; mend data.root or the annotations")
@@ -174,6 +174,17 @@ def bench_shape(
         "core_seconds_per_step": shape.clips * of_core / clips,
         "loader_clips_per_second": rate, "needed_clips_per_second": needed,
     }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch works as in a worker of the loader: threads that wait for each other burn a core each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def time_step(recipe: Recipe, world: World) -> float:

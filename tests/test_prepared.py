@@ -352,7 +352,8 @@ def test_a_set_that_lacks_videos_is_refused(tiny: Callable[..., Recipe], motions
         Source(opened(recipe), recipe.data)
 
 
-@pytest.mark.slow  # two trainings
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # two trainings, a minute each on two idle cores
 def test_a_run_on_a_prepared_set_is_as_accurate_as_one_on_the_originals(tmp_path: Path) -> None:
     root, classes, out = tmp_path / "motions", ("left", "right", "up", "down"), tmp_path / "out"
     synthesize(root, videos_per_class={"train": 40, "val": 20}, classes=classes)

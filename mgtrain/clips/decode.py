@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from av.codec.context import ThreadType
 from av.stream import Disposition
+from av.video.plane import VideoPlane
 from av.video.reformatter import VideoReformatter
 from torch.nn.functional import interpolate
 
@@ -403,7 +404,7 @@ def rgb(
     if small and all(in_blocks(frame, frames[0], size) for frame in frames):
         return list(rgb_of_planes(frames, box, reformatter))
     whole = [reformatter.reformat(frame, *size, "rgb24", threads=1) for frame in frames]
-    return [plane(frame, 0, size[1], size[0], 3)[top : top + height, left : left + width] for frame in whole]
+    return [plane(frame.planes[0], size[1], size[0], 3)[top : top + height, left : left + width] for frame in whole]
 
 
 def in_blocks(frame: av.VideoFrame, first: av.VideoFrame, size: tuple[int, int]) -> bool:
@@ -427,20 +428,19 @@ def rgb_of_planes(frames: Sequence[av.VideoFrame], box: Box, reformatter: VideoR
     width, height = -(-(box[0] + box[2]) // 2) * 2 - left, -(-(box[1] + box[3]) // 2) * 2 - top
     pile = av.VideoFrame(width, height * len(frames), frames[0].format.name)
     pile.colorspace, pile.color_range = frames[0].colorspace, frames[0].color_range
-    for n, step in enumerate((1, 2, 2)):  # luma; chroma of half the size
-        rows, columns = height // step, slice(left // step, (left + width) // step)
-        piled = plane(pile, n, len(frames) * rows, width // step)
-        for k, frame in enumerate(frames):
-            whole = plane(frame, n, frame.height // step, frame.width // step)
-            piled[k * rows : (k + 1) * rows] = whole[top // step : top // step + rows, columns]
-    pictures = plane(reformatter.reformat(pile, format="rgb24", threads=1), 0, len(frames) * height, width, 3)
+    steps = (1, 2, 2)  # luma; chroma of half the size
+    piles = [plane(data, len(frames) * height // n, width // n) for data, n in zip(pile.planes, steps, strict=True)]
+    for k, frame in enumerate(frames):
+        for piled, data, n in zip(piles, frame.planes, steps, strict=True):
+            part = plane(data, frame.height // n, frame.width // n)[:, left // n : (left + width) // n]
+            piled[k * height // n : (k + 1) * height // n] = part[top // n : (top + height) // n]
+    pictures = plane(reformatter.reformat(pile, format="rgb24", threads=1).planes[0], len(frames) * height, width, 3)
     y, x = box[1] - top, box[0] - left
     return pictures.reshape(len(frames), height, width, 3)[:, y : y + box[3], x : x + box[2]]
 
 
-def plane(frame: av.VideoFrame, number: int, *shape: int) -> np.ndarray:
-    """A plane of a frame, without the padding of its rows: uint8 (height, width) or (height, width, 3), a view."""
-    data = frame.planes[number]
+def plane(data: VideoPlane, *shape: int) -> np.ndarray:
+    """A plane of a frame without the padding of its rows: uint8 (height, width) or (height, width, 3), a view."""
     pixels: np.ndarray = np.ndarray(shape, np.uint8, memoryview(data), strides=(data.line_size, *shape[2:], 1))
     return pixels
 
