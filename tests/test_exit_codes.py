@@ -76,13 +76,20 @@ def test_a_mistake_of_ours_has_a_traceback_and_is_to_be_reported(folder: Path) -
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_command_that_is_ended_says_by_what(folder: Path, sent: signal.Signals, code: int) -> None:
     command = [sys.executable, "-m", "mgtrain", "data", "synthesize", "made", "--train", "1000"]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not list(folder.glob("made/videos/train/*_1.mp4")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(sent)
-        _, said = process.communicate(timeout=60)
+
+    def heed_signals() -> None:  # jobs in the background of a script are started with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not list(folder.glob("made/videos/train/*_1.mp4")):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(sent)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code  # a shell shows -15 as 143
     assert said.startswith("mgtrain: interrupted; ") == (code == 130)
 
