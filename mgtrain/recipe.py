@@ -176,7 +176,7 @@ class Batch(Section):
 class Optim(Section):
     """SGD and the baseline's learning-rate schedule."""
 
-    lr: Positive = Field(description="base learning rate, for a step of the base shape")
+    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(description="base learning rate, for a step of the base shape")
     curve: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls")
     stages: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=100)] = Field(
         description="epochs of each learning-rate stage of the baseline"
