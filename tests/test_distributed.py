@@ -110,7 +110,7 @@ def test_two_ranks_augment_as_one_does(
 
 def test_torchrun_starts_the_ranks_as_well(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    done = mgtrain(tmp_path, *FIT, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert done.returncode == 0, done.stderr
     assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
 

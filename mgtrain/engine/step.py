@@ -106,10 +106,7 @@ def to_input(clips: Tensor, recipe: Recipe) -> Tensor:
 def to_device(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     """The model on this rank's device, in the memory format of its inputs."""
     model.to(world.device)
-    for parameter in model.parameters():
-        if parameter.ndim == 5 and parameter[0, 0].numel() > 1:  # the others are of both formats
-            parameter.data = parameter.data.to(memory_format=memory_format(recipe))
-    return model
+    return model.to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
