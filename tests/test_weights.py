@@ -400,7 +400,7 @@ def test_a_run_starts_from_imported_weights(
 def test_too_few_matches_have_an_exit_code_of_their_own_and_write_nothing(tmp_path: Path) -> None:
     tensors = {foreign.pyslowfast(k): v for k, v in common(small("i3d_r50")).items() if "res3.1" not in k}
     torch.save(tensors, tmp_path / "part.pyth")
-    with pytest.raises(ThresholdError, match="use the model that the weights are of, or demand less") as caught:
+    with pytest.raises(ThresholdError, match="use the model that the weights are of, or lower --at-least") as caught:
         import_weights(tmp_path / "part.pyth", model="i3d_nln_r50", to=tmp_path / "x.safetensors")
     assert caught.value.exit_code == 6
     assert not (tmp_path / "x.safetensors").exists()

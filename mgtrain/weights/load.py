@@ -90,7 +90,8 @@ class Report:
             raise ThresholdError(
                 f"{path}: matched {len(self.matched)} of {len(self.matched) + len(self.missing)} tensors, a share of "
                 f"{math.floor(1000 * self.share) / 1000:g} where {share:g} is demanded (such as {lacking[0]}, "
-                f"{self.missing[lacking[0]]}); use the model that the weights are of, or demand less"
+                f"{self.missing[lacking[0]]}); use the model that the weights are of, or lower "
+                "--at-least (in a recipe, init.at_least)"
             )
 
 
