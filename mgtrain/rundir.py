@@ -156,15 +156,16 @@ class RunDir:
         if self._board is not None:
             self._board.close()
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, evaluated: bool = True) -> None:
         """Forget what was logged after `step` finished steps, so that a resumed run logs each step once.
 
-        Checkpoints of later steps, which were passed over, get another name.
+        Not `evaluated`, the run is to evaluate at this step again. Checkpoints of later steps, which were passed over,
+        get another name.
         """
-        self._first_step = step + 1
-        for name in ("steps.jsonl", "evals.jsonl"):
+        self._first_step = step + 1 if evaluated else step
+        for name, last in (("steps.jsonl", step), ("evals.jsonl", step if evaluated else step - 1)):
             if (self.path / name).is_file():
-                self.write(name, "".join(json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= step))
+                self.write(name, "".join(json.dumps(row) + "\n" for row in self.rows(name) if row["step"] <= last))
         if self.writes:
             with self._writing():
                 for path in self.checkpoints():

@@ -7,12 +7,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mgtrain.checkpoint import read_info
+import mgtrain.engine.fit
+from mgtrain.checkpoint import CheckpointInfo, read_info
 from mgtrain.distributed import World
 from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.fit import fit
@@ -104,6 +107,32 @@ def test_a_run_cut_at_any_step_and_resumed_is_the_run_that_was_not_cut(
     cut(straight, folder, step)
     run_to_end(tiny(*EVERY_STEP), folder, resume=True)
     assert_same_end(folder, straight)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_run_killed_around_an_evaluation_logs_it_once(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: bool
+) -> None:
+    folder, save = tmp_path / "cut", mgtrain.engine.fit.save
+
+    def killed(run: RunDir, state: CheckpointInfo, *rest: Any) -> None:
+        if state.step == PHASE_ENDS[1] and state.evaluated == logged:
+            if not logged:
+                save(run, state, *rest)
+            run.close()
+            raise KeyboardInterrupt
+        save(run, state, *rest)
+
+    monkeypatch.setattr(mgtrain.engine.fit, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(tiny(*EVERY_STEP), folder)
+    assert [row["step"] for row in RunDir(folder).rows("evals.jsonl")] == PHASE_ENDS[: 1 + logged]
+    monkeypatch.setattr(mgtrain.engine.fit, "save", save)
+    run_to_end(tiny(*EVERY_STEP), folder, resume=True)
+    assert_same_end(folder, straight)
+    board = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    assert [event.step for event in board.Scalars("val/top1")] == PHASE_ENDS
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("step", [4, 10])

@@ -23,7 +23,7 @@ from mgtrain.engine.evaluate import Scores, evaluate
 from mgtrain.engine.finite import NonFiniteSteps, refuse_or_report
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.recalibrate import recalibrate_bn
-from mgtrain.engine.record import describe_run, log_evaluation, log_step
+from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_step
 from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
 from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
@@ -66,10 +66,13 @@ def fit(
     if resume:
         state = resume_run(run, state, learner, recipe, world, allow_changes)
     describe_run(run, recipe, plan, flops, train, val, world)
-    run.rewind(state.step)
+    milestones = set(plan.milestones(recipe.evaluation.per_phase))
+    due = state.step in milestones and not state.evaluated  # it was stopped before or in an evaluation
+    run.rewind(state.step, evaluated=not due)
+    for row in run.rows("steps.jsonl")[-1:] if due else ():
+        show_step(run, row)  # TensorBoard forgets a step as a whole
 
     replica = replicate(model, world)
-    milestones = set(plan.milestones(recipe.evaluation.per_phase))
     batches = train_batches(train, recipe, plan, state.step, world, BadVideos(len(train), recipe.data.max_bad_fraction))
     clock, scores, bad = Clock(state.train_seconds, state.data_seconds), None, NonFiniteSteps()
     any_rank = Agreement(world)
@@ -88,7 +91,7 @@ def fit(
         return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
 
     with StopRequest() as asked, TrainProgress(plan, state.step, shown=world.main) as progress:
-        if state.step in milestones and not state.evaluated:  # it was stopped between the two
+        if due:
             scores, state = evaluated(plan[state.step - 1])
         for step in plan.steps(state.step):
             stops = any_rank(asked.signal is not None)

@@ -31,6 +31,18 @@ from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
 
+STEP_TAGS = {
+    "train/loss": "loss",
+    "train/top1": "top1",
+    "train/lr": "lr",
+    "train/epoch": "epoch",
+    "multigrid/clips": "clips",
+    "multigrid/frames": "frames",
+    "multigrid/crop": "crop",
+    "time/train": "train_seconds",
+    "time/data": "data_seconds",
+}
+
 
 def describe_run(
     run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int], train: Videos, val: Videos, world: World
@@ -72,21 +84,13 @@ def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress
         "data_seconds": clock.data_seconds,
     }
     run.append("steps.jsonl", row)
-    tags = {
-        "train/loss": "loss",
-        "train/top1": "top1",
-        "train/lr": "lr",
-        "train/epoch": "epoch",
-        "multigrid/clips": "clips",
-    }
-    tags |= {
-        "multigrid/frames": "frames",
-        "multigrid/crop": "crop",
-        "time/train": "train_seconds",
-        "time/data": "data_seconds",
-    }
-    run.scalars(step.index + 1, {tag: row[key] for tag, key in tags.items() if row[key] is not None})
+    show_step(run, row)
     progress.show(step, loss, top1, clock.data_seconds / seconds)
+
+
+def show_step(run: RunDir, row: dict[str, Any]) -> None:
+    """Add a step's line to TensorBoard's curves."""
+    run.scalars(row["step"], {tag: row[key] for tag, key in STEP_TAGS.items() if row[key] is not None})
 
 
 def log_evaluation(run: RunDir, step: Step, plan: Plan, scores: Scores, clock: Clock, baseline: RunDir | None) -> None:
