@@ -59,7 +59,7 @@ class Watchdog:
                 videos = [path for decoding in self._decoding for path in decoding()]
                 what = f"while decoding {', '.join(videos)}" if videos else "with no video being decoded"
                 self._leave(
-                    f"nothing has happened for {idle:.0f} s (hardware.timeout_seconds), {what}; the stacks are above; "
+                    f"nothing has happened for {idle:.0f} s (faults.timeout_seconds), {what}; the stacks are above; "
                     "run again with --resume"
                 )
 
