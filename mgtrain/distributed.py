@@ -138,9 +138,13 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             return
         with _lost_ranks_named(size):
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=MINUTES_TO_MEET))
+            timeout = timedelta(minutes=MINUTES_TO_MEET)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+            # The store outlives ranks that torchrun starts again, and with it the addresses of the ones that are gone.
+            store = dist.PrefixStore(f"attempt_{_restarts()}", store)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
             watchdog.beat()
-            yield World(dist.get_rank(), size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", size)), watchdog)
+            yield World(rank, size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", size)), watchdog)
             dist.destroy_process_group()
 
 
@@ -176,7 +180,11 @@ def rank_of_environment() -> int:
 
 def is_restarted() -> bool:
     """Whether torchrun started the ranks again after one had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def says_first(message: str) -> bool:
@@ -184,7 +192,7 @@ def says_first(message: str) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True  # nobody to ask: the launcher has the store at which ranks meet
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    key = f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{hashlib.sha256(message.encode()).hexdigest()}"
+    key = f"said/{_restarts()}/{hashlib.sha256(message.encode()).hexdigest()}"
     try:
         store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         return int(store.add(key, 1)) == 1

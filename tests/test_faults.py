@@ -244,7 +244,7 @@ def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
         "def train_step(*a):\n    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and a[5].index == 7: os._exit(9)\n"
         "    return step(*a)\nf.train_step = train_step"
     )
-    done = torchrun(folder, code, 2, restarts=3)  # on a busy machine ranks may miss each other
+    done = torchrun(folder, code, 2, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "resumed after step 6" in done.stderr
     assert [row["step"] for row in RunDir(folder / "runs/tiny").rows("steps.jsonl")] == list(range(1, 18))
