@@ -62,7 +62,7 @@ def test_what_was_asked_for_cannot_be_done(
 
 
 def test_a_mistake_of_ours_has_a_traceback_and_is_to_be_reported(folder: Path) -> None:
-    program = "import mgtrain.cli as c\nc.load_recipe = lambda *_: 1 / 0\nc.main()"
+    program = "import mgtrain.cli as c, mgtrain.cli.runs as r\nr.load_recipe = lambda *_: 1 / 0\nc.main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "plan", "tiny.yaml"], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from mgtrain.checkpoint import CheckpointInfo, save_checkpoint
-from mgtrain.cli import import_weights
+from mgtrain.cli.weights import import_weights
 from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit

@@ -1,0 +1,101 @@
+"""The command line. torch is imported inside the commands that need it, so that the others answer at once."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from mgtrain import __version__
+from mgtrain.cli.data import bench_app, data_app
+from mgtrain.cli.runs import ckpt_app, compare, evaluate, fit, plan, recipes_app
+from mgtrain.cli.weights import weights_app
+from mgtrain.console import err, out
+from mgtrain.errors import MgtrainError
+
+INTERRUPTED = 130  # exit code
+
+app = typer.Typer(
+    name="mgtrain",
+    help="Train video classifiers several times faster with the multigrid method (Wu et al., CVPR 2020).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "eval": evaluate, "compare": compare, "plan": plan}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+for group in (recipes_app, data_app, bench_app, ckpt_app, weights_app):
+    app.add_typer(group)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and the documented exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be beyond the terminal's encoding
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+        if code == INTERRUPTED:  # Ctrl-C, which typer has taken
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+    except MgtrainError as error:
+        _say(str(error))
+        code = error.exit_code
+    except typer.TyperException as error:
+        _say(f"{error.format_message().rstrip('.')}; see `{' '.join(_command_words())} --help`")
+        code = 2
+    except (typer.Abort, KeyboardInterrupt):
+        _say("interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint")
+        code = INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(
+            error.__context__, BrokenPipeError
+        ):  # or typer has taken it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not try once more as it ends
+        code = 141
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the world is not as it has to be
+            _say(f"{error.filename}: {error.strerror}; give another path, mend its permissions or make room")
+            code = 2
+        else:
+            err.print(traceback.format_exc().rstrip(), soft_wrap=True)
+            _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
+            code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    """The one line with which a command ends that does not do what it was asked to."""
+    if "WORLD_SIZE" in os.environ:  # one of several ranks
+        from mgtrain.distributed import says_first
+
+        if not says_first(message):
+            return
+    line = message.replace("\n", r"\n")
+    err.print(f"mgtrain: {line}", style="red", soft_wrap=True)
+
+
+def _command_words() -> list[str]:
+    """The program and its subcommands, as far as they were named."""
+    words = []
+    group: Any = typer.main.get_command(app)
+    for word in sys.argv[1:]:
+        group = getattr(group, "commands", {}).get(word)
+        if group is None:
+            break
+        words.append(word)
+    return ["mgtrain", *words]

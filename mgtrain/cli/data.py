@@ -1,0 +1,398 @@
+"""The commands about data sets: make, list, look at, check, prepare, measure."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgtrain.cli.options import DeviceOption, Json, Overrides, RecipeArgument, check_finite, cores
+from mgtrain.console import err, out, start_logging
+from mgtrain.errors import UsageError
+from mgtrain.recipe import load_recipe
+
+data_app = typer.Typer(name="data", help="Make and look at data sets.", no_args_is_help=True)
+bench_app = typer.Typer(name="bench", help="Measure this machine.", no_args_is_help=True)
+
+# Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
+LEVELS, QUALITY = "256,160", 25
+
+MOST_NAMED = 20  # videos that a command names one by one
+
+
+class Split(str, Enum):
+    """A part of a data set."""
+
+    train = "train"
+    val = "val"
+
+
+ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other videos.")]
+
+
+@data_app.command()
+def synthesize(
+    root: Annotated[Path, typer.Argument(help="Folder to make.")],
+    train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
+    val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+) -> None:
+    """Make a small set of real encoded videos whose classes differ only by motion.
+
+    Example:  mgtrain data synthesize data/motions
+    """
+    from mgtrain.datasets.synthetic import synthesize as make
+
+    make(root, videos_per_class={"train": train, "val": val}, seed=seed)
+    out.print(f"{root}: ready")
+
+
+@data_app.command()
+def index(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    *,
+    to: ToFolder,
+    contents: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Find duplicates and leakage by content, which reads files.")
+    ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is any warning.")] = False,
+    json_: Json = False,
+) -> None:
+    """Make one list for each split out of any annotations, and say what is missing, doubled or leaked.
+
+    Read the lists with data.format=list data.train=FOLDER/train.csv data.val=FOLDER/val.csv (full paths), data.root as
+    it was.
+
+    Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
+    """
+    from mgtrain.console import counts_table, progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.datasets.index import make_index
+    from mgtrain.datasets.listfile import write_lists
+    from mgtrain.errors import DataError
+
+    splits = open_splits(load_recipe(recipe, overrides or ()).data)
+    with progress() as show:
+        made = make_index(splits, contents=contents, progress=show)
+    unusable = [name for name, rows in made.usable.items() if not len(rows)]
+    warnings = [str(finding) for finding in made.findings if finding.warns]
+    for warning in warnings:
+        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    if unusable:
+        raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
+    files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
+    if json_:
+        result = {
+            "schema": "mgtrain.data_index/1",
+            "root": splits["train"].root,
+            "files": [str(file) for file in files],
+        }
+        out.print_json(json.dumps({**result, **made.describe()}))
+    else:
+        out.print(counts_table("split", made.counts()))
+        for finding in made.findings:
+            if not finding.warns:
+                out.print(str(finding))
+        out.print(f"wrote {', '.join(map(str, files))}")
+    if strict and warnings:
+        raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
+
+
+@data_app.command()
+def split(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or a folder with one folder per class.")
+    ],
+    overrides: Overrides = None,
+    *,
+    to: ToFolder,
+    val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Make so many folds instead, each validating once.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Split training and validation videos taken together.")] = False,
+    groups: Annotated[
+        Path | None, typer.Option(help="CSV with a column `path`: videos of one group stay together.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="The column of the CSV that names the group.")] = "group",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Split labelled videos into training and validation lists, every class alike.
+
+    Examples:  mgtrain data split videos --to lists --val 0.2
+    |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
+    """
+    from mgtrain.console import counts_table
+    from mgtrain.datasets import open_splits, open_videos
+    from mgtrain.datasets.listfile import write_lists
+    from mgtrain.datasets.split import count_classes, joined, make_split, read_groups
+
+    if (val is None) == (folds is None):
+        raise UsageError("give --val SHARE or --folds NUMBER, one of them")
+    if val is not None and not 0 < val < 1:
+        raise UsageError(f"--val {val:g}: has to be above 0 and below 1, such as 0.2")
+    if Path(source).is_dir():
+        if overrides or all_:
+            raise UsageError(f"{source}: a folder takes neither overrides nor --all; it is split as a whole")
+        videos = joined([open_videos("folder", source, ".")])
+    else:
+        splits = open_splits(load_recipe(source, overrides or ()).data)
+        videos = joined(splits.values() if all_ else [splits["train"]])
+    grouping = read_groups(groups, by, videos) if groups else None
+    lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
+    files = write_lists(to, {name: (videos, rows) for name, rows in lists.items()})
+    counts = {name: count_classes(videos, rows) for name, rows in lists.items()}
+    table = {name: {key: int(of[label]) for key, of in counts.items()} for label, name in enumerate(videos.classes)}
+    total = {name: len(rows) for name, rows in lists.items()}
+    if json_:
+        result = {"schema": "mgtrain.data_split/1", "root": videos.root, "files": [str(file) for file in files]}
+        out.print_json(json.dumps({**result, "videos": total, "videos_per_class": table}))
+    else:
+        out.print(counts_table("class", {**table, "in all": total}))
+        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}")
+
+
+@data_app.command()
+def stats(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    split: Annotated[Split, typer.Option(help="Which videos.")] = Split.train,
+    sample: Annotated[int, typer.Option(min=1, help="Videos to look at.")] = 500,
+    seed: Seed = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw it, too: a PNG file to write.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what the videos are like: lengths, sizes, rates, classes, and what that means for the recipe.
+
+    Example:  mgtrain data stats demo_multigrid --picture stats.png
+    """
+    if picture and picture.suffix.lower() != ".png":
+        raise UsageError(f"--picture {picture}: has to end in .png")
+
+    from mgtrain.console import progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.stats import draw_picture, make_stats, render
+
+    loaded = load_recipe(recipe, overrides or ())
+    videos = open_splits(loaded.data)[split.value]
+    count = workers if workers is not None else min(16, cores())
+    with progress() as show:
+        made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
+    for cause in made.broken:
+        err.print(f"warning: {cause}", style="yellow", soft_wrap=True)
+    if json_:
+        result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
+        out.print_json(json.dumps(result))
+    else:
+        out.print(render(made))
+    if picture:
+        draw_picture(made, picture)
+
+
+@data_app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a video.")] = 300.0,
+    memory: Annotated[float, typer.Option(min=0.1, help="Most memory of a process, in GB.")] = 4.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    json_: Json = False,
+) -> None:
+    """Decode every video in a process that it may crash, and write down which can be used.
+
+    Run it again to go on where it was stopped. Then train with data.checked=MANIFEST. Exits with 3 if more than
+    data.max_bad_fraction of the videos cannot be used.
+
+    Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
+    """
+    from collections import Counter
+
+    from mgtrain.check import check as look
+    from mgtrain.console import counts_table, progress
+    from mgtrain.datasets import open_splits
+    from mgtrain.datasets.checked import STATUSES, USABLE
+    from mgtrain.datasets.videos import printable
+    from mgtrain.errors import DataError
+
+    loaded = load_recipe(recipe, overrides or ())
+    data = loaded.data
+    file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
+    splits = open_splits(data.model_copy(update={"checked": None}))
+    names = {split: [videos.name(n) for n in range(len(videos))] for split, videos in splits.items()}
+    with progress() as show:
+        records = look(
+            data.root, [name for split in names.values() for name in split], file, loaded.clip, workers or cores(),
+            seconds=seconds, memory=round(memory * 1e9), progress=show,
+        )  # fmt: skip
+    status = {record["path"]: record["status"] for record in records}
+    counted = {split: Counter(status[name] for name in within) for split, within in names.items()}
+    counts = {split: {one: of[one] for one in STATUSES} for split, of in counted.items()}
+    unusable = [record for record in records if record["status"] not in USABLE]
+    if json_:
+        found = {record["path"]: {"status": record["status"], "message": record["message"]} for record in unusable}
+        result = {"schema": "mgtrain.data_check/1", "root": data.root, "file": str(file), "splits": counts}
+        out.print_json(json.dumps({**result, "unusable": found}))
+    else:
+        for record in unusable[:MOST_NAMED]:
+            name = printable(record["path"])
+            err.print(f"{record['status']}: {name}: {record['message']}", soft_wrap=True)
+        if len(unusable) > MOST_NAMED:
+            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", soft_wrap=True)
+        out.print(counts_table("split", counts))
+        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}")
+    if len(unusable) > data.max_bad_fraction * len(records):
+        raise DataError(
+            f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
+            f"{data.max_bad_fraction:g} allows; replace them, or leave them out with data.checked={file}"
+        )
+
+
+@data_app.command()
+def prepare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to make. Default: data.root with -prepared added.")] = None,
+    levels: Annotated[str, typer.Option(help="Short sides in pixels.")] = LEVELS,
+    quality: Annotated[int, typer.Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
+    fps: Annotated[
+        float | None, typer.Option(min=1, help="Thin out videos of more frames per second. Default: keep all frames.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Prepare a few videos, say what the rest would take, and stop.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Re-encode the videos of a recipe once, so that every clip costs no more than its own frames and size.
+
+    The originals stay as they are. Run it again to go on where it was stopped. Then train with data.prepared=FOLDER.
+
+    Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
+    """
+    from dataclasses import asdict
+
+    from mgtrain.clips.prepared import Settings
+    from mgtrain.console import duration, progress, size
+    from mgtrain.datasets import open_splits
+    from mgtrain.prepare import Forecast
+    from mgtrain.prepare import prepare as make
+
+    check_finite("--fps", fps)
+    data = load_recipe(recipe, overrides or ()).data
+    folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
+    settings = Settings(parse_levels(levels), quality, fps)
+    count = workers or cores()
+    paths = [videos.name(n) for videos in open_splits(data).values() for n in range(len(videos))]
+
+    def by_level(sizes: tuple[int, ...], originals: int) -> str:
+        """What each level adds, in bytes and of the originals."""
+        parts = (
+            f"{size(n)} or {n / max(1, originals):.2f}x at {level}"
+            for level, n in zip(settings.levels, sizes, strict=True)
+        )
+        return f"{size(sum(sizes))} ({', '.join(parts)})"
+
+    def told(expected: Forecast) -> bool:
+        err.print(
+            f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
+            f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
+            soft_wrap=True,
+        )
+        return not forecast
+
+    with progress() as show:
+        done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=show)
+    for cause in done.broken.values():
+        err.print(f"left out: {cause}", soft_wrap=True)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)}))
+    else:
+        out.print(
+            f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
+            f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
+            f"{duration(done.seconds)}",
+        )
+
+
+@data_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder made by `mgtrain data prepare`.")], json_: Json = False
+) -> None:
+    """Read every byte of a prepared set and compare it with the manifest. Exits with 3 if anything is wrong.
+
+    Example:  mgtrain data verify /scratch/k400
+    """
+    from mgtrain.console import progress
+    from mgtrain.errors import DataError
+    from mgtrain.prepare import verify as look
+
+    with progress() as show:
+        wrong = look(folder, cores(), show)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
+    for file, problem in [] if json_ else wrong.items():
+        out.print(f"{file}: {problem}")
+    if wrong:
+        raise DataError(f"{folder}: {len(wrong)} files are not as they were written; delete them and prepare again")
+    if not json_:
+        out.print(f"{folder}: every file is as it was written")
+
+
+@bench_app.command("data")
+def bench_data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long to measure each shape, twice.")] = 2.0,
+    step_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="How long a step takes. Default: it is measured here.")
+    ] = None,
+    levels: Annotated[str, typer.Option(help="Levels of the prepared set that is tried.")] = LEVELS,
+    quality: Annotated[int, typer.Option(min=0, max=51, help="Its quality.")] = QUALITY,
+    device: DeviceOption = None,
+    json_: Json = False,
+) -> None:
+    """Measure how fast clips of every shape of the plan can be loaded, and whether training will wait for them.
+
+    Example:  mgtrain bench data k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --step-seconds 0.9
+    """
+    from mgtrain.bench import bench_data as bench
+    from mgtrain.bench import render
+    from mgtrain.console import progress
+    from mgtrain.distributed import connect
+    from mgtrain.engine.fit import open_data
+
+    check_finite("--seconds", seconds)
+    check_finite("--step-seconds", step_seconds)
+    loaded = load_recipe(recipe, overrides or ())
+    videos, _ = open_data(loaded)
+    with connect(device.value if device else None) as world, progress() as show:
+        start_logging(None, world.main, world.rank)
+        result = bench(
+            loaded, videos, world, parse_levels(levels), quality,
+            seconds=seconds, step_seconds=step_seconds, progress=show,
+        )  # fmt: skip
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
+    else:
+        out.print(render(result))
+
+
+def parse_levels(levels: str) -> tuple[int, ...]:
+    try:
+        sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
+    except ValueError:
+        sides = []
+    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
+        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
+    return tuple(sides)

@@ -1,0 +1,60 @@
+"""What several commands have in common: their arguments, and how they are read."""
+
+from __future__ import annotations
+
+import math
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgtrain.errors import CheckpointError, UsageError
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=0.05."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute. Default: a GPU if there is one.")]
+Procs = Annotated[
+    int | None, typer.Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
+]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
+]
+
+
+def check_finite(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option} {value}: has to be a finite number")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def checkpoint_path(checkpoint: str) -> Path:
+    from mgtrain.checkpoint import newest_whole
+    from mgtrain.rundir import find_run
+
+    path = Path(checkpoint)
+    if path.is_file():
+        return path
+    run = find_run(checkpoint)
+    newest = newest_whole(run.checkpoints())
+    if newest is None:
+        raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
+    return newest

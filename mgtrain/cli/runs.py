@@ -1,0 +1,316 @@
+"""The commands about runs: plan, fit, eval, compare, and their recipes and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mgtrain.cli.options import (
+    CheckpointArgument,
+    Device,
+    DeviceOption,
+    Json,
+    Overrides,
+    Procs,
+    RecipeArgument,
+    checkpoint_path,
+)
+from mgtrain.console import err, harmless, out, start_logging
+from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
+
+recipes_app = typer.Typer(name="recipes", help="The recipes that come with mgtrain.", no_args_is_help=True)
+ckpt_app = typer.Typer(name="ckpt", help="Look at checkpoints.", no_args_is_help=True)
+
+
+def fit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although the recipe or the videos have changed since.")
+    ] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="A run to measure the speedup against, by name or folder, as training goes.")
+    ] = None,
+    procs: Procs = None,
+    device: DeviceOption = None,
+    json_: Json = False,
+) -> None:
+    """Train a recipe.
+
+    Examples:  mgtrain fit demo_multigrid  |  torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
+    """
+    from mgtrain.distributed import connect, is_restarted, rank_of_environment
+    from mgtrain.rundir import RUNS, RunDir, find_run
+
+    loaded = load_recipe(recipe, overrides or ())
+    if name in (os.curdir, os.pardir):
+        raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
+    folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
+    run = RunDir(folder, writes=rank_of_environment() == 0)
+    resume = resume or is_restarted()
+    if run.rows("steps.jsonl") and not resume:
+        raise UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
+    rival = find_run(baseline) if baseline else None
+    if _started_ranks(procs, device):
+        return
+
+    from mgtrain.engine.fit import fit as train
+
+    with run.locked(), connect(device.value if device else None, loaded.faults.timeout_seconds) as world:
+        start_logging(folder / "log.txt", world.main, world.rank)
+        scores = train(loaded, run, world, resume, rival, allow_changes)
+        if world.main:
+            _print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, 1, json_)
+
+
+def evaluate(
+    checkpoint: CheckpointArgument,
+    overrides: Overrides = None,
+    views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
+    procs: Procs = None,
+    device: DeviceOption = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print every class's accuracy.")] = False,
+    json_: Json = False,
+) -> None:
+    """Give the accuracy of a checkpoint, averaged over views, each video counted once.
+
+    Examples:  mgtrain eval demo_multigrid --views 10x3  |  mgtrain eval model.safetensors data.val=test.csv
+    """
+    times, crops = _parse_views(views)
+    path = checkpoint_path(checkpoint)
+    if _started_ranks(procs, device):
+        return
+
+    from mgtrain.checkpoint import load_model, read_info
+    from mgtrain.distributed import connect
+    from mgtrain.engine.checks import make_model
+    from mgtrain.engine.fit import open_data, recalibrate_and_evaluate
+    from mgtrain.engine.step import to_device
+    from mgtrain.recipe import parse_recipe
+    from mgtrain.weights.load import freeze
+
+    info = read_info(path)
+    recipe = parse_recipe(info.recipe, str(path), overrides or ())
+    with connect(device.value if device else None) as world:
+        start_logging(None, world.main, world.rank)
+        train, val = open_data(recipe)
+        model = to_device(make_model(recipe), recipe, world)
+        load_model(path, model)
+        freeze(model, recipe.init)
+        scores = recalibrate_and_evaluate(model, train, val, recipe, world, (times, crops), info.recalibrated)
+        if world.main:
+            facts = {"schema": "mgtrain.eval/1", "checkpoint": str(path), "step": info.step, "views": views}
+            _print_scores(facts, scores, times * crops, json_, info.classes if per_class or json_ else ())
+
+
+def compare(
+    baseline: Annotated[
+        str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
+    ],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run that should be better.")],
+    json_: Json = False,
+) -> None:
+    """Say what a run gained over its baseline, and at what cost.
+
+    Example:  mgtrain compare demo_baseline demo_multigrid
+    """
+    from mgtrain.compare import compare as compare_runs
+    from mgtrain.compare import render
+    from mgtrain.rundir import find_run
+
+    result = compare_runs(find_run(baseline), find_run(run))
+    out.print_json(json.dumps(result)) if json_ else out.print(render(result))
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    videos: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: those of the data, or data.videos.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Check that so many GPUs can share every step.")] = None,
+    json_: Json = False,
+) -> None:
+    """Print the phases of a recipe: shapes, steps, learning rates, and totals against the baseline's.
+
+    Example:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8
+    """
+    from dataclasses import asdict
+
+    from mgtrain.schedule import baseline_recipe, check_world, make_plan
+
+    loaded = load_recipe(recipe, overrides or ())
+    count = videos or _training_videos(loaded)
+    made = make_plan(loaded, count)
+    if gpus:
+        check_world(made, gpus)
+    totals, rival = asdict(made.totals()), asdict(make_plan(baseline_recipe(loaded), count).totals())
+    ratios = {key: totals[key] / rival[key] for key in totals}
+    if json_:
+        result = {"schema": "mgtrain.plan/1", **made.describe(), "totals": totals, "baseline": rival, "ratios": ratios}
+        out.print_json(json.dumps(result))
+    else:
+        from mgtrain.console import plan_table
+
+        out.print(plan_table(made, gpus))
+        for key, value in totals.items():
+            times = f"1/{1 / ratios[key]:.3f} of" if ratios[key] < 1 else f"{ratios[key]:.3f}x"
+            digits = 1 if key == "epochs" else 0
+            out.print(f"{key:7} {value:>22,.{digits}f}   {times} the baseline's {rival[key]:,.{digits}f}")
+
+
+@recipes_app.command("list")
+def list_recipes(json_: Json = False) -> None:
+    """List the shipped recipes with what they are for."""
+    first_lines = {name: file.read_text().splitlines()[0].lstrip("# ") for name, file in shipped_recipes().items()}
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.recipes/1", "recipes": first_lines}))
+    else:
+        for name, line in first_lines.items():
+            out.print(f"{name:36} {line}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: str) -> None:
+    """Print a shipped recipe, to be the start of your own.
+
+    Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
+    """
+    sys.stdout.write(harmless(find_recipe(name).read_text(encoding="utf-8")))
+
+
+@ckpt_app.command("inspect")
+def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
+    """Say what a checkpoint holds and belongs to.
+
+    Example:  mgtrain ckpt inspect demo_multigrid
+    """
+    from math import prod
+
+    from mgtrain.checkpoint import read_info, tensor_shapes
+    from mgtrain.recipe import parse_recipe
+
+    path = checkpoint_path(checkpoint)
+    info, shapes = read_info(path), tensor_shapes(path)
+    recipe = parse_recipe(info.recipe, str(path))
+    numbers = {
+        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
+        for part in ("model", "optimizer", "groups")
+    }
+    facts = {
+        "checkpoint": str(path),
+        "bytes": path.stat().st_size,
+        "step": info.step,
+        "evaluated": info.evaluated,
+        "recalibrated": info.recalibrated,
+        "training_seconds": info.train_seconds,
+        "model": recipe.model.name,
+        "classes": len(info.classes),
+        "tensors": len(shapes),
+        "numbers": numbers,
+        "training_videos": info.data,
+        "validation_videos": info.val_data,
+        "steps_left_out": info.left_out,
+    }
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}))
+        return
+    for key, value in facts.items():
+        shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
+        out.print(f"{key.replace('_', ' '):18} {shown}")
+
+
+@ckpt_app.command("verify")
+def verify_checkpoints(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
+    json_: Json = False,
+) -> None:
+    """Read checkpoints whole and compare them with their checksums; exits with 4 if one is damaged.
+
+    Example:  mgtrain ckpt verify demo_multigrid
+    """
+    from mgtrain.checkpoint import verify as verify_file
+    from mgtrain.rundir import find_run
+
+    files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
+    if not files:
+        raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
+    damaged: dict[str, str] = {}
+    for file in files:
+        try:
+            verify_file(file)
+        except CheckpointError as error:
+            damaged[str(file)] = str(error)
+    if json_:
+        result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
+        out.print_json(json.dumps(result))
+    else:
+        for file in files:
+            out.print(damaged.get(str(file), f"{file}: whole"))
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")
+
+
+def _started_ranks(procs: int | None, device: Device | None) -> bool:
+    """Start this command once per rank, unless this process is one of them or the only one."""
+    from mgtrain.distributed import default_procs, is_launched, launch
+
+    if is_launched():
+        return False
+    wanted = procs or default_procs(device.value if device else None)
+    if wanted == 1:
+        return False
+    code = launch([sys.executable, "-m", "mgtrain", *sys.argv[1:]], wanted)
+    if code:
+        sys.exit(code)
+    return True
+
+
+def _training_videos(recipe: Recipe) -> int:
+    """How many training videos the data have; what the recipe expects where they are not on this machine."""
+    from mgtrain.datasets import open_videos, usable
+    from mgtrain.errors import DataError
+
+    data = recipe.data
+    try:
+        videos = open_videos(data.format, data.root, data.train, None, data.outside_root)
+    except DataError as error:
+        if data.videos is None:
+            raise DataError(f"{error}; give --videos to plan without the data") from None
+        return data.videos
+    (videos,) = usable(data, videos)
+    if videos.left_out:
+        err.print(f"training videos: {videos.left_out_words}, as {data.checked} says", soft_wrap=True)
+    return len(videos)
+
+
+def _parse_views(views: str) -> tuple[int, int]:
+    times, _, crops = views.partition("x")
+    if not (times.isdecimal() and crops in ("1", "3") and int(times) > 0):
+        raise UsageError(f"--views {views}: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3")
+    return int(times), int(crops)
+
+
+def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool, classes: Any = ()) -> None:
+    if as_json:
+        result = {**facts, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss, "videos": scores.videos}
+        if classes:
+            result["per_class"] = dict(zip(classes, scores.per_class(), strict=True))
+        out.print_json(json.dumps(result))
+        return
+    for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=False):
+        out.print(f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}")
+    out.print(
+        f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  loss {scores.loss:.3f}  "
+        f"on {scores.videos} videos, {views} {'view' if views == 1 else 'views'} each"
+    )
