@@ -85,6 +85,15 @@ def save_checkpoint(
         ) from None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of ours, rather than anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def read_info(path: Path) -> CheckpointInfo:
     """What a checkpoint belongs to, without its tensors."""
     return _info(path, _header(path))

@@ -64,8 +64,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("fit tiny.yaml --device cpu --name new data.classes=5", 3, "have 4 classes, data.classes says 5"),
         ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: no run directory"),
         ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "changed since: optim.lr 0.002 -> 0.01; resume as"),
-        ("eval garbage.safetensors", 4, "garbage.safetensors: not a readable checkpoint"),
-        ("eval foreign.safetensors", 4, "foreign.safetensors: a safetensors file, but not a checkpoint of mgtrain"),
+        ("eval garbage.safetensors", 4, "garbage.safetensors: cannot be read as weights: "),
+        ("eval foreign.safetensors", 2, "foreign.safetensors: holds weights without a recipe; say with --recipe "),
         ("eval begun", 4, "runs/begun: no checkpoint yet; train it with `mgtrain fit`"),
         ("eval none", 2, "none: no run directory"),
         ("eval tiny --views 3", 2, "--views 3: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3"),
@@ -174,8 +174,12 @@ def test_fit_prints_its_scores_and_logs_to_stderr(mgtrain: Start, here: Path, tm
 
 def test_eval_as_json(mgtrain: Start, here: Path) -> None:
     scores = result(mgtrain(here, "eval", "tiny", "--device", "cpu", "--views", "2x3", "--json"))
-    assert set(scores) == {"schema", "checkpoint", "step", "views", "top1", "top5", "loss", "videos", "per_class"}
-    assert (scores["schema"], scores["step"], scores["views"]) == ("mgtrain.eval/1", 17, "2x3")
+    assert set(scores) == {
+        "schema", "checkpoint", "step", "views", "top1", "top1_interval", "top5", "loss", "videos", "per_class",
+        "counts", "confusion", "calibration_error", "calibration",
+    }  # fmt: skip
+    assert (scores["schema"], scores["step"], scores["views"]) == ("mgtrain.eval/2", 17, "2x3")
+    assert sum(map(sum, scores["confusion"])) == 12
     assert scores["checkpoint"] == "runs/tiny/checkpoints/step_00000017.safetensors"
     assert list(scores["per_class"]) == ["left", "right", "up", "down"]
     assert scores["top1"] == pytest.approx(sum(scores["per_class"].values()) / 4)
@@ -192,11 +196,43 @@ def test_eval_of_one_view_is_the_runs_last_evaluation(mgtrain: Start, here: Path
 
 def test_eval_for_a_reader(mgtrain: Start, here: Path) -> None:
     done = mgtrain(here, "eval", "tiny", "--device", "cpu", "--views", "1x1", "--per-class")
-    *classes, total = done.stdout.splitlines()
+    *classes, confused, calibration, total = done.stdout.splitlines()
     assert [line.split()[0] for line in classes] == ["left", "right", "up", "down"]
     assert all(line.endswith("of 3") for line in classes)
+    assert confused.startswith("taken most often: ")
+    assert calibration.startswith("calibration: ")
     assert total.startswith("top-1 ")
-    assert total.endswith("on 12 videos, 1 view each")
+    assert "on 12 videos, 1 view each; 95 % interval of top-1: " in total
+
+
+def test_eval_writes_a_table_and_what_two_ranks_write_is_the_same(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    tables = []
+    for procs in (1, 2):
+        table = tmp_path / f"{procs}.csv"
+        words = ("eval", "tiny", "--device", "cpu", "--views", "2x1", "--csv", str(table), "--procs", str(procs))
+        assert mgtrain(here, *words).returncode == 0
+        tables.append([line.split(",") for line in table.read_text().splitlines()])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.csv", "2.csv"]
+    one, two = tables
+    assert len(one) == 13
+    assert one[0] == two[0] == ["path", "label", "predicted", "left", "right", "up", "down"]
+    assert [row[:3] for row in one] == [row[:3] for row in two]
+    for ours, theirs in zip(one[1:], two[1:], strict=True):
+        assert [float(p) for p in ours[3:]] == pytest.approx([float(p) for p in theirs[3:]], rel=1e-5)
+
+
+def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Path, tmp_path: Path) -> None:
+    videos = [str(motions / f"videos/val/{name}_0.mp4") for name in ("left", "up")]
+    found = result(mgtrain(here, "predict", "tiny", *videos, "--views", "1x1", "--top", "2", "--json"))
+    assert (found["schema"], found["failed"]) == ("mgtrain.predict/1", {})
+    assert [answer["video"] for answer in found["videos"]] == videos
+    assert [len(answer["top"]) for answer in found["videos"]] == [2, 2]
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    done = mgtrain(here, "predict", "tiny", videos[0], str(tmp_path / "bad.mp4"), "--every", "0.2")
+    assert done.returncode == 3
+    assert done.stdout.startswith(f"{videos[0]}: ")
+    assert " s: " in done.stdout
+    assert f"1 of 2 videos cannot be used: {tmp_path / 'bad.mp4'}: " in done.stderr
 
 
 def test_compare_as_json_and_for_a_reader(mgtrain: Start, here: Path) -> None:

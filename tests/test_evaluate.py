@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mgtrain.clips.cut import cut_views
 from mgtrain.clips.decode import decode
-from mgtrain.clips.loader import BadVideos, evaluation_grid, view_batches
+from mgtrain.clips.loader import evaluation_grid
 from mgtrain.datasets import open_videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model
-from mgtrain.engine.evaluate import Scores, evaluate
+from mgtrain.engine.evaluate import evaluate, predict
 from mgtrain.engine.step import to_device, to_input
 from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.predictions import Predictions, Scores
 from mgtrain.recipe import Recipe
 
 
@@ -35,8 +37,7 @@ def made(recipe: Recipe) -> Any:
 
 def scores(recipe: Recipe, times: int, crops: int) -> Scores:
     videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.val)
-    batches = view_batches(videos, recipe, times, crops, World(), BadVideos(len(videos), 0))
-    return evaluate(made(recipe), batches, times * crops, recipe, World())
+    return evaluate(made(recipe), videos, recipe, World(), (times, crops)).scores()
 
 
 def by_hand(recipe: Recipe, times: int, crops: int) -> list[tuple[int, list[float]]]:
@@ -98,10 +99,20 @@ def numbered(count: int) -> Tensor:
     return torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 4, 4).contiguous()
 
 
+def asked(table: Tensor, batches: list[Tensor], views: int, recipe: Recipe, labels: list[int]) -> Scores:
+    """The scores of a `Fixed` network on videos with these labels, of which `batches` hold the clips."""
+    whole, first = [], 0
+    for clips in batches:
+        whole.append((clips, torch.arange(first, first + len(clips) // views)))
+        first += len(clips) // views
+    rows = torch.cat([rows for _, rows in predict(Fixed(table), whole, views, recipe, World())])
+    return Predictions(np.arange(first), np.array(labels), rows.numpy()).scores()
+
+
 def test_top_5_counts_labels_among_the_five_most_probable(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny("data.classes=7")
     table = torch.arange(7.0).flip(0).repeat(7, 1)  # class 0 is the most probable, class 6 the least
-    ours = evaluate(Fixed(table), [(numbered(7), torch.arange(7))], 1, recipe, World())
+    ours = asked(table, [numbered(7)], 1, recipe, list(range(7)))
     assert (ours.top1, ours.top5) == (1 / 7, 5 / 7)
     assert ours.correct == (1, 0, 0, 0, 0, 0, 0)
 
@@ -110,25 +121,23 @@ def test_views_are_averaged_as_probabilities_not_as_logits(tiny: Callable[..., R
     # One view is sure of class 0, two lean to class 1: the logits' mean prefers class 0, the probabilities' class 1.
     table = torch.tensor([[20.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 3.0, 0, 0]])
     assert table.mean(0).argmax() == 0
-    ours = evaluate(Fixed(table), [(numbered(3), torch.tensor([1]))], 3, tiny(), World())
+    ours = asked(table, [numbered(3)], 3, tiny(), [1])
     assert ours.correct == (0, 1, 0, 0)
     assert ours.loss == pytest.approx(-math.log(2 * math.exp(3) / (math.exp(3) + 3) / 3), rel=1e-6)
 
 
 def test_an_empty_batch_is_passed_over(tiny: Callable[..., Recipe]) -> None:
-    table = torch.eye(4)
-    full, empty = (numbered(4), torch.arange(4)), (numbered(0), torch.arange(0))
-    ours = evaluate(Fixed(table), [empty, full, empty], 1, tiny(), World())
+    ours = asked(torch.eye(4), [numbered(0), numbered(4), numbered(0)], 1, tiny(), [0, 1, 2, 3])
     assert (ours.top1, ours.videos, ours.counts) == (1.0, 4, (1, 1, 1, 1))
 
 
 def test_a_class_without_videos_has_no_accuracy(tiny: Callable[..., Recipe]) -> None:
-    ours = evaluate(Fixed(torch.eye(4)), [(numbered(2), torch.arange(2))], 1, tiny(), World())
+    ours = asked(torch.eye(4), [numbered(2)], 1, tiny(), [0, 1])
     assert ours.per_class() == [1.0, 1.0, None, None]
 
 
 def test_an_impossible_answer_has_a_finite_loss(tiny: Callable[..., Recipe]) -> None:
     table = torch.tensor([[2000.0, 0, 0, 0]])
-    ours = evaluate(Fixed(table), [(numbered(1), torch.tensor([1]))], 1, tiny(), World())
+    ours = asked(table, [numbered(1)], 1, tiny(), [1])
     assert ours.top1 == 0
     assert math.isfinite(ours.loss)

@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import mgtrain.engine.fit
 from mgtrain.checkpoint import CheckpointInfo, read_info
 from mgtrain.distributed import World
-from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.fit import fit
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
+from mgtrain.predictions import Scores
 from mgtrain.recipe import Recipe
 from mgtrain.rundir import RunDir
 from mgtrain.schedule import make_plan

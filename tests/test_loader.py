@@ -288,7 +288,8 @@ def test_missing_videos_are_broken_videos(tiny: Callable[..., Recipe], broken: P
 
 
 def views(recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos) -> list[Batch]:
-    return list(view_batches(opened(recipe, "val"), recipe, times, crops, world, bad))
+    videos = opened(recipe, "val")
+    return list(view_batches(videos, range(world.rank, len(videos), world.size), recipe, times, crops, world, bad))
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (5, 0)])
@@ -296,24 +297,24 @@ def test_an_evaluation_sees_every_video_once(tiny: Callable[..., Recipe], ranks:
     recipe = tiny(f"hardware.workers={workers}")
     ours = [batch for rank in range(ranks) for batch in views(recipe, 1, 1, World(rank, ranks), BadVideos(12, 0))]
     clips = sorted(clip.numpy().tobytes() for batch, _ in ours for clip in batch)
-    labels = sorted(label for _, batch in ours for label in batch.tolist())
-    ((one, one_labels),) = [tuple(map(torch.cat, zip(*views(recipe, 1, 1, World(), BadVideos(12, 0)), strict=True)))]
+    numbers = sorted(number for _, batch in ours for number in batch.tolist())
+    ((one, one_numbers),) = [tuple(map(torch.cat, zip(*views(recipe, 1, 1, World(), BadVideos(12, 0)), strict=True)))]
     assert clips == sorted(clip.numpy().tobytes() for clip in one)
     assert one.shape == (12, 3, 8, 32, 32)
-    assert labels == sorted(one_labels.tolist()) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert numbers == one_numbers.tolist() == list(range(12))
 
 
 def test_views_of_a_video_come_together(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
     batches = views(recipe, 2, 3, World(), BadVideos(12, 0))
     assert [tuple(clips.shape) for clips, _ in batches] == [(6, 3, 8, 32, 32)] * 12
-    assert [len(labels) for _, labels in batches] == [1] * 12
+    assert [numbers.tolist() for _, numbers in batches] == [[n] for n in range(12)]
 
 
 def test_a_broken_video_is_left_out_of_an_evaluation(tiny: Callable[..., Recipe], broken: Path) -> None:
     bad = BadVideos(videos=12, max_fraction=0.1)
     batches = views(tiny(f"data.root={broken}"), 1, 1, World(), bad)
-    assert sum(len(labels) for _, labels in batches) == sum(len(clips) for clips, _ in batches) == 11
+    assert sum(len(numbers) for _, numbers in batches) == sum(len(clips) for clips, _ in batches) == 11
     assert list(bad.causes) == [str(broken / "videos/val/right_1.mp4")]
     with pytest.raises(DataError, match="1 of 12 videos cannot be decoded"):
         views(tiny(f"data.root={broken}"), 1, 1, World(), BadVideos(videos=12, max_fraction=0.01))

@@ -13,7 +13,7 @@ import typer
 
 from mgtrain import __version__
 from mgtrain.cli.data import bench_app, data_app
-from mgtrain.cli.runs import ckpt_app, compare, evaluate, fit, plan, recipes_app
+from mgtrain.cli.runs import ckpt_app, compare, evaluate, fit, plan, predict, recipes_app
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
 from mgtrain.errors import MgtrainError
@@ -28,7 +28,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "eval": evaluate, "compare": compare, "plan": plan}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "fit": fit,
+    "eval": evaluate,
+    "predict": predict,
+    "compare": compare,
+    "plan": plan,
+}
 for name, command in COMMANDS.items():
     app.command(name)(command)
 for group in (recipes_app, data_app, bench_app, ckpt_app, weights_app):

@@ -18,6 +18,7 @@ from mgtrain.cli.options import (
     Overrides,
     Procs,
     RecipeArgument,
+    check_finite,
     checkpoint_path,
 )
 from mgtrain.console import err, harmless, out, start_logging
@@ -26,6 +27,14 @@ from mgtrain.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 
 recipes_app = typer.Typer(name="recipes", help="The recipes that come with mgtrain.", no_args_is_help=True)
 ckpt_app = typer.Typer(name="ckpt", help="Look at checkpoints.", no_args_is_help=True)
+
+
+FEW_VIDEOS = 16  # are decoded sooner than loader processes start
+
+ViewsOption = Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="For weights from elsewhere: the recipe that says how clips are cut.")
+]
 
 
 def fit(
@@ -70,47 +79,107 @@ def fit(
         start_logging(folder / "log.txt", world.main, world.rank)
         scores = train(loaded, run, world, resume, rival, allow_changes)
         if world.main:
-            _print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, 1, json_)
+            _print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, json_)
 
 
 def evaluate(
     checkpoint: CheckpointArgument,
     overrides: Overrides = None,
-    views: Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")] = "10x3",
+    views: ViewsOption = "10x3",
+    recipe: RecipeOption = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Write every video's probabilities to this file. What was interrupted goes on."),
+    ] = None,
     procs: Procs = None,
     device: DeviceOption = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print every class's accuracy.")] = False,
     json_: Json = False,
 ) -> None:
-    """Give the accuracy of a checkpoint, averaged over views, each video counted once.
+    """Give the accuracy of a checkpoint, averaged over views, each video counted once and decoded once.
 
-    Examples:  mgtrain eval demo_multigrid --views 10x3  |  mgtrain eval model.safetensors data.val=test.csv
+    Examples:  mgtrain eval demo_multigrid --views 10x3  |  mgtrain eval runs/mine data.val=test.csv --csv scores.csv
+    |  mgtrain eval k400.safetensors --recipe k400_slowfast_8x8_r50_baseline data.root=/data/k400
     """
     times, crops = _parse_views(views)
     path = checkpoint_path(checkpoint)
+    if table is not None and not table.parent.is_dir():
+        raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it")
     if _started_ranks(procs, device):
         return
 
-    from mgtrain.checkpoint import load_model, read_info
     from mgtrain.distributed import connect
-    from mgtrain.engine.checks import make_model
-    from mgtrain.engine.fit import open_data, recalibrate_and_evaluate
-    from mgtrain.engine.step import to_device
-    from mgtrain.recipe import parse_recipe
-    from mgtrain.weights.load import freeze
+    from mgtrain.engine.evaluate import evaluate as evaluate_videos
+    from mgtrain.engine.fit import open_data
+    from mgtrain.engine.recalibrate import recalibrate
+    from mgtrain.engine.trained import evaluation_videos, load_trained
+    from mgtrain.predictions import Journal
 
-    info = read_info(path)
-    recipe = parse_recipe(info.recipe, str(path), overrides or ())
     with connect(device.value if device else None) as world:
         start_logging(None, world.main, world.rank)
-        train, val = open_data(recipe)
-        model = to_device(make_model(recipe), recipe, world)
-        load_model(path, model)
-        freeze(model, recipe.init)
-        scores = recalibrate_and_evaluate(model, train, val, recipe, world, (times, crops), info.recalibrated)
+        trained = load_trained(path, recipe, overrides or (), world)
+        videos = evaluation_videos(trained)
+        journal = None
+        if table is not None:
+            journal = Journal(table, f"{trained.identity} {views} {videos.identity}", len(trained.classes))
+        if not trained.recalibrated:
+            recalibrate(trained.model, open_data(trained.recipe)[0], trained.recipe, world)
+        predictions = evaluate_videos(trained.model, videos, trained.recipe, world, (times, crops), journal)
         if world.main:
-            facts = {"schema": "mgtrain.eval/1", "checkpoint": str(path), "step": info.step, "views": views}
-            _print_scores(facts, scores, times * crops, json_, info.classes if per_class or json_ else ())
+            if table is not None and journal is not None:
+                predictions.write_csv(table, videos)
+                journal.remove()
+            if json_:
+                facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
+                out.print_json(json.dumps({**facts, **predictions.describe(videos.classes)}))
+            else:
+                out.print(predictions.render(videos.classes, times * crops, per_class), markup=False, soft_wrap=True)
+        world.barrier()
+
+
+def predict(
+    checkpoint: CheckpointArgument,
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
+    views: ViewsOption = "10x3",
+    every: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Instead of views: a clip every so many seconds, for long videos, each told."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Most probable classes to tell.")] = 5,
+    recipe: RecipeOption = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe.")
+    ] = None,
+    device: DeviceOption = None,
+    json_: Json = False,
+) -> None:
+    """Say what is in videos, with the accuracy that `mgtrain eval` measures. Exits with 3 if one cannot be decoded.
+
+    Examples:  mgtrain predict demo_multigrid clip.mp4 other.mp4  |  mgtrain predict runs/mine long.mp4 --every 2
+    """
+    check_finite("--every", every)
+    times, crops = _parse_views(views)
+    path = checkpoint_path(checkpoint)
+
+    from mgtrain.distributed import connect
+    from mgtrain.engine.predict import predict_videos
+    from mgtrain.engine.trained import load_trained
+    from mgtrain.errors import DataError
+
+    with connect(device.value if device else None) as world:
+        start_logging(None, world.main, world.rank)
+        alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
+        trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world)
+        answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
+    if json_:
+        found = [answer.describe(trained.classes, top) for answer in answers]
+        facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
+        out.print_json(json.dumps({**facts, "videos": found, "failed": failed}))
+    else:
+        for answer in answers:
+            out.print(answer.render(trained.classes, top), markup=False, soft_wrap=True)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used: {'; '.join(failed.values())}")
 
 
 def compare(
@@ -301,16 +370,9 @@ def _parse_views(views: str) -> tuple[int, int]:
     return int(times), int(crops)
 
 
-def _print_scores(facts: dict[str, Any], scores: Any, views: int, as_json: bool, classes: Any = ()) -> None:
+def _print_scores(facts: dict[str, Any], scores: Any, as_json: bool) -> None:
     if as_json:
         result = {**facts, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss, "videos": scores.videos}
-        if classes:
-            result["per_class"] = dict(zip(classes, scores.per_class(), strict=True))
         out.print_json(json.dumps(result))
-        return
-    for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=False):
-        out.print(f"{name:30} {'no videos' if accuracy is None else f'{100 * accuracy:6.1f} %'}  of {count}")
-    out.print(
-        f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  loss {scores.loss:.3f}  "
-        f"on {scores.videos} videos, {views} {'view' if views == 1 else 'views'} each"
-    )
+    else:
+        out.print(scores.line(1))

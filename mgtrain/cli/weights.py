@@ -31,6 +31,9 @@ def import_weights(
     model: Annotated[
         str | None, typer.Option(help="The model they are for, such as i3d_r50. Default: the one they are of.")
     ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Names of the classes, one per line, to be stored. Default: those of the file.")
+    ] = None,
     at_least: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the model's tensors to demand; below it, exit with 6.")
     ] = 1.0,
@@ -49,12 +52,15 @@ def import_weights(
     import torch
 
     from mgtrain.models import build_model
-    from mgtrain.weights.load import load_weights, model_options, read_weights, save_weights
+    from mgtrain.weights.load import load_weights, model_options, read_classes, read_weights, save_weights
     from mgtrain.weights.torchvision import download
 
     path = file or download(str(from_))
     weights = read_weights(path)
     options = model_options(weights, model)
+    names = _read_names(classes) if classes else read_classes(path)
+    if classes and len(names) != options["classes"]:
+        raise UsageError(f"{classes}: names {len(names)} classes, the weights have {options['classes']}")
     with torch.device("meta"):
         target = build_model(**options)
     target.to_empty(device="cpu")
@@ -70,5 +76,11 @@ def import_weights(
         out.print(f"model: {{{section}}}, of {options['classes']} classes", markup=False)
     report.demand(at_least, path)
     if to:
-        save_weights(to, target, report, options)
+        save_weights(to, target, report, options, names)
         err.print(f"wrote {to}; a recipe starts from it with init.weights={to}", markup=False, soft_wrap=True)
+
+
+def _read_names(file: Path) -> tuple[str, ...]:
+    from mgtrain.datasets.videos import read_lines
+
+    return tuple(line.strip() for line in read_lines(file) if line.strip())

@@ -7,6 +7,8 @@ numbers; only `cut_random` draws.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,9 +155,26 @@ def cut_views(grid: Grid, info: VideoInfo, times: int, crops: int, *, fps: float
     (20, 23) (0, 16, 224, 224)
     (20, 23) (116, 16, 224, 224)
     """
-    stride = grid.stride[0] * info.fps / fps
-    latest = latest_start(grid.frames, stride, info.frames)
+    latest = latest_start(grid.frames, grid.stride[0] * info.fps / fps, info.frames)
     starts = [latest / 2] if times == 1 else [latest * i / times for i in range(times)]
+    return cut_at(starts, grid, info, crops, fps=fps)
+
+
+def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0) -> list[Cut]:
+    """Clips of the frame's centre that start `every` so many seconds, the last one at the latest place that it fits.
+
+    >>> grid = Grid(frames=2, crop=224, stride=(15, 15), short_side=(256, 256))
+    >>> [cut.frames for cut in cut_windows(grid, VideoInfo(100, 30.0, 340, 256), every=1)]
+    [(0, 29), (30, 59), (60, 89), (70, 99)]
+    """
+    latest = latest_start(grid.frames, grid.stride[0] * info.fps / fps, info.frames)
+    starts = [n * every * info.fps for n in range(math.ceil(latest / (every * info.fps)))]
+    return cut_at([*starts, latest], grid, info, 1, fps=fps)
+
+
+def cut_at(starts: Sequence[float], grid: Grid, info: VideoInfo, crops: int, *, fps: float) -> list[Cut]:
+    """The clips that start at these source frames, each with `crops` windows. Nothing is drawn, nothing is flipped."""
+    stride = grid.stride[0] * info.fps / fps
     size = resized(info.width, info.height, max(grid.crop, grid.short_side[0]))
     regions = [source_region(info, size, grid.crop, *window) for window in uniform_windows(size, grid.crop, crops)]
     return [

@@ -59,7 +59,7 @@ class Loaded:
     """What comes back for one unit of work."""
 
     clips: Tensor  # uint8 (clips, T, S, S, 3)
-    labels: Tensor  # int64 (clips,), or (videos,) in an evaluation
+    labels: Tensor  # int64 (clips,); in an evaluation the numbers of the videos, (videos,)
     bad: tuple[tuple[str, str], ...] = ()  # path and cause of each video that could not be decoded
     given_up: bool = False
 
@@ -195,19 +195,19 @@ class ViewClips(Dataset[Loaded]):
 
     def __getitem__(self, unit: Sequence[int]) -> Loaded:
         views: list[np.ndarray] = []
-        labels: list[int] = []
+        numbers: list[int] = []
         bad: list[tuple[str, str]] = []
         for video in unit:
             try:
                 with self.source.open(video) as file:
                     cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.fps)
                     views.extend(file.read(cuts))
-                labels.append(self.source.videos.label(video))
+                numbers.append(video)
             except VideoError as error:
                 bad.append((self.source.videos.path(video), str(error)))
         shape = (self.grid.frames, self.grid.crop, self.grid.crop, 3)
         clips = np.stack(views) if views else np.zeros((0, *shape), np.uint8)  # (videos * times * crops, T, S, S, 3)
-        return Loaded(torch.from_numpy(clips), torch.tensor(labels, dtype=torch.int64), tuple(bad))
+        return Loaded(torch.from_numpy(clips), torch.tensor(numbers, dtype=torch.int64), tuple(bad))
 
 
 class BadVideos:
@@ -257,13 +257,13 @@ def recalibration_batches(
 
 
 def view_batches(
-    videos: Videos, recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos
+    videos: Videos, numbers: Sequence[int], recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All views of this rank's videos, whole videos at a time: uint8 (v * times * crops, 3, T, S, S) and int64 (v,)."""
+    """All views of this rank's videos, which are opened once: uint8 (v * times * crops, 3, T, S, S), and their numbers,
+    int64 (v,)."""
     dataset = ViewClips(videos, recipe, times, crops)
-    share = range(world.rank, len(videos), world.size)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
-    batches = (share[first : first + per_batch] for first in range(0, len(share), per_batch))
+    batches = (numbers[first : first + per_batch] for first in range(0, len(numbers), per_batch))
     return batches_of(dataset, batches, recipe, world, bad)
 
 

@@ -43,8 +43,15 @@ def open_videos(
     try:
         beside = (folder / "classes.txt" for folder in (Path(root, source).parent, Path(root)))
         names = next((file for file in beside if file.is_file()), None)
-        if classes is None and names is not None:
-            classes = [line.strip() for line in read_lines(names) if line.strip()]
+        if names is not None:
+            listed = [line.strip() for line in read_lines(names) if line.strip()]
+            differ = [n for n, (there, here) in enumerate(zip(listed, classes or (), strict=False)) if there != here]
+            if differ:
+                raise DataError(
+                    f"{names}: class {differ[0]} is {listed[differ[0]]!r} there and {(classes or ())[differ[0]]!r} "
+                    "here; labels would be mistaken, so give the same classes in the same order"
+                )
+            classes = listed if classes is None else classes
         repeated = [name for name, count in Counter(classes or ()).items() if count > 1]
         if repeated:
             raise DataError(f"class {min(repeated)!r} is there twice; name every class of {root} once")

@@ -1,59 +1,85 @@
-"""Accuracy on the one evaluation grid, counted once per video on any number of ranks."""
+"""What the network says of each video, averaged over its views and gathered from all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgtrain.clips.loader import BadVideos, view_batches
+from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.step import autocast, to_input
+from mgtrain.models.norm import merge_group_stats
+from mgtrain.predictions import Journal, Predictions
 from mgtrain.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What an evaluation found. Fractions are of the videos that could be decoded."""
+def evaluate(
+    model: nn.Module,
+    videos: Videos,
+    recipe: Recipe,
+    world: World,
+    views: tuple[int, int] = (1, 1),
+    journal: Journal | None = None,
+) -> Predictions:
+    """What the model says of all videos that can be decoded, over `views` (times, crops) of each; on every rank all.
 
-    top1: float
-    top5: float
-    loss: float  # mean negative log likelihood of the averaged softmax
-    videos: int
-    correct: tuple[int, ...]  # right videos of each class
-    counts: tuple[int, ...]  # videos of each class
-
-    def per_class(self) -> list[float | None]:
-        """Accuracy of each class; None for a class without videos."""
-        return [right / count if count else None for right, count in zip(self.correct, self.counts, strict=True)]
+    With a `journal` the videos that it has are not evaluated again, and every batch is added to it.
+    """
+    merge_group_stats(model, world.gather)
+    classes, (times, crops) = recipe.data.classes, views
+    numbers, probabilities = np.empty(0, np.int64), np.empty((0, classes), np.float32)
+    if journal is not None:
+        numbers, probabilities = world.from_main(journal.read() if world.main else (numbers, probabilities))
+    left = np.setdiff1d(np.arange(len(videos)), numbers)
+    bad = BadVideos(len(videos), recipe.data.max_bad_fraction)
+    batches = view_batches(videos, left[world.rank :: world.size].tolist(), recipe, times, crops, world, bad)
+    mine: list[tuple[Tensor, Tensor]] = []
+    for chosen, rows in predict(model, batches, times * crops, recipe, world):
+        mine.append((chosen, rows))
+        if journal is not None:
+            journal.append(world.rank, chosen.cpu().numpy(), rows.cpu().numpy())
+    new_numbers, new_probabilities = gathered(mine, -(-len(left) // world.size), classes, world)
+    numbers, probabilities = np.append(numbers, new_numbers), np.append(probabilities, new_probabilities, axis=0)
+    order = np.argsort(numbers)
+    labels = np.array([videos.label(number) for number in numbers[order].tolist()], np.int64)
+    return Predictions(numbers[order], labels, probabilities[order])
 
 
 @torch.inference_mode()
-def evaluate(
+def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], views: int, recipe: Recipe, world: World
-) -> Scores:
-    """Scores of the softmax averaged over each video's `views` consecutive clips (the paper tests 10 x 3).
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each batch the numbers of its videos, int64 (v,), and their class probabilities, float32 (v, classes).
 
-    `batches` are whole videos of this rank: clips uint8 (v * views, 3, T, S, S), labels int64 (v,).
+    `batches` are clips uint8 (v * views, 3, T, S, S), `views` consecutive ones of each video, and int64 (v,). The
+    softmax is averaged over the views (the paper tests 10 x 3). A pass takes no more clips than one of training.
     """
     model.eval()
-    classes = recipe.data.classes
-    tally = torch.zeros(2, classes, dtype=torch.float64, device=world.device)  # right videos and videos, by class
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # videos right among five, loss
-    for clips, labels in batches:
-        if not len(labels):
+    most = max(1, recipe.batch.clips // world.size)
+    for clips, numbers in batches:
+        if not len(numbers):
             continue
         with autocast(recipe, world):
-            logits = model(to_input(clips, recipe)).float()  # (v * views, classes)
-        probabilities = F.softmax(logits.double(), dim=1).view(len(labels), views, classes).mean(1)  # (v, classes)
-        top5 = probabilities.topk(min(5, classes)).indices == labels[:, None]  # (v, 5)
-        tally[0].index_add_(0, labels, top5[:, 0].double())
-        tally[1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-        sums[0] += top5.any(1).sum()
-        sums[1] += F.nll_loss(probabilities.clamp_min(1e-30).log(), labels, reduction="sum")
-    correct, counts = world.sum(tally).long().tolist()
-    right5, loss = world.sum(sums).tolist()
-    videos = max(1, sum(counts))
-    return Scores(sum(correct) / videos, right5 / videos, loss / videos, sum(counts), tuple(correct), tuple(counts))
+            logits = torch.cat([model(to_input(part, recipe)).float() for part in torch.split(clips, most)])
+        probabilities = F.softmax(logits.double(), dim=1).view(len(numbers), views, -1).mean(1)  # (v, classes)
+        yield numbers, probabilities.float()
+
+
+def gathered(
+    parts: list[tuple[Tensor, Tensor]], most: int, classes: int, world: World
+) -> tuple[np.ndarray, np.ndarray]:
+    """All ranks' rows: numbers, int64 (V,), and probabilities, float32 (V, classes); a rank has at most `most`."""
+    numbers = torch.full((most,), -1, device=world.device)
+    rows = torch.zeros(most, classes, device=world.device)
+    if parts:
+        mine = torch.cat([chosen for chosen, _ in parts])
+        numbers[: len(mine)] = mine
+        rows[: len(mine)] = torch.cat([row for _, row in parts])
+    everyones, all_rows = world.gather(numbers).flatten(), world.gather(rows).flatten(0, 1)
+    there = everyones >= 0
+    return everyones[there].cpu().numpy(), all_rows[there].cpu().numpy()

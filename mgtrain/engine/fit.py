@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from mgtrain.checkpoint import CheckpointInfo
-from mgtrain.clips.loader import BadVideos, recalibration_batches, train_batches, view_batches
+from mgtrain.clips.loader import BadVideos, train_batches
 from mgtrain.clips.prepared import PreparedSet
 from mgtrain.console import TrainProgress
 from mgtrain.datasets import open_splits
@@ -19,16 +18,16 @@ from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.distributed import Agreement, World, replicate
 from mgtrain.engine.checks import check_micro_batches, check_precision, check_shapes, make_model
 from mgtrain.engine.clock import Clock
-from mgtrain.engine.evaluate import Scores, evaluate
+from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import NonFiniteSteps, refuse_or_report
 from mgtrain.engine.optim import make_optimizer
-from mgtrain.engine.recalibrate import recalibrate_bn
+from mgtrain.engine.recalibrate import recalibrate
 from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_step
 from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
 from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
 from mgtrain.errors import DataError, StoppedError
-from mgtrain.models.norm import merge_group_stats
+from mgtrain.predictions import Scores
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, seed_of
 from mgtrain.rundir import RunDir
@@ -85,9 +84,9 @@ def fit(
 
     def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
         with clock.paused():
-            scores = recalibrate_and_evaluate(model, train, val, recipe, world)
+            recalibrated = recalibrate(model, train, recipe, world)
+            scores = evaluate(model, val, recipe, world).scores()
         log_evaluation(run, step, plan, scores, clock, baseline)
-        recalibrated = recipe.evaluation.recalibration_batches > 0
         return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
 
     with StopRequest() as asked, TrainProgress(plan, state.step, shown=world.main) as progress:
@@ -117,7 +116,7 @@ def fit(
             if done in milestones:
                 scores, state = evaluated(step)
     run.close()
-    return scores or recalibrate_and_evaluate(model, train, val, recipe, world)
+    return scores or evaluate(model, val, recipe, world).scores()
 
 
 def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
@@ -133,25 +132,3 @@ def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
     if recipe.data.prepared:
         PreparedSet(recipe.data.prepared)  # refuses what is no prepared set
     return splits["train"], splits["val"]
-
-
-def recalibrate_and_evaluate(
-    model: nn.Module,
-    train: Videos,
-    val: Videos,
-    recipe: Recipe,
-    world: World,
-    views: tuple[int, int] = (1, 1),
-    recalibrated: bool = False,
-) -> Scores:
-    """Accuracy of the weights as they are, over `views` (times, crops) of each validation video.
-
-    BatchNorm is recalibrated first unless it is `recalibrated` already, or the recipe says not to.
-    """
-    merge_group_stats(model, world.gather)
-    if recipe.evaluation.recalibration_batches and not recalibrated:
-        bad = BadVideos(len(train), recipe.data.max_bad_fraction)
-        recalibrate_bn(model, recalibration_batches(train, recipe, world, bad), recipe, world)
-    bad = BadVideos(len(val), recipe.data.max_bad_fraction)
-    times, crops = views
-    return evaluate(model, view_batches(val, recipe, times, crops, world, bad), times * crops, recipe, world)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mgtrain.clips.loader import BadVideos, recalibration_batches
+from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.step import autocast, to_input
 from mgtrain.models.norm import merge_group_stats, reset_group_stats, set_momentum
@@ -19,6 +21,15 @@ from mgtrain.recipe import Recipe
 from mgtrain.schedule.plan import bn_groups
 
 MOMENTUM = 0.1  # of the running averages between recalibrations, torch's default
+
+
+def recalibrate(model: nn.Module, train: Videos, recipe: Recipe, world: World) -> bool:
+    """Recalibrate on training clips of the evaluation's grid, as many batches as the recipe says; whether it does."""
+    if recipe.evaluation.recalibration_batches == 0:
+        return False
+    bad = BadVideos(len(train), recipe.data.max_bad_fraction)
+    recalibrate_bn(model, recalibration_batches(train, recipe, world, bad), recipe, world)
+    return True
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from mgtrain.console import TrainProgress, duration
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.clock import Clock
-from mgtrain.engine.evaluate import Scores
 from mgtrain.engine.step import StepResult
 from mgtrain.grid import Shape
+from mgtrain.predictions import Scores
 from mgtrain.recipe import Recipe
 from mgtrain.rundir import RunDir, speedup_at_equal_accuracy
 from mgtrain.schedule import Plan, Step

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -213,10 +214,25 @@ def inflate(kernel: Tensor, channels: int, frames: int) -> Tensor:
     return kernel.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
 
 
-def save_weights(path: Path, model: nn.Module, report: Report, options: Mapping[str, Any]) -> None:
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The names of the classes that `save_weights` or a checkpoint stored; none where nobody has said them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        stored = header.get("classes") or json.dumps(json.loads(header.get("info", "{}")).get("classes", []))
+        return tuple(TypeAdapter(list[str]).validate_json(stored))
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return ()
+
+
+def save_weights(
+    path: Path, model: nn.Module, report: Report, options: Mapping[str, Any], classes: Sequence[str] = ()
+) -> None:
     """Write the tensors that matched as safetensors, under our names; `init: {weights: ...}` reads them."""
     state = model.state_dict()
     metadata = {"format": "mgtrain.weights/1", "source": report.project, "model": json.dumps(options)}
+    if classes:
+        metadata["classes"] = json.dumps(list(classes))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({f"model.{name}": state[name].contiguous() for name in report.matched}, path, metadata)

@@ -1,0 +1,282 @@
+"""What a network says of each video, and what that says of the network: accuracy, confusion, calibration."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgtrain.datasets.videos import Videos
+from mgtrain.errors import UsageError
+
+BINS = 15  # of confidence, by which calibration is told (Guo et al. 2017)
+NORMAL_95 = 1.959964  # standard deviations that hold 95 % of a normal distribution
+MISTAKES = 5  # pairs of classes that are named
+LEAST = 1e-30  # probability that a loss is taken of
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation found. Fractions are of the videos that could be decoded."""
+
+    top1: float
+    top5: float
+    loss: float  # mean negative log likelihood of the averaged softmax
+    videos: int
+    correct: tuple[int, ...]  # right videos of each class
+    counts: tuple[int, ...]  # videos of each class
+
+    def per_class(self) -> list[float | None]:
+        """Accuracy of each class; None for a class without videos."""
+        return [right / count if count else None for right, count in zip(self.correct, self.counts, strict=True)]
+
+    def line(self, views: int) -> str:
+        """Accuracy in one line."""
+        return (
+            f"top-1 {100 * self.top1:.2f} %  top-5 {100 * self.top5:.2f} %  loss {self.loss:.3f}  "
+            f"on {self.videos} videos, {views} {'view' if views == 1 else 'views'} each"
+        )
+
+    def interval(self) -> tuple[float, float]:
+        """Between what the top-1 accuracy lies with a confidence of 95 % (see `wilson`)."""
+        return wilson(sum(self.correct), self.videos)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far the probability of the first choice can be believed. Of equal bins of it, from 0 to 1."""
+
+    error: float  # expected calibration error: mean of |confidence - accuracy| over the videos
+    counts: tuple[int, ...]  # videos in each bin
+    confidence: tuple[float | None, ...]  # mean probability of their first choice; None in an empty bin
+    accuracy: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """The class probabilities of videos, a row each."""
+
+    numbers: np.ndarray  # int64 (V,): the videos' places in their list, rising
+    labels: np.ndarray  # int64 (V,)
+    probabilities: np.ndarray  # float32 (V, classes): the softmax, averaged over the views
+
+    def scores(self) -> Scores:
+        """Accuracy and loss. The order of equally probable classes is theirs."""
+        count, classes = len(self.numbers), self.probabilities.shape[1]
+        right = self.first == self.labels
+        own = self.probabilities[np.arange(count), self.labels]
+        # As many classes are more probable than the video's own, or as probable and before it.
+        ahead = (self.probabilities > own[:, None]).sum(1)
+        before = np.arange(classes) < self.labels[:, None]
+        ahead += ((self.probabilities == own[:, None]) & before).sum(1)
+        loss = -np.log(np.maximum(own.astype(np.float64), LEAST)).sum()
+        return Scores(
+            float(right.sum()) / max(1, count),
+            float((ahead < 5).sum()) / max(1, count),
+            float(loss) / max(1, count),
+            count,
+            tuple(np.bincount(self.labels[right], minlength=classes).tolist()),
+            tuple(np.bincount(self.labels, minlength=classes).tolist()),
+        )
+
+    @property
+    def first(self) -> np.ndarray:
+        """The most probable class of each video: int64 (V,)."""
+        most: np.ndarray = self.probabilities.argmax(1)
+        return most
+
+    def confusion(self) -> np.ndarray:
+        """Videos of each class (row) that were taken for each class (column): int64 (classes, classes)."""
+        matrix = np.zeros((self.probabilities.shape[1],) * 2, np.int64)
+        np.add.at(matrix, (self.labels, self.first), 1)
+        return matrix
+
+    def calibration(self) -> Calibration:
+        """How far the probability of the first choice can be believed."""
+        confidence = self.probabilities.max(1, initial=0).astype(np.float64)
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        counts = np.bincount(bins, minlength=BINS)
+        sure = np.bincount(bins, confidence, BINS)
+        right = np.bincount(bins, self.first == self.labels, BINS)
+
+        def means(sums: np.ndarray) -> tuple[float | None, ...]:
+            return tuple(float(s / n) if n else None for s, n in zip(sums, counts, strict=True))
+
+        error = float(np.abs(sure - right).sum()) / max(1, len(self.numbers))
+        return Calibration(error, tuple(counts.tolist()), means(sure), means(right))
+
+    def describe(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Everything but the videos, as plain data."""
+        scores, calibration = self.scores(), self.calibration()
+        return {
+            "top1": scores.top1,
+            "top1_interval": scores.interval(),
+            "top5": scores.top5,
+            "loss": scores.loss,
+            "videos": scores.videos,
+            "per_class": dict(zip(classes, scores.per_class(), strict=True)),
+            "counts": dict(zip(classes, scores.counts, strict=True)),
+            "confusion": self.confusion().tolist(),
+            "calibration_error": calibration.error,
+            "calibration": [
+                {"videos": n, "confidence": sure, "accuracy": right}
+                for n, sure, right in zip(calibration.counts, calibration.confidence, calibration.accuracy, strict=True)
+            ],
+        }
+
+    def render(self, classes: Sequence[str], views: int, per_class: bool) -> str:
+        """For people: each class if wanted, what was confused, calibration, and the accuracy last."""
+        scores, lines = self.scores(), []
+        if per_class:
+            for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=True):
+                share = "no videos" if accuracy is None else f"{100 * accuracy:6.1f} %"
+                lines.append(f"{name:30} {share}  of {count}")
+        confusion = self.confusion()
+        np.fill_diagonal(confusion, 0)
+        most = np.argsort(-confusion, axis=None, kind="stable")[:MISTAKES]
+        pairs = [(confusion.flat[n], *divmod(int(n), len(classes))) for n in most]
+        mistakes = [f"{classes[label]} for {classes[taken]} ({count})" for count, label, taken in pairs if count]
+        if mistakes:
+            lines.append(f"taken most often: {', '.join(mistakes)}")
+        confidence = float(self.probabilities.max(1, initial=0).mean()) if scores.videos else 0.0
+        lines.append(
+            f"calibration: the first choice has a probability of {100 * confidence:.1f} % on average; "
+            f"expected calibration error {100 * self.calibration().error:.1f} %"
+        )
+        low, high = scores.interval()
+        return "\n".join(
+            [*lines, f"{scores.line(views)}; 95 % interval of top-1: {100 * low:.1f} to {100 * high:.1f} %"]
+        )
+
+    def write_csv(self, path: Path, videos: Videos) -> None:
+        """A line for each video: path, label, the most probable class, and every class's probability."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label", "predicted", *videos.classes])
+            for number, label, first, row in zip(
+                self.numbers.tolist(), self.labels.tolist(), self.first.tolist(), self.probabilities, strict=True
+            ):
+                names = videos.name(number), videos.classes[label], videos.classes[first]
+                writer.writerow([*names, *(f"{p:.9g}" for p in row.tolist())])  # 9 digits are all of a float32
+        temporary.replace(path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A clip of a long video, from `start` to `end` in seconds."""
+
+    start: float
+    end: float
+    probabilities: np.ndarray  # float32 (classes,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The class probabilities of a video, and of its windows where it was looked through."""
+
+    video: str
+    probabilities: np.ndarray  # float32 (classes,), averaged
+    windows: Sequence[Window] = ()
+
+    def describe(self, classes: Sequence[str], top: int) -> dict[str, Any]:
+        """The `top` most probable classes, as plain data."""
+
+        def most(probabilities: np.ndarray) -> list[dict[str, Any]]:
+            return [{"class": classes[n], "number": n, "probability": p} for n, p in ranked(probabilities, top)]
+
+        windows = [{"start": w.start, "end": w.end, "top": most(w.probabilities)} for w in self.windows]
+        return {"video": self.video, "top": most(self.probabilities)} | ({"windows": windows} if windows else {})
+
+    def render(self, classes: Sequence[str], top: int) -> str:
+        """The `top` most probable classes, for people."""
+
+        def most(probabilities: np.ndarray) -> str:
+            return ", ".join(f"{classes[n]} {100 * p:.1f} %" for n, p in ranked(probabilities, top))
+
+        windows = [f"  {w.start:7.1f} to {w.end:7.1f} s: {most(w.probabilities)}" for w in self.windows]
+        return "\n".join([f"{self.video}: {most(self.probabilities)}", *windows])
+
+
+def ranked(probabilities: np.ndarray, top: int) -> list[tuple[int, float]]:
+    """The most probable classes and their probabilities.
+
+    >>> ranked(np.array([0.25, 0.5, 0.25]), top=2)
+    [(1, 0.5), (0, 0.25)]
+    """
+    return [(n, float(probabilities[n])) for n in np.argsort(-probabilities, kind="stable")[:top].tolist()]
+
+
+class Journal:
+    """The rows of an evaluation that is under way, beside the file that it is to write: what is lost is one batch.
+
+    Each rank appends to a file of its own, `<file>.part-<rank>`: a line that says what is evaluated, then rows.
+    """
+
+    def __init__(self, file: Path, identity: str, classes: int) -> None:
+        self.file, self._classes = file, classes
+        self._head = json.dumps({"format": "mgtrain.journal/1", "of": identity}).encode() + b"\n"
+        self._row = np.dtype([("number", "<i8"), ("probabilities", "<f4", (classes,))])
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is there of all ranks: numbers, rising, int64 (V,), and probabilities, float32 (V, classes).
+
+        Raises:
+            UsageError: it belongs to another evaluation.
+        """
+        rows = [np.empty(0, self._row)]
+        for part in self._parts():
+            data = part.read_bytes()
+            if not data.startswith(self._head) and not self._head.startswith(data):
+                raise UsageError(
+                    f"{part}: an evaluation of something else is under way there; delete it, or give another --csv"
+                )
+            whole = max(0, len(data) - len(self._head)) // self._row.itemsize  # the last row may be torn
+            rows.append(np.frombuffer(data, self._row, whole, len(self._head) if whole else 0))
+        joined = np.concatenate(rows)
+        numbers, places = np.unique(joined["number"], return_index=True)
+        return numbers, joined["probabilities"][places]
+
+    def append(self, rank: int, numbers: np.ndarray, probabilities: np.ndarray) -> None:
+        """Add rows of a rank."""
+        part = self.file.with_name(f"{self.file.name}.part-{rank}")
+        rows = np.empty(len(numbers), self._row)
+        rows["number"], rows["probabilities"] = numbers, probabilities
+        with part.open("ab") as file:
+            size = file.tell()
+            torn = (size - len(self._head)) % self._row.itemsize if size >= len(self._head) else size
+            if torn or not size:
+                file.truncate(size - torn)
+                file.write(b"" if size - torn else self._head)
+            file.write(rows.tobytes())
+
+    def remove(self) -> None:
+        """The evaluation is done."""
+        for part in self._parts():
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        start = f"{self.file.name}.part-"
+        return sorted(path for path in self.file.parent.iterdir() if path.name.startswith(start))
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Between what a share lies with a confidence of 95 %, `right` of `count` having been found (Wilson 1927).
+
+    >>> low, high = wilson(29, 37)
+    >>> f"{low:.3f} {high:.3f}"
+    '0.628 0.886'
+    """
+    if not count:
+        return 0.0, 1.0
+    share, z = right / count, NORMAL_95
+    middle = share + z * z / (2 * count)
+    margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low, high = ((middle + sign * margin) / (1 + z * z / count) for sign in (-1, 1))
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding aside, they are on either side of it
