@@ -63,7 +63,8 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds["once"], seconds["per view"], strict=True)]
     print(
         f"{options.views} views of {len(paths)} videos: {1000 * once:.0f} ms a video decoded once, "
-        f"{1000 * each:.0f} ms decoded per view; {statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
+        f"{1000 * each:.0f} ms decoded per view; "
+        f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
     )
 
 
