@@ -19,10 +19,10 @@ FLOORS = [
     ["schedule"],
     ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models",
      "datasets", "distributed", "console"],
-    ["clips.loader", "checkpoint", "rundir", "prepare", "check"],
+    ["clips.loader", "checkpoint", "rundir", "prepare", "check", "predictions"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
      "engine.mix", "engine.finite", "engine.resume", "weights"],
-    ["engine.fit", "engine.record", "compare", "bench", "stats"],
+    ["engine.fit", "engine.trained", "engine.predict", "engine.record", "compare", "bench", "stats"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip
