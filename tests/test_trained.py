@@ -175,7 +175,7 @@ def test_classes_in_another_order_than_the_networks_are_refused(
     (tmp_path / "val.csv").write_text((motions / "val.csv").read_text())
     (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in reversed(trained.classes)))
     other = load_trained(checkpoint, None, [f"data.root={tmp_path}"], ALONE)
-    with pytest.raises(DataError, match="class 0 is 'down' there and 'left' here"):
+    with pytest.raises(DataError, match="class 0 is 'down' in classes"):
         evaluation_videos(other)
 
 

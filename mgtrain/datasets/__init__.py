@@ -41,17 +41,8 @@ def open_videos(
         raise DataError(f"no data set format {format!r}; {hint}")
     options = {"outside_root": True} if outside_root else {}
     try:
-        beside = (folder / "classes.txt" for folder in (Path(root, source).parent, Path(root)))
-        names = next((file for file in beside if file.is_file()), None)
-        if names is not None:
-            listed = [line.strip() for line in read_lines(names) if line.strip()]
-            differ = [n for n, (there, here) in enumerate(zip(listed, classes or (), strict=False)) if there != here]
-            if differ:
-                raise DataError(
-                    f"{names}: class {differ[0]} is {listed[differ[0]]!r} there and {(classes or ())[differ[0]]!r} "
-                    "here; labels would be mistaken, so give the same classes in the same order"
-                )
-            classes = listed if classes is None else classes
+        if classes is None:
+            classes = listed_classes(root, source)
         repeated = [name for name, count in Counter(classes or ()).items() if count > 1]
         if repeated:
             raise DataError(f"class {min(repeated)!r} is there twice; name every class of {root} once")
@@ -64,6 +55,13 @@ def open_videos(
         if re.search(r"[\r\n\ud800-\udfff]", name):
             raise DataError(f"{root}: class {name!r}: the name of a class has to be one line of UTF-8; rename it")
     return videos
+
+
+def listed_classes(root: str, source: str) -> list[str] | None:
+    """The lines of the `classes.txt` beside `source` or in the root; None if there is none."""
+    beside = (folder / "classes.txt" for folder in (Path(root, source).parent, Path(root)))
+    names = next((file for file in beside if file.is_file()), None)
+    return None if names is None else [line.strip() for line in read_lines(names) if line.strip()]
 
 
 def open_splits(data: Data) -> dict[str, Videos]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from mgtrain.checkpoint import is_checkpoint, load_model, read_info
-from mgtrain.datasets import open_videos, usable
+from mgtrain.datasets import listed_classes, open_videos, usable
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import check_shapes, make_model
@@ -87,6 +87,13 @@ def evaluation_videos(trained: Trained) -> Videos:
         DataError: their classes are others, or they have several labels each.
     """
     data = trained.recipe.data
+    listed = (listed_classes(data.root, data.val) if trained.named else None) or ()
+    for number, (there, here) in enumerate(zip(listed, trained.classes, strict=False)):
+        if there != here:
+            raise DataError(
+                f"{data.root}: class {number} is {there!r} in classes.txt and {here!r} in the network, so labels would "
+                "be mistaken; list the same classes in the same order"
+            )
     videos = open_videos(
         data.format, data.root, data.val, trained.classes if trained.named else None, data.outside_root
     )
