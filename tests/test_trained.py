@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -166,6 +167,18 @@ def test_the_training_videos_need_not_be_there(trained: Trained, checkpoint: Pat
     alone = load_trained(checkpoint, None, ["data.train=gone.csv"], ALONE)
     ours = evaluate(alone.model, evaluation_videos(alone), alone.recipe, ALONE)
     assert ours.scores() == evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE).scores()
+
+
+def test_a_list_may_lack_the_last_of_a_networks_numbered_classes(
+    trained: Trained, motions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "videos").symlink_to(motions / "videos")
+    (tmp_path / "val.csv").write_text("videos/val/left_0.mp4 0\nvideos/val/right_0.mp4 1\n")
+    recipe = trained.recipe.model_copy(update={"data": trained.recipe.data.model_copy(update={"root": str(tmp_path)})})
+    numbered = dataclasses.replace(trained, classes=("0", "1", "2", "3"), recipe=recipe)
+    assert evaluation_videos(numbered).classes == ("0", "1", "2", "3")
+    with pytest.raises(DataError, match=r"val\.csv has 2 classes, the network 4"):
+        evaluation_videos(dataclasses.replace(numbered, step=None))
 
 
 def test_classes_in_another_order_than_the_networks_are_refused(

@@ -94,9 +94,8 @@ def evaluation_videos(trained: Trained) -> Videos:
                 f"{data.root}: class {number} is {there!r} in classes.txt and {here!r} in the network, so labels would "
                 "be mistaken; list the same classes in the same order"
             )
-    videos = open_videos(
-        data.format, data.root, data.val, trained.classes if trained.named else None, data.outside_root
-    )
+    known = trained.named or trained.step is not None  # a run's classes may be numbers, but they are all of them
+    videos = open_videos(data.format, data.root, data.val, trained.classes if known else None, data.outside_root)
     if len(videos.classes) != len(trained.classes):
         raise DataError(
             f"{data.root}: {data.val} has {len(videos.classes)} classes, the network {len(trained.classes)}; "
