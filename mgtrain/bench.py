@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from mgtrain.clips import decode, loader, prepared
@@ -134,7 +135,9 @@ def bench_data(
 def sample(videos: Videos) -> Videos:
     """Some of the videos, drawn at random."""
     chosen = generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE]
-    return Videos.of(videos.root, [(videos.name(n), videos.label(n)) for n in chosen.tolist()], videos.classes)
+    mask = np.zeros(len(videos), bool)
+    mask[chosen] = True
+    return videos.only(mask, ())
 
 
 def bench_shape(

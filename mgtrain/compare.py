@@ -13,10 +13,10 @@ from rich.text import Text
 from mgtrain.console import duration
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import recipe_differences
-from mgtrain.rundir import RunDir, is_number, speedup_at_equal_accuracy, time_to_accuracy
+from mgtrain.rundir import RunDir, accuracy, accuracy_name, is_number, speedup_at_equal_accuracy, time_to_accuracy
 from mgtrain.schedule import make_plan
 
-SCHEMA = "mgtrain.compare/1"
+SCHEMA = "mgtrain.compare/2"
 EVALUATED = ("step", "train_seconds", "data_seconds", "eval_seconds", "top1", "top5", "videos")
 DEVICE_KEYS = ("device", "ranks", "threads")  # times are only divided between runs that agree in these
 
@@ -35,9 +35,11 @@ class Summary:
     train_seconds: float  # without evaluations and checkpoints
     data_seconds: float  # of these, spent waiting for data
     eval_seconds: float
-    top1: float  # after the last evaluation
+    metric: str  # what the accuracy is: top-1, or mAP where videos have several labels
+    accuracy: float  # after the last evaluation
+    best_accuracy: float
+    top1: float
     top5: float
-    best_top1: float
     videos: int  # of the evaluation
 
 
@@ -64,15 +66,17 @@ def summarize(run: RunDir) -> Summary:
         train_seconds=last["train_seconds"],
         data_seconds=last["data_seconds"],
         eval_seconds=sum(row["eval_seconds"] for row in evals),
+        metric=accuracy_name(last),
+        accuracy=accuracy(last),
+        best_accuracy=max(map(accuracy, evals)),
         top1=last["top1"],
         top5=last["top5"],
-        best_top1=max(row["top1"] for row in evals),
         videos=last["videos"],
     )
 
 
 def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
-    """All that `mgtrain compare` says about a run and its baseline, as plain values (schema mgtrain.compare/1).
+    """All that `mgtrain compare` says about a run and its baseline, as plain values (schema mgtrain.compare/2).
 
     Raises:
         CheckpointError: what one of them has logged is damaged.
@@ -111,7 +115,7 @@ def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
         for key in ("steps", "epochs", "clips", "voxels", "multiply_adds")
     }
     same = not other_device
-    target = theirs.best_top1
+    target = theirs.best_accuracy
     reached = time_to_accuracy(run.rows("evals.jsonl"), target)
     speedups["train_seconds"] = theirs.train_seconds / ours.train_seconds if same else None
     speedups["at_equal_accuracy"] = (
@@ -121,10 +125,10 @@ def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
         "schema": SCHEMA,
         "runs": [asdict(theirs), asdict(ours)],
         "speedups": speedups,
-        "top1_difference": ours.top1 - theirs.top1,
-        "top1_noise": _noise(theirs, ours),
+        "accuracy_difference": ours.accuracy - theirs.accuracy,
+        "accuracy_noise": _noise(theirs, ours),
         "baseline_best": {
-            "top1": target,
+            "accuracy": target,
             "baseline_seconds": time_to_accuracy(baseline.rows("evals.jsonl"), target),
             "seconds": reached,
         },
@@ -159,23 +163,15 @@ def render(result: dict[str, Any]) -> Group:
     row("training time", duration(theirs["train_seconds"]), duration(ours["train_seconds"]), gain("train_seconds"))
     row("  waiting for data", _share(theirs, "data_seconds"), _share(ours, "data_seconds"))
     row("evaluation, apart", duration(theirs["eval_seconds"]), duration(ours["eval_seconds"]))
-    row(
-        "top-1",
-        f"{100 * theirs['top1']:.1f} %",
-        f"{100 * ours['top1']:.1f} %",
-        f"{100 * result['top1_difference']:+.1f}",
-    )
-    row(
-        "top-5",
-        f"{100 * theirs['top5']:.1f} %",
-        f"{100 * ours['top5']:.1f} %",
-        f"{100 * (ours['top5'] - theirs['top5']):+.1f}",
-    )
+    for name, key in ((ours["metric"], "accuracy"), ("top-1", "top1"), ("top-5", "top5")):
+        if key == "accuracy" or name != ours["metric"]:
+            a, b = (100 * summary[key] for summary in (theirs, ours))
+            row(name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}")
     best = result["baseline_best"]
     seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
     factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
     row(
-        f"time to {100 * best['top1']:.1f} % top-1",
+        f"time to {100 * best['accuracy']:.1f} % {ours['metric']}",
         duration(best["baseline_seconds"]),
         seconds,
         _times(factor) if factor else "",
@@ -188,13 +184,17 @@ def render(result: dict[str, Any]) -> Group:
 
 
 def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
-    speedups, difference, noise = result["speedups"], 100 * result["top1_difference"], 100 * result["top1_noise"]
+    speedups, difference, noise = (
+        result["speedups"],
+        100 * result["accuracy_difference"],
+        100 * result["accuracy_noise"],
+    )
     time = f"{_times(speedups['train_seconds'])} training time, " if speedups["train_seconds"] else ""
     steps = _times(speedups["steps"], "fewer")
     judged = "within" if abs(difference) <= noise else "beyond"
     return (
         f"{ours.name} against {theirs.name}: {time}{steps} steps, "
-        f"top-1 {100 * ours.top1:.1f} % against {100 * theirs.top1:.1f} % "
+        f"{ours.metric} {100 * ours.accuracy:.1f} % against {100 * theirs.accuracy:.1f} % "
         f"({difference:+.1f}, {judged} the noise of {ours.videos} videos, ±{noise:.1f})"
     )
 
@@ -205,7 +205,7 @@ def _times(ratio: float, less: str = "less") -> str:
 
 def _noise(a: Summary, b: Summary) -> float:
     """Half the 95 % interval of a difference of two accuracies, each over so many videos (one run each, no seeds)."""
-    p = (a.top1 + b.top1) / 2
+    p = (a.accuracy + b.accuracy) / 2
     # Laplace's rule keeps the interval open at 0 and 1.
     p = (p * b.videos + 1) / (b.videos + 2)
     return 1.96 * math.sqrt(p * (1 - p) * (1 / max(1, a.videos) + 1 / max(1, b.videos)))

@@ -45,7 +45,7 @@ class Section(BaseModel):
 class Data(Section):
     """Which videos."""
 
-    format: Literal["list", "kinetics", "folder", "something_something", "charades"] = Field(
+    format: Literal["list", "kinetics", "folder", "something_something", "charades", "ucf101", "hmdb51"] = Field(
         description="how the annotations are written"
     )
     root: str = Field(description="the folder that the videos' paths are relative to")
@@ -70,6 +70,9 @@ class Data(Section):
     mirrored: tuple[tuple[str | int, str | int], ...] = Field(
         (), description="pairs of classes, by name or number, that a horizontal flip makes of one another"
     )
+    multi_label: bool = Field(
+        False, description="whether a video may have several classes, or none: sigmoid, mean average precision"
+    )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
 
     @model_validator(mode="after")
@@ -90,7 +93,13 @@ class Clip(Section):
     """The base grid: how the baseline cuts a clip from a video."""
 
     frames: Length = Field(description="T, frames of a clip")
-    stride: Length = Field(description="frames of the source, at `fps`, from one frame of a clip to the next")
+    sampling: Literal["dense", "segments"] = Field(
+        "dense",
+        description="dense: frames `stride` apart; segments: one out of each of `frames` stretches of the whole video",
+    )
+    stride: Length = Field(
+        1, description="frames of the source, at `fps`, from one frame of a clip to the next; of no use with segments"
+    )
     crop: Crop = Field(description="S, pixels")
     short_side: tuple[Length, Length] = Field(description="range of the resized video's short side, pixels")
     fps: Positive = Field(30.0, description="frame rate that `stride` refers to")
@@ -99,6 +108,8 @@ class Clip(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Clip:
+        if self.sampling == "dense" and "stride" not in self.model_fields_set:
+            raise ValueError("missing key 'stride'; only sampling: segments does without")
         low, high = self.short_side
         if not self.crop <= low <= high:
             raise ValueError(f"short_side [{low}, {high}] must be ascending and not smaller than crop {self.crop}")
@@ -137,6 +148,9 @@ class Evaluation(Section):
 
     crop: Crop = Field(description="pixels")
     short_side: Length = Field(description="short side of the resized video, pixels")
+    views: Literal["mean", "max"] = Field(
+        "mean", description="what becomes of a class's probabilities in several views of a video (Charades: max)"
+    )
     per_phase: Annotated[int, Field(ge=1, le=1000)] = Field(
         1, description="evaluations in each phase, the last one at its end"
     )
@@ -274,6 +288,12 @@ class Recipe(Section):
     hardware: Hardware = Hardware()
     logging: Logging = Logging()
     faults: Faults = Faults()
+
+    @model_validator(mode="after")
+    def _smooth_one_label(self) -> Recipe:
+        if self.data.multi_label and self.augment.label_smoothing:
+            raise ValueError("augment.label_smoothing is for one label per video; set it to 0 with data.multi_label")
+        return self
 
     @property
     def base(self) -> Shape:

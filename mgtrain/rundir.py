@@ -203,19 +203,31 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def time_to_accuracy(evals: list[dict[str, Any]], top1: float) -> float | None:
-    """Seconds of training until `top1` was first reached, interpolated between evaluations; None if it never was.
+def accuracy(row: dict[str, Any]) -> float:
+    """What an evaluation is judged by: mean average precision where videos have several labels, else top-1."""
+    value: float = row["mean_ap"] if row.get("mean_ap") is not None else row["top1"]
+    return value
 
-    >>> time_to_accuracy([{"top1": 0.2, "train_seconds": 10.0}, {"top1": 0.6, "train_seconds": 20.0}], top1=0.5)
+
+def accuracy_name(row: dict[str, Any]) -> str:
+    """What `accuracy` is called."""
+    return "top-1" if row.get("mean_ap") is None else "mAP"
+
+
+def time_to_accuracy(evals: list[dict[str, Any]], target: float) -> float | None:
+    """Seconds of training until `target` was first reached, interpolated between evaluations; None if it never was.
+
+    >>> time_to_accuracy([{"top1": 0.2, "train_seconds": 10.0}, {"top1": 0.6, "train_seconds": 20.0}], target=0.5)
     17.5
     """
-    before_top1, before_seconds = 0.0, 0.0
+    before, before_seconds = 0.0, 0.0
     for row in evals:
         seconds: float = row["train_seconds"]
-        if row["top1"] >= top1:
-            part = (top1 - before_top1) / (row["top1"] - before_top1) if row["top1"] > before_top1 else 1.0
+        now = accuracy(row)
+        if now >= target:
+            part = (target - before) / (now - before) if now > before else 1.0
             return before_seconds + max(0.0, part) * (seconds - before_seconds)
-        before_top1, before_seconds = max(before_top1, row["top1"]), seconds
+        before, before_seconds = max(before, now), seconds
     return None
 
 
@@ -228,6 +240,6 @@ def speedup_at_equal_accuracy(baseline: list[dict[str, Any]], run: list[dict[str
     """
     if not baseline or not run:
         return None
-    top1 = min(max(row["top1"] for row in baseline), max(row["top1"] for row in run))
-    theirs, ours = time_to_accuracy(baseline, top1), time_to_accuracy(run, top1)
+    both = min(max(map(accuracy, baseline)), max(map(accuracy, run)))
+    theirs, ours = time_to_accuracy(baseline, both), time_to_accuracy(run, both)
     return theirs / ours if theirs and ours else None

@@ -237,7 +237,7 @@ def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Pa
 
 def test_compare_as_json_and_for_a_reader(mgtrain: Start, here: Path) -> None:
     compared = result(mgtrain(here, "compare", "tiny", "tiny", "--json"))
-    assert compared["schema"] == "mgtrain.compare/1"
+    assert compared["schema"] == "mgtrain.compare/2"
     assert compared["speedups"]["steps"] == 1
     shown = mgtrain(here, "compare", "tiny", "runs/tiny")
     assert shown.stdout.splitlines()[-1] == compared["verdict"]

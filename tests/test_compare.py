@@ -83,7 +83,7 @@ def test_a_comparison_adds_up_as_by_hand(baseline: RunDir, run: RunDir) -> None:
     assert theirs["multiply_adds"] == 216 * 16
     assert ours["multiply_adds"] == (64 + 64 * 2) + (32 * 2 + 32 * 4) + (32 * 2 + 16 * 4) + 3 * (64 + 64 + 64)
     assert (theirs["train_seconds"], theirs["data_seconds"], theirs["eval_seconds"]) == (120, 12, 4)
-    assert (ours["train_seconds"], ours["top1"], ours["best_top1"], ours["videos"]) == (35, 0.75, 0.75, 12)
+    assert (ours["train_seconds"], ours["top1"], ours["best_accuracy"], ours["videos"]) == (35, 0.75, 0.75, 12)
 
 
 def test_speedups_are_the_baselines_over_the_runs(baseline: RunDir, run: RunDir) -> None:
@@ -99,10 +99,10 @@ def test_speedups_are_the_baselines_over_the_runs(baseline: RunDir, run: RunDir)
             "at_equal_accuracy": 120 / 30,  # 50 % half-way between 25 % at 25 s and 75 % at 35 s
         }
     )
-    assert result["baseline_best"] == pytest.approx({"top1": 0.5, "baseline_seconds": 120, "seconds": 30})
-    assert result["top1_difference"] == 0.25
+    assert result["baseline_best"] == pytest.approx({"accuracy": 0.5, "baseline_seconds": 120, "seconds": 30})
+    assert result["accuracy_difference"] == 0.25
     # p = (0.625 * 12 + 1) / 14 = 0.607; 1.96 * sqrt(p * (1 - p) * 2 / 12)
-    assert result["top1_noise"] == pytest.approx(0.3908, abs=1e-4)
+    assert result["accuracy_noise"] == pytest.approx(0.3908, abs=1e-4)
     assert result["warnings"] == []
 
 
@@ -117,7 +117,7 @@ def test_a_difference_beyond_the_noise_is_called_that(tiny: Callable[..., Recipe
     baseline = written(tmp_path / "slow", tiny("schedule={name: baseline}"), [evaluation(54, 0.5, 120.0, 4000)])
     run = written(tmp_path / "fast", tiny(), [evaluation(17, 0.55, 35.0, 4000)])
     result = compare(baseline, run)
-    assert result["top1_noise"] == pytest.approx(1.96 * (0.525 * 0.475 * 2 / 4000) ** 0.5, rel=1e-3)
+    assert result["accuracy_noise"] == pytest.approx(1.96 * (0.525 * 0.475 * 2 / 4000) ** 0.5, rel=1e-3)
     assert "beyond the noise" in result["verdict"]
 
 
@@ -175,14 +175,14 @@ def test_a_run_without_an_evaluation_cannot_be_compared(
 def test_a_run_compared_with_itself_gains_nothing(baseline: RunDir) -> None:
     result = compare(baseline, baseline)
     assert set(result["speedups"].values()) == {1.0}
-    assert result["top1_difference"] == 0
+    assert result["accuracy_difference"] == 0
 
 
 def test_the_result_is_plain_json(baseline: RunDir, run: RunDir) -> None:
     result = compare(baseline, run)
-    assert json.loads(json.dumps(result, allow_nan=False))["schema"] == "mgtrain.compare/1"
+    assert json.loads(json.dumps(result, allow_nan=False))["schema"] == "mgtrain.compare/2"
     assert set(result) == {
-        "schema", "runs", "speedups", "top1_difference", "top1_noise", "baseline_best", "recipe_differences",
+        "schema", "runs", "speedups", "accuracy_difference", "accuracy_noise", "baseline_best", "recipe_differences",
         "warnings", "verdict",
     }  # fmt: skip
 
@@ -195,3 +195,17 @@ def test_the_table_shows_both_runs_and_the_gain(baseline: RunDir, run: RunDir) -
     assert "2:00 min" in time
     assert "30.0 s" in time
     assert "4.00x" in time
+
+
+def test_runs_on_several_labels_are_compared_by_mean_average_precision(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    slow, fast = ([{**evaluation(s, 0.9, t, 12), "mean_ap": ap}] for s, t, ap in ((54, 120.0, 0.25), (17, 30.0, 0.5)))
+    baseline, run = (
+        written(tmp_path / "slow", tiny("schedule={name: baseline}"), slow),
+        written(tmp_path / "fast", tiny(), fast),
+    )
+    result = compare(baseline, run)
+    assert (result["accuracy_difference"], result["baseline_best"]["accuracy"]) == (0.25, 0.25)
+    assert result["baseline_best"]["seconds"] == pytest.approx(15)  # half-way from nothing to 50 %
+    assert "mAP 50.0 % against 25.0 %" in result["verdict"]

@@ -15,6 +15,7 @@ from mgtrain.clips.cut import (
     frame_indices,
     latest_start,
     resized,
+    segment_bounds,
     short_side_at,
     source_region,
     uniform_windows,
@@ -41,6 +42,30 @@ def test_evaluation_frames_are_those_of_the_reference(video_frames: int):
     cuts = cut_views(grid, VideoInfo(video_frames, 30.0, 340, 256), times=10, crops=3)
     for _, _, _, clip, _, indices in (row for row in GOLDEN["test"] if row[0] == video_frames):
         assert [cut.frames for cut in cuts[3 * clip : 3 * clip + 3]] == [tuple(indices)] * 3
+
+
+@pytest.mark.parametrize(("video_frames", "frames", "which", "indices"), GOLDEN["segments"])
+def test_segments_are_those_of_the_reference(video_frames: int, frames: int, which: str, indices: list[int]):
+    info, grid = VideoInfo(video_frames, 30.0, 340, 256), Grid(frames, crop=224, stride=(1, 1), short_side=(256, 256))
+    if which == "middle":
+        assert cut_views(grid, info, times=1, crops=1, segments=True)[0].frames == tuple(indices)
+    else:
+        assert segment_bounds(frames, video_frames)[which == "last"].tolist() == indices
+
+
+@pytest.mark.parametrize("video_frames", [1, 5, 90])
+def test_a_clip_of_segments_has_a_random_frame_of_each(video_frames: int):
+    info, grid = VideoInfo(video_frames, 30.0, 340, 256), Grid(8, crop=112, stride=(1, 8), short_side=(128, 128))
+    first, last = segment_bounds(8, video_frames)
+    cuts = [cut_random(grid, info, generator(0, Draw.CUT, n), segments=True) for n in range(200)]
+    frames = np.array([cut.frames for cut in cuts])
+    assert (frames.min(0) == first).all()
+    assert (frames.max(0) == last).all()
+    assert max(cut.frames[-1] for cut in cuts) == video_frames - 1
+    views = cut_views(grid, info, times=4, crops=3, segments=True)
+    assert len(views) == 12
+    assert all((first <= np.array(cut.frames)).all() and (np.array(cut.frames) <= last).all() for cut in views)
+    assert len({cut.frames for cut in views}) == (4 if video_frames == 90 else len({cut.frames for cut in views}))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mgtrain.datasets import DATASETS, open_videos
@@ -20,7 +21,7 @@ def rows(videos: Videos) -> list[tuple[str, int]]:
 
 
 def write_list(root: Path, text: str | bytes, name: str = "train.csv") -> Path:
-    root.mkdir(exist_ok=True)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return root
 
@@ -199,7 +200,9 @@ def test_a_missing_list_or_root_is_told_with_what_there_is(tmp_path: Path):
         open_videos("list", str(tmp_path / "0000"), "train.csv")
     with pytest.raises(DataError, match="no data set format 'lists'; did you mean 'list'"):
         open_videos("lists", str(tmp_path), "train.csv")
-    assert [*DATASETS] == ["list", "kinetics", "folder", "something_something", "charades"]
+    assert [*DATASETS] == [
+        "list", "kinetics", "folder", "something_something", "charades", "ucf101", "hmdb51"
+    ]  # fmt: skip
 
 
 def test_classes_have_to_differ(tmp_path: Path):
@@ -350,6 +353,26 @@ def test_charades_videos_have_the_classes_of_all_their_actions(tmp_path: Path):
     assert open_videos("charades", str(tmp_path), "Charades_v1_train.csv").classes[92] == "c092 Doing 92"
 
 
+def test_a_charades_clip_has_the_classes_of_the_actions_that_happen_in_it(tmp_path: Path):
+    write_list(tmp_path, CHARADES, "Charades_v1_train.csv")
+    for name in ("46GP8.mp4", "AAAAA.mp4"):
+        (tmp_path / name).touch()
+    videos = open_videos("charades", str(tmp_path), "Charades_v1_train.csv")
+    seconds = {(0, 0.5): (147,), (0, 1): (92, 147), (2.1, 11.8): (147,), (15, 16): (92,), (21.5, 24): ()}
+    for number in range(2):  # as read, and once videos have been left out
+        assert {span: videos.labels(number, *span) for span in seconds} == (seconds if not number else {
+            (0, 0.5): (0,), (0, 1): (0,), (2.1, 11.8): (), (15, 16): (), (21.5, 24): ()
+        })  # fmt: skip
+    assert np.flatnonzero(videos.targets(0, 15, 16)).tolist() == [92]
+    assert (videos.videos_per_class[[0, 92, 147]].tolist(), int(videos.videos_per_class.sum())) == ([1, 1, 1], 3)
+    last = videos.only(np.array([False, True]), ())
+    assert (last.labels(0, 0, 0.5), last.labels(0, 2, 3)) == ((0,), ())
+    shared = videos.without_arrays().with_arrays(videos.arrays())
+    assert (shared.labels(0, 15, 16), shared.fingerprint) == ((92,), videos.fingerprint)
+    write_list(tmp_path, CHARADES.replace("11.90", "12.90"), "Charades_v1_train.csv")
+    assert open_videos("charades", str(tmp_path), "Charades_v1_train.csv").fingerprint != videos.fingerprint
+
+
 def test_bad_charades_files_are_refused(tmp_path: Path):
     write_list(tmp_path, CHARADES)
     with pytest.raises(DataError, match=r"train.csv: none of its 3 videos is there; looked for 46GP8.\* and so on in "):
@@ -357,12 +380,62 @@ def test_bad_charades_files_are_refused(tmp_path: Path):
     write_list(tmp_path, CHARADES.replace("c147", "c157"))
     with pytest.raises(DataError, match=r"train.csv:2: 'c157' is no class; it has to be c000 to c156"):
         open_videos("charades", str(tmp_path), "train.csv")
+    for times in ("21.20 11.90", "11.90", "a b"):
+        write_list(tmp_path, CHARADES.replace("11.90 21.20", times))
+        with pytest.raises(DataError, match=r"train.csv:2: 'c092 .*': has to be a class, and the seconds of its start"):
+            open_videos("charades", str(tmp_path), "train.csv")
     write_list(tmp_path, "a.mp4 0\n")
     with pytest.raises(DataError, match=r"train.csv:1: no column 'id'; use the Charades_v1_"):
         open_videos("charades", str(tmp_path), "train.csv")
     write_list(tmp_path, "id,actions\n")
     with pytest.raises(DataError, match=r"train.csv: no row in it"):
         open_videos("charades", str(tmp_path), "train.csv")
+
+
+def test_ucf101s_own_lists(tmp_path: Path):
+    write_list(tmp_path, "1 Archery\n2 Bowling\n", "lists/classInd.txt")
+    write_list(tmp_path, "Bowling/v_Bowling_g01_c01.avi 2\nArchery/v_Archery_g01_c02.avi 1\n", "lists/trainlist01.txt")
+    write_list(tmp_path, "Archery/v_Archery_g01_c01.avi\nArchery/v_Archery_g09_c01.avi\n", "lists/testlist01.txt")
+    for name in ("Bowling/v_Bowling_g01_c01", "Archery/v_Archery_g01_c02", "Archery/v_Archery_g01_c01"):
+        (tmp_path / "UCF-101" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "UCF-101" / f"{name}.mp4").touch()  # converted, as many have them
+    train = open_videos("ucf101", str(tmp_path), "lists/trainlist01.txt")
+    assert [(train.name(n), train.label(n)) for n in range(len(train))] == [
+        ("UCF-101/Bowling/v_Bowling_g01_c01.mp4", 1), ("UCF-101/Archery/v_Archery_g01_c02.mp4", 0)
+    ]  # fmt: skip
+    test = open_videos("ucf101", str(tmp_path), "lists/testlist01.txt", train.classes)
+    assert (test.classes, test.label(0), test.missing_names) == (("Archery", "Bowling"), 0, ("v_Archery_g09_c01",))
+    for bad, words in (
+        ("x.avi 1\n", "trainlist01.txt:1: 'x.avi 1' is not in the folder of one of the 2"),
+        ("", "no vid"),
+    ):
+        write_list(tmp_path, bad, "lists/trainlist01.txt")
+        with pytest.raises(DataError, match=words):
+            open_videos("ucf101", str(tmp_path), "lists/trainlist01.txt")
+    write_list(tmp_path, "Archery\n", "lists/classInd.txt")
+    with pytest.raises(DataError, match=r"classInd.txt: has to have lines such as"):
+        open_videos("ucf101", str(tmp_path), "lists/testlist01.txt")
+
+
+def test_hmdb51s_own_splits(tmp_path: Path):
+    folder = "testTrainMulti_7030_splits"
+    write_list(tmp_path, "one.avi 1 \ntwo.avi 2 \nthree.avi 0 \n", f"{folder}/wave_test_split1.txt")
+    write_list(tmp_path, "on the run.avi 1 \nold.avi 2 \n", f"{folder}/run_test_split1.txt")
+    for name in ("wave/one", "wave/two", "wave/three", "run/on the run"):
+        (tmp_path / "hmdb51_org" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hmdb51_org" / f"{name}.avi").touch()
+    train, test = (open_videos("hmdb51", str(tmp_path), part) for part in ("train1", "test1"))
+    assert [(train.name(n), train.label(n)) for n in range(len(train))] == [
+        ("hmdb51_org/run/on the run.avi", 0), ("hmdb51_org/wave/one.avi", 1)
+    ]  # fmt: skip
+    assert (train.classes, test.name(0), test.missing_names) == (("run", "wave"), "hmdb51_org/wave/two.avi", ("old",))
+    with pytest.raises(DataError, match="no split of HMDB51 is called 'val'; name train1 to"):
+        open_videos("hmdb51", str(tmp_path), "val")
+    with pytest.raises(DataError, match=r"no file <class>_test_split2.txt; put the data set's splits there"):
+        open_videos("hmdb51", str(tmp_path), "train2")
+    write_list(tmp_path, "one.avi\n", f"{folder}/wave_test_split1.txt")
+    with pytest.raises(DataError, match=r"wave_test_split1.txt:1: 'one.avi' does not end in 0, 1 or 2"):
+        open_videos("hmdb51", str(tmp_path), "train1")
 
 
 def test_a_flip_turns_labels_into_those_of_the_mirrored_classes():

@@ -126,6 +126,17 @@ def test_views_are_averaged_as_probabilities_not_as_logits(tiny: Callable[..., R
     assert ours.loss == pytest.approx(-math.log(2 * math.exp(3) / (math.exp(3) + 3) / 3), rel=1e-6)
 
 
+def test_of_several_labels_the_sigmoid_is_taken_and_the_largest_of_the_views_if_so_wanted(
+    tiny: Callable[..., Recipe],
+) -> None:
+    table = torch.tensor([[2.0, -1, 0, 0], [0, 3.0, 0, -2]])
+    whole = [(numbered(2), torch.arange(1))]
+    for words, expected in (((), table.sigmoid().mean(0)), (("evaluation.views=max",), table.sigmoid().amax(0))):
+        recipe = tiny("data.multi_label=true", *words)
+        ((_, rows),) = predict(Fixed(table), whole, 2, recipe, World())
+        torch.testing.assert_close(rows[0], expected)
+
+
 def test_an_empty_batch_is_passed_over(tiny: Callable[..., Recipe]) -> None:
     ours = asked(torch.eye(4), [numbered(0), numbered(4), numbered(0)], 1, tiny(), [0, 1, 2, 3])
     assert (ours.top1, ours.videos, ours.counts) == (1.0, 4, (1, 1, 1, 1))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -268,10 +269,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_videos_with_several_labels_are_trained_and_judged_by_mean_average_precision(
+    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path
+) -> None:
+    for name in ("train", "val"):  # left and right, up and down, and either of them as a class more
+        rows = [line.rsplit(maxsplit=1) for line in (motions / f"{name}.csv").read_text().splitlines()]
+        lines = [f"{path} {label};{4 + (label in ('2', '3'))}" for path, label in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "classes.txt").write_text("left\nright\nup\ndown\nsideways\nupright\n")
+    recipe = tiny(
+        *(f"data.{name}={tmp_path}/{name}.csv" for name in ("train", "val")), "data.classes=6", "data.multi_label=true",
+        "clip.sampling=segments", "evaluation.views=max", "data.mirrored=[[left, right]]", *EVERY_STEP,
+    )  # fmt: skip
+    scores = run_to_end(recipe, tmp_path / "straight")
+    rows = RunDir(tmp_path / "straight").rows("evals.jsonl")
+    assert [row["mean_ap"] for row in rows] == [pytest.approx(np.mean(row["precision"])) for row in rows]
+    assert (scores.mean_ap, scores.counts) == (rows[-1]["mean_ap"], (3, 3, 3, 3, 6, 6))
+    assert 0 < rows[-1]["mean_ap"] <= 1
+    cut(tmp_path / "straight", tmp_path / "cut", 8)
+    run_to_end(recipe, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight")
+    scalars = EventAccumulator(str(tmp_path / "straight")).Reload().Tags()["scalars"]
+    assert "val/mean_ap" in scalars
+
+
 def test_videos_with_several_labels_are_refused_before_the_run_begins(
     tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     (tmp_path / "train.csv").write_text("a.mp4 0;1\nb.mp4 3\n")
-    with pytest.raises(DataError, match="the train videos have several labels each, which cannot be trained yet; use"):
+    with pytest.raises(DataError, match=r"the train videos have several labels each; set data.multi_label=true to"):
         run_to_end(tiny(f"data.train={tmp_path}/train.csv"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

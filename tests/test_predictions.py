@@ -10,7 +10,7 @@ import pytest
 
 from mgtrain.datasets.videos import Videos
 from mgtrain.errors import UsageError
-from mgtrain.predictions import Journal, Predictions, wilson
+from mgtrain.predictions import Journal, Predictions, average_precision, wilson
 
 CLASSES = ("cat", "dog", "emu")
 
@@ -34,6 +34,36 @@ def test_scores_confusion_and_calibration_by_hand() -> None:
     assert [n for n, count in enumerate(calibration.counts) if count] == [7, 9, 10, 13]
     assert (calibration.confidence[13], calibration.accuracy[13]) == (pytest.approx(0.9), 1.0)
     assert calibration.confidence[0] is None
+
+
+def test_average_precision_is_the_sum_over_thresholds() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        right, scores = rng.random(20) < 0.3, rng.integers(0, 8, 20) / 8  # with equal scores
+        total, recall = 0.0, 0.0
+        for threshold in sorted(set(scores), reverse=True):
+            taken = scores >= threshold
+            now = right[taken].sum() / max(1, right.sum())
+            total, recall = total + (now - recall) * right[taken].mean(), now
+        assert average_precision(right, scores) == (pytest.approx(total) if right.any() else None)
+
+
+def test_videos_with_several_labels_are_scored_by_mean_average_precision() -> None:
+    labels = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]], np.uint8)
+    rows = np.array([[0.9, 0.6, 0.1], [0.8, 0.7, 0.1], [0.2, 0.1, 0.1], [0.1, 0.8, 0.1]], np.float32)
+    some = Predictions(np.arange(4), labels, rows)
+    scores = some.scores()
+    assert scores.precision == (pytest.approx((1 + 2 / 4) / 2), pytest.approx((1 / 2 + 2 / 3) / 2), None)
+    assert scores.mean_ap == pytest.approx((0.75 + 7 / 12) / 2)
+    assert (scores.top1, scores.top5, scores.counts, scores.correct) == (0.25, 0.75, (2, 2, 0), (1, 2, 0))
+    exact = -(labels * np.log(rows) + (1 - labels) * np.log(1 - rows)).mean()
+    assert scores.loss == pytest.approx(exact, rel=1e-6)
+    facts, text = some.describe(CLASSES), some.render(CLASSES, views=2, per_class=True)
+    assert (facts["mean_ap"], "confusion" in facts) == (scores.mean_ap, False)
+    assert "mAP 66.67 %  top-1 25.00 %" in text
+    assert "cat                              75.0 %  of 2" in text
+    assert "taken most often" not in text
+    assert scores.row()["mean_ap"] == scores.mean_ap
 
 
 def test_no_videos_are_no_accuracy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from mgtrain.datasets import open_videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import check_micro_batches, make_model, micro_limit
 from mgtrain.engine.optim import make_optimizer
-from mgtrain.engine.step import StepResult, augmented, parts, to_device, to_input, train_step
+from mgtrain.engine.step import StepResult, augmented, hits, loss_sum_of, parts, to_device, to_input, train_step
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
@@ -84,7 +85,11 @@ def first_steps_of_phases(plan: Plan) -> list[int]:
     return [phase.first_step for phase in plan.phases]
 
 
-@pytest.mark.parametrize("augment", [(), AUGMENTED], ids=["plain", "augmented"])
+@pytest.mark.parametrize(
+    "augment",
+    [(), AUGMENTED, ("data.multi_label=true", "augment.mixup=0.8")],
+    ids=["plain", "augmented", "several_labels"],
+)
 def test_whole_and_micro_batches_are_the_same_steps(tiny: Callable[..., Recipe], augment: tuple[str, ...]) -> None:
     recipe = tiny(*EIGHT, *augment)
     plan = tiny_plan(recipe)
@@ -142,6 +147,18 @@ def test_the_loss_is_the_mean_over_the_clips(tiny: Callable[..., Recipe]) -> Non
     assert trained.results[0].loss.item() == pytest.approx(torch.tensor(4.0).log().item(), abs=0.1)
     assert 0 <= trained.results[0].correct.item() <= 1
     assert trained.results[0].correct.item() * 64 == pytest.approx(round(trained.results[0].correct.item() * 64))
+
+
+def test_the_loss_of_several_labels_is_binary_cross_entropy_averaged_over_classes(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("data.multi_label=true")
+    logits, targets = torch.randn(5, 4), (torch.rand(5, 4) < 0.5).float()
+    targets[0] = 0
+    p = logits.double().sigmoid()
+    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean(1).sum()
+    torch.testing.assert_close(loss_sum_of(logits, targets, recipe).double(), expected)
+    first = logits.argmax(1)
+    assert hits(logits, targets).tolist() == [bool(row[n]) for row, n in zip(targets, first, strict=True)]
+    assert train(recipe, [0]).results[0].loss.item() == pytest.approx(math.log(2), abs=0.1)
 
 
 def test_without_augmentation_the_input_is_the_clips_and_targets_are_labels(tiny: Callable[..., Recipe]) -> None:

@@ -372,7 +372,8 @@ def _parse_views(views: str) -> tuple[int, int]:
 
 def _print_scores(facts: dict[str, Any], scores: Any, as_json: bool) -> None:
     if as_json:
-        result = {**facts, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss, "videos": scores.videos}
-        out.print_json(json.dumps(result))
+        keys = ("mean_ap", "top1", "top5", "loss", "videos")
+        row = {key: value for key, value in scores.row().items() if key in keys}
+        out.print_json(json.dumps({**facts, **row}))
     else:
         out.print(scores.line(1))

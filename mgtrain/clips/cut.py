@@ -61,6 +61,18 @@ def latest_start(frames: int, stride: float, video_frames: int) -> float:
     return max(0, video_frames - frames * stride)
 
 
+def segment_bounds(frames: int, video_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last source frame of each of `frames` equal stretches of a whole video: int64 (frames,) each.
+
+    One frame is taken of each (Something-Something; Wang et al. 2016). As in the reference, neighbours share an end.
+
+    >>> [bounds.tolist() for bounds in segment_bounds(frames=3, video_frames=31)]
+    [[0, 10, 20], [10, 20, 30]]
+    """
+    ends = np.round((video_frames - 1) / frames * np.arange(frames + 1)).astype(np.int64)
+    return ends[:-1], ends[1:]
+
+
 def short_side_at(u: float, low: int, high: int, inverse_uniform: bool = False) -> int:
     """The short side, in pixels, that the uniform draw `u` in [0, 1) stands for.
 
@@ -125,27 +137,35 @@ def cut_random(
     fps: float = 30.0,
     flip: float = 0.5,
     inverse_uniform: bool = False,
+    segments: bool = False,
 ) -> Cut:
     """A clip for training: stride, start, short side, window and flip are drawn.
 
     The stride counts frames at `fps`; for a video of another rate it is scaled, so that a clip lasts equally long.
+    With `segments` a clip spans the video: in place of stride and start, a frame of each `segment_bounds` is drawn.
     A frame is never resized below the crop: where the grid asks for that, the short side is the crop.
     """
     # The order of the draws is part of what a seed means.
-    stride = rng.integers(*grid.stride, endpoint=True) * info.fps / fps  # 1. in source frames
-    start = rng.uniform(0, latest_start(grid.frames, stride, info.frames))  # 2.
+    if segments:
+        indices = tuple(rng.integers(*segment_bounds(grid.frames, info.frames), endpoint=True).tolist())  # 1., 2.
+    else:
+        stride = rng.integers(*grid.stride, endpoint=True) * info.fps / fps  # 1. in source frames
+        start = rng.uniform(0, latest_start(grid.frames, stride, info.frames))  # 2.
+        indices = frame_indices(start, grid.frames, stride, info.frames)
     short_side = max(grid.crop, short_side_at(rng.random(), *grid.short_side, inverse_uniform))  # 3.
     size = resized(info.width, info.height, short_side)
     left, top = rng.random(2) * (size[0] - grid.crop, size[1] - grid.crop)  # 4.
     mirrored = bool(rng.random() < flip)  # 5.
-    indices = frame_indices(start, grid.frames, stride, info.frames)
     return Cut(indices, source_region(info, size, grid.crop, left, top), grid.crop, mirrored)
 
 
-def cut_views(grid: Grid, info: VideoInfo, times: int, crops: int, *, fps: float = 30.0) -> list[Cut]:
+def cut_views(
+    grid: Grid, info: VideoInfo, times: int, crops: int, *, fps: float = 30.0, segments: bool = False
+) -> list[Cut]:
     """The clips of an evaluation: `times` uniform in time, each with `crops` windows; one after the other in time.
 
     One time is the video's middle, one crop the frame's centre. Stride and short side are the grid's lowest; no flip.
+    With `segments` the times are spread evenly within the `segment_bounds`, one being their middle.
 
     >>> grid = Grid(frames=2, crop=224, stride=(2, 2), short_side=(256, 256))
     >>> for cut in cut_views(grid, VideoInfo(44, 30.0, 340, 256), times=2, crops=2):
@@ -155,9 +175,13 @@ def cut_views(grid: Grid, info: VideoInfo, times: int, crops: int, *, fps: float
     (20, 23) (0, 16, 224, 224)
     (20, 23) (116, 16, 224, 224)
     """
+    if segments:
+        first, last = segment_bounds(grid.frames, info.frames)
+        clips = [first + (last - first) * (2 * i + 1) // (2 * times) for i in range(times)]
+        return _windows([tuple(clip.tolist()) for clip in clips], grid, info, crops)
     latest = latest_start(grid.frames, grid.stride[0] * info.fps / fps, info.frames)
     starts = [latest / 2] if times == 1 else [latest * i / times for i in range(times)]
-    return cut_at(starts, grid, info, crops, fps=fps)
+    return _windows(_clips_at(starts, grid, info, fps), grid, info, crops)
 
 
 def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0) -> list[Cut]:
@@ -169,16 +193,17 @@ def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0)
     """
     latest = latest_start(grid.frames, grid.stride[0] * info.fps / fps, info.frames)
     starts = [n * every * info.fps for n in range(math.ceil(latest / (every * info.fps)))]
-    return cut_at([*starts, latest], grid, info, 1, fps=fps)
+    return _windows(_clips_at([*starts, latest], grid, info, fps), grid, info, 1)
 
 
-def cut_at(starts: Sequence[float], grid: Grid, info: VideoInfo, crops: int, *, fps: float) -> list[Cut]:
-    """The clips that start at these source frames, each with `crops` windows. Nothing is drawn, nothing is flipped."""
+def _clips_at(starts: Sequence[float], grid: Grid, info: VideoInfo, fps: float) -> list[tuple[int, ...]]:
+    """The frames of the clips that start at these source frames, with the grid's lowest stride."""
     stride = grid.stride[0] * info.fps / fps
+    return [frame_indices(start, grid.frames, stride, info.frames) for start in starts]
+
+
+def _windows(clips: Sequence[tuple[int, ...]], grid: Grid, info: VideoInfo, crops: int) -> list[Cut]:
+    """Clips of these frames, each with `crops` windows. Nothing is drawn, nothing is flipped."""
     size = resized(info.width, info.height, max(grid.crop, grid.short_side[0]))
     regions = [source_region(info, size, grid.crop, *window) for window in uniform_windows(size, grid.crop, crops)]
-    return [
-        Cut(frame_indices(start, grid.frames, stride, info.frames), region, grid.crop, flip=False)
-        for start in starts
-        for region in regions
-    ]
+    return [Cut(frames, region, grid.crop, flip=False) for frames in clips for region in regions]

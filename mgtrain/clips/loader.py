@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
-from mgtrain.clips.cut import cut_random, cut_views
+from mgtrain.clips.cut import Cut, cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.order import ClipRequest, step_requests, video_at
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo
@@ -59,7 +59,7 @@ class Loaded:
     """What comes back for one unit of work."""
 
     clips: Tensor  # uint8 (clips, T, S, S, 3)
-    labels: Tensor  # int64 (clips,); in an evaluation the numbers of the videos, (videos,)
+    labels: Tensor  # int64 (clips,), or uint8 (clips, classes); in an evaluation the numbers of the videos, (videos,)
     bad: tuple[tuple[str, str], ...] = ()  # path and cause of each video that could not be decoded
     given_up: bool = False
 
@@ -140,29 +140,29 @@ class RandomClips(Dataset[Loaded]):
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
         self.source = Source(videos, recipe.data)
         self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
-        self.mirrored = mirrored_labels(videos.classes, recipe.data.mirrored)
+        self.multi_label = recipe.data.multi_label
+        self.mirrored = np.array(mirrored_labels(videos.classes, recipe.data.mirrored))
         # BatchNorm's statistics are to be those of clips as evaluations see them.
         self.augment = recipe.augment if draw is Draw.CUT else Augment()
 
     def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
         grid = unit[0].grid
         clips = torch.zeros(len(unit), grid.frames, grid.crop, grid.crop, 3, dtype=torch.uint8)  # (clips, T, S, S, 3)
-        labels = torch.zeros(len(unit), dtype=torch.int64)
+        labels = []
         bad: list[tuple[str, str]] = []
         for i, request in enumerate(unit):
             for video in self._candidates(request):
                 try:
-                    clip, flipped = self._cut(video, request)
+                    clip, label = self._cut(video, request)
                 except VideoError as error:
                     bad.append((self.source.videos.path(video), str(error)))
                 else:
                     clips[i] = torch.from_numpy(rand_augment(clip, self.augment, self.seed, request.position))
-                    label = self.source.videos.label(video)
-                    labels[i] = self.mirrored[label] if flipped else label
+                    labels.append(label)
                     break
             else:
-                return Loaded(clips, labels, tuple(bad), given_up=True)
-        return Loaded(clips, labels, tuple(bad))
+                return Loaded(clips, torch.empty(0), tuple(bad), given_up=True)
+        return Loaded(clips, torch.from_numpy(np.stack(labels)), tuple(bad))
 
     def _candidates(self, request: ClipRequest) -> Iterator[int]:
         """The video asked for, then those that stand in for it, the same ones wherever the clip is made."""
@@ -171,8 +171,8 @@ class RandomClips(Dataset[Loaded]):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
             yield int(rng.integers(len(self.source.videos)))
 
-    def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, bool]:
-        """The clip, uint8 (T, S, S, 3), and whether it is flipped."""
+    def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, np.ndarray]:
+        """The clip, uint8 (T, S, S, 3), and its class, int64 (), or its classes, uint8 (classes,)."""
         rng = generator(self.seed, self.draw, request.position)
         with self.source.open(video) as file:
             cut = cut_random(
@@ -182,8 +182,17 @@ class RandomClips(Dataset[Loaded]):
                 fps=self.clip.fps,
                 flip=self.clip.flip,
                 inverse_uniform=self.clip.inverse_uniform,
+                segments=self.clip.sampling == "segments",
             )
-            return file.read([cut])[0], cut.flip
+            return file.read([cut])[0], self._label(video, cut, file.info.fps)
+
+    def _label(self, video: int, cut: Cut, fps: float) -> np.ndarray:
+        videos = self.source.videos
+        if not self.multi_label:
+            label = videos.label(video)
+            return np.array(self.mirrored[label] if cut.flip else label)
+        row = videos.targets(video, cut.frames[0] / fps, (cut.frames[-1] + 1) / fps)
+        return row[self.mirrored] if cut.flip else row
 
 
 class ViewClips(Dataset[Loaded]):
@@ -191,7 +200,7 @@ class ViewClips(Dataset[Loaded]):
 
     def __init__(self, videos: Videos, recipe: Recipe, times: int, crops: int) -> None:
         self.source = Source(videos, recipe.data)
-        self.grid, self.times, self.crops, self.fps = evaluation_grid(recipe), times, crops, recipe.clip.fps
+        self.grid, self.times, self.crops, self.clip = evaluation_grid(recipe), times, crops, recipe.clip
 
     def __getitem__(self, unit: Sequence[int]) -> Loaded:
         views: list[np.ndarray] = []
@@ -200,7 +209,8 @@ class ViewClips(Dataset[Loaded]):
         for video in unit:
             try:
                 with self.source.open(video) as file:
-                    cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.fps)
+                    segments = self.clip.sampling == "segments"
+                    cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.clip.fps, segments=segments)
                     views.extend(file.read(cuts))
                 numbers.append(video)
             except VideoError as error:
@@ -234,7 +244,8 @@ class BadVideos:
 def train_batches(
     videos: Videos, recipe: Recipe, plan: Plan, start: int, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of each step from `start` on: uint8 (b, 3, T, S, S) and int64 (b,), on the rank's device."""
+    """This rank's share of each step from `start` on: uint8 (b, 3, T, S, S) and the labels on the rank's device: int64
+    (b,), or with `data.multi_label` uint8 (b, classes)."""
     steps = (step_requests(step, len(videos), recipe.seed, world.rank, world.size) for step in plan.steps(start))
     return batches_of(RandomClips(videos, recipe), steps, recipe, world, bad)
 
@@ -345,7 +356,7 @@ def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
 
 
 def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
-    """One batch out of units: uint8 (b, T, S, S, 3) and int64 (b,)."""
+    """One batch out of units: uint8 (b, T, S, S, 3) and the labels."""
     clips = torch.empty(sum(len(u.clips) for u in units), *units[0].clips.shape[1:], dtype=torch.uint8, pin_memory=pin)
     torch.cat([unit.clips for unit in units], out=clips)
     labels = torch.cat([unit.labels for unit in units])

@@ -14,6 +14,7 @@ from mgtrain.datasets.folder import read_folder
 from mgtrain.datasets.kinetics import read_kinetics
 from mgtrain.datasets.listfile import read_list
 from mgtrain.datasets.something_something import read_something_something
+from mgtrain.datasets.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.datasets.videos import Videos, read_lines
 from mgtrain.errors import DataError
 from mgtrain.recipe import Data
@@ -24,6 +25,8 @@ DATASETS: dict[str, Callable[..., Videos]] = {
     "folder": read_folder,
     "something_something": read_something_something,
     "charades": read_charades,
+    "ucf101": read_ucf101,
+    "hmdb51": read_hmdb51,
 }
 
 
@@ -75,6 +78,15 @@ def open_splits(data: Data) -> dict[str, Videos]:
         )
     val = open_videos(data.format, data.root, data.val, train.classes, data.outside_root)
     return dict(zip(("train", "val"), usable(data, train, val), strict=True))
+
+
+def check_labels(data: Data, name: str, videos: Videos) -> None:
+    """Raises `DataError` where videos have several labels each and the recipe says one."""
+    if videos.multi_label and not data.multi_label:
+        raise DataError(
+            f"{data.root}: the {name} videos have several labels each; set data.multi_label=true to train with all of "
+            "them, or list one per video"
+        )
 
 
 def usable(data: Data, *splits: Videos) -> list[Videos]:

@@ -49,6 +49,7 @@ class Videos:
     _label_ends: np.ndarray | None = field(
         repr=False
     )  # int64 (N,): where each video's end in `_labels`; None: one each
+    _spans: np.ndarray | None = field(default=None, repr=False)  # float64 (labels, 2): seconds; None: always
     left_out: tuple[tuple[str, int], ...] = ()  # why videos were left out, and how many
 
     @classmethod
@@ -59,8 +60,10 @@ class Videos:
         classes: Sequence[str],
         missing: int = 0,
         missing_names: Sequence[str] = (),
+        spans: Sequence[tuple[float, float]] | None = None,
     ) -> Videos:
-        """From (path relative to `root`, label or labels) pairs."""
+        """From (path relative to `root`, label or labels) pairs; `spans` are the seconds from and to which each of all
+        labels is true of its video."""
         paths, ends, labels, label_ends, multi = bytearray(), array("q"), array("i"), array("q"), False
         for path, label in entries:
             paths += os.fsencode(path)
@@ -80,22 +83,24 @@ class Videos:
             np.array(ends, np.int64),
             np.array(labels, np.int32),
             np.array(label_ends, np.int64) if multi else None,
+            None if spans is None else np.array(spans, np.float64).reshape(-1, 2),
         )
 
     def arrays(self) -> list[np.ndarray]:
         """All that grows with the number of videos."""
-        arrays = (self._paths, self._ends, self._labels, self._label_ends)
+        arrays = (self._paths, self._ends, self._labels, self._label_ends, self._spans)
         return [array for array in arrays if array is not None]
 
     def without_arrays(self) -> Videos:
         """The rest, to be given `with_arrays` what `arrays` gave."""
         none = np.empty(0, np.uint8)
-        return replace(self, _paths=none, _ends=none, _labels=none, _label_ends=None)
+        return replace(self, _paths=none, _ends=none, _labels=none, _label_ends=None, _spans=None)
 
     def with_arrays(self, arrays: Sequence[np.ndarray]) -> Videos:
         """These videos, told of by other arrays of the same contents, such as ones in shared memory."""
-        paths, ends, labels, *label_ends = arrays
-        return replace(self, _paths=paths, _ends=ends, _labels=labels, _label_ends=next(iter(label_ends), None))
+        paths, ends, labels, *others = arrays
+        label_ends, spans = (*others, None, None)[:2]
+        return replace(self, _paths=paths, _ends=ends, _labels=labels, _label_ends=label_ends, _spans=spans)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -120,13 +125,27 @@ class Videos:
         assert self._label_ends is None, "a multi-label set has labels(), not label()"
         return int(self._labels[index])
 
-    def labels(self, index: int) -> tuple[int, ...]:
-        """The classes of a video: indices into `classes`."""
+    def labels(self, index: int, start: float = 0.0, end: float = np.inf) -> tuple[int, ...]:
+        """The classes of a video, or of its seconds `start` to `end`: indices into `classes`, ascending.
+
+        >>> videos = Videos.of("/data", [("a.mp4", [0, 1])], ("sit", "stand"), spans=[(0, 4.5), (4, 9)])
+        >>> videos.labels(0), videos.labels(0, start=5, end=6)
+        ((0, 1), (1,))
+        """
         if self._label_ends is None:
             return (int(self._labels[index]),)
         index = range(len(self))[index]
-        start = int(self._label_ends[index - 1]) if index else 0
-        return tuple(self._labels[start : int(self._label_ends[index])].tolist())
+        mine = slice(int(self._label_ends[index - 1]) if index else 0, int(self._label_ends[index]))
+        labels = self._labels[mine]
+        if self._spans is not None:
+            labels = labels[(self._spans[mine, 0] <= end) & (self._spans[mine, 1] >= start)]
+        return tuple(np.unique(labels).tolist())
+
+    def targets(self, index: int, start: float = 0.0, end: float = np.inf) -> np.ndarray:
+        """The same as ones among zeros: uint8 (classes,)."""
+        row = np.zeros(len(self.classes), np.uint8)
+        row[[*self.labels(index, start, end)]] = 1
+        return row
 
     def only(self, chosen: np.ndarray, left_out: tuple[tuple[str, int], ...]) -> Videos:
         """The videos where `chosen`, bool (N,), is true, in their order; the others are `left_out`.
@@ -143,13 +162,15 @@ class Videos:
 
         paths, ends = picked(self._paths, self._ends)
         one_each = np.arange(1, len(self) + 1)
-        labels, label_ends = picked(self._labels, one_each if self._label_ends is None else self._label_ends)
+        old_ends = one_each if self._label_ends is None else self._label_ends
+        labels, label_ends = picked(self._labels, old_ends)
         return replace(
             self,
             _paths=paths,
             _ends=ends,
             _labels=labels,
             _label_ends=None if self._label_ends is None else label_ends,
+            _spans=None if self._spans is None else picked(self._spans, old_ends)[0],
             left_out=left_out,
         )
 
@@ -161,7 +182,11 @@ class Videos:
     @property
     def videos_per_class(self) -> np.ndarray:
         """How many videos have each class: int64 (classes,)."""
-        return np.bincount(self._labels, minlength=len(self.classes))
+        if self._label_ends is None:
+            return np.bincount(self._labels, minlength=len(self.classes))
+        videos = np.repeat(np.arange(len(self)), np.diff(self._label_ends, prepend=0))
+        once = np.unique(np.stack([videos, self._labels]), axis=1)  # an action may happen twice in a video
+        return np.bincount(once[1], minlength=len(self.classes))
 
     @property
     def fingerprint(self) -> str:
@@ -171,6 +196,8 @@ class Videos:
         digest.update(self._labels.astype("<i4").tobytes())
         if self._label_ends is not None:
             digest.update(self._label_ends.astype("<i8").tobytes())
+        if self._spans is not None:
+            digest.update(self._spans.astype("<f8").tobytes())
         digest.update("\0".join(self.classes).encode())
         return digest.hexdigest()[:16]
 

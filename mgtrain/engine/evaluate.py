@@ -46,7 +46,8 @@ def evaluate(
     new_numbers, new_probabilities = gathered(mine, -(-len(left) // world.size), classes, world)
     numbers, probabilities = np.append(numbers, new_numbers), np.append(probabilities, new_probabilities, axis=0)
     order = np.argsort(numbers)
-    labels = np.array([videos.label(number) for number in numbers[order].tolist()], np.int64)
+    label = videos.targets if recipe.data.multi_label else videos.label
+    labels = np.array([label(number) for number in numbers[order].tolist()])
     return Predictions(numbers[order], labels, probabilities[order])
 
 
@@ -57,7 +58,8 @@ def predict(
     """Of each batch the numbers of its videos, int64 (v,), and their class probabilities, float32 (v, classes).
 
     `batches` are clips uint8 (v * views, 3, T, S, S), `views` consecutive ones of each video, and int64 (v,). The
-    softmax is averaged over the views (the paper tests 10 x 3). A pass takes no more clips than one of training.
+    softmax (the sigmoid, with several labels) is averaged over the views (the paper tests 10 x 3), or, if
+    `evaluation.views` says so, its largest is taken. A pass takes no more clips than one of training.
     """
     model.eval()
     most = max(1, recipe.batch.clips // world.size)
@@ -66,8 +68,9 @@ def predict(
             continue
         with autocast(recipe, world):
             logits = torch.cat([model(to_input(part, recipe)).float() for part in torch.split(clips, most)])
-        probabilities = F.softmax(logits.double(), dim=1).view(len(numbers), views, -1).mean(1)  # (v, classes)
-        yield numbers, probabilities.float()
+        scores = logits.double().sigmoid() if recipe.data.multi_label else F.softmax(logits.double(), dim=1)
+        scores = scores.view(len(numbers), views, -1)  # (v, views, classes)
+        yield numbers, (scores.amax(1) if recipe.evaluation.views == "max" else scores.mean(1)).float()
 
 
 def gathered(

@@ -13,7 +13,7 @@ from mgtrain.checkpoint import CheckpointInfo
 from mgtrain.clips.loader import BadVideos, train_batches
 from mgtrain.clips.prepared import PreparedSet
 from mgtrain.console import TrainProgress
-from mgtrain.datasets import open_splits
+from mgtrain.datasets import check_labels, open_splits
 from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.distributed import Agreement, World, replicate
 from mgtrain.engine.checks import check_micro_batches, check_precision, check_shapes, make_model
@@ -26,7 +26,7 @@ from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_s
 from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
 from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
-from mgtrain.errors import DataError, StoppedError
+from mgtrain.errors import StoppedError
 from mgtrain.predictions import Scores
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, seed_of
@@ -120,14 +120,10 @@ def fit(
 
 
 def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
-    """The training and validation videos, with the same classes in both and one label each."""
+    """The training and validation videos, with the same classes in both."""
     splits = open_splits(recipe.data)
     for name, videos in splits.items():
-        if videos.multi_label:
-            raise DataError(
-                f"{recipe.data.root}: the {name} videos have several labels each, which cannot be trained yet; "
-                "use lists with one label per video"
-            )
+        check_labels(recipe.data, name, videos)
     mirrored_labels(splits["train"].classes, recipe.data.mirrored)  # refuses what is no class
     if recipe.data.prepared:
         PreparedSet(recipe.data.prepared)  # refuses what is no prepared set

@@ -19,7 +19,7 @@ from mgtrain.recipe import Recipe
 
 
 def mix(x: Tensor, labels: Tensor, part: Part, rng: np.random.Generator, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The pairs of one pass mixed: (B, 3, T, S, S) and labels int64 (B,) to the same and targets float32 (B, classes).
+    """The pairs of one pass mixed: (B, 3, T, S, S) and labels to the same and targets, float32 (B, classes).
 
     A clip keeps a share of itself, drawn from Beta(alpha, alpha) for each pair: the weight of its pixels (MixUp), or
     the part of every frame outside a box, in which the partner shows (CutMix). Its target keeps as much, by pixels.
@@ -27,7 +27,8 @@ def mix(x: Tensor, labels: Tensor, part: Part, rng: np.random.Generator, recipe:
     weight = kept(part, x.shape[-1], rng, recipe.augment.mixup, recipe.augment.cutmix).to(x.device, x.dtype)
     pairs = x.view(-1, 2, *x.shape[1:])  # (B / 2, 2, 3, T, S, S)
     mixed = pairs.flip(1).lerp_(pairs, weight[:, None]).flatten(0, 1)
-    own = F.one_hot(labels, recipe.data.classes).to(x.dtype).view(-1, 2, recipe.data.classes)  # (B / 2, 2, classes)
+    rows = F.one_hot(labels, recipe.data.classes) if labels.ndim == 1 else labels  # (B, classes)
+    own = rows.to(x.dtype).view(-1, 2, recipe.data.classes)  # (B / 2, 2, classes)
     targets = own.flip(1).lerp_(own, weight.mean((1, 2, 3, 4))[:, None, None]).flatten(0, 1)
     return mixed, targets
 

@@ -15,7 +15,7 @@ from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.evaluate import predict
 from mgtrain.engine.trained import Trained
-from mgtrain.errors import VideoError
+from mgtrain.errors import UsageError, VideoError
 from mgtrain.predictions import Answer, Window
 
 
@@ -50,6 +50,8 @@ def predict_videos(
 def look_through(trained: Trained, path: str, world: World, every: float) -> Answer:
     """One video, a clip every so many seconds; it is held in memory a batch at a time."""
     recipe = trained.recipe
+    if recipe.clip.sampling == "segments":
+        raise UsageError("--every: this network sees whole videos at once (clip.sampling: segments); leave it out")
     with VideoFile(path) as file:
         cuts = cut_windows(evaluation_grid(recipe), file.info, every, fps=recipe.clip.fps)
         batches = _batches(file, cuts, max(1, recipe.batch.clips), world)
@@ -58,7 +60,7 @@ def look_through(trained: Trained, path: str, world: World, every: float) -> Ans
     windows = [
         Window(cut.frames[0] / fps, (cut.frames[-1] + 1) / fps, row) for cut, row in zip(cuts, rows, strict=True)
     ]
-    return Answer(path, rows.mean(0), windows)
+    return Answer(path, rows.max(0) if recipe.evaluation.views == "max" else rows.mean(0), windows)
 
 
 def _batches(file: VideoFile, cuts: Sequence[Cut], size: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:

@@ -102,10 +102,12 @@ def log_evaluation(run: RunDir, step: Step, plan: Plan, scores: Scores, clock: C
         "train_seconds": clock.train_seconds,
         "data_seconds": clock.data_seconds,
         "eval_seconds": clock.other_seconds,
-        **asdict(scores),
+        **scores.row(),
     }
     run.append("evals.jsonl", row)
     scalars = {"val/top1": scores.top1, "val/top5": scores.top5, "val/loss": scores.loss}
+    if scores.mean_ap is not None:
+        scalars["val/mean_ap"] = scores.mean_ap
     gained = ""
     if baseline is not None and run.writes:
         speedup = speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl"))
@@ -116,9 +118,14 @@ def log_evaluation(run: RunDir, step: Step, plan: Plan, scores: Scores, clock: C
     phase, seconds = step.phase, clock.train_seconds
     log.info(
         f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
-        f"({phase.name}), lr {step.lr:.3g}: top-1 {100 * scores.top1:.1f} %, top-5 {100 * scores.top5:.1f} %, "
+        f"({phase.name}), lr {step.lr:.3g}: {_accuracy(scores)}, "
         f"{duration(seconds)} of training ({100 * clock.data_seconds / seconds:.0f} % waiting for data){gained}"
     )
+
+
+def _accuracy(scores: Scores) -> str:
+    mean_ap = "" if scores.mean_ap is None else f"mAP {100 * scores.mean_ap:.1f} %, "
+    return f"{mean_ap}top-1 {100 * scores.top1:.1f} %, top-5 {100 * scores.top5:.1f} %"
 
 
 def environment(recipe: Recipe, world: World) -> dict[str, Any]:

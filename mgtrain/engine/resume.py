@@ -21,7 +21,7 @@ from mgtrain.distributed import World
 from mgtrain.errors import CheckpointError
 from mgtrain.models.norm import group_stats, merge_group_stats
 from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
-from mgtrain.rundir import RunDir
+from mgtrain.rundir import RunDir, accuracy
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def save(run: RunDir, state: CheckpointInfo, learner: Learner, recipe: Recipe, w
     if run.writes:
         state = replace(state, scaler=learner.scaler.state_dict())
         save_checkpoint(run.checkpoint_path(state.step), learner.model, learner.optimizer, state, groups)
-        best = max(run.rows("evals.jsonl"), key=lambda row: row["top1"], default={"step": 0})
+        best = max(run.rows("evals.jsonl"), key=accuracy, default={"step": 0})
         run.prune(recipe.logging.keep_checkpoints, also=[run.checkpoint_path(best["step"])])
     world.barrier()
 

@@ -27,7 +27,8 @@ class StepResult:
     """A step's outcome over this rank's clips, still on the device: reading it would wait for the GPU."""
 
     loss: Tensor  # () mean
-    correct: Tensor  # () share of clips whose most probable class is right; of a mixed clip, the class it is most of
+    correct: Tensor  # () share of clips whose most probable class is right; of a mixed clip, the class it is most of;
+    # of a clip with several labels, one of them
     bad: Tensor  # () 1 if the loss or a gradient was not finite on any rank; the update was then left out
 
 
@@ -41,7 +42,7 @@ def train_step(
     recipe: Recipe,
     world: World,
 ) -> StepResult:
-    """Train on this rank's share of one step: clips uint8 (b, 3, T, S, S), labels int64 (b,)."""
+    """Train on this rank's share of one step: clips uint8 (b, 3, T, S, S), labels int64 (b,) or uint8 (b, classes)."""
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = step.lr * group["lr_factor"]
@@ -56,18 +57,35 @@ def train_step(
         with no_sync(model, last=mine.stop == len(clips)):
             with autocast(recipe, world):
                 logits = model(x).float()  # (part.clips, classes)
-            smoothing = recipe.augment.label_smoothing
-            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) / len(clips)
+            loss = loss_sum_of(logits, targets, recipe) / len(clips)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
-        expected = targets if targets.ndim == 1 else targets.argmax(1)  # (part.clips,)
-        correct += (logits.detach().argmax(1) == expected).sum() / len(clips)
+        correct += hits(logits.detach(), targets).sum() / len(clips)
     bad = not_finite(loss_sum, unwrap(model).parameters(), scaler.is_enabled(), world)
     if not scaler.is_enabled():  # an enabled one tells the optimizer itself
         optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
     return StepResult(loss_sum, correct, bad)
+
+
+def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """The clips' losses added up: cross entropy, or, with several labels, binary cross entropy averaged over classes.
+
+    Logits (B, classes); targets are as `augmented` gives them.
+    """
+    if recipe.data.multi_label:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=recipe.augment.label_smoothing)
+
+
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Which clips' most probable class no other surpasses in the target: bool (B,)."""
+    first = logits.argmax(1)
+    if targets.ndim == 1:
+        return first == targets
+    own = targets.gather(1, first[:, None]).squeeze(1)
+    return (own == targets.amax(1)) & (own > 0)
 
 
 def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
@@ -81,7 +99,8 @@ def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
 
 
 def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """One pass's input, float32 (B, 3, T, S, S), and targets: the labels, or float32 (B, classes) of mixed clips."""
+    """One pass's input, float32 (B, 3, T, S, S), and targets: int64 (B,), or float32 (B, classes) where clips are mixed
+    or have several labels."""
     x, augment = to_input(clips, recipe), recipe.augment
 
     def draws(purpose: Draw, numbers: int) -> np.ndarray:
@@ -95,7 +114,7 @@ def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Rec
         x = erase(x, draws(Draw.ERASE, 5), augment.erase)
     if augment.mixes:
         return mix(x, labels, part, generator(recipe.seed, Draw.MIX, step.index), recipe)
-    return x, labels
+    return x, labels if labels.ndim == 1 else labels.to(x.dtype)
 
 
 def to_input(clips: Tensor, recipe: Recipe) -> Tensor:

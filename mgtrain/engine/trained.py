@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from mgtrain.checkpoint import is_checkpoint, load_model, read_info
-from mgtrain.datasets import listed_classes, open_videos, usable
+from mgtrain.datasets import check_labels, listed_classes, open_videos, usable
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import check_shapes, make_model
@@ -84,7 +84,7 @@ def evaluation_videos(trained: Trained) -> Videos:
     """The videos of `data.val`, of the network's classes; the training videos need not be there.
 
     Raises:
-        DataError: their classes are others, or they have several labels each.
+        DataError: their classes are others, or they have several labels each where the recipe says one.
     """
     data = trained.recipe.data
     listed = (listed_classes(data.root, data.val) if trained.named else None) or ()
@@ -101,7 +101,6 @@ def evaluation_videos(trained: Trained) -> Videos:
             f"{data.root}: {data.val} has {len(videos.classes)} classes, the network {len(trained.classes)}; "
             "list the network's in a classes.txt beside it"
         )
-    if videos.multi_label:
-        raise DataError(f"{data.root}: the videos of {data.val} have several labels each; use lists with one per video")
+    check_labels(data, data.val, videos)
     (videos,) = usable(data, videos)
     return videos
