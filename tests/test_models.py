@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from mgtrain.errors import UsageError
-from mgtrain.models import MODELS, build_model
+from mgtrain.models import MODELS, TORCHVISION, build_model
 from mgtrain.models.flops import count_flops
 from mgtrain.models.nonlocal3d import NonLocal3d
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
@@ -104,7 +104,7 @@ def test_options_are_the_keyword_arguments_of_the_factories(name: str):
     }
     assert keywords == {key: field.default for key, field in fields.items() if key != "name"}
     assert all(field.description for key, field in fields.items() if key != "name")
-    assert set(MODELS) == set(OPTIONS)
+    assert set(MODELS) == {*OPTIONS, *TORCHVISION, "own"}
 
 
 def test_options_that_make_no_sense_are_refused():

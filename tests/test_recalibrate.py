@@ -13,7 +13,7 @@ from mgtrain.clips.loader import BadVideos, recalibration_batches
 from mgtrain.datasets import open_videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model
-from mgtrain.engine.recalibrate import MOMENTUM, recalibrate_bn
+from mgtrain.engine.recalibrate import recalibrate_bn
 from mgtrain.engine.step import to_device, to_input
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.recipe import Recipe
@@ -100,4 +100,4 @@ def test_afterwards_training_averages_as_before(recipe: Recipe) -> None:
     model = fresh_model(recipe)
     recalibrate_bn(model, batches(recipe), recipe, World())
     norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm3d)]
-    assert {(norm.momentum, norm.pool) for norm in norms} == {(MOMENTUM, False)}
+    assert {(norm.momentum, norm.pool) for norm in norms} == {(0.1, False)}

@@ -321,7 +321,9 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
 
 
 def test_only_known_networks_are_downloaded() -> None:
-    with pytest.raises(UsageError, match="allowed are torchvision:resnet50 and torchvision:resnet101"):
+    with pytest.raises(
+        UsageError, match="allowed are torchvision:resnet50, torchvision:resnet101, torchvision:r3d_18,"
+    ):
         download("torchvision:vit")
 
 

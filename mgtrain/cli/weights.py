@@ -25,7 +25,8 @@ def import_weights(
     ] = None,
     *,
     from_: Annotated[
-        str | None, typer.Option("--from", help="Download instead: torchvision:resnet50 or torchvision:resnet101.")
+        str | None,
+        typer.Option("--from", help="Download instead: torchvision:resnet50, torchvision:r3d_18 ..."),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="The .safetensors file to write. Default: only report.")] = None,
     model: Annotated[
@@ -51,14 +52,16 @@ def import_weights(
 
     import torch
 
-    from mgtrain.models import build_model
+    from mgtrain.models import TORCHVISION, build_model
     from mgtrain.weights.load import load_weights, model_options, read_classes, read_weights, save_weights
     from mgtrain.weights.torchvision import download
 
-    path = file or download(str(from_))
-    weights = read_weights(path)
+    path, names = (file, read_classes(file)) if file else download(str(from_))
+    named = (from_ or "").partition(":")[2]
+    model = model or (named if named in TORCHVISION else None)
+    weights = read_weights(path, common=model not in TORCHVISION)
     options = model_options(weights, model)
-    names = _read_names(classes) if classes else read_classes(path)
+    names = _read_names(classes) if classes else names
     if classes and len(names) != options["classes"]:
         raise UsageError(f"{classes}: names {len(names)} classes, the weights have {options['classes']}")
     with torch.device("meta"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 from torch import nn
@@ -19,28 +21,82 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def make_model(recipe: Recipe) -> nn.Module:
     """The recipe's model with the weights that torch's current seed gives."""
-    return build_model(recipe.model.name, classes=recipe.data.classes, **recipe.model.model_dump(exclude={"name"}))
+    options = recipe.model.model_dump(exclude={"name", "mean", "std"})
+    return build_model(recipe.model.name, classes=recipe.data.classes, **options)
 
 
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
     """Try every shape on the meta device; returns the multiply-adds of one clip's forward pass for each.
 
     Raises:
-        PlanError: the model cannot take one of the shapes.
+        PlanError: the model cannot take one of the shapes; it names the layer, why, and what shapes fit.
     """
     with torch.device("meta"):
         model = make_model(recipe)
     flops = {}
     for shape in shapes:
-        try:
-            flops[shape] = count_flops(model, (1, shape.frames, shape.crop))
-        except (RuntimeError, ValueError) as error:
-            cause = str(error).splitlines()[0]
+        problem = misfit(model, shape.frames, shape.crop, recipe.data.classes)
+        if problem:
+            sizes = [f"{n}x{size}²" for n, size in fitting(model, shape.frames, shape.crop, recipe.data.classes)]
+            remedy = "no other size was found to fit: average over time and space before the classifier"
+            if sizes:
+                remedy = f"clips of {', '.join(sizes)} fit: choose clip, evaluation.crop and schedule's factors so"
             raise PlanError(
-                f"{recipe.model.name} cannot take clips of {shape.frames} frames of {shape.crop} pixels ({cause}); "
-                "use a larger clip.frames or clip.crop, or finer factors in schedule.long_cycle and short_cycle"
-            ) from None
+                f"{recipe.model.name} cannot take clips of {shape.frames} frames of {shape.crop}² pixels: {problem}; "
+                f"{remedy}"
+            )
+        flops[shape] = count_flops(model, (1, shape.frames, shape.crop))
     return flops
+
+
+def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None:
+    """Why a model on the meta device makes no logits of clips of that size, with the layer's name; None: it does."""
+    within: list[str] = []  # the layers that are at work, from the outermost
+    hooks = []
+    for name, layer in model.named_modules():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: within.append(name)))
+        hooks.append(layer.register_forward_hook(lambda *_: within.__delitem__(-1)))
+    try:
+        with torch.inference_mode():
+            logits = model(torch.empty(2, 3, frames, crop, crop, device="meta"))
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        layer = model.get_submodule(within[-1])
+        named = f"{f'layer {within[-1]}' if within[-1] else 'the network itself'}, {type(layer).__name__}"
+        cause = " ".join(str(error).split())[:200]
+        return f"{named}, {_reason(layer, cause)} ({cause})"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (2, classes):
+        return f"of 2 such clips it makes {shape or type(logits).__name__}, not logits (2, {classes})"
+    return None
+
+
+def _reason(layer: nn.Module, cause: str) -> str:
+    """What is fixed in a layer that fails so."""
+    if isinstance(layer, nn.Linear):
+        return f"takes {layer.in_features} features, however many the clip has: flattened features depend on its size"
+    if "ernel size" in cause or "too small" in cause or "smaller than" in cause:
+        return "has a window larger than what is left of the clip"
+    if "must match" in cause or "broadcast" in cause:
+        return "adds or joins a table of fixed size, such as one of positions"
+    if "invalid for input" in cause or "view size" in cause or "reshape" in cause:
+        return "cuts its features into pieces of a fixed size, which do not divide them"
+    return "depends on the clip's size"
+
+
+def fitting(model: nn.Module, frames: int, crop: int, classes: int, most: int = 4) -> list[tuple[int, int]]:
+    """Sizes near to (frames, crop) that a model on the meta device takes, the nearest first, as (frames, crop)."""
+    lengths = sorted({frames + 1, *(2**n for n in range(7))}, key=lambda n: abs(math.log(n / frames)))
+    crops = {size for step in (7, 16, 32) for size in range(step, 2 * crop + 33, step) if size >= 8}
+    near = sorted(crops, key=lambda size: abs(math.log(size / crop)))[:24]
+    others = [(n, size) for n in lengths for size in (32, 64, 112, 224)]
+    for sizes in ([(n, crop) for n in lengths], [(frames, size) for size in near], others):
+        found = ((n, size) for n, size in sizes if misfit(model, n, size, classes) is None)
+        if fit := list(islice(found, most)):
+            return fit
+    return []
 
 
 def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:

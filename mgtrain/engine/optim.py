@@ -1,11 +1,14 @@
-"""The optimizer: SGD with Nesterov momentum, no weight decay on BatchNorm."""
+"""The optimizer: SGD with Nesterov momentum, no weight decay on normalizations."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from mgtrain.models.foreign import classifier_of
 from mgtrain.recipe import Optim
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -13,9 +16,9 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 
     It is the fused one, which leaves everything as it is where its `found_inf` is 1, without a look from the host.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, NORMS)]
     undecayed = [p for norm in norms for p in norm.parameters()]
-    head = [p for name, p in model.named_parameters() if name.startswith("head.")]
+    head = [p for name, p in model.named_parameters() if name.startswith(f"{classifier_of(model)}.")]
     known = {id(p) for p in (*undecayed, *head)}
     decayed = [p for p in model.parameters() if id(p) not in known]
     optimizer = torch.optim.SGD(

@@ -20,8 +20,6 @@ from mgtrain.models.part import Part, set_part
 from mgtrain.recipe import Recipe
 from mgtrain.schedule.plan import bn_groups
 
-MOMENTUM = 0.1  # of the running averages between recalibrations, torch's default
-
 
 def recalibrate(model: nn.Module, train: Videos, recipe: Recipe, world: World) -> bool:
     """Recalibrate on training clips of the evaluation's grid, as many batches as the recipe says; whether it does."""
@@ -50,6 +48,6 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], r
         set_part(model, Part(world.rank * share, share, share * world.size, groups, world.size, 0, world.gather))
         with autocast(recipe, world):
             model(to_input(clips, recipe))
-    set_momentum(model, MOMENTUM)
+    set_momentum(model, None)
     merge_group_stats(model, world.gather)
     return count

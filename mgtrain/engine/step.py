@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgtrain.clips.augment import erase, jitter_colour
-from mgtrain.clips.pixels import normalize
+from mgtrain.clips.pixels import normalize, restandardize
 from mgtrain.distributed import World, no_sync, unwrap
 from mgtrain.engine.checks import DTYPES, pass_clips
 from mgtrain.engine.finite import not_finite
 from mgtrain.engine.mix import mix
+from mgtrain.models.options import pixel_statistics
 from mgtrain.models.part import Part, set_part
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, generator, seed_of
@@ -101,7 +102,7 @@ def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
 def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """One pass's input, float32 (B, 3, T, S, S), and targets: int64 (B,), or float32 (B, classes) where clips are mixed
     or have several labels."""
-    x, augment = to_input(clips, recipe), recipe.augment
+    x, augment = normalize(clips, memory_format(recipe)), recipe.augment
 
     def draws(purpose: Draw, numbers: int) -> np.ndarray:
         everyone = generator(recipe.seed, purpose, step.index).random((part.total, numbers))
@@ -112,6 +113,7 @@ def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Rec
         x = jitter_colour(x, draws(Draw.COLOUR, 4), augment)
     if augment.erase:
         x = erase(x, draws(Draw.ERASE, 5), augment.erase)
+    x = restandardize(x, *pixel_statistics(recipe.model))
     if augment.mixes:
         return mix(x, labels, part, generator(recipe.seed, Draw.MIX, step.index), recipe)
     return x, labels if labels.ndim == 1 else labels.to(x.dtype)
@@ -119,7 +121,7 @@ def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Rec
 
 def to_input(clips: Tensor, recipe: Recipe) -> Tensor:
     """The network's input on its device: uint8 (B, 3, T, S, S) -> float32 (B, 3, T, S, S)."""
-    return normalize(clips, memory_format(recipe))
+    return restandardize(normalize(clips, memory_format(recipe)), *pixel_statistics(recipe.model))
 
 
 def to_device(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:

@@ -18,7 +18,7 @@ from mgtrain.engine.step import to_device
 from mgtrain.errors import CheckpointError, DataError, UsageError
 from mgtrain.manifest import checksum
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
-from mgtrain.weights.load import freeze, load_weights, read_classes, read_weights
+from mgtrain.weights.load import freeze, is_ours, load_weights, read_classes, read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,6 @@ def load_trained(path: Path, recipe: str | None, overrides: Sequence[str], world
         UsageError: the recipe is missing, or one too many.
     """
     ours = is_checkpoint(path)
-    weights = None if ours else read_weights(path)
     if ours and recipe is not None:
         raise UsageError(f"{path}: has its own recipe; leave out --recipe, and change keys as section.key=value")
     if not ours and recipe is None:
@@ -67,10 +66,10 @@ def load_trained(path: Path, recipe: str | None, overrides: Sequence[str], world
         raise CheckpointError(f"{path}: has {len(classes)} classes, data.classes says {made.data.classes}; set it so")
     check_shapes(made, [made.evaluation_shape])
     model = to_device(make_model(made), made, world)
-    if weights is None:
+    if ours:
         load_model(path, model)
     else:
-        report = load_weights(model, weights)
+        report = load_weights(model, read_weights(path, is_ours(model)))
         report.demand(1.0, path)
         if report.resized:
             raise CheckpointError(f"{path}: {report.resized}; set data.classes to what the file has")

@@ -6,9 +6,12 @@ Importing this package, or `mgtrain.models.options`, does not import torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mgtrain.errors import UsageError
+
+TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s")
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +23,17 @@ def __getattr__(name: str) -> Any:
     """`MODELS`, the factories by name, is made when first asked for, because the factories import torch."""
     if name != "MODELS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mgtrain.models.foreign import own_network, torchvision_video
     from mgtrain.models.i3d import i3d_nln_r50, i3d_r50
     from mgtrain.models.slowfast import slowfast_r50
 
-    return {"slowfast_r50": slowfast_r50, "i3d_r50": i3d_r50, "i3d_nln_r50": i3d_nln_r50}
+    return {
+        "slowfast_r50": slowfast_r50,
+        "i3d_r50": i3d_r50,
+        "i3d_nln_r50": i3d_nln_r50,
+        **{name: partial(torchvision_video, name=name) for name in TORCHVISION},
+        "own": own_network,
+    }
 
 
 def build_model(name: str, *, classes: int, **options: Any) -> nn.Module:

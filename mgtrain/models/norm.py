@@ -35,8 +35,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     group_mean: Tensor  # (slots, C)
     group_var: Tensor  # (slots, C); unbiased, as in torch, but for pooled ones
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(channels, eps, momentum)
+        self.usual_momentum = momentum
         self.groups = 0  # BatchNorm groups of the global batch that the slots are for; 0: for none yet
         self.everyones = False  # whether the slots are those of all ranks, as `put_group_stats` leaves them
         self.register_buffer("group_mean", torch.empty(0, channels), persistent=False)
@@ -190,14 +191,14 @@ def reset_group_stats(model: nn.Module) -> None:
         norm.reset_running_stats()
 
 
-def set_momentum(model: nn.Module, momentum: float, *, pool: bool = False) -> None:
-    """Let the statistics of the coming step weigh `momentum` in the groups' running ones.
+def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:
+    """Let the statistics of the coming step weigh `momentum` in the groups' running ones; None: as before.
 
     With `pool`, and 1/k at the k-th step since `reset_group_stats`, these become the mean and the variance of all
     values of these steps together ("precise BN"), rather than averages of each step's.
     """
     for norm in _group_norms(model):
-        norm.momentum, norm.pool = momentum, pool
+        norm.momentum, norm.pool = norm.usual_momentum if momentum is None else momentum, pool
 
 
 def _spread(x: Tensor) -> Tensor:

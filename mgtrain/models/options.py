@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=200)]
 Blocks = tuple[Count, Count, Count, Count]
+Share = Annotated[float, Field(ge=0, le=1)]
+Colour = tuple[Share, Share, Share]
+Deviation = Annotated[float, Field(gt=0, le=10)]
 
 
 class _ResNetOptions(BaseModel):
@@ -49,4 +52,41 @@ class SlowFastOptions(_ResNetOptions):
         return self
 
 
-ModelOptions = Annotated[I3DOptions | I3DNonLocalOptions | SlowFastOptions, Field(discriminator="name")]
+class TorchvisionOptions(BaseModel):
+    """A network of `torchvision.models.video`, as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
+
+
+class OwnOptions(BaseModel):
+    """A network of one's own: `MODELS[network](classes, **options)` of a Python module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["own"]
+    module: str = Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
+        description="a Python module, installed or in the current folder, with a dict MODELS",
+    )
+    network: str = Field(description="a key of MODELS")
+    options: dict[str, Any] = Field({}, description="keyword arguments, besides the number of classes")
+    mean: Colour = Field((0.45, 0.45, 0.45), description="of pixels in 0..1, red, green and blue")
+    std: tuple[Deviation, Deviation, Deviation] = Field((0.225, 0.225, 0.225), description="of the same")
+
+
+ModelOptions = Annotated[
+    I3DOptions | I3DNonLocalOptions | SlowFastOptions | TorchvisionOptions | OwnOptions, Field(discriminator="name")
+]
+TORCHVISION_MEAN, TORCHVISION_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+
+
+def pixel_statistics(options: ModelOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, of red, green and blue in 0..1, by which the network's input is normalized."""
+    match options:
+        case OwnOptions():
+            return options.mean, options.std
+        case TorchvisionOptions():
+            return TORCHVISION_MEAN, TORCHVISION_STD
+    return (0.45,) * 3, (0.225,) * 3  # all channels alike (Feichtenhofer et al. 2019)

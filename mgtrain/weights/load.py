@@ -19,21 +19,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mgtrain.errors import CheckpointError, ThresholdError, UsageError
+from mgtrain.models import TORCHVISION, build_model
+from mgtrain.models.foreign import classifier_of
+from mgtrain.models.i3d import I3D
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.options import ModelOptions
 from mgtrain.models.resnet3d import STAGE_BLOCKS
+from mgtrain.models.slowfast import SlowFast
 from mgtrain.recipe import Init
 from mgtrain.weights.files import read_tensors
 from mgtrain.weights.mmaction2 import MMACTION2
 from mgtrain.weights.naming import OWN, STAGES
 from mgtrain.weights.pyslowfast import CAFFE2, PYSLOWFAST
 from mgtrain.weights.pytorchvideo import PYTORCHVIDEO
-from mgtrain.weights.torchvision import TORCHVISION
+from mgtrain.weights.torchvision import TORCHVISION_2D
 
-NAMINGS = (OWN, PYSLOWFAST, CAFFE2, PYTORCHVIDEO, MMACTION2, TORCHVISION)
+NAMINGS = (OWN, PYSLOWFAST, CAFFE2, PYTORCHVIDEO, MMACTION2, TORCHVISION_2D)
 WRAPPERS = r"^(module\.|model\.)+"  # of DistributedDataParallel, of PySlowFast around PyTorchVideo, of checkpoints
 COUNTER = "num_batches_tracked"  # of BatchNorm; no weight, and not everywhere
-CLASSIFIER = "head.linear."
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Report:
     matched: Sequence[str]
     inflated: Sequence[str]  # those of the matched that were made of 2-D kernels
     missing: Mapping[str, str]  # the model's others, and why; they stay as they were
+    classifier: str  # the layer of the model that gives the logits
     unused: Sequence[str]  # the file's others
     resized: str  # what is to be said of another classifier; empty: nothing
     notes: Sequence[str]
@@ -62,7 +66,7 @@ class Report:
     @property
     def share(self) -> float:
         """How many of the model's tensors the file had, of 1; another classifier does not count."""
-        missing = [name for name in self.missing if not (self.resized and name.startswith(CLASSIFIER))]
+        missing = [name for name in self.missing if not (self.resized and name.startswith(f"{self.classifier}."))]
         return len(self.matched) / max(1, len(self.matched) + len(missing))
 
     def describe(self) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class Report:
     def demand(self, share: float, path: Path) -> None:
         """Raises `ThresholdError` where the file had less than `share` of the model's tensors."""
         if self.share < share:
-            lacking = sorted(set(self.missing), key=lambda name: (name.startswith(CLASSIFIER), name))
+            lacking = sorted(set(self.missing), key=lambda name: (name.startswith(self.classifier), name))
             raise ThresholdError(
                 f"{path}: matched {len(self.matched)} of {len(self.matched) + len(self.missing)} tensors, a share of "
                 f"{math.floor(1000 * self.share) / 1000:g} where {share:g} is demanded (such as {lacking[0]}, "
@@ -96,13 +100,15 @@ class Report:
             )
 
 
-def read_weights(path: Path) -> Weights:
-    """A file's tensors under their common names, whichever of the known projects wrote it.
+def read_weights(path: Path, common: bool = True) -> Weights:
+    """A file's tensors: under their common names, whichever of the known projects wrote it, or as they are.
 
     Raises:
         CheckpointError: it cannot be read, or its names are none that we know.
     """
     found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in read_tensors(path).items()}
+    if not common:
+        return Weights("the file", {name: t for name, t in found.items() if not _is_state(name)}, ())
     naming = next((n for n in NAMINGS if any(re.match(n.sign, name) for name in found)), None)
     if naming is None:
         raise CheckpointError(
@@ -112,7 +118,7 @@ def read_weights(path: Path) -> Weights:
     tensors = {
         naming.common(name): tensor
         for name, tensor in found.items()
-        if not re.match(naming.ignored, name) and not name.endswith(COUNTER) and not name.startswith("optimizer.")
+        if not re.match(naming.ignored, name) and not _is_state(name)
     }
     notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in tensors)]
     return Weights(naming.project, naming.mend(tensors), notes)
@@ -131,8 +137,14 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
         "i3d_nln_r50": any(".nonlocal" in key for key in shapes),
         "i3d_r50": stem[2:3] == (5,),
     }
+    if name in TORCHVISION:
+        with torch.device("meta"):
+            logits = f"{classifier_of(build_model(name, classes=2))}.weight"
+        if logits not in shapes:
+            raise CheckpointError(f"weights that hold no {logits!r} are none of {name}")
+        return {"name": name, "classes": shapes[logits][0]}
     if name is not None and name not in own:
-        raise UsageError(f"no model is called {name!r}; choose one of {', '.join(own)}")
+        raise UsageError(f"no model is called {name!r}; choose one of {', '.join([*own, *TORCHVISION])}")
     chosen = name or next((key for key, fits in own.items() if fits and len(stem) == 5), None)
     if chosen is None or not stem:
         raise CheckpointError(
@@ -147,7 +159,7 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
             options["beta_inv"] = stem[0] // shapes["fast.stem.conv.weight"][0]
             options["fusion_kernel"] = shapes["laterals.stem.conv.weight"][2]
         TypeAdapter(ModelOptions).validate_python(options)
-        return {**options, "classes": shapes[f"{CLASSIFIER}weight"][0]}
+        return {**options, "classes": shapes["head.linear.weight"][0]}
     except (ValidationError, LookupError, ZeroDivisionError):
         raise CheckpointError(
             f"weights of {weights.project} that would be a model {options} have no shape of it; "
@@ -158,19 +170,20 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> Report:
     """Put the weights into the model, in place, as far as they fit; of another classifier, the model keeps its own."""
-    unused, resized = dict(weights.tensors), ""
+    unused, resized, classifier = dict(weights.tensors), "", classifier_of(model)
+    common = OWN.common if is_ours(model) else str
     values: dict[str, Tensor] = {}
     missing: dict[str, str] = {}
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
-    classifier = weights.tensors.get(f"{CLASSIFIER}weight")
-    if classifier is not None and fit_shape(classifier, state[f"{CLASSIFIER}weight"].shape) is None:
-        theirs, ours = tuple(classifier.shape), tuple(state[f"{CLASSIFIER}weight"].shape)
+    logits = weights.tensors.get(f"{classifier}.weight")
+    if logits is not None and fit_shape(logits, state[f"{classifier}.weight"].shape) is None:
+        theirs, ours = tuple(logits.shape), tuple(state[f"{classifier}.weight"].shape)
         resized = f"the classifier (classes, features) is {theirs} in the file and {ours} here, so it starts afresh"
     for own, target in state.items():
-        value = unused.pop(OWN.common(own), None)
+        value = unused.pop(common(own), None)
         if value is None:
             missing[own] = "absent"
-        elif own.startswith(CLASSIFIER) and resized:
+        elif own.startswith(f"{classifier}.") and resized:
             missing[own] = "another classifier"
         elif (fitted := fit_shape(value, target.shape)) is None:
             missing[own] = f"{tuple(value.shape)} in the file, {tuple(target.shape)} here"
@@ -181,7 +194,17 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
         if isinstance(module, GroupBatchNorm3d):
             module.groups = 0  # the groups' statistics start from those that came
     inflated = [name for name, value in values.items() if value.ndim == 4]
-    return Report(weights.project, [*values], inflated, missing, sorted(unused), resized, weights.notes)
+    return Report(weights.project, [*values], inflated, missing, classifier, sorted(unused), resized, weights.notes)
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether tensors of other projects have a place in the model: whether its stages are those of `STAGES`."""
+    return isinstance(model, SlowFast | I3D)
+
+
+def _is_state(name: str) -> bool:
+    """Whether a tensor is no weight: a counter, or what an optimizer remembers."""
+    return name.endswith(COUNTER) or name.startswith("optimizer.")
 
 
 def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
@@ -249,7 +272,7 @@ def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
     """
     if init.weights and fresh:
         path = Path(init.weights)
-        report = load_weights(model, read_weights(path))
+        report = load_weights(model, read_weights(path, is_ours(model)))
         report.demand(init.at_least, path)
         for line in report.lines():
             log.info("%s: %s", path.name, line)
@@ -257,11 +280,23 @@ def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
 
 
 def freeze(model: nn.Module, init: Init) -> None:
-    """Take the stages up to `init.freeze` out of training, and BatchNorm's statistics with them, or all of those."""
-    frozen = STAGES[: ("none", *STAGES[:-1], "backbone").index(init.freeze)]
+    """Take the stages up to `init.freeze` out of training, and BatchNorm's statistics with them, or all of those.
+
+    Raises:
+        UsageError: the network has no such stages.
+    """
+    classifier, stages = classifier_of(model), STAGES[: ("none", *STAGES[:-1], "backbone").index(init.freeze)]
+    if init.freeze not in ("none", "backbone") and not is_ours(model):
+        raise UsageError(f"init.freeze {init.freeze}: only our models have such stages; use none or backbone")
+
+    def frozen(name: str) -> bool:
+        if init.freeze == "backbone":
+            return not name.startswith(f"{classifier}.")
+        return bool(stages) and OWN.common(name).split(".")[1] in stages
+
     for name, parameter in model.named_parameters():
-        if OWN.common(name).split(".")[1] in frozen:
+        if frozen(name):
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, GroupBatchNorm3d):
-            module.frozen = init.freeze_bn or OWN.common(f"{name}.weight").split(".")[1] in frozen
+            module.frozen = init.freeze_bn or frozen(f"{name}.weight")
