@@ -27,6 +27,7 @@ class Draw(IntEnum):
     MIX = 10  # how the pairs of a step's clips are mixed
     CHOICE = 11  # which videos are set apart for validation, or looked at as a sample
     PREPARE = 12  # the order in which videos are prepared
+    NOISE = 13  # clips that an exported network is tried with
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

@@ -13,7 +13,7 @@ import typer
 
 from mgtrain import __version__
 from mgtrain.cli.data import bench_app, data_app
-from mgtrain.cli.runs import ckpt_app, compare, evaluate, fit, plan, predict, recipes_app
+from mgtrain.cli.runs import ckpt_app, compare, evaluate, export, fit, plan, predict, recipes_app
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
 from mgtrain.errors import MgtrainError
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "eval": evaluate,
     "predict": predict,
+    "export": export,
     "compare": compare,
     "plan": plan,
 }

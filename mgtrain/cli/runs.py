@@ -182,6 +182,41 @@ def predict(
         raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used: {'; '.join(failed.values())}")
 
 
+def export(
+    checkpoint: CheckpointArgument,
+    to: Annotated[
+        str, typer.Option(metavar="FILE", help="onnx, pt2 or safetensors, or a file whose name ends in one of these.")
+    ],
+    recipe: RecipeOption = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write a trained network for other programs, and check that the file computes the same. Exits with 6 if not.
+
+    Its input is clips (B, 3, T, S, S), normalized as its notes say; its output the logits (B, classes).
+
+    Examples:  mgtrain export demo_multigrid --to motions.onnx  |  mgtrain export runs/mine --to pt2
+    """
+    path = checkpoint_path(checkpoint)
+    file = Path(to if "." in to else f"{path.parent.parent.name or path.stem}.{to}")
+
+    from mgtrain.distributed import World
+    from mgtrain.engine.trained import load_trained
+    from mgtrain.export import export as export_network
+
+    trained = load_trained(path, recipe, changes or (), World())
+    done = export_network(trained, file)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.export/1", "checkpoint": str(path), **done.describe()}))
+        return
+    for parity in done.parity:
+        out.print(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest", markup=False)
+    sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation's size only"
+    out.print(f"wrote {done.path}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}", markup=False, soft_wrap=True)
+
+
 def compare(
     baseline: Annotated[
         str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")

@@ -79,7 +79,7 @@ def import_weights(
         out.print(f"model: {{{section}}}, of {options['classes']} classes", markup=False)
     report.demand(at_least, path)
     if to:
-        save_weights(to, target, report, options, names)
+        save_weights(to, target, options, names, report.matched, report.project)
         err.print(f"wrote {to}; a recipe starts from it with init.weights={to}", markup=False, soft_wrap=True)
 
 

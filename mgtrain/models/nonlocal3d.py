@@ -30,7 +30,7 @@ class NonLocal3d(nn.Module):
         attended = F.scaled_dot_product_attention(
             _tokens(self.query(x)), _tokens(self.key(pooled)), _tokens(self.value(pooled))
         )  # (B, 1, T*H*W, C/2)
-        attended = attended.squeeze(1).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])  # (B, C/2, T, H, W)
+        attended = attended.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])  # (B, C/2, T, H, W)
         change: Tensor = self.norm(self.out(attended))
         return x + change
 

@@ -14,12 +14,17 @@ from mgtrain.models.resnet3d import EXPANSION, Head, Stem, init_weights, stage, 
 LATERAL_RATIO = 2  # channels that a lateral connection makes of each channel of the fast pathway
 
 
-def slow_frames(frames: int, alpha: int) -> tuple[int, ...]:
+def slow_frames(frames: int, alpha: int) -> Sequence[int] | Tensor:
     """The frames that the slow pathway sees: one in `alpha`, spread evenly from the first to the last.
+
+    Of a graph that is traced for any number of frames, they are a tensor, int64 (frames / alpha,).
 
     >>> slow_frames(16, alpha=4), slow_frames(3, alpha=4)
     ((0, 5, 10, 15), (0,))
     """
+    if isinstance(frames, torch.SymInt):
+        count = torch.sym_max(1, frames // alpha)
+        return torch.arange(count) * (frames - 1) // torch.sym_max(1, count - 1)
     count = max(1, frames // alpha)
     return tuple(i * (frames - 1) // max(1, count - 1) for i in range(count))
 
@@ -39,13 +44,16 @@ class Lateral(nn.Module):
         self.norm = GroupBatchNorm3d(out)
 
     def forward(self, fast: Tensor) -> Tensor:
-        places = [frame // self.alpha for frame in slow_frames(fast.shape[2], self.alpha)]
+        frames = slow_frames(fast.shape[2], self.alpha)
+        places = frames // self.alpha if isinstance(frames, Tensor) else [frame // self.alpha for frame in frames]
         x = take_frames(self.conv(fast), places)  # (B, 2 * C, T/alpha, H, W)
         return F.relu_(self.norm(x))
 
 
-def take_frames(x: Tensor, frames: Sequence[int]) -> Tensor:
-    """The given frames of (B, C, T, H, W), in its memory format; no tensor of indices has to go to the device."""
+def take_frames(x: Tensor, frames: Sequence[int] | Tensor) -> Tensor:
+    """The given frames of (B, C, T, H, W), in its memory format; numbers need no tensor of indices on the device."""
+    if isinstance(frames, Tensor):
+        return x.index_select(2, frames.to(x.device))
     if list(frames) == list(range(x.shape[2])):
         return x
     return torch.cat([x[:, :, frame : frame + 1] for frame in frames], dim=2)

@@ -249,16 +249,22 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def save_weights(
-    path: Path, model: nn.Module, report: Report, options: Mapping[str, Any], classes: Sequence[str] = ()
+    path: Path,
+    model: nn.Module,
+    options: Mapping[str, Any],
+    classes: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    source: str = OWN.project,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the tensors that matched as safetensors, under our names; `init: {weights: ...}` reads them."""
-    state = model.state_dict()
-    metadata = {"format": "mgtrain.weights/1", "source": report.project, "model": json.dumps(options)}
+    """Write the model's tensors, or some of them, as safetensors; `init: {weights: ...}` reads them."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
+    metadata = {"format": "mgtrain.weights/1", "source": source, "model": json.dumps(options), **(notes or {})}
     if classes:
         metadata["classes"] = json.dumps(list(classes))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"model.{name}": state[name].contiguous() for name in report.matched}, path, metadata)
+        save_file({f"model.{name}": state[name] for name in (state if only is None else only)}, path, metadata)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
