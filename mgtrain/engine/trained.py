@@ -18,7 +18,8 @@ from mgtrain.engine.step import to_device
 from mgtrain.errors import CheckpointError, DataError, UsageError
 from mgtrain.manifest import checksum
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
-from mgtrain.weights.load import freeze, is_ours, load_weights, read_classes, read_weights
+from mgtrain.weights.files import read_tensors
+from mgtrain.weights.load import freeze, is_ours, load_weights, named, read_classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ def load_trained(path: Path, recipe: str | None, overrides: Sequence[str], world
         UsageError: the recipe is missing, or one too many.
     """
     ours = is_checkpoint(path)
+    tensors = {} if ours else read_tensors(path)
     if ours and recipe is not None:
         raise UsageError(f"{path}: has its own recipe; leave out --recipe, and change keys as section.key=value")
     if not ours and recipe is None:
@@ -69,7 +71,7 @@ def load_trained(path: Path, recipe: str | None, overrides: Sequence[str], world
     if ours:
         load_model(path, model)
     else:
-        report = load_weights(model, read_weights(path, is_ours(model)))
+        report = load_weights(model, named(path, tensors, is_ours(model)))
         report.demand(1.0, path)
         if report.resized:
             raise CheckpointError(f"{path}: {report.resized}; set data.classes to what the file has")

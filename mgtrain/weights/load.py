@@ -106,7 +106,12 @@ def read_weights(path: Path, common: bool = True) -> Weights:
     Raises:
         CheckpointError: it cannot be read, or its names are none that we know.
     """
-    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in read_tensors(path).items()}
+    return named(path, read_tensors(path), common)
+
+
+def named(path: Path, tensors: Mapping[str, Tensor], common: bool) -> Weights:
+    """The tensors that were in a file, as `read_weights` names them."""
+    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in tensors.items()}
     if not common:
         return Weights("the file", {name: t for name, t in found.items() if not _is_state(name)}, ())
     naming = next((n for n in NAMINGS if any(re.match(n.sign, name) for name in found)), None)
@@ -115,13 +120,13 @@ def read_weights(path: Path, common: bool = True) -> Weights:
             f"{path}: holds tensors such as {min(found)!r}, which no network that we know has; known are those of "
             f"{', '.join(n.project for n in NAMINGS)}"
         )
-    tensors = {
+    renamed = {
         naming.common(name): tensor
         for name, tensor in found.items()
         if not re.match(naming.ignored, name) and not _is_state(name)
     }
-    notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in tensors)]
-    return Weights(naming.project, naming.mend(tensors), notes)
+    notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
+    return Weights(naming.project, naming.mend(renamed), notes)
 
 
 def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
