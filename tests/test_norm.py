@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -399,3 +400,29 @@ def test_set_part_reaches_every_module_that_asks():
     assert not hasattr(model[0], "part")
     set_part(model, None)
     assert model[1][0].part is None
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=["last", "first"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_groups_normalized_into_one_tensor_are_the_groups_one_by_one(
+    layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (GroupBatchNorm3d(3).to(dtype) for _ in range(2))
+    for norm in (ours, theirs):
+        nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+    part = Part(4, 8, 24, 6, ranks=1)  # the middle groups of a rank's share
+    x = torch.randn(8, 3, 2, 5, 5, dtype=dtype).to(memory_format=layout)
+    weights, found = torch.randn_like(x), []
+    for norm, compiling in ((ours, False), (theirs, True)):  # when torch compiles, each group is a batch_norm
+        norm.part = part
+        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=compiling):
+            for _ in range(2):
+                y = norm(given)
+        (y * weights).sum().backward()
+        found.append([y, given.grad, norm.weight.grad, norm.bias.grad, norm.group_mean, norm.group_var])
+    for expected, got in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert found[0][0].is_contiguous(memory_format=layout)
+    assert not torch.equal(ours.group_mean[2], ours.group_mean[0])

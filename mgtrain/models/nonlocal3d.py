@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
 
 
@@ -17,10 +18,10 @@ class NonLocal3d(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner = channels // 2
-        self.query = nn.Conv3d(channels, inner, 1)  # theta in the paper
-        self.key = nn.Conv3d(channels, inner, 1)  # phi
-        self.value = nn.Conv3d(channels, inner, 1)  # g
-        self.out = nn.Conv3d(inner, channels, 1)
+        self.query = Conv3d(channels, inner, 1)  # theta in the paper
+        self.key = Conv3d(channels, inner, 1)  # phi
+        self.value = Conv3d(channels, inner, 1)  # g
+        self.out = Conv3d(inner, channels, 1)
         self.norm = GroupBatchNorm3d(channels)
         nn.init.zeros_(self.norm.weight)  # so that the block starts as the identity
 

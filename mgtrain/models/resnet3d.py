@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgtrain.models.conv import Conv3d
 from mgtrain.models.dropout import Dropout
 from mgtrain.models.norm import GroupBatchNorm3d
 
@@ -33,7 +34,7 @@ class Stem(nn.Module):
 
     def __init__(self, channels: int, frames: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(3, channels, (frames, 7, 7), (1, 2, 2), (frames // 2, 3, 3), bias=False)
+        self.conv = Conv3d(3, channels, (frames, 7, 7), (1, 2, 2), (frames // 2, 3, 3), bias=False)
         self.norm = GroupBatchNorm3d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,16 +48,16 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, inner: int, frames: int, stride: int) -> None:
         super().__init__()
         out = EXPANSION * inner
-        self.conv1 = nn.Conv3d(channels, inner, (frames, 1, 1), padding=(frames // 2, 0, 0), bias=False)
+        self.conv1 = Conv3d(channels, inner, (frames, 1, 1), padding=(frames // 2, 0, 0), bias=False)
         self.norm1 = GroupBatchNorm3d(inner)
-        self.conv2 = nn.Conv3d(inner, inner, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False)
+        self.conv2 = Conv3d(inner, inner, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False)
         self.norm2 = GroupBatchNorm3d(inner)
-        self.conv3 = nn.Conv3d(inner, out, 1, bias=False)
+        self.conv3 = Conv3d(inner, out, 1, bias=False)
         self.norm3 = GroupBatchNorm3d(out)
         nn.init.zeros_(self.norm3.weight)  # so that each block starts as the identity (Goyal et al. 2017)
         self.shortcut: nn.Module = nn.Identity()
         if channels != out or stride != 1:
-            conv = nn.Conv3d(channels, out, 1, (1, stride, stride), bias=False)
+            conv = Conv3d(channels, out, 1, (1, stride, stride), bias=False)
             self.shortcut = nn.Sequential(conv, GroupBatchNorm3d(out))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.resnet3d import EXPANSION, Head, Stem, init_weights, stage, stage_blocks
 
@@ -40,7 +41,7 @@ class Lateral(nn.Module):
         super().__init__()
         out = LATERAL_RATIO * channels
         self.alpha = alpha
-        self.conv = nn.Conv3d(channels, out, (kernel, 1, 1), (alpha, 1, 1), (kernel // 2, 0, 0), bias=False)
+        self.conv = Conv3d(channels, out, (kernel, 1, 1), (alpha, 1, 1), (kernel // 2, 0, 0), bias=False)
         self.norm = GroupBatchNorm3d(out)
 
     def forward(self, fast: Tensor) -> Tensor:
