@@ -78,7 +78,7 @@ class Network:
     """A published network: how it is made, what it is here, and on which clips (B, T, S) the two are compared."""
 
     project: str
-    make: Callable[[int], nn.Module]  # of a width
+    make: Callable[..., nn.Module]  # of a width
     options: dict[str, Any]
     shapes: tuple[tuple[int, int, int], ...]
     frames: Callable[[int], tuple[int, ...]] | None = None  # that its slow pathway is given; None: it takes clips
@@ -104,12 +104,12 @@ def pyslowfast(checkout: Path) -> Iterator[tuple[str, Network]]:
     from slowfast.config.defaults import get_cfg
     from slowfast.models import video_model_builder
 
-    def maker(config: str) -> Callable[[int], nn.Module]:
-        def make(width: int) -> nn.Module:
+    def maker(config: str) -> Callable[..., nn.Module]:
+        def make(width: int, **more: Any) -> nn.Module:
             cfg = get_cfg()
             cfg.merge_from_file(str(checkout / f"configs/Kinetics/{config}.yaml"))
             changes = {"MULTIGRID.SHORT_CYCLE": True, "MODEL.HEAD_ACT": "none", "MODEL.DROPOUT_RATE": 0.0,
-                       "MODEL.NUM_CLASSES": CLASSES, "RESNET.WIDTH_PER_GROUP": width}  # fmt: skip
+                       "MODEL.NUM_CLASSES": CLASSES, "RESNET.WIDTH_PER_GROUP": width, **more}  # fmt: skip
             cfg.merge_from_list([part for change in changes.items() for part in change])
             model: nn.Module = getattr(video_model_builder, cfg.MODEL.MODEL_NAME)(cfg)
             return model

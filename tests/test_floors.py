@@ -22,7 +22,7 @@ FLOORS = [
     ["clips.loader", "checkpoint", "rundir", "prepare", "check", "predictions"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
      "engine.mix", "engine.finite", "engine.resume", "weights"],
-    ["engine.fit", "engine.trained", "engine.predict", "engine.record", "compare", "bench", "stats"],
+    ["engine.fit", "engine.trained", "engine.predict", "engine.record", "compare", "bench", "bench_step", "stats"],
     ["export"],
     ["cli"],
     ["__main__"],

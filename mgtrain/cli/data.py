@@ -388,6 +388,41 @@ def bench_data(
         out.print(render(result))
 
 
+@bench_app.command("step")
+def bench_step(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    videos: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: data.videos, or those of the data.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of each shape that are timed.")] = 3,
+    device: DeviceOption = None,
+    json_: Json = False,
+) -> None:
+    """Time a training step at every shape of the plan, against its convolutions alone and the machine's best.
+
+    Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
+    """
+    from mgtrain.bench_step import bench_step as bench
+    from mgtrain.bench_step import render
+    from mgtrain.cli.runs import training_videos
+    from mgtrain.console import progress
+    from mgtrain.distributed import connect
+    from mgtrain.engine.checks import check_precision
+    from mgtrain.schedule import make_plan
+
+    loaded = load_recipe(recipe, overrides or ())
+    plan = make_plan(loaded, videos or loaded.data.videos or training_videos(loaded))
+    with connect(device.value if device else None) as world, progress() as show:
+        start_logging(None, world.main, world.rank)
+        check_precision(loaded, world.device)
+        result = bench(loaded, plan, world, repeats, show)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.bench_step/1", **result}))
+    else:
+        out.print(render(result))
+
+
 def parse_levels(levels: str) -> tuple[int, ...]:
     try:
         sides = sorted({int(level) for level in levels.split(",")}, reverse=True)

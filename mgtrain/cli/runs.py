@@ -254,7 +254,7 @@ def plan(
     from mgtrain.schedule import baseline_recipe, check_world, make_plan
 
     loaded = load_recipe(recipe, overrides or ())
-    count = videos or _training_videos(loaded)
+    count = videos or training_videos(loaded)
     made = make_plan(loaded, count)
     if gpus:
         check_world(made, gpus)
@@ -380,7 +380,7 @@ def _started_ranks(procs: int | None, device: Device | None) -> bool:
     return True
 
 
-def _training_videos(recipe: Recipe) -> int:
+def training_videos(recipe: Recipe) -> int:
     """How many training videos the data have; what the recipe expects where they are not on this machine."""
     from mgtrain.datasets import open_videos, usable
     from mgtrain.errors import DataError

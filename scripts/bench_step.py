@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Race a training step of mgtrain's networks against PySlowFast's, on the same shapes.
+
+    python scripts/bench_step.py --pyslowfast CHECKOUT --threads 1 --repeats 5
+
+Each is a process of its own; they take turns step by step, so that a machine's good and bad moments fall on both.
+A step is forward, loss, backward and SGD with Nesterov momentum, with BatchNorm over groups of one clip of the
+long-cycle batch, as mgtrain makes them and as PySlowFast's sub-batch BatchNorm does. Medians of the steps' seconds,
+the median and the range of their ratios, and each process's most memory. Needs what scripts/parity.py needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# name of ours, of PySlowFast's configuration, and whether it takes two pathways
+MODELS = (("slowfast_r50", "SLOWFAST_8x8_R50"), ("i3d_r50", "I3D_8x8_R50"), ("i3d_nln_r50", "I3D_NLN_8x8_R50"))
+# clips, frames, crop, groups: the long cycle of 1 x 32 x 112, and two shapes of its short cycle
+SHAPES = ((8, 8, 79, 8), (4, 16, 79, 4), (2, 16, 112, 2), (1, 32, 112, 1), (16, 8, 56, 8), (4, 32, 56, 1))
+CLASSES = 400
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pyslowfast", type=Path, help="a checkout; without it, mgtrain alone is timed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=[name for name, _ in MODELS])
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {args.threads} threads; seconds of a step, medians of {args.repeats}")
+    print(f"{'model':14}{'shape':>12}{'mgtrain':>10}{'PySlowFast':>12}{'ratio':>8}{'range':>14}{'GiB':>6}{'theirs':>8}")
+    for name, config in MODELS:
+        if name in args.models:
+            race(name, config, args)
+
+
+def race(name: str, config: str, args: argparse.Namespace) -> None:
+    """Print one line for each shape."""
+    kinds = [("mgtrain", name)] + ([("pyslowfast", config)] if args.pyslowfast else [])
+    for clips, frames, crop, groups in SHAPES:
+        racers = [Racer(kind, network, args, (clips, frames, crop, groups)) for kind, network in kinds]
+        seconds = [[racer.step() for racer in racers] for _ in range(args.repeats)]
+        memory = [racer.end() for racer in racers]
+        ours = statistics.median(row[0] for row in seconds)
+        line = f"{name:14}{f'{clips}x{frames}x{crop}²':>12}{ours:>10.2f}"
+        if args.pyslowfast:
+            ratios = sorted(theirs / mine for mine, theirs in seconds)
+            theirs = statistics.median(row[1] for row in seconds)
+            spread = f"{ratios[0]:.2f}..{ratios[-1]:.2f}"
+            line += f"{theirs:>12.2f}{statistics.median(ratios):>7.2f}x{spread:>14}"
+        print(line + "".join(f"{gib:>7.2f}" for gib in memory), flush=True)
+
+
+class Racer:
+    """A process that makes a step when it is told to."""
+
+    def __init__(self, kind: str, network: str, args: argparse.Namespace, shape: tuple[int, int, int, int]) -> None:
+        context = get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=run, args=(theirs, kind, network, args.pyslowfast, args.threads, shape))
+        self._process.start()
+        theirs.close()  # so that a process which fails is not waited for
+        self._ours.recv()  # it has made a step that does not count
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        self._ours.send("step")
+        seconds: float = self._ours.recv()
+        return seconds
+
+    def end(self) -> float:
+        """Most memory, in GiB."""
+        self._ours.send("end")
+        gib: float = self._ours.recv()
+        self._process.join()
+        return gib
+
+
+def run(pipe: Connection, kind: str, network: str, checkout: Path, threads: int, shape: tuple[int, ...]) -> None:
+    """The process."""
+    import resource
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    clips, frames, crop, groups = shape
+    x = torch.randn(clips, 3, frames, crop, crop)
+    labels = torch.randint(0, CLASSES, (clips,))
+    model, optimizer, given = (ours if kind == "mgtrain" else theirs)(network, checkout, x, groups)
+    while True:
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(given), labels).backward()
+        optimizer.step()
+        pipe.send(time.perf_counter() - start)
+        if pipe.recv() == "end":
+            pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            return
+
+
+def ours(network: str, _: Path, x: Tensor, groups: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """Our network, as `fit` trains it."""
+    from mgtrain.engine.optim import make_optimizer
+    from mgtrain.models import build_model
+    from mgtrain.models.part import Part, set_part
+    from mgtrain.recipe import Optim
+
+    model = build_model(network, classes=CLASSES).to(memory_format=torch.channels_last_3d).train()
+    set_part(model, Part(0, len(x), len(x), groups))
+    return model, make_optimizer(model, Optim(lr=1e-4, stages=(1,))), x.to(memory_format=torch.channels_last_3d)
+
+
+def theirs(config: str, checkout: Path, x: Tensor, groups: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """PySlowFast's network, with its own optimizer's settings."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import parity
+
+    sys.meta_path.insert(0, parity.Absent())  # type: ignore[arg-type]
+    found = dict(parity.pyslowfast(checkout))[config]
+    kind = {"BN.NORM_TYPE": "sub_batchnorm", "BN.NUM_SPLITS": groups} if groups > 1 else {}
+    model = found.make(64, **{"MODEL.NUM_CLASSES": CLASSES, "MODEL.DROPOUT_RATE": 0.5, **kind}).train()
+    norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm3d) for p in m.parameters()]
+    known = {id(p) for p in norms}
+    others = [p for p in model.parameters() if id(p) not in known]
+    decays = [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": 1e-4}]
+    optimizer = torch.optim.SGD(decays, lr=1e-4, momentum=0.9, nesterov=True)
+    slow = [x[:, :, [*found.frames(x.shape[2])]]] if found.frames else []
+    return model, optimizer, [*slow, x]
+
+
+if __name__ == "__main__":
+    main()
