@@ -180,6 +180,18 @@ def test_nonlocal_block_is_the_papers_formula():
     torch.testing.assert_close(block(x), x + block.norm(block.out(y)), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 4, 6, 6), (2, 64, 1, 2, 2)], ids=["many places", "many channels"])
+def test_dot_product_attention_is_the_papers_formula_in_either_order(shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    block, x = NonLocal3d(shape[1], "dot_product").double().eval(), torch.randn(shape, dtype=torch.float64)
+    nn.init.ones_(block.norm.weight)
+    pooled = torch.nn.functional.max_pool3d(x, (1, 2, 2))
+    theta, phi, g = block.query(x).flatten(2), block.key(pooled).flatten(2), block.value(pooled).flatten(2)
+    y = torch.einsum("bcn,bcm,bdm->bdn", theta, phi, g) / phi.shape[2]
+    expected = x + block.norm(block.out(y.view(shape[0], -1, *shape[2:])))
+    torch.testing.assert_close(block(x), expected)
+
+
 def test_nonlocal_blocks_follow_every_second_block_of_res3_and_res4():
     with torch.device("meta"):
         model, plain = build_model("i3d_nln_r50", classes=5), build_model("i3d_r50", classes=5)

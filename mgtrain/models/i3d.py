@@ -26,14 +26,19 @@ class I3D(nn.Module):
         depth: int | Sequence[int],
         dropout: float,
         nonlocal_after: tuple[Collection[int], Collection[int]],
+        attention: str = "softmax",
     ) -> None:
         super().__init__()
         res2, res3, res4, res5 = stage_blocks(depth)
         out = EXPANSION * width
         self.stem = Stem(width, frames=5)
         self.res2 = stage(width, width, res2, frames=(3,), stride=1)
-        self.res3 = _with_nonlocal(stage(out, 2 * width, res3, frames=(3, 1), stride=2), 2 * out, nonlocal_after[0])
-        self.res4 = _with_nonlocal(stage(2 * out, 4 * width, res4, frames=(3, 1), stride=2), 4 * out, nonlocal_after[1])
+        self.res3 = _with_nonlocal(
+            stage(out, 2 * width, res3, frames=(3, 1), stride=2), 2 * out, nonlocal_after[0], attention
+        )
+        self.res4 = _with_nonlocal(
+            stage(2 * out, 4 * width, res4, frames=(3, 1), stride=2), 4 * out, nonlocal_after[1], attention
+        )
         self.res5 = stage(4 * out, 8 * width, res5, frames=(1, 3), stride=2)
         self.head = Head(8 * out, classes, dropout)
         init_weights(self)
@@ -52,16 +57,23 @@ def i3d_r50(classes: int, *, width: int = 64, depth: int | Sequence[int] = 50, d
     return I3D(classes, width, depth, dropout, nonlocal_after=((), ()))
 
 
-def i3d_nln_r50(classes: int, *, width: int = 64, depth: int | Sequence[int] = 50, dropout: float = 0.5) -> I3D:
+def i3d_nln_r50(
+    classes: int,
+    *,
+    width: int = 64,
+    depth: int | Sequence[int] = 50,
+    dropout: float = 0.5,
+    attention: str = "softmax",
+) -> I3D:
     """I3D with non-local blocks after every second block of res3 and res4: five in a ResNet-50."""
-    return I3D(classes, width, depth, dropout, nonlocal_after=((1, 3), (1, 3, 5)))
+    return I3D(classes, width, depth, dropout, ((1, 3), (1, 3, 5)), attention)
 
 
-def _with_nonlocal(blocks: nn.Sequential, channels: int, after: Collection[int]) -> nn.Sequential:
+def _with_nonlocal(blocks: nn.Sequential, channels: int, after: Collection[int], attention: str) -> nn.Sequential:
     """The stage with non-local blocks under names of their own, so that the others keep theirs."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for index, block in enumerate(blocks):
         layers[str(index)] = block
         if index in after:
-            layers[f"nonlocal{index}"] = NonLocal3d(channels)
+            layers[f"nonlocal{index}"] = NonLocal3d(channels, attention)
     return nn.Sequential(layers)

@@ -35,6 +35,9 @@ class I3DNonLocalOptions(_ResNetOptions):
     """I3D with non-local blocks in res3 and res4."""
 
     name: Literal["i3d_nln_r50"]
+    attention: Literal["softmax", "dot_product"] = Field(
+        "softmax", description="of the non-local blocks; the paper's dot product has no softmax"
+    )
 
 
 class SlowFastOptions(_ResNetOptions):
