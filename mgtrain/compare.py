@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -11,13 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from mgtrain.console import duration
-from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.recipe import recipe_differences
 from mgtrain.rundir import RunDir, accuracy, accuracy_name, is_number, speedup_at_equal_accuracy, time_to_accuracy
 from mgtrain.schedule import make_plan
 
 SCHEMA = "mgtrain.compare/2"
 EVALUATED = ("step", "train_seconds", "data_seconds", "eval_seconds", "top1", "top5", "videos")
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; from 30 on it is the last
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 1.96)  # fmt: skip
 DEVICE_KEYS = ("device", "ranks", "threads")  # times are only divided between runs that agree in these
 
 
@@ -81,11 +90,18 @@ def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
     Raises:
         CheckpointError: what one of them has logged is damaged.
     """
-    try:
+    with guarded(baseline, run):
         return _compare(baseline, run)
+
+
+@contextmanager
+def guarded(*runs: RunDir) -> Iterator[None]:
+    """What trips over a run's logs says that they are damaged."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{baseline.path} or {run.path}: its logs are damaged ({type(error).__name__}: {error}); "
+            f"{' or '.join(str(run.path) for run in runs)}: its logs are damaged ({type(error).__name__}: {error}); "
             "copy the run anew, or run it again"
         ) from None
 
@@ -138,6 +154,114 @@ def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
     return {**result, "verdict": _verdict(theirs, ours, result)}
 
 
+def compare_groups(runs: Sequence[RunDir]) -> dict[str, Any]:
+    """Several runs, those of one recipe together, whatever their seeds and lists of videos: schema mgtrain.groups/1.
+
+    The first run's group is the baseline. Means, standard deviations and, of two runs and more, half the 95 % interval
+    of the mean (Student's t).
+    """
+    with guarded(*runs):
+        grouped: dict[str, list[RunDir]] = {}
+        for run in runs:
+            grouped.setdefault(_what_it_tries(run), []).append(run)
+        groups = [_group(members) for members in grouped.values()]
+        base = groups[0]
+        devices = {tuple(run.read("env.json")[key] for key in DEVICE_KEYS) for run in runs}
+        for group in groups:
+            group["speedups"] = {
+                key: base[key]["mean"] / group[key]["mean"]
+                for key in ("steps", "multiply_adds", "train_seconds")
+                if key != "train_seconds" or len(devices) == 1
+            }
+            group["accuracy_difference"] = group["accuracy"]["mean"] - base["accuracy"]["mean"]
+        warnings = ["times are not divided, the runs were made on different devices"] if len(devices) > 1 else []
+        return {"schema": "mgtrain.groups/1", "groups": groups, "warnings": warnings}
+
+
+def render_groups(result: dict[str, Any]) -> Group:
+    """The groups as a person reads them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("recipe of", "runs", "metric", "mean", "± sd", "95 %", "change", "steps", "training time", "gain"):
+        table.add_column(column, justify="left" if column == "recipe of" else "right")
+    for n, group in enumerate(result["groups"]):
+        accuracy, ratio = group["accuracy"], group["speedups"].get("train_seconds")
+        table.add_row(
+            Text(group["runs"][0]["name"]),
+            str(len(group["runs"])),
+            group["runs"][0]["metric"],
+            f"{100 * accuracy['mean']:.1f} %",
+            "" if accuracy["sd"] is None else f"{100 * accuracy['sd']:.1f}",
+            "" if accuracy["interval"] is None else f"±{100 * accuracy['interval']:.1f}",
+            f"{100 * group['accuracy_difference']:+.1f}" if n else "",
+            times(group["speedups"]["steps"], "fewer") if n else "",
+            duration(group["train_seconds"]["mean"]),
+            times(ratio) if n and ratio else "",
+        )
+    return Group(*(Text(f"note: {warning}", style="yellow") for warning in result["warnings"]), table)
+
+
+def _what_it_tries(run: RunDir) -> str:
+    """The recipe without what sets one of several like runs apart."""
+    recipe = run.recipe().model_dump(mode="json", exclude={"seed": True, "hardware": True, "logging": True})
+    recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in ("train", "val")}
+    return json.dumps(recipe)
+
+
+def _group(runs: Sequence[RunDir]) -> dict[str, Any]:
+    summaries = [asdict(summarize(run)) for run in runs]
+    keys = ("accuracy", "steps", "multiply_adds", "train_seconds")
+    numbers = {key: _spread([summary[key] for summary in summaries]) for key in keys}
+    return {"runs": summaries, "seeds": [run.recipe().seed for run in runs], **numbers}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, standard deviation, and half the 95 % interval of the mean.
+
+    >>> spread = _spread([1.0, 2.0, 3.0])
+    >>> spread["mean"], spread["sd"], f"{spread['interval']:.3f}"
+    (2.0, 1.0, '2.484')
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "sd": None, "interval": None}
+    sd = statistics.stdev(values)
+    t = T_95[min(len(values) - 2, len(T_95) - 1)]
+    return {"mean": mean, "sd": sd, "interval": t * sd / math.sqrt(len(values))}
+
+
+def write_csv(runs: Sequence[RunDir], path: Path) -> None:
+    """A line for each run: its summary, and its seed."""
+    rows = [{**asdict(summarize(run)), "seed": run.recipe().seed} for run in runs]
+    try:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+
+
+def demand(result: dict[str, Any], wanted: Mapping[str, float]) -> None:
+    """Raises `ThresholdError` where a comparison of two runs has less than what is `wanted`.
+
+    `speedup` is of training time, `steps` of steps, `accuracy` (or `top1`) the difference in points.
+    """
+    found = {
+        "speedup": result["speedups"]["train_seconds"],
+        "steps": result["speedups"]["steps"],
+        "accuracy": 100 * result["accuracy_difference"],
+        "top1": 100 * (result["runs"][1]["top1"] - result["runs"][0]["top1"]),
+    }
+    unknown = set(wanted) - set(found)
+    if unknown:
+        raise UsageError(f"--fail-under {min(unknown)}: allowed are {', '.join(found)}")
+    for key, least in wanted.items():
+        if found[key] is None:
+            raise ThresholdError(f"{key} is not known: the runs were made on different devices")
+        if found[key] < least:
+            raise ThresholdError(f"{key} is {found[key]:.2f}, less than {least:g}")
+
+
 def render(result: dict[str, Any]) -> Group:
     """The comparison as a person reads it: warnings, table, recipe differences, verdict."""
     theirs, ours = result["runs"]
@@ -150,7 +274,7 @@ def render(result: dict[str, Any]) -> Group:
 
     def gain(key: str) -> str:
         ratio = result["speedups"][key]
-        return "different devices" if ratio is None else _times(ratio)
+        return "different devices" if ratio is None else times(ratio)
 
     for label, key, form in (
         ("steps", "steps", "{:,}"),
@@ -174,7 +298,7 @@ def render(result: dict[str, Any]) -> Group:
         f"time to {100 * best['accuracy']:.1f} % {ours['metric']}",
         duration(best["baseline_seconds"]),
         seconds,
-        _times(factor) if factor else "",
+        times(factor) if factor else "",
     )
 
     notes = [Text(f"note: {warning}", style="yellow") for warning in result["warnings"]]
@@ -189,8 +313,8 @@ def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
         100 * result["accuracy_difference"],
         100 * result["accuracy_noise"],
     )
-    time = f"{_times(speedups['train_seconds'])} training time, " if speedups["train_seconds"] else ""
-    steps = _times(speedups["steps"], "fewer")
+    time = f"{times(speedups['train_seconds'])} training time, " if speedups["train_seconds"] else ""
+    steps = times(speedups["steps"], "fewer")
     judged = "within" if abs(difference) <= noise else "beyond"
     return (
         f"{ours.name} against {theirs.name}: {time}{steps} steps, "
@@ -199,7 +323,8 @@ def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
     )
 
 
-def _times(ratio: float, less: str = "less") -> str:
+def times(ratio: float, less: str = "less") -> str:
+    """How many times less, or more: `2.50x less`."""
     return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x more"
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mgtrain.compare import compare, recipe_differences, render
-from mgtrain.errors import UsageError
-from mgtrain.recipe import Recipe
+from mgtrain.compare import compare, compare_groups, demand, render, render_groups, write_csv
+from mgtrain.errors import ThresholdError, UsageError
+from mgtrain.recipe import Recipe, recipe_differences
 from mgtrain.rundir import RunDir
 
 ENV = {"device": "A CPU", "ranks": 1, "threads": 2}
@@ -209,3 +209,46 @@ def test_runs_on_several_labels_are_compared_by_mean_average_precision(
     assert (result["accuracy_difference"], result["baseline_best"]["accuracy"]) == (0.25, 0.25)
     assert result["baseline_best"]["seconds"] == pytest.approx(15)  # half-way from nothing to 50 %
     assert "mAP 50.0 % against 25.0 %" in result["verdict"]
+
+
+def test_what_was_gained_can_be_demanded(baseline: RunDir, run: RunDir) -> None:
+    result = compare(baseline, run)
+    demand(result, {"speedup": 3.4, "steps": 3, "accuracy": 25, "top1": 24.9})
+    with pytest.raises(ThresholdError, match=r"^speedup is 3\.43, less than 3\.5$"):
+        demand(result, {"speedup": 3.5})
+    with pytest.raises(ThresholdError, match=r"^accuracy is 25\.00, less than 25\.1$"):
+        demand(result, {"accuracy": 25.1})
+    with pytest.raises(UsageError, match="--fail-under sped: allowed are speedup, steps, accuracy, top1"):
+        demand(result, {"sped": 1})
+    run.write("env.json", {**run.read("env.json"), "threads": 64})
+    with pytest.raises(ThresholdError, match="speedup is not known: the runs were made on different devices"):
+        demand(compare(baseline, run), {"speedup": 1})
+
+
+def test_seeds_of_a_recipe_are_one_group(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    runs = []
+    for seed, (slow, fast) in enumerate([(0.5, 0.6), (0.6, 0.8), (0.7, 0.7)]):
+        recipe = tiny("schedule={name: baseline}", f"seed={seed}")
+        runs.append(written(tmp_path / f"slow{seed}", recipe, [evaluation(54, slow, 120.0 + seed, 12)]))
+        runs.append(written(tmp_path / f"fast{seed}", tiny(f"seed={seed}"), [evaluation(17, fast, 40.0, 12)]))
+    result = compare_groups(runs)
+    slow, fast = result["groups"]
+    assert ([r["name"] for r in slow["runs"]], fast["seeds"]) == (["slow0", "slow1", "slow2"], [0, 1, 2])
+    assert slow["accuracy"] == pytest.approx({"mean": 0.6, "sd": 0.1, "interval": 4.303 * 0.1 / 3**0.5})
+    assert fast["accuracy_difference"] == pytest.approx(0.1)
+    assert fast["speedups"] == pytest.approx(
+        {"steps": 54 / 17, "multiply_adds": 3456 / 1088, "train_seconds": 121 / 40}
+    )
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_groups(result))
+    shown: str = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in ("slow0", "60.0 %", "10.0", "±24.8", "+10.0", "3.18x fewer", "3.02x less"):
+        assert words in shown
+    write_csv(runs, tmp_path / "runs.csv")
+    rows = (tmp_path / "runs.csv").read_text().splitlines()
+    assert len(rows) == 7
+    assert rows[0].startswith("name,finished,steps,")
+    runs[1].write("env.json", {**runs[1].read("env.json"), "threads": 64})
+    apart = compare_groups(runs)
+    assert "train_seconds" not in apart["groups"][1]["speedups"]
+    assert apart["warnings"]

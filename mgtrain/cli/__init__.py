@@ -13,7 +13,7 @@ import typer
 
 from mgtrain import __version__
 from mgtrain.cli.data import bench_app, data_app
-from mgtrain.cli.runs import ckpt_app, compare, evaluate, export, fit, plan, predict, recipes_app
+from mgtrain.cli.runs import ckpt_app, compare, evaluate, export, fit, plan, predict, recipes_app, report
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
 from mgtrain.errors import MgtrainError
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "predict": predict,
     "export": export,
+    "report": report,
     "compare": compare,
     "plan": plan,
 }

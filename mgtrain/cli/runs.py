@@ -221,19 +221,63 @@ def compare(
     baseline: Annotated[
         str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
     ],
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run that should be better.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="The run that should be better; or several, seeds of recipes.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write the report as well (see `mgtrain report`).")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a line for each run.")] = None,
+    fail_under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=LEAST,...", help="Exit with 6 if less was gained: speedup=3,steps=3,accuracy=-0.5 (points)."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Say what a run gained over its baseline, and at what cost.
+    """Say what a run gained over its baseline, and at what cost; of more runs, by recipe, means over their seeds.
 
-    Example:  mgtrain compare demo_baseline demo_multigrid
+    Examples:  mgtrain compare demo_baseline demo_multigrid --fail-under speedup=2.5,accuracy=-2
+    |  mgtrain compare b_0 b_1 b_2 m_0 m_1 m_2
     """
     from mgtrain.compare import compare as compare_runs
-    from mgtrain.compare import render
+    from mgtrain.compare import compare_groups, demand, render, render_groups, write_csv
     from mgtrain.rundir import find_run
 
-    result = compare_runs(find_run(baseline), find_run(run))
-    out.print_json(json.dumps(result)) if json_ else out.print(render(result))
+    wanted = _parse_thresholds(fail_under)
+    found = [find_run(name) for name in (baseline, *runs)]
+    if len(found) == 2:
+        result, shown = compare_runs(*found), render
+    elif wanted:
+        raise UsageError("--fail-under: is for a baseline and one run")
+    else:
+        result, shown = compare_groups(found), render_groups
+    out.print_json(json.dumps(result)) if json_ else out.print(shown(result))
+    if csv:
+        write_csv(found, csv)
+    if html:
+        from mgtrain.report import write_report
+
+        write_report(found, html)
+    if wanted:
+        demand(result, wanted)
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
+    ],
+    to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    frames: Annotated[bool, typer.Option(help="With pictures of the clips, if the data are there.")] = True,
+) -> None:
+    """Write one HTML file that shows what runs cost and what came out, to read, print and pass on.
+
+    Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
+    """
+    from mgtrain.report import write_report
+    from mgtrain.rundir import find_run
+
+    write_report([find_run(run) for run in runs], to, frames)
+    err.print(f"wrote {to}", markup=False, soft_wrap=True)
 
 
 def plan(
@@ -403,6 +447,19 @@ def _parse_views(views: str) -> tuple[int, int]:
     if not (times.isdecimal() and crops in ("1", "3") and int(times) > 0):
         raise UsageError(f"--views {views}: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3")
     return int(times), int(crops)
+
+
+def _parse_thresholds(text: str | None) -> dict[str, float]:
+    """`speedup=3,top1=-0.5` as numbers by name."""
+    wanted = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.partition("=")
+        try:
+            wanted[key.strip()] = float(value)
+        except ValueError:
+            raise UsageError(f"--fail-under {part}: write KEY=NUMBER, such as speedup=3") from None
+        check_finite("--fail-under", wanted[key.strip()])
+    return wanted
 
 
 def _print_scores(facts: dict[str, Any], scores: Any, as_json: bool) -> None:

@@ -85,9 +85,9 @@ def fit(
     def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
         with clock.paused():
             recalibrated = recalibrate(model, train, recipe, world)
-            scores = evaluate(model, val, recipe, world).scores()
-        log_evaluation(run, step, plan, scores, clock, baseline)
-        return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
+            predictions = evaluate(model, val, recipe, world)
+        log_evaluation(run, step, plan, predictions, clock, baseline)
+        return predictions.scores(), saved(replace(state, evaluated=True, recalibrated=recalibrated))
 
     with StopRequest() as asked, TrainProgress(plan, state.step, shown=world.main) as progress:
         if due:

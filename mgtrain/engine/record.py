@@ -24,7 +24,7 @@ from mgtrain.distributed import World
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.step import StepResult
 from mgtrain.grid import Shape
-from mgtrain.predictions import Scores
+from mgtrain.predictions import Predictions, Scores
 from mgtrain.recipe import Recipe
 from mgtrain.rundir import RunDir, speedup_at_equal_accuracy
 from mgtrain.schedule import Plan, Step
@@ -93,8 +93,11 @@ def show_step(run: RunDir, row: dict[str, Any]) -> None:
     run.scalars(row["step"], {tag: row[key] for tag, key in STEP_TAGS.items() if row[key] is not None})
 
 
-def log_evaluation(run: RunDir, step: Step, plan: Plan, scores: Scores, clock: Clock, baseline: RunDir | None) -> None:
+def log_evaluation(
+    run: RunDir, step: Step, plan: Plan, predictions: Predictions, clock: Clock, baseline: RunDir | None
+) -> None:
     """Write an evaluation down, and how much faster than the baseline this accuracy was reached."""
+    scores = predictions.scores()
     row = {
         "step": step.index + 1,
         "phase": step.phase.index,
@@ -103,6 +106,7 @@ def log_evaluation(run: RunDir, step: Step, plan: Plan, scores: Scores, clock: C
         "data_seconds": clock.data_seconds,
         "eval_seconds": clock.other_seconds,
         **scores.row(),
+        "mistakes": [] if predictions.multi_label else predictions.mistakes(),
     }
     run.append("evals.jsonl", row)
     scalars = {"val/top1": scores.top1, "val/top5": scores.top5, "val/loss": scores.loss}

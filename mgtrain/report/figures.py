@@ -1,0 +1,150 @@
+"""The report's drawings, as SVG that takes its ink from the page, so that they read on light and on dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # 3:1 at least on white and on black
+INK = "#010203"  # stands for the page's colour of text
+COMPUTE, DATA, EVALUATION = "#4c86c6", "#d9772b", "#8a8a8a"
+STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure and what it shows in words, with its numbers as a table for those who do not see it."""
+
+    title: str
+    svg: Markup
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def drawn(name: str, description: str, draw: Callable[[Axes], None], size: tuple[float, float] = (7.5, 3.2)) -> Markup:
+    """An SVG element of what `draw` puts on axes; `name` keeps its identifiers apart from other figures'."""
+    with rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        draw(axes)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="{}">', svg, count=1)
+    return Markup(svg.replace('aria-label="{}"', f'aria-label="{escape(description)}"', 1))
+
+
+def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
+    """Accuracy against training time, steps and epochs."""
+    found = []
+    metric = views[0]["summary"].metric
+    for key, label, unit in (("seconds", "minutes of training", 60), ("steps", "steps", 1), ("epochs", "epochs", 1)):
+
+        def draw(axes: Axes, key: str = key, label: str = label, unit: int = unit) -> None:
+            for view in views:
+                x = [point[key] / unit for point in view["curve"]]
+                y = [100 * point["accuracy"] for point in view["curve"]]
+                axes.plot(x, y, color=view["colour"], label=_plain(view["name"]), marker="o", markersize=3)
+            axes.set_xlabel(label)
+            axes.set_ylabel(f"{metric}, %")
+            axes.grid(alpha=0.2)
+            axes.legend()
+
+        rows = [
+            [view["name"], f"{point[key] / unit:.4g}", f"{100 * point['accuracy']:.1f}"]
+            for view in views
+            for point in view["curve"]
+        ]
+        ends = "; ".join(f"{view['name']} ends at {100 * view['curve'][-1]['accuracy']:.1f} %" for view in views)
+        title = f"{metric} against {label}"
+        found.append(
+            Drawing(title, drawn(f"curve-{key}", f"{title}: {ends}", draw), ["run", label, f"{metric}, %"], rows)
+        )
+    return found
+
+
+def schedule(view: dict[str, Any]) -> Drawing:
+    """The shapes of the mini-batches and the learning rate over the steps."""
+    phases = view["phases"]
+
+    def draw(axes: Axes) -> None:
+        rates = axes.twinx()
+        for phase in phases:
+            first, last = phase["first_step"], phase["first_step"] + phase["steps"]
+            clips = [shape["clips"] for shape in phase["shapes"]]
+            axes.fill_between([first, last], min(clips), max(clips), color=view["colour"], alpha=0.35, linewidth=0)
+            axes.hlines(clips[-1], first, last, color=view["colour"])
+            rates.hlines(phase["lr"], first, last, color=INK, linestyles="dotted")
+        axes.set_yscale("log", base=2)
+        rates.set_yscale("log")
+        for scale in (axes.yaxis, rates.yaxis):
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("step")
+        axes.set_ylabel("clips of a mini-batch")
+        rates.set_ylabel("learning rate (dotted)")
+        rates.spines["right"].set_visible(True)
+
+    rows = [
+        [
+            f"{phase['index'] + 1}",
+            f"{phase['steps']:,}",
+            " · ".join(f"{s['clips']}x{s['frames']}x{s['crop']}²" for s in phase["shapes"]),
+            f"{phase['lr']:.4g}",
+            f"{phase['end_epoch']:.2f}",
+        ]
+        for phase in phases
+    ]
+    title = f"schedule of {view['name']}"
+    words = f"{title}: {len(phases)} phases, mini-batches of {rows[0][2]} to {rows[-1][2]}"
+    svg = drawn(f"schedule-{view['colour']}", words, draw)
+    return Drawing(title, svg, ["phase", "steps", "mini-batches, by turns", "learning rate", "to epoch"], rows)
+
+
+def time_split(view: dict[str, Any]) -> Drawing:
+    """Where the time of each phase went."""
+    split = view["split"]
+    names = [f"{part['phase'] + 1}" for part in split]
+
+    def draw(axes: Axes) -> None:
+        bottom = [0.0] * len(split)
+        for key, colour in (("compute", COMPUTE), ("data", DATA), ("evaluation", EVALUATION)):
+            heights = [part[key] / 60 for part in split]
+            axes.bar(names, heights, bottom=bottom, color=colour, label=LABELS[key])
+            bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+        axes.set_xlabel("phase")
+        axes.set_ylabel("minutes")
+        axes.legend()
+
+    rows = [
+        [f"{p['phase'] + 1}", *(f"{p[key]:.1f}" for key in ("compute", "data", "evaluation"))] for p in split
+    ]  # fmt: skip
+    totals = ", ".join(f"{LABELS[key]} {sum(p[key] for p in split):.0f} s" for key in LABELS)
+    title = f"time of {view['name']}"
+    svg = drawn(f"time-{view['colour']}", f"{title}: {totals}", draw)
+    return Drawing(title, svg, ["phase", *(f"{label}, s" for label in LABELS.values())], rows)
+
+
+LABELS = {"compute": "computing", "data": "waiting for data", "evaluation": "evaluating"}
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib shows as it is: it leaves those that begin with _ out of legends."""
+    return f"\u200b{name}" if name.startswith("_") else name
