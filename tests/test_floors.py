@@ -23,7 +23,7 @@ FLOORS = [
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
      "engine.mix", "engine.finite", "engine.resume", "weights"],
     ["engine.fit", "engine.trained", "engine.predict", "engine.record", "compare", "bench", "bench_step", "stats"],
-    ["export", "report"],
+    ["export", "report", "forecast", "doctor", "watch"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mgtrain.cli.runs import _parse_thresholds
 from mgtrain.compare import compare
 from mgtrain.distributed import World
 from mgtrain.engine.fit import fit
-from mgtrain.errors import CheckpointError
+from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Recipe
-from mgtrain.report import render_report
+from mgtrain.report import render_report, write_report
 from mgtrain.rundir import RunDir
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -138,13 +139,16 @@ def test_damaged_logs_are_one_line(runs: list[RunDir], tmp_path: Path) -> None:
 def test_the_command_writes_the_file(
     runs: list[RunDir], tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    result = mgtrain(tmp_path, "report", runs[0].path, runs[1].path, "--to", "deep/r.html")
-    assert (result.returncode, result.stderr) == (0, "wrote deep/r.html\n")
+    write_report(runs, tmp_path / "deep" / "r.html", frames=False)
     assert (tmp_path / "deep/r.html").read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_report(runs, tmp_path, frames=False)
     result = mgtrain(
         tmp_path, "compare", runs[0].path, runs[1].path, "--html", "c.html", "--fail-under", "steps=4", "--csv", "c.csv"
     )
     assert result.returncode == 6
     assert "steps is 3.18, less than 4" in result.stderr
     assert (tmp_path / "c.html").exists()
-    assert mgtrain(tmp_path, "compare", runs[0].path, runs[1].path, "--fail-under", "x").returncode == 2
+    for text in ("x", "speedup=nan", "speedup=x"):
+        with pytest.raises(UsageError, match="--fail-under"):
+            _parse_thresholds(text)

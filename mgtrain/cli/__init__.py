@@ -13,7 +13,7 @@ import typer
 
 from mgtrain import __version__
 from mgtrain.cli.data import bench_app, data_app
-from mgtrain.cli.runs import ckpt_app, compare, evaluate, export, fit, plan, predict, recipes_app, report
+from mgtrain.cli.runs import ckpt_app, compare, doctor, evaluate, export, fit, plan, predict, recipes_app, report, watch
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
 from mgtrain.errors import MgtrainError
@@ -34,6 +34,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "export": export,
     "report": report,
+    "watch": watch,
+    "doctor": doctor,
     "compare": compare,
     "plan": plan,
 }

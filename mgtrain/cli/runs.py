@@ -287,11 +287,16 @@ def plan(
         int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: those of the data, or data.videos.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Check that so many GPUs can share every step.")] = None,
+    measure: Annotated[
+        float | None,
+        typer.Option(min=0.01, metavar="SECONDS", help="Time steps and loading here, the latter for so long a shape."),
+    ] = None,
+    device: DeviceOption = None,
     json_: Json = False,
 ) -> None:
     """Print the phases of a recipe: shapes, steps, learning rates, and totals against the baseline's.
 
-    Example:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8
+    Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8  |  mgtrain plan mine.yaml --measure 2
     """
     from dataclasses import asdict
 
@@ -304,8 +309,11 @@ def plan(
         check_world(made, gpus)
     totals, rival = asdict(made.totals()), asdict(make_plan(baseline_recipe(loaded), count).totals())
     ratios = {key: totals[key] / rival[key] for key in totals}
+    check_finite("--measure", measure)
+    here = _measured(loaded, device, measure) if measure else None
     if json_:
         result = {"schema": "mgtrain.plan/1", **made.describe(), "totals": totals, "baseline": rival, "ratios": ratios}
+        result |= {"forecast": here} if here else {}
         out.print_json(json.dumps(result))
     else:
         from mgtrain.console import plan_table
@@ -315,6 +323,10 @@ def plan(
             times = f"1/{1 / ratios[key]:.3f} of" if ratios[key] < 1 else f"{ratios[key]:.3f}x"
             digits = 1 if key == "epochs" else 0
             out.print(f"{key:7} {value:>22,.{digits}f}   {times} the baseline's {rival[key]:,.{digits}f}")
+        if here:
+            from mgtrain.forecast import render
+
+            out.print(render(here), markup=False, soft_wrap=True)
 
 
 @recipes_app.command("list")
@@ -447,6 +459,85 @@ def _parse_views(views: str) -> tuple[int, int]:
     if not (times.isdecimal() and crops in ("1", "3") and int(times) > 0):
         raise UsageError(f"--views {views}: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3")
     return int(times), int(crops)
+
+
+def _measured(recipe: Recipe, device: Device | None, seconds: float) -> dict[str, Any]:
+    """What the run will take here; the data have to be here, too."""
+    from mgtrain.console import progress
+    from mgtrain.distributed import connect
+    from mgtrain.engine.fit import open_data
+    from mgtrain.forecast import forecast
+
+    videos, _ = open_data(recipe)
+    with connect(device.value if device else None) as world, progress() as show:
+        start_logging(None, world.main, world.rank)
+        return forecast(recipe, videos, world, seconds, show)
+
+
+def watch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run that is under way or finished.")],
+    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="A finished run to compare with.")] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, as when the output is no terminal.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show what a run is doing, from another terminal: phase, pace, accuracy, what is left. Ends with the run.
+
+    Example:  mgtrain watch demo_multigrid --baseline demo_baseline
+    """
+    import time
+    from dataclasses import asdict
+
+    from rich.live import Live
+
+    from mgtrain.rundir import find_run
+    from mgtrain.watch import look, render
+
+    check_finite("--every", every)
+    watched, rival = find_run(run), find_run(baseline) if baseline else None
+    view = look(watched, rival)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.watch/1", **asdict(view), "finished": view.finished}))
+    elif once or not out.is_terminal:
+        out.print(render(view))
+    else:
+        with Live(render(view), console=out, auto_refresh=False) as live:
+            while not view.finished:
+                time.sleep(every)
+                view = look(watched, rival)
+                live.update(render(view), refresh=True)
+
+
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe, to look at its data, too.")] = None,
+    overrides: Overrides = None,
+    device: DeviceOption = None,
+    json_: Json = False,
+) -> None:
+    """Look whether this machine can train, and what would make it better. Exits with 69 if something needed is missing.
+
+    Examples:  mgtrain doctor  |  mgtrain doctor mine.yaml data.root=/data/mine
+    """
+    from dataclasses import asdict
+
+    from mgtrain.distributed import connect
+    from mgtrain.doctor import examine
+    from mgtrain.errors import MissingCapabilityError
+
+    loaded = load_recipe(recipe, overrides or ()) if recipe else None
+    found = []
+    with connect(device.value if device else None) as world:
+        for finding in examine(world.device, loaded):
+            found.append(finding)
+            if not json_:
+                mark = {"good": "ok ", "could be better": "-> ", "missing": "!! "}[finding.level]
+                line = f"{mark} {finding.what:28} {finding.found}"
+                out.print(line + (f"; {finding.advice}" if finding.advice else ""), markup=False, soft_wrap=True)
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.doctor/1", "findings": [asdict(finding) for finding in found]}))
+    missing = [finding for finding in found if finding.level == "missing"]
+    if missing:
+        raise MissingCapabilityError("; ".join(f"{finding.what}: {finding.advice}" for finding in missing))
 
 
 def _parse_thresholds(text: str | None) -> dict[str, float]:

@@ -1,0 +1,126 @@
+"""What a run will take on this machine, out of a few seconds of measuring: `mgtrain plan --measure`.
+
+A step takes as long as the slower of computing it and loading its clips; where both share a CPU, no less than their
+work together takes its cores. Within a short cycle the loader catches up, so phases are reckoned cycle by cycle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mgtrain.bench import bench_shape
+from mgtrain.bench_step import first_steps, measured, time_shape
+from mgtrain.clips.loader import worker_count
+from mgtrain.console import duration
+from mgtrain.datasets.videos import Videos
+from mgtrain.distributed import World
+from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.step import to_device
+from mgtrain.grid import Shape
+from mgtrain.recipe import Recipe
+from mgtrain.schedule import Plan, baseline_recipe, make_plan
+
+STEPS = 2  # that are timed of each shape, after one that is not
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRate:
+    """What a step of one shape takes here."""
+
+    compute: float  # seconds
+    load: float  # seconds of the loader
+    load_cores: float  # core-seconds of the loader
+
+
+def forecast(
+    recipe: Recipe, videos: Videos, world: World, seconds: float, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Hours of the plan and of its baseline on this machine, `seconds` being how long each shape's loading is measured.
+
+    Plain values, of the schema mgtrain.forecast/1.
+    """
+    plans = {"plan": make_plan(recipe, len(videos)), "baseline": make_plan(baseline_recipe(recipe), len(videos))}
+    steps = first_steps(plans["plan"]) | first_steps(plans["baseline"])
+    flops = check_shapes(recipe, steps)
+    model = to_device(make_model(recipe), recipe, world)
+    rates = {}
+    for n, (shape, step) in enumerate(steps.items(), start=1):
+        clips, groups = measured(recipe, step, world)
+        row = time_shape(model, recipe, step, clips, groups, flops[shape], 1.0, world, STEPS)
+        # What was measured is a part of the batch; the update happens once.
+        compute = (row.seconds - row.update) * shape.clips / clips / world.size + row.update
+        loading = bench_shape(recipe, videos, world, shape, step.grid, seconds, needed=0.0)
+        load = shape.clips / world.size / loading["loader_clips_per_second"]
+        rates[shape] = ShapeRate(compute, load, loading["core_seconds_per_step"] / world.size)
+        progress("measuring", n, len(steps))
+    cores = _cores(world)
+    runs = {name: hours(plan, rates, flops, cores) for name, plan in plans.items()}
+    return {
+        "schema": "mgtrain.forecast/1",
+        "workers": worker_count(recipe, world),
+        "prepared": recipe.data.prepared is not None,
+        "shapes": [{"shape": asdict(shape), "multiply_adds": flops[shape], **asdict(rates[shape])} for shape in rates],
+        **runs,
+        "speedup": runs["baseline"]["seconds"] / runs["plan"]["seconds"],
+        "speedup_without_waiting": runs["baseline"]["compute"] / runs["plan"]["compute"],
+    }
+
+
+def hours(
+    plan: Plan, rates: Mapping[Shape, ShapeRate], flops: Mapping[Shape, int], cores: int | None
+) -> dict[str, Any]:
+    """Seconds of a plan's training; `cores` are those that computing and loading share, None where they do not."""
+    phases, total, compute, multiply_adds = [], 0.0, 0.0, 0
+    for phase in plan.phases:
+        shapes = phase.shapes[: phase.steps]
+        cycle = [rates[shape] for shape in shapes]
+        computing = sum(rate.compute for rate in cycle) / len(cycle)
+        loading = sum(rate.load for rate in cycle) / len(cycle)
+        work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
+        step = max(computing, loading, work / cores if cores else 0.0)
+        waits = loading > computing
+        phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
+        total += phase.steps * step
+        compute += phase.steps * computing
+        multiply_adds += sum(phase.steps * shape.clips * flops[shape] // len(shapes) for shape in shapes)
+    return {"seconds": total, "compute": compute, "multiply_adds": multiply_adds, "phases": phases}
+
+
+def render(result: dict[str, Any]) -> str:
+    """For people."""
+    lines = [f"{'a step of':>16}{'computing':>12}{'loading':>10}{'clips/s':>10}{'needed':>10}"]
+    for row in result["shapes"]:
+        shape, slow = Shape(**row["shape"]), row["load"] > row["compute"]
+        rate, needed = shape.clips / row["load"], shape.clips / row["compute"]
+        lines.append(
+            f"{shape!s:>16}{row['compute']:>10.2f} s{row['load']:>8.2f} s{rate:>10.1f}{needed:>10.1f}"
+            f"{'  waits' if slow else ''}"
+        )
+    plan, baseline = result["plan"], result["baseline"]
+    waiting = [str(phase["index"] + 1) for phase in plan["phases"] if phase["waits"]]
+    took, rival = duration(plan["seconds"]), duration(baseline["seconds"])
+    work = baseline["multiply_adds"] / plan["multiply_adds"]
+    lines.append(
+        f"training, evaluations apart: {took} against the baseline's {rival} ({result['speedup']:.2f}x less), with "
+        f"1/{work:.2f} of its multiply-adds"
+    )
+    if waiting:
+        remedy = "more loader processes (hardware.workers)" if result["prepared"] else "`mgtrain data prepare`"
+        lines.append(
+            f"phases {', '.join(waiting)} wait for the {result['workers']} loader processes; without that it would be "
+            f"{result['speedup_without_waiting']:.2f}x. What helps: {remedy}"
+        )
+    return "\n".join(lines)
+
+
+def _cores(world: World) -> int | None:
+    """The cores that a rank's computing and loading share; None on a GPU."""
+    if world.device.type != "cpu":
+        return None
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, every // world.local_size)
