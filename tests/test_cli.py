@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such list of videos"),
         ("compare tiny none", 2, "none: no run directory (it would hold a recipe.yaml); runs here: begun, tiny"),
         ("compare tiny .", 2, ".: no run directory"),
-        ("compare tiny", 2, "Missing argument 'RUN'"),
+        ("compare tiny", 2, "Missing argument 'RUN...'"),
         ("recipes show none", 2, "none: no such recipe file"),
     ],
 )  # fmt: skip
