@@ -18,6 +18,7 @@ import torchvision
 from torch import Tensor
 
 from mgtrain import __version__
+from mgtrain.clips.loader import usable_cores
 from mgtrain.engine.checks import DTYPES, check_precision
 from mgtrain.errors import MissingCapabilityError
 from mgtrain.models.conv import Conv3d
@@ -81,10 +82,9 @@ def devices(device: torch.device) -> Iterator[Finding]:
         else:
             yield Finding("ranks", "missing", "no NCCL", "install a build of torch with CUDA and NCCL")
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         smi = shutil.which("nvidia-smi")
         advice = "torch sees no GPU though nvidia-smi is there: install a build of torch for its driver" if smi else ""
-        found = f"no GPU; {cores} cores, {torch.get_num_threads()} threads ({device})"
+        found = f"no GPU; {usable_cores()} cores, {torch.get_num_threads()} threads ({device})"
         yield Finding("devices", "could be better" if smi else "good", found, advice)
         if torch.distributed.is_gloo_available():
             yield Finding("ranks", "good", "gloo")

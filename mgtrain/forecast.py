@@ -6,7 +6,6 @@ work together takes its cores. Within a short cycle the loader catches up, so ph
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from mgtrain.bench import bench_shape
 from mgtrain.bench_step import first_steps, measured, time_shape
-from mgtrain.clips.loader import worker_count
+from mgtrain.clips.loader import usable_cores, worker_count
 from mgtrain.console import duration
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
@@ -122,5 +121,4 @@ def _cores(world: World) -> int | None:
     """The cores that a rank's computing and loading share; None on a GPU."""
     if world.device.type != "cpu":
         return None
-    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, every // world.local_size)
+    return max(1, usable_cores() // world.local_size)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, RandAugment
 
-from mgtrain.clips.pixels import BLACK, MEAN, WHITE
+from mgtrain.clips.pixels import BLACK, WHITE
+from mgtrain.models.options import MEAN
 from mgtrain.recipe import Augment
 from mgtrain.rng import Draw, seed_of
 

@@ -286,12 +286,16 @@ def evaluation_grid(recipe: Recipe) -> Grid:
     )
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(recipe: Recipe, world: World) -> int:
     """Loader processes of this rank: as the recipe says, or its share of the cores; half of them if it trains there."""
     if recipe.hardware.workers is not None:
         return recipe.hardware.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // world.local_size
+    share = usable_cores() // world.local_size
     return max(1, min(16, share // 2 if world.device.type == "cpu" else share))
 
 

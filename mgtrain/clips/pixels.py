@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MEAN = 0.45  # of pixels in 0..1, all channels alike (Feichtenhofer et al. 2019)
-STD = 0.225
+from mgtrain.models.options import MEAN, STD
+
 BLACK, WHITE = -MEAN / STD, (1 - MEAN) / STD  # of normalized pixels
 
 

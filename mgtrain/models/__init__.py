@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from mgtrain.errors import UsageError
+from mgtrain.models.options import TorchvisionOptions
 
-TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s")
+TORCHVISION: tuple[str, ...] = get_args(TorchvisionOptions.model_fields["name"].annotation)
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=200)]
 Blocks = tuple[Count, Count, Count, Count]
+MEAN, STD = 0.45, 0.225  # of pixels in 0..1, all channels alike (Feichtenhofer et al. 2019)
 Share = Annotated[float, Field(ge=0, le=1)]
 Colour = tuple[Share, Share, Share]
 Deviation = Annotated[float, Field(gt=0, le=10)]
@@ -75,8 +76,8 @@ class OwnOptions(BaseModel):
     )
     network: str = Field(description="a key of MODELS")
     options: dict[str, Any] = Field({}, description="keyword arguments, besides the number of classes")
-    mean: Colour = Field((0.45, 0.45, 0.45), description="of pixels in 0..1, red, green and blue")
-    std: tuple[Deviation, Deviation, Deviation] = Field((0.225, 0.225, 0.225), description="of the same")
+    mean: Colour = Field((MEAN, MEAN, MEAN), description="of pixels in 0..1, red, green and blue")
+    std: tuple[Deviation, Deviation, Deviation] = Field((STD, STD, STD), description="of the same")
 
 
 ModelOptions = Annotated[
@@ -92,4 +93,4 @@ def pixel_statistics(options: ModelOptions) -> tuple[tuple[float, ...], tuple[fl
             return options.mean, options.std
         case TorchvisionOptions():
             return TORCHVISION_MEAN, TORCHVISION_STD
-    return (0.45,) * 3, (0.225,) * 3  # all channels alike (Feichtenhofer et al. 2019)
+    return (MEAN,) * 3, (STD,) * 3
