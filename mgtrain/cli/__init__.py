@@ -14,6 +14,7 @@ import typer
 from mgtrain import __version__
 from mgtrain.cli.data import bench_app, data_app
 from mgtrain.cli.runs import ckpt_app, compare, doctor, evaluate, export, fit, plan, predict, recipes_app, report, watch
+from mgtrain.cli.start import init
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
 from mgtrain.errors import MgtrainError
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
     "fit": fit,
     "eval": evaluate,
     "predict": predict,

@@ -80,10 +80,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """How many rows each split has, which of its videos can be used (int64, ascending), and what was found."""
+    """How many rows each split has, which of its videos can be used (int64, ascending), and what was found.
+
+    `copies` are usable rows that an earlier row, or one of a later split, has the path or the content of.
+    """
 
     rows: dict[str, int]
     usable: dict[str, np.ndarray]
+    copies: dict[str, np.ndarray]
     findings: tuple[Finding, ...]
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -152,9 +156,12 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
     for one, other in combinations(range(len(names)), 2):
         findings += _leaks((names[one], names[other]), by_split[one], by_split[other], name)
     findings += _extra(videos[0].root, listed, show)
+    last_first = np.concatenate(by_split[::-1])
+    copies = last_first[_repeated(last_first["content"])[0]]
     return Index(
         {key: len(of) + of.missing for key, of in splits.items()},
         {key: own["row"] for key, own in zip(names, by_split, strict=True)},
+        {key: copies["row"][copies["split"] == split] for split, key in enumerate(names)},
         tuple(found for found in findings if found.count),
     )
 
