@@ -7,6 +7,7 @@ whatever a terminal would act on is shown as its number: see `harmless`.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -228,6 +229,29 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
         ]
         table.add_row(*row, *(["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
     return table
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+COLUMNS = 72  # of a drawn schedule
+
+
+def schedule_drawing(plan: Plan) -> str:
+    """The long cycle and the learning rate over the steps of a run, a line for each, their heights on a log scale."""
+    steps = [plan[round(n * (len(plan) - 1) / (COLUMNS - 1))] for n in range(COLUMNS)]
+    rows = (
+        ("clips", [step.phase.shape.clips for step in steps], "d"),
+        ("frames", [step.phase.shape.frames for step in steps], "d"),
+        ("crop", [step.phase.shape.crop for step in steps], "d"),
+        ("lr", [step.lr for step in steps], ".3g"),
+    )
+    lines = []
+    for name, values, form in rows:
+        low, high = min(values), max(values)
+        span = math.log(high / low) if 0 < low < high else 1.0
+        heights = (round((len(BLOCKS) - 1) * math.log(value / low) / span) if low > 0 else 0 for value in values)
+        bars = "".join(BLOCKS[height] for height in heights)
+        lines.append(f"{name:7}{bars}  {low:{form}}" + (f" to {high:{form}}" if high > low else ""))
+    return "\n".join(lines)
 
 
 def counts_table(first: str, rows: Mapping[str, Mapping[str, int]]) -> Table:

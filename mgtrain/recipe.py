@@ -243,6 +243,14 @@ class Hardware(Section):
         None,
         description="most clips of a forward pass on one GPU, at the base shape's volume; cut along BatchNorm groups",
     )
+    memory_gib: Positive | None = Field(
+        None,
+        description="of one device; where a step would take more, micro_clips is lowered, then recompute set. None: "
+        "a GPU's own",
+    )
+    recompute: bool = Field(
+        False, description="keep only the blocks' inputs for the backward pass: less memory, a third more time"
+    )
     workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None,
         description="loader processes per rank; none given: the cores shared among the ranks, half of that on a CPU",

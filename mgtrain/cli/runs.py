@@ -291,12 +291,19 @@ def plan(
         float | None,
         typer.Option(min=0.01, metavar="SECONDS", help="Time steps and loading here, the latter for so long a shape."),
     ] = None,
+    costs: Annotated[
+        bool, typer.Option(help="Reckon each shape's multiply-adds and memory, which takes some seconds.")
+    ] = True,
+    memory: Annotated[
+        float | None, typer.Option(min=0.01, metavar="GIB", help="Of a GPU: say what micro-batches fit into it.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the schedule: an SVG, PNG or PDF file to write.")] = None,
     device: DeviceOption = None,
     json_: Json = False,
 ) -> None:
-    """Print the phases of a recipe: shapes, steps, learning rates, and totals against the baseline's.
+    """Print the phases of a recipe: shapes, steps, learning rates, what they cost, and totals against the baseline's.
 
-    Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8  |  mgtrain plan mine.yaml --measure 2
+    Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8 --memory 40  |  mgtrain plan mine.yaml --measure 2
     """
     from dataclasses import asdict
 
@@ -307,22 +314,46 @@ def plan(
     made = make_plan(loaded, count)
     if gpus:
         check_world(made, gpus)
-    totals, rival = asdict(made.totals()), asdict(make_plan(baseline_recipe(loaded), count).totals())
-    ratios = {key: totals[key] / rival[key] for key in totals}
+    baseline = make_plan(baseline_recipe(loaded), count)
+    totals: dict[str, float] = asdict(made.totals())
+    rival: dict[str, float] = asdict(baseline.totals())
     check_finite("--measure", measure)
+    check_finite("--memory", memory)
+    spent = None
+    if costs or memory:
+        from mgtrain.costs import cost_table
+        from mgtrain.costs import costs as reckon
+
+        spent = reckon(loaded, made, baseline, gpus or 1, memory)
+        totals["multiply_adds"], rival["multiply_adds"] = spent["multiply_adds"], spent["baseline_multiply_adds"]
+    ratios = {key: totals[key] / rival[key] for key in totals}
     here = _measured(loaded, device, measure) if measure else None
+    if picture:
+        from mgtrain.report.figures import save_schedule
+
+        save_schedule(made.describe()["phases"], picture)
     if json_:
         result = {"schema": "mgtrain.plan/1", **made.describe(), "totals": totals, "baseline": rival, "ratios": ratios}
-        result |= {"forecast": here} if here else {}
+        result |= ({"costs": spent} if spent else {}) | ({"forecast": here} if here else {})
         out.print_json(json.dumps(result))
     else:
-        from mgtrain.console import plan_table
+        from mgtrain.console import plan_table, schedule_drawing
 
         out.print(plan_table(made, gpus))
+        out.print(schedule_drawing(made), markup=False, soft_wrap=True)
+        if spent:
+            out.print(cost_table(spent))
+            if memory:
+                wanted = (
+                    f"hardware.micro_clips={spent['micro_clips'] or 'null'} hardware.recompute={spent['recompute']}"
+                )
+                out.print(f"that is {wanted.lower()}, as `mgtrain fit` sets it with hardware.memory_gib={memory:g}")
         for key, value in totals.items():
             times = f"1/{1 / ratios[key]:.3f} of" if ratios[key] < 1 else f"{ratios[key]:.3f}x"
             digits = 1 if key == "epochs" else 0
-            out.print(f"{key:7} {value:>22,.{digits}f}   {times} the baseline's {rival[key]:,.{digits}f}")
+            name, shown = key.replace("_", "-"), f"{value:,.{digits}f}" if value < 1e15 else f"{value:.4g}"
+            of = f"{rival[key]:,.{digits}f}" if value < 1e15 else f"{rival[key]:.4g}"
+            out.print(f"{name:13} {shown:>22}   {times} the baseline's {of}")
         if here:
             from mgtrain.forecast import render
 

@@ -13,6 +13,7 @@ from mgtrain.errors import MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
 from mgtrain.models.flops import count_flops
+from mgtrain.models.resnet3d import Bottleneck
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Phase, Plan
 
@@ -22,7 +23,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def make_model(recipe: Recipe) -> nn.Module:
     """The recipe's model with the weights that torch's current seed gives."""
     options = recipe.model.model_dump(exclude={"name", "mean", "std"})
-    return build_model(recipe.model.name, classes=recipe.data.classes, **options)
+    model = build_model(recipe.model.name, classes=recipe.data.classes, **options)
+    if recipe.hardware.recompute:
+        blocks = recomputable(model)
+        if not blocks:
+            raise PlanError(f"hardware.recompute: {recipe.model.name} has no blocks that it is for; set it to false")
+        for block in blocks:
+            block.recompute = True
+    return model
+
+
+def recomputable(model: nn.Module) -> list[Bottleneck]:
+    """The blocks whose activations the backward pass can compute anew."""
+    return [module for module in model.modules() if isinstance(module, Bottleneck)]
 
 
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
@@ -107,7 +120,7 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
     """
     for phase in plan.phases:
         for shape in phase.shapes:
-            smallest, limit = _smallest_pass(phase, shape, ranks), micro_limit(recipe, shape)
+            smallest, limit = smallest_pass(phase, shape, ranks), micro_limit(recipe, shape)
             if limit is not None and limit < smallest:
                 raise PlanError(
                     f"hardware.micro_clips {recipe.hardware.micro_clips} allows {limit} clips of "
@@ -169,5 +182,5 @@ def pass_clips(recipe: Recipe, shape: Shape, bn_groups: int, ranks: int) -> int:
     return min(share, max(unit, limit // unit * unit))
 
 
-def _smallest_pass(phase: Phase, shape: Shape, ranks: int) -> int:
+def smallest_pass(phase: Phase, shape: Shape, ranks: int) -> int:
     return min(shape.clips // ranks, shape.clips // phase.bn_groups)

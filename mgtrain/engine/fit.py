@@ -20,6 +20,7 @@ from mgtrain.engine.checks import check_micro_batches, check_precision, check_sh
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import NonFiniteSteps, refuse_or_report
+from mgtrain.engine.memory import fit_memory
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.recalibrate import recalibrate
 from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_step
@@ -51,6 +52,7 @@ def fit(
     """
     train, val = open_data(recipe)
     plan = make_plan(recipe, len(train))
+    recipe = fit_memory(recipe, plan, world)
     flops = check_shapes(recipe, [*plan.shapes(), recipe.base, recipe.evaluation_shape])
     check_world(plan, world.size)
     check_micro_batches(recipe, plan, world.size)

@@ -15,7 +15,8 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
     One multiply-add counts as 1, as in the papers' tables.
     """
     clips, frames, crop = shape
-    meta = copy.deepcopy(model).to("meta").eval()
+    there = next(model.parameters()).is_meta
+    meta = (model if there else copy.deepcopy(model).to("meta")).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         meta(torch.empty(clips, 3, frames, crop, crop, device="meta"))
     flops: int = counter.get_total_flops()  # torch counts a multiply-add as 2

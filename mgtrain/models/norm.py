@@ -7,6 +7,7 @@ had at the base shape, so that their noise, which regularizes, stays what it was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ from torch import Tensor, nn
 from mgtrain.models.part import Part
 
 AXES = (0, 2, 3, 4)  # all but the channels of (B, C, T, H, W)
+_seen_before = False  # see `seen_before`
+
+
+@contextmanager
+def seen_before() -> Iterator[None]:
+    """Within it a training step's clips leave running statistics as they are, because they have come by already."""
+    global _seen_before
+    _seen_before = True
+    try:
+        yield
+    finally:
+        _seen_before = False
 
 
 class GroupBatchNorm3d(nn.BatchNorm3d):
@@ -60,7 +73,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         if len(groups) > 1 and dense and not plain:
             mine = slice(part.slot, part.slot + len(groups))
             means, variances = self.group_mean[mine], self.group_var[mine]  # views, which are written to
-            normed: Tensor = _NormGroups.apply(x, self.weight, self.bias, means, variances, self.momentum, self.eps)
+            normed: Tensor = _NormGroups.apply(x, self.weight, self.bias, means, variances, self._weight(), self.eps)
             return normed
         outputs = [self._norm_group(clips, slot) for slot, clips in enumerate(groups, part.slot)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (B, C, T, H, W)
@@ -77,7 +90,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def _norm_group(self, clips: Tensor, slot: int) -> Tensor:
         mean, var = self.group_mean[slot], self.group_var[slot]  # views, which batch_norm writes to
         if not self.pool:
-            return F.batch_norm(clips, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            return F.batch_norm(clips, mean, var, self.weight, self.bias, True, self._weight(), self.eps)
         var, mean = torch.var_mean(clips.to(self.weight.dtype), AXES, correction=0)
         self._track(slot, mean, var, clips.numel() // clips.shape[1])
         return F.batch_norm(clips, None, None, self.weight, self.bias, True, eps=self.eps)
@@ -85,11 +98,16 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     @torch.no_grad()
     def _track(self, slot: int, mean: Tensor, var: Tensor, count: int) -> None:
         """Let a group's mean and (population) variance over `count` values weigh `momentum` in its slot."""
+        momentum = self._weight()
         shift = mean - self.group_mean[slot]
-        self.group_mean[slot].add_(shift, alpha=self.momentum)
+        self.group_mean[slot].add_(shift, alpha=momentum)
         # Pooled, the variance is that of all values together, which the means' drift is part of.
-        var = var + (1 - self.momentum) * shift.square() if self.pool else var * count / (count - 1)
-        self.group_var[slot].lerp_(var, self.momentum)
+        var = var + (1 - momentum) * shift.square() if self.pool else var * count / (count - 1)
+        self.group_var[slot].lerp_(var, momentum)
+
+    def _weight(self) -> float:
+        """Of what is seen now, in the running statistics."""
+        return 0.0 if _seen_before else self.momentum
 
     def _restart_slots(self, part: Part) -> None:
         gather = part.gather

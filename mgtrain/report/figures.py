@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -14,8 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from mgtrain.errors import UsageError
+
 COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # 3:1 at least on white and on black
 INK = "#010203"  # stands for the page's colour of text
+LABELLED = 0.05  # of all steps, that a phase needs to have room for its frames and pixels
 COMPUTE, DATA, EVALUATION = "#4c86c6", "#d9772b", "#8a8a8a"
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
@@ -85,22 +89,7 @@ def schedule(view: dict[str, Any]) -> Drawing:
     phases = view["phases"]
 
     def draw(axes: Axes) -> None:
-        rates = axes.twinx()
-        for phase in phases:
-            first, last = phase["first_step"], phase["first_step"] + phase["steps"]
-            clips = [shape["clips"] for shape in phase["shapes"]]
-            axes.fill_between([first, last], min(clips), max(clips), color=view["colour"], alpha=0.35, linewidth=0)
-            axes.hlines(clips[-1], first, last, color=view["colour"])
-            rates.hlines(phase["lr"], first, last, color=INK, linestyles="dotted")
-        axes.set_yscale("log", base=2)
-        rates.set_yscale("log")
-        for scale in (axes.yaxis, rates.yaxis):
-            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            scale.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("step")
-        axes.set_ylabel("clips of a mini-batch")
-        rates.set_ylabel("learning rate (dotted)")
-        rates.spines["right"].set_visible(True)
+        _draw_schedule(axes, phases, view["colour"])
 
     rows = [
         [
@@ -116,6 +105,51 @@ def schedule(view: dict[str, Any]) -> Drawing:
     words = f"{title}: {len(phases)} phases, mini-batches of {rows[0][2]} to {rows[-1][2]}"
     svg = drawn(f"schedule-{view['colour']}", words, draw)
     return Drawing(title, svg, ["phase", "steps", "mini-batches, by turns", "learning rate", "to epoch"], rows)
+
+
+def save_schedule(phases: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the drawing of a plan's phases as a file, on white: SVG, PNG or PDF, as its name says.
+
+    Raises:
+        UsageError: it cannot be written, or its name says none of these.
+    """
+    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise UsageError(f"{path}: has to end in .svg, .png or .pdf")
+    with rc_context({**STYLE, "svg.hashsalt": "schedule"}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        _draw_schedule(figure.add_subplot(), phases, COLOURS[0])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
+
+
+def _draw_schedule(axes: Axes, phases: Sequence[dict[str, Any]], colour: str) -> None:
+    """Clips of each phase's mini-batches, the range of the short cycle shaded, and the learning rate."""
+    rates = axes.twinx()
+    end = phases[-1]["first_step"] + phases[-1]["steps"]
+    for phase in phases:
+        first, last = phase["first_step"], phase["first_step"] + phase["steps"]
+        clips = [shape["clips"] for shape in phase["shapes"]]
+        axes.fill_between([first, last], min(clips), max(clips), color=colour, alpha=0.35, linewidth=0)
+        axes.hlines(clips[-1], first, last, color=colour)
+        rates.hlines(phase["lr"], first, last, color=INK, linestyles="dotted")
+        long_cycle = phase["shapes"][-1]
+        if last - first > LABELLED * end:
+            size = f"{long_cycle['frames']}x{long_cycle['crop']}²"
+            axes.annotate(size, ((first + last) / 2, clips[-1]), (0, -3), textcoords="offset points",
+                          ha="center", va="top", fontsize=7)  # fmt: skip
+    axes.set_yscale("log", base=2)
+    axes.margins(y=0.12)
+    rates.set_yscale("log")
+    for scale in (axes.yaxis, rates.yaxis):
+        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        scale.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("step")
+    axes.set_ylabel("clips of a mini-batch")
+    rates.set_ylabel("learning rate (dotted)")
+    rates.spines["right"].set_visible(True)
 
 
 def time_split(view: dict[str, Any]) -> Drawing:
