@@ -16,6 +16,7 @@ from mgtrain.bench import bench_shape
 from mgtrain.bench_step import first_steps, measured, time_shape
 from mgtrain.clips.loader import usable_cores, worker_count
 from mgtrain.console import duration
+from mgtrain.costs import multiply_adds
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import check_shapes, make_model
@@ -58,7 +59,9 @@ def forecast(
         rates[shape] = ShapeRate(compute, load, loading["core_seconds_per_step"] / world.size)
         progress("measuring", n, len(steps))
     cores = _cores(world)
-    runs = {name: hours(plan, rates, flops, cores) for name, plan in plans.items()}
+    runs = {
+        name: {**hours(plan, rates, cores), "multiply_adds": multiply_adds(plan, flops)} for name, plan in plans.items()
+    }
     return {
         "schema": "mgtrain.forecast/1",
         "workers": worker_count(recipe, world),
@@ -70,11 +73,9 @@ def forecast(
     }
 
 
-def hours(
-    plan: Plan, rates: Mapping[Shape, ShapeRate], flops: Mapping[Shape, int], cores: int | None
-) -> dict[str, Any]:
+def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
     """Seconds of a plan's training; `cores` are those that computing and loading share, None where they do not."""
-    phases, total, compute, multiply_adds = [], 0.0, 0.0, 0
+    phases, total, compute = [], 0.0, 0.0
     for phase in plan.phases:
         shapes = phase.shapes[: phase.steps]
         cycle = [rates[shape] for shape in shapes]
@@ -86,8 +87,7 @@ def hours(
         phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
         total += phase.steps * step
         compute += phase.steps * computing
-        multiply_adds += sum(phase.steps * shape.clips * flops[shape] // len(shapes) for shape in shapes)
-    return {"seconds": total, "compute": compute, "multiply_adds": multiply_adds, "phases": phases}
+    return {"seconds": total, "compute": compute, "phases": phases}
 
 
 def render(result: dict[str, Any]) -> str:

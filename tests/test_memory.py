@@ -33,7 +33,8 @@ def kept_bytes(of: torch.nn.Module) -> Iterator[list[int]]:
     """What autograd keeps in a pass, but parameters: one number, once it is over."""
     parameters = {parameter.data_ptr() for parameter in of.parameters()}
     kept: dict[int, int] = {}
-    alive, total = [], []
+    alive: list[torch.UntypedStorage] = []
+    total: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -118,15 +119,11 @@ def test_a_limit_takes_the_largest_passes_that_fit(tiny: Callable[..., Recipe]) 
 
 
 def test_recomputing_is_the_last_resort(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny("model={name: i3d_r50, width: 8, depth: 50}")
+    recipe = tiny("model={name: i3d_r50, width: 8, depth: 50}", "batch.clips=16")
     plan = make_plan(recipe, 24)
-    memory = Memory(recipe, plan.shapes())
-    memory.limit(plan, 1, 100.0)
-    without = min(memory.most(plan, 1)[0] / USABLE / 2**30, 100.0)
-    tight = Memory(tiny("model={name: i3d_r50, width: 8, depth: 50}", "hardware.micro_clips=4"), plan.shapes())
-    smallest = tight.most(plan, 1)[0] / USABLE / 2**30
-    assert not Memory(recipe, plan.shapes()).limit(plan, 1, max(smallest, 0.9 * without)).hardware.recompute
-    assert Memory(recipe, plan.shapes()).limit(plan, 1, 0.8 * smallest).hardware.recompute
+    everything = Memory(recipe, plan.shapes()).most(plan, 1)[0] / USABLE / 2**30
+    chosen = [Memory(recipe, plan.shapes()).limit(plan, 1, share * everything).hardware for share in (0.9, 0.6, 0.3)]
+    assert [hardware.recompute for hardware in chosen] == [False, False, True]
 
 
 def test_networks_without_such_blocks_refuse(tiny: Callable[..., Recipe]) -> None:
@@ -135,14 +132,14 @@ def test_networks_without_such_blocks_refuse(tiny: Callable[..., Recipe]) -> Non
 
 
 def test_training_within_a_limit_is_the_same_training(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = tiny("batch.clips=8")
+    recipe = tiny("batch.clips=16")
     plan = make_plan(recipe, 24)
     memory = Memory(recipe, plan.shapes())
-    gib = 0.6 * memory.most(plan, 1)[0] / USABLE / 2**30
+    gib = 0.7 * memory.most(plan, 1)[0] / USABLE / 2**30
     runs = []
     for name, changes in (("free", ()), ("limited", (f"hardware.memory_gib={gib}",))):
         run = RunDir(tmp_path / name)
-        fit(tiny("batch.clips=8", *changes), run, World())
+        fit(tiny("batch.clips=16", *changes), run, World())
         runs.append(run)
     hardware = runs[1].recipe().hardware
     assert hardware.micro_clips is not None
@@ -185,5 +182,5 @@ def test_a_schedule_is_drawn_into_files_of_three_kinds(tiny: Callable[..., Recip
     for name, start in (("a/s.svg", b"<?xml"), ("s.png", b"\x89PNG"), ("s.pdf", b"%PDF")):
         save_schedule(phases, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(UsageError, match="has to end in .svg"):
+    with pytest.raises(UsageError, match=r"has to end in \.svg"):
         save_schedule(phases, tmp_path / "s.gif")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mgtrain.distributed import World
-from mgtrain.engine.checks import DTYPES, make_model, pass_clips, recomputable
+from mgtrain.engine.checks import DTYPES, check_micro_batches, make_model, pass_clips, recomputable
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
@@ -61,15 +61,20 @@ class Memory:
             PlanError: one BatchNorm group already takes more.
         """
         given, share = self.recipe, self.recipe.base.clips // ranks
-        largest = min(share, given.hardware.micro_clips or share)
+        check_micro_batches(given, plan, ranks)
+        fewer = range(min(share, given.hardware.micro_clips or share), 0, -1)
         for recompute in (True,) if given.hardware.recompute else (False, True)[: 1 + self.can_recompute]:
-            for micro_clips in (given.hardware.micro_clips, *range(largest, 0, -1)):
+            for micro_clips in (given.hardware.micro_clips, *fewer):
                 changes = {"micro_clips": micro_clips, "recompute": recompute}
-                hardware = given.hardware.model_copy(update=changes)
-                self.recipe = given.model_copy(update={"hardware": hardware})
+                changed = given.model_copy(update={"hardware": given.hardware.model_copy(update=changes)})
+                try:
+                    check_micro_batches(changed, plan, ranks)
+                except PlanError:
+                    continue  # smaller than a BatchNorm group
+                self.recipe = changed
                 needed, shape = self.most(plan, ranks)
                 if needed <= USABLE * gib * 2**30:
-                    return self.recipe
+                    return changed
         raise PlanError(
             f"one BatchNorm group of clips of {shape.frames}x{shape.crop}² needs {needed / USABLE / 2**30:.3g} GiB of "
             f"memory, and there are {gib:.3g}; lower batch.bn_clips, clip.crop or clip.frames, or use more GPUs"
