@@ -63,7 +63,7 @@ def bench_step(
     recipe: Recipe, plan: Plan, world: World, repeats: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Time steps of every distinct shape of the plan, each `repeats` times after one that is not counted."""
-    firsts = first_steps(plan)
+    firsts = plan.first_steps()
     flops = check_shapes(recipe, firsts)
     peak = matrix_product(recipe, world)
     model = to_device(make_model(recipe), recipe, world)
@@ -80,16 +80,6 @@ def bench_step(
         "shapes": [row.describe() for row in rows],
         "slowest_over_fastest": max(r.seconds / volume(r) for r in rows) / min(r.seconds / volume(r) for r in rows),
     }
-
-
-def first_steps(plan: Plan) -> dict[Shape, Step]:
-    """The first step of each distinct shape."""
-    firsts: dict[Shape, Step] = {}
-    for phase in plan.phases:
-        for offset in range(min(phase.steps, len(phase.shapes))):
-            step = plan[phase.first_step + offset]
-            firsts.setdefault(step.shape, step)
-    return firsts
 
 
 def volume(row: ShapeCost) -> int:

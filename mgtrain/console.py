@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,8 @@ class TrainProgress:
 
     def __init__(self, plan: Plan, start: int, shown: bool) -> None:
         self.plan = plan
+        self.judged = ""  # what the last evaluation said
+        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of the steps since `take_times`
         self._speed: dict[Shape, float] = {}  # seconds of a step, by shape, smoothed
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
@@ -177,6 +180,12 @@ class TrainProgress:
         """Take in how long a step took."""
         old = self._speed.get(step.shape, seconds)
         self._speed[step.shape] = 0.8 * old + 0.2 * seconds
+        self._times[step.shape].append(seconds)
+
+    def take_times(self) -> dict[Shape, list[float]]:
+        """Seconds of each step since the last call, by shape."""
+        taken, self._times = self._times, defaultdict(list)
+        return taken
 
     def show(self, step: Step, loss: float, top1: float, waiting: float) -> None:
         """Show the state after `step`; `waiting` is the share of the time spent waiting for data."""
@@ -188,7 +197,7 @@ class TrainProgress:
             phase=f"phase {phase.index + 1}/{len(self.plan.phases)}  {step.shape}",
             facts=(
                 f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {clips_per_second}  "
-                f"data wait {100 * waiting:.0f} %"
+                f"data wait {100 * waiting:.0f} %{self.judged}"
             ),
             eta=f"{duration(self.remaining(step.index + 1))} left",
         )

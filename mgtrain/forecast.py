@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mgtrain.bench import bench_shape
-from mgtrain.bench_step import first_steps, measured, time_shape
+from mgtrain.bench_step import measured, time_shape
 from mgtrain.clips.loader import usable_cores, worker_count
 from mgtrain.console import duration
 from mgtrain.costs import multiply_adds
@@ -45,7 +45,7 @@ def forecast(
     Plain values, of the schema mgtrain.forecast/1.
     """
     plans = {"plan": make_plan(recipe, len(videos)), "baseline": make_plan(baseline_recipe(recipe), len(videos))}
-    steps = first_steps(plans["plan"]) | first_steps(plans["baseline"])
+    steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     flops = check_shapes(recipe, steps)
     model = to_device(make_model(recipe), recipe, world)
     rates = {}

@@ -313,6 +313,10 @@ class Recipe(Section):
         """One clip of an evaluation."""
         return Shape(1, self.clip.frames, self.evaluation.crop)
 
+    def flat(self) -> dict[str, Any]:
+        """Every key with its section, such as `optim.lr`, and its value as plain data."""
+        return _flat(self.model_dump(mode="json"))
+
     def to_yaml(self) -> str:
         """The complete recipe, defaults included, as YAML that `load_recipe` reads back."""
         text = io.StringIO()
@@ -359,7 +363,7 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
-    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    a, b = first.flat(), second.flat()
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
 RUNS = Path("runs")
@@ -141,6 +142,35 @@ class RunDir:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Add values to TensorBoard's curves, at a number of finished steps."""
+
+        def write(board: SummaryWriter) -> None:
+            for tag, value in values.items():
+                board.add_scalar(tag, value, step)
+
+        self._on_board(write)
+
+    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
+        """Add a distribution to TensorBoard."""
+        self._on_board(lambda board: board.add_histogram(tag, values, step))
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Add a picture, uint8 (H, W, 3), to TensorBoard."""
+        self._on_board(lambda board: board.add_image(tag, pixels, step, dataformats="HWC"))
+
+    def parameters(self, values: dict[str, Any], metrics: Iterable[str]) -> None:
+        """Enter the run into TensorBoard's table of runs: what it was told, and the tags of what comes out."""
+
+        def enter(board: Any) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in values.items()}
+            for summary in hparams(plain, dict.fromkeys(metrics, 0)):  # type: ignore[no-untyped-call]
+                board.file_writer.add_summary(summary)
+
+        self._on_board(enter)
+
+    def _on_board(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Let something be written by TensorBoard's writer, if this process writes."""
         if self.writes:
             with self._writing():
                 if self._board is None:
@@ -148,8 +178,7 @@ class RunDir:
 
                     # What an earlier process wrote about these steps is not shown any more.
                     self._board = SummaryWriter(str(self.path), purge_step=self._first_step)
-                for tag, value in values.items():
-                    self._board.add_scalar(tag, value, step)
+                write(self._board)
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
@@ -212,6 +241,15 @@ def accuracy(row: dict[str, Any]) -> float:
 def accuracy_name(row: dict[str, Any]) -> str:
     """What `accuracy` is called."""
     return "top-1" if row.get("mean_ap") is None else "mAP"
+
+
+def best_until(evals: Sequence[dict[str, Any]], key: str, limit: float) -> float | None:
+    """The best accuracy of the evaluations up to a `limit` of `train_seconds`, `step` or `epoch`; None before them all.
+
+    >>> best_until([{"top1": 0.2, "step": 10}, {"top1": 0.6, "step": 20}], "step", 15)
+    0.2
+    """
+    return max((accuracy(row) for row in evals if row[key] <= limit), default=None)
 
 
 def time_to_accuracy(evals: list[dict[str, Any]], target: float) -> float | None:

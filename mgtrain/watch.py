@@ -16,7 +16,7 @@ from rich.text import Text
 from mgtrain.compare import guarded
 from mgtrain.console import duration
 from mgtrain.errors import UsageError
-from mgtrain.rundir import RunDir, accuracy, accuracy_name
+from mgtrain.rundir import RunDir, accuracy, accuracy_name, best_until
 from mgtrain.schedule import Plan, make_plan
 
 QUIET_SECONDS = 600  # without a new line, after which a run is said to be silent
@@ -116,7 +116,7 @@ def _against(evals: Sequence[dict[str, Any]], baseline: RunDir) -> str:
     theirs, now = baseline.rows("evals.jsonl"), evals[-1]
 
     def best(key: str) -> str:
-        before = [accuracy(row) for row in theirs if row[key] <= now[key]]
-        return f"{100 * max(before):.1f} %" if before else "not evaluated yet"
+        found = best_until(theirs, key, now[key])
+        return "not evaluated yet" if found is None else f"{100 * found:.1f} %"
 
     return f"{baseline.name}: after as much time {best('train_seconds')}, after as many steps {best('step')}"

@@ -17,8 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mgtrain.engine.fit
 from mgtrain.checkpoint import CheckpointInfo, read_info
+from mgtrain.costs import steps_of_shapes
 from mgtrain.distributed import World
-from mgtrain.engine.fit import fit
+from mgtrain.engine.examples import examples
+from mgtrain.engine.fit import fit, open_data
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.predictions import Scores
 from mgtrain.recipe import Recipe
@@ -300,3 +302,34 @@ def test_videos_with_several_labels_are_refused_before_the_run_begins(
     with pytest.raises(DataError, match=r"the train videos have several labels each; set data.multi_label=true to"):
         run_to_end(tiny(f"data.train={tmp_path}/train.csv"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_shows_what_the_network_sees_and_how_the_baseline_did(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    baseline, recipe = RunDir(tmp_path / "baseline"), tiny(*EVERY_STEP, "augment.erase=0.5", "augment.mixup=0.4")
+    run_to_end(tiny("schedule={name: baseline}", "evaluation.per_phase=9"), baseline.path)
+    fit(recipe, RunDir(tmp_path / "run"), World(), baseline=baseline)
+    board = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "histograms": 0, "images": 0}).Reload()
+    plan = make_plan(recipe, 24)
+    assert board.Tags()["images"] == [f"clips/{shape}" for shape in plan.shapes()]
+    for shape in plan.shapes():
+        picture = board.Images(f"clips/{shape}")[0]
+        assert (picture.height, picture.width) == (shape.crop, shape.crop * min(4, shape.frames))
+    tags = board.Tags()["histograms"]
+    timed = {tag: sum(event.histogram_value.num for event in board.Histograms(tag)) for tag in tags}
+    assert timed == {f"step_seconds/{shape}": steps for shape, steps in steps_of_shapes(plan).items()}
+    rows, theirs = RunDir(tmp_path / "run").rows("evals.jsonl"), baseline.rows("evals.jsonl")
+    for event in board.Scalars("compare/baseline_at_same_step"):
+        assert event.value == pytest.approx(max(row["top1"] for row in theirs if row["step"] <= event.step))
+    assert len(board.Scalars("compare/baseline_at_same_step")) == sum(row["step"] >= theirs[0]["step"] for row in rows)
+    assert board.PluginTagToContent("hparams").keys() >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+
+
+def test_the_same_video_is_shown_at_every_shape(tiny: Callable[..., Recipe], motions: Path) -> None:
+    recipe = tiny("clip.flip=0.0", "clip.short_side=[32, 32]")
+    train = open_data(recipe)[0]
+    for shape, strip in examples(train, recipe, make_plan(recipe, len(train))):
+        assert strip.dtype == torch.uint8
+        assert strip.shape == (shape.crop, shape.crop * min(4, shape.frames), 3)
+        assert strip.float().std() > 5  # pixels, not normalized ones

@@ -95,7 +95,7 @@ def test_every_figure_has_words_and_a_table(page: Page) -> None:
     assert all(len(picture["aria-label"] or "") > 20 for picture in pictures)
     assert sum(tag == "details" for tag, _ in page.tags) >= len(pictures)
     shown = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(shown) == 8  # shapes of the plan
+    assert len(shown) == 7  # shapes that the plan has steps of
     assert all("frames of a training clip at" in (picture["alt"] or "") for picture in shown)
     identifiers = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
     referred = re.findall(r"#([\w-]+)", " ".join(str(v) for _, a in page.tags for k, v in a.items() if "href" in k))

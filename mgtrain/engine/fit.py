@@ -23,7 +23,7 @@ from mgtrain.engine.finite import NonFiniteSteps, refuse_or_report
 from mgtrain.engine.memory import fit_memory
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.recalibrate import recalibrate
-from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_step
+from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_run, show_step
 from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
 from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
@@ -70,6 +70,8 @@ def fit(
     milestones = set(plan.milestones(recipe.evaluation.per_phase))
     due = state.step in milestones and not state.evaluated  # it was stopped before or in an evaluation
     run.rewind(state.step, evaluated=not due)
+    if state.step == 0:
+        show_run(run, recipe, plan, train)
     for row in run.rows("steps.jsonl")[-1:] if due else ():
         show_step(run, row)  # TensorBoard forgets a step as a whole
 
@@ -88,7 +90,7 @@ def fit(
         with clock.paused():
             recalibrated = recalibrate(model, train, recipe, world)
             predictions = evaluate(model, val, recipe, world)
-        log_evaluation(run, step, plan, predictions, clock, baseline)
+        log_evaluation(run, step, plan, predictions, clock, baseline, progress)
         return predictions.scores(), saved(replace(state, evaluated=True, recalibrated=recalibrated))
 
     with StopRequest() as asked, TrainProgress(plan, state.step, shown=world.main) as progress:

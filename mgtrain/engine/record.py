@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import torch
 import torchvision
 
@@ -22,11 +23,13 @@ from mgtrain.console import TrainProgress, duration
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.clock import Clock
+from mgtrain.engine.examples import examples
 from mgtrain.engine.step import StepResult
+from mgtrain.errors import DataError
 from mgtrain.grid import Shape
 from mgtrain.predictions import Predictions, Scores
 from mgtrain.recipe import Recipe
-from mgtrain.rundir import RunDir, speedup_at_equal_accuracy
+from mgtrain.rundir import RunDir, accuracy, best_until, speedup_at_equal_accuracy
 from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
@@ -93,10 +96,22 @@ def show_step(run: RunDir, row: dict[str, Any]) -> None:
     run.scalars(row["step"], {tag: row[key] for tag, key in STEP_TAGS.items() if row[key] is not None})
 
 
+def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
+    """Enter a new run into TensorBoard's table of runs, with what the network sees at every shape."""
+    run.parameters(recipe.flat(), ["val/top1", "time/train", "time/data"])
+    if run.writes:
+        try:
+            for shape, pixels in examples(train, recipe, plan):
+                run.image(0, f"clips/{shape}", pixels.numpy())
+        except DataError as error:
+            log.warning("no pictures of clips in TensorBoard: %s", error)
+
+
 def log_evaluation(
-    run: RunDir, step: Step, plan: Plan, predictions: Predictions, clock: Clock, baseline: RunDir | None
-) -> None:
-    """Write an evaluation down, and how much faster than the baseline this accuracy was reached."""
+    run: RunDir, step: Step, plan: Plan, predictions: Predictions, clock: Clock, baseline: RunDir | None,
+    progress: TrainProgress,
+) -> None:  # fmt: skip
+    """Write an evaluation down, and how it and the time to it compare with the baseline's."""
     scores = predictions.scores()
     row = {
         "step": step.index + 1,
@@ -112,13 +127,21 @@ def log_evaluation(
     scalars = {"val/top1": scores.top1, "val/top5": scores.top5, "val/loss": scores.loss}
     if scores.mean_ap is not None:
         scalars["val/mean_ap"] = scores.mean_ap
-    gained = ""
+    gained, judged = "", f"val {100 * accuracy(row):.1f} %"
     if baseline is not None and run.writes:
+        for key, name in (("train_seconds", "time"), ("step", "step")):
+            theirs = best_until(baseline.rows("evals.jsonl"), key, row[key])
+            if theirs is not None:
+                scalars[f"compare/baseline_at_same_{name}"] = theirs
+                judged += f", {baseline.name} {100 * theirs:.1f} % at this {name}"
         speedup = speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl"))
         if speedup is not None:
             scalars["compare/speedup"] = speedup
             gained = f", {speedup:.2f}x faster than {baseline.name} at equal accuracy"
+    progress.judged = f"  {judged}"
     run.scalars(step.index + 1, scalars)
+    for shape, times in progress.take_times().items():
+        run.histogram(step.index + 1, f"step_seconds/{shape}", np.array(times))
     phase, seconds = step.phase, clock.train_seconds
     log.info(
         f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "

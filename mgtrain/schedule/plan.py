@@ -144,9 +144,17 @@ class Plan(Sequence[Step]):
         """The steps from `start` on."""
         return (self[index] for index in range(start, len(self)))
 
+    def first_steps(self) -> dict[Shape, Step]:
+        """The distinct shapes, in the order in which the run first meets them, with the first step of each."""
+        firsts: dict[Shape, int] = {}
+        for phase in self.phases:
+            for offset, shape in enumerate(phase.shapes[: phase.steps]):
+                firsts.setdefault(shape, phase.first_step + offset)
+        return {shape: self[index] for shape, index in firsts.items()}
+
     def shapes(self) -> tuple[Shape, ...]:
         """The distinct shapes, in the order in which the run first meets them."""
-        return tuple(dict.fromkeys(shape for phase in self.phases for shape in phase.shapes[: phase.steps]))
+        return tuple(self.first_steps())
 
     def milestones(self, per_phase: int) -> tuple[int, ...]:
         """After how many steps the run is evaluated: `per_phase` times in each phase, the last time at its end."""

@@ -1,0 +1,43 @@
+"""What the network sees: one video's clip at every shape of a plan, as it comes out of the loader and augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mgtrain.clips.loader import RandomClips
+from mgtrain.clips.order import ClipRequest, video_at
+from mgtrain.datasets.videos import Videos
+from mgtrain.engine.step import augmented
+from mgtrain.errors import DataError
+from mgtrain.grid import Shape
+from mgtrain.models.options import pixel_statistics
+from mgtrain.models.part import Part
+from mgtrain.recipe import Recipe
+from mgtrain.schedule import Plan
+
+FRAMES = 4  # of a clip that are shown
+
+
+def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape, Tensor]]:
+    """Each shape and frames of its clip side by side, uint8 (S, n * S, 3), `FRAMES` of them or all.
+
+    The clip is that of the run's first video, so that shapes can be compared; it is not mixed with another.
+
+    Raises:
+        DataError: the video cannot be decoded, nor those that stand in for it.
+    """
+    unmixed = recipe.model_copy(update={"augment": recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})})
+    loader = RandomClips(train, recipe)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in pixel_statistics(recipe.model))
+    for shape, step in plan.first_steps().items():
+        loaded = loader[[ClipRequest(video_at(0, len(train), recipe.seed), 0, step.grid)]]
+        if loaded.given_up:
+            raise DataError(f"{train.root}: no video can be decoded, the first: {loaded.bad[0][1]}")
+        alone = Part(0, 1, shape.clips, shape.clips)
+        x, _ = augmented(loaded.clips.permute(0, 4, 1, 2, 3), loaded.labels, alone, step, unmixed)
+        pixels = (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[0]  # (3, T, S, S)
+        chosen = sorted({round(n * (shape.frames - 1) / max(1, FRAMES - 1)) for n in range(FRAMES)})
+        yield shape, pixels[:, chosen].permute(2, 1, 3, 0).flatten(1, 2)
