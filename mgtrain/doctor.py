@@ -18,9 +18,9 @@ import torchvision
 from torch import Tensor
 
 from mgtrain import __version__
-from mgtrain.clips.loader import usable_cores
 from mgtrain.engine.checks import DTYPES, check_precision
 from mgtrain.errors import MissingCapabilityError
+from mgtrain.machine import busy_cores, crowded, usable_cores
 from mgtrain.models.conv import Conv3d
 from mgtrain.recipe import Recipe
 
@@ -48,6 +48,7 @@ def examine(device: torch.device, recipe: Recipe | None = None) -> Iterator[Find
     """Look at everything, one after the other; with a recipe at its data, too."""
     yield from versions()
     yield from devices(device)
+    yield from cores()
     yield from codecs()
     yield from room()
     yield from convolutions(device)
@@ -90,6 +91,22 @@ def devices(device: torch.device) -> Iterator[Finding]:
             yield Finding("ranks", "good", "gloo")
         else:
             yield Finding("ranks", "missing", "no gloo", "install a build of torch with torch.distributed")
+
+
+def cores() -> Iterator[Finding]:
+    """Whether others are at work on the cores, and whether there are enough for torch's threads.
+
+    Threads of one step wait for each other, so that a core that another process holds makes it many times slower.
+    """
+    there, threads, busy = usable_cores(), torch.get_num_threads(), busy_cores()
+    if threads > there:
+        found = f"{threads} threads of torch on {there} cores"
+        yield Finding("cores", "could be better", found, f"a step is many times slower so: set OMP_NUM_THREADS={there}")
+    elif busy is not None and crowded(busy):
+        found = f"other processes are at work on {busy:.1f} of {there} cores"
+        yield Finding("cores", "could be better", found, "torch's threads wait for these: stop them, or measure later")
+    else:
+        yield Finding("cores", "good", f"{there}, {'idle' if busy is not None else 'use unknown'}")
 
 
 def codecs() -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import torch
 
 from mgtrain.bench import bench_shape
 from mgtrain.bench_step import measured, time_shape
-from mgtrain.clips.loader import usable_cores, worker_count
+from mgtrain.clips.loader import worker_count
 from mgtrain.console import duration
 from mgtrain.costs import multiply_adds
 from mgtrain.datasets.videos import Videos
@@ -22,6 +22,7 @@ from mgtrain.distributed import World
 from mgtrain.engine.checks import check_shapes, make_model
 from mgtrain.engine.step import to_device
 from mgtrain.grid import Shape
+from mgtrain.machine import busy_cores, crowded, usable_cores
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, baseline_recipe, make_plan
 
@@ -44,6 +45,7 @@ def forecast(
 
     Plain values, of the schema mgtrain.forecast/1.
     """
+    busy = busy_cores() or 0.0
     plans = {"plan": make_plan(recipe, len(videos)), "baseline": make_plan(baseline_recipe(recipe), len(videos))}
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     flops = check_shapes(recipe, steps)
@@ -65,6 +67,7 @@ def forecast(
     return {
         "schema": "mgtrain.forecast/1",
         "workers": worker_count(recipe, world),
+        "busy_cores": busy,
         "prepared": recipe.data.prepared is not None,
         "shapes": [{"shape": asdict(shape), "multiply_adds": flops[shape], **asdict(rates[shape])} for shape in rates],
         **runs,
@@ -108,6 +111,11 @@ def render(result: dict[str, Any]) -> str:
         f"training, evaluations apart: {took} against the baseline's {rival} ({result['speedup']:.2f}x less), with "
         f"1/{work:.2f} of its multiply-adds"
     )
+    if crowded(result["busy_cores"]):
+        lines.append(
+            f"other processes are at work on {result['busy_cores']:.1f} of {usable_cores()} cores, which makes all of "
+            "this slower than it is: measure again when they are through"
+        )
     if waiting:
         remedy = "more loader processes (hardware.workers)" if result["prepared"] else "`mgtrain data prepare`"
         lines.append(

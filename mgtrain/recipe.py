@@ -199,8 +199,8 @@ class Optim(Section):
     end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
     warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
     warmup_lr: NotNegative = Field(0.0, description="learning rate at the first step of warm-up")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = True
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
+    nesterov: bool = Field(True, description="whether the momentum looks ahead")
     weight_decay: NotNegative = Field(1e-4, description="of everything but BatchNorm")
     head_lr: Positive = Field(1.0, description="learning rate of the classifier, relative to that of the rest")
 
@@ -283,7 +283,7 @@ class Faults(Section):
 class Recipe(Section):
     """Everything that defines a run. Two runs of one recipe see the same clips in the same steps."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of the weights, clips and everything drawn")
     data: Data
     clip: Clip
     augment: Augment = Augment()

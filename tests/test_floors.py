@@ -14,9 +14,9 @@ import mgtrain
 
 PACKAGE = Path(mgtrain.__file__).parent
 FLOORS = [
-    ["errors", "grid", "rng", "models.options", "watchdog", "signals"],
+    ["errors", "grid", "rng", "models.options", "watchdog", "signals", "machine"],
     ["recipe", "isolated", "manifest"],
-    ["schedule"],
+    ["schedule", "reference"],
     ["clips.order", "clips.cut", "clips.decode", "clips.prepared", "clips.pixels", "clips.augment", "models",
      "datasets", "distributed", "console"],
     ["clips.loader", "checkpoint", "rundir", "prepare", "check", "predictions"],

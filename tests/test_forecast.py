@@ -44,8 +44,8 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
     run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), None) | {"multiply_adds": 2}
     shape = {"clips": 64, "frames": 2, "crop": 16}
     row = {"shape": shape, "multiply_adds": 2, "compute": 1.0, "load": 2.0, "load_cores": 0.5}
-    result = {"workers": 3, "prepared": False, "shapes": [row], "plan": run, "baseline": run, "speedup": 1.0,
-              "speedup_without_waiting": 2.5}  # fmt: skip
+    result = {"workers": 3, "prepared": False, "busy_cores": 0.0, "shapes": [row], "plan": run, "baseline": run,
+              "speedup": 1.0, "speedup_without_waiting": 2.5}  # fmt: skip
     text = render(result)
     for words in (
         "64x2x16²",
@@ -57,6 +57,8 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
     ):
         assert words in text
     assert "hardware.workers" in render({**result, "prepared": True})
+    assert "other processes" not in text
+    assert "other processes are at work on 1.5 of" in render({**result, "busy_cores": 1.5})
 
 
 def test_the_plan_is_measured(

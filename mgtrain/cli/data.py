@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import DeviceOption, Json, Overrides, RecipeArgument, check_finite, cores
+from mgtrain.cli.options import DeviceOption, Json, Overrides, RecipeArgument, check_finite
 from mgtrain.console import err, out, start_logging
 from mgtrain.errors import UsageError
+from mgtrain.machine import usable_cores
 from mgtrain.recipe import load_recipe
 
 data_app = typer.Typer(name="data", help="Make and look at data sets.", no_args_is_help=True)
@@ -183,7 +184,7 @@ def stats(
 
     loaded = load_recipe(recipe, overrides or ())
     videos = open_splits(loaded.data)[split.value]
-    count = workers if workers is not None else min(16, cores())
+    count = workers if workers is not None else min(16, usable_cores())
     with progress() as show:
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
@@ -232,8 +233,8 @@ def check(
     names = {split: [videos.name(n) for n in range(len(videos))] for split, videos in splits.items()}
     with progress() as show:
         records = look(
-            data.root, [name for split in names.values() for name in split], file, loaded.clip, workers or cores(),
-            seconds=seconds, memory=round(memory * 1e9), progress=show,
+            data.root, [name for split in names.values() for name in split], file, loaded.clip,
+            workers or usable_cores(), seconds=seconds, memory=round(memory * 1e9), progress=show,
         )  # fmt: skip
     status = {record["path"]: record["status"] for record in records}
     counted = {split: Counter(status[name] for name in within) for split, within in names.items()}
@@ -292,7 +293,7 @@ def prepare(
     data = load_recipe(recipe, overrides or ()).data
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
     settings = Settings(parse_levels(levels), quality, fps)
-    count = workers or cores()
+    count = workers or usable_cores()
     paths = [videos.name(n) for videos in open_splits(data).values() for n in range(len(videos))]
 
     def by_level(sizes: tuple[int, ...], originals: int) -> str:
@@ -338,7 +339,7 @@ def verify(
     from mgtrain.prepare import verify as look
 
     with progress() as show:
-        wrong = look(folder, cores(), show)
+        wrong = look(folder, usable_cores(), show)
     if json_:
         out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
     for file, problem in [] if json_ else wrong.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -40,10 +39,6 @@ CheckpointArgument = Annotated[
 def check_finite(option: str, value: float | None) -> None:
     if value is not None and not math.isfinite(value):
         raise UsageError(f"{option} {value}: has to be a finite number")
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def checkpoint_path(checkpoint: str) -> Path:

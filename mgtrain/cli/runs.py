@@ -380,6 +380,17 @@ def show_recipe(name: str) -> None:
     sys.stdout.write(harmless(find_recipe(name).read_text(encoding="utf-8")))
 
 
+@recipes_app.command("keys")
+def recipe_keys() -> None:
+    """Print every key of a recipe with its type, range, default and meaning, as Markdown.
+
+    Example:  mgtrain recipes keys | less
+    """
+    from mgtrain.reference import reference
+
+    sys.stdout.write(reference())
+
+
 @ckpt_app.command("inspect")
 def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
     """Say what a checkpoint holds and belongs to.

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from mgtrain.cli.data import Seed
-from mgtrain.cli.options import DeviceOption, Json, check_finite, cores
+from mgtrain.cli.options import DeviceOption, Json, check_finite
 from mgtrain.console import err, out
 from mgtrain.errors import UsageError
+from mgtrain.machine import usable_cores
 
 SAMPLE = 200  # videos that are opened
 SHARE = 0.2  # of the videos, for validation
@@ -66,7 +67,7 @@ def init(
         train, held_out = parts.splits["train"], parts.splits["val"]
         looked = make_stats(
             train, Clip(frames=1, stride=1, crop=8, short_side=(8, 8)), sample=SAMPLE, seed=seed,
-            workers=min(16, cores()), progress=show,
+            workers=min(16, usable_cores()), progress=show,
         )  # fmt: skip
         for cause in looked.broken:
             err.print(f"warning: {cause}", style="yellow", soft_wrap=True)

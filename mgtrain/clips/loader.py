@@ -42,6 +42,7 @@ from mgtrain.datasets.videos import Videos, mirrored_labels
 from mgtrain.distributed import World
 from mgtrain.errors import DataError, VideoError
 from mgtrain.grid import Grid
+from mgtrain.machine import usable_cores
 from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan
@@ -284,11 +285,6 @@ def evaluation_grid(recipe: Recipe) -> Grid:
     return Grid(
         clip.frames, evaluation.crop, (clip.stride, clip.stride), (evaluation.short_side, evaluation.short_side)
     )
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count(recipe: Recipe, world: World) -> int:

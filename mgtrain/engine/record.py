@@ -34,6 +34,7 @@ from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
 
+TOLD = ("seed", "schedule", "optim", "batch", "clip", "model")  # sections in TensorBoard's table of runs
 STEP_TAGS = {
     "train/loss": "loss",
     "train/top1": "top1",
@@ -98,7 +99,8 @@ def show_step(run: RunDir, row: dict[str, Any]) -> None:
 
 def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
     """Enter a new run into TensorBoard's table of runs, with what the network sees at every shape."""
-    run.parameters(recipe.flat(), ["val/top1", "time/train", "time/data"])
+    told = {key: value for key, value in recipe.flat().items() if key.partition(".")[0] in TOLD}
+    run.parameters(told, ["val/top1", "time/train", "time/data"])
     if run.writes:
         try:
             for shape, pixels in examples(train, recipe, plan):
