@@ -251,6 +251,10 @@ class Hardware(Section):
     recompute: bool = Field(
         False, description="keep only the blocks' inputs for the backward pass: less memory, a third more time"
     )
+    compile: Literal["no", "default", "graphs"] = Field(
+        "no",
+        description="by torch.compile, each shape for itself where its steps win back the time; graphs: as CUDA graphs",
+    )
     workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None,
         description="loader processes per rank; none given: the cores shared among the ranks, half of that on a CPU",

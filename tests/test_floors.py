@@ -21,7 +21,7 @@ FLOORS = [
      "datasets", "distributed", "console"],
     ["clips.loader", "checkpoint", "rundir", "prepare", "check", "predictions"],
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
-     "engine.mix", "engine.finite", "engine.memory", "engine.resume", "weights"],
+     "engine.mix", "engine.warmup", "engine.finite", "engine.memory", "engine.resume", "weights"],
     ["engine.fit", "engine.trained", "engine.predict", "engine.record", "engine.examples",
      "compare", "bench", "bench_step", "costs",
      "stats"],

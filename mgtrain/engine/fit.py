@@ -27,6 +27,7 @@ from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_r
 from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
 from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
+from mgtrain.engine.warmup import warm_up
 from mgtrain.errors import StoppedError
 from mgtrain.predictions import Scores
 from mgtrain.recipe import Recipe
@@ -75,6 +76,7 @@ def fit(
     for row in run.rows("steps.jsonl")[-1:] if due else ():
         show_step(run, row)  # TensorBoard forgets a step as a whole
 
+    mode = warm_up(model, recipe, plan, state.step, world)
     replica = replicate(model, world)
     batches = train_batches(train, recipe, plan, state.step, world, BadVideos(len(train), recipe.data.max_bad_fraction))
     clock, scores, bad = Clock(state.train_seconds, state.data_seconds), None, NonFiniteSteps()
@@ -99,7 +101,8 @@ def fit(
         for step in plan.steps(state.step):
             stops = any_rank(asked.signal is not None)
             clips, labels = clock.wait_for(batches)  # uint8 (b, 3, T, S, S), int64 (b,)
-            result = train_step(replica, learner.optimizer, scaler, clips, labels, step, recipe, world)
+            with mode(step.shape):
+                result = train_step(replica, learner.optimizer, scaler, clips, labels, step, recipe, world)
             done = step.index + 1
             logs = done % recipe.logging.steps == 0 or done in milestones
             saves = done % recipe.logging.checkpoint_steps == 0 or done in milestones or stops

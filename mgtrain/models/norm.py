@@ -61,10 +61,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         if part is None or not self.training:
             return super().forward(x)
         assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
-        if self.groups != part.bn_groups:
-            self._restart_slots(part)
-        elif self.everyones:
-            self._keep_own_slots(part)
+        self.begin(part)
         if part.span > 1:
             return self._norm_piece(x, part)
         groups = x.chunk(part.clips // part.group_clips)
@@ -77,6 +74,13 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             return normed
         outputs = [self._norm_group(clips, slot) for slot, clips in enumerate(groups, part.slot)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (B, C, T, H, W)
+
+    def begin(self, part: Part) -> None:
+        """Make room for the statistics of a part's groups, if its step is the first with so many of them."""
+        if self.training and self.groups != part.bn_groups:
+            self._restart_slots(part)
+        elif self.training and self.everyones:
+            self._keep_own_slots(part)
 
     def train(self, mode: bool = True) -> GroupBatchNorm3d:
         return super().train(mode and not self.frozen)
@@ -252,6 +256,24 @@ def reset_group_stats(model: nn.Module) -> None:
     """Forget all running statistics but frozen ones, as before recalibration."""
     for norm in _group_norms(model):
         norm.reset_running_stats()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever the model sees within, its BatchNorms' statistics are afterwards what they were."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [
+        ({name: buffer.clone() for name, buffer in norm.named_buffers()}, getattr(norm, "groups", 0),
+         getattr(norm, "everyones", False)) for norm in norms
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for norm, (buffers, groups, everyones) in zip(norms, before, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
+            if isinstance(norm, GroupBatchNorm3d):
+                norm.groups, norm.everyones = groups, everyones
 
 
 def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:

@@ -69,3 +69,5 @@ def set_part(model: nn.Module, part: Part | None) -> None:
     for module in model.modules():
         if hasattr(module, "part"):
             module.part = part  # type: ignore[assignment]
+        if part is not None and hasattr(module, "begin"):
+            module.begin(part)  # type: ignore[operator]  # here, so that a compiled forward pass need not
