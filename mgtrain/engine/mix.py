@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mgtrain.clips.augment import inside
@@ -27,7 +26,9 @@ def mix(x: Tensor, labels: Tensor, part: Part, rng: np.random.Generator, recipe:
     weight = kept(part, x.shape[-1], rng, recipe.augment.mixup, recipe.augment.cutmix).to(x.device, x.dtype)
     pairs = x.view(-1, 2, *x.shape[1:])  # (B / 2, 2, 3, T, S, S)
     mixed = pairs.flip(1).lerp_(pairs, weight[:, None]).flatten(0, 1)
-    rows = F.one_hot(labels, recipe.data.classes) if labels.ndim == 1 else labels  # (B, classes)
+    rows = labels  # (B, classes)
+    if labels.ndim == 1:  # not by `one_hot`, which looks at the labels first
+        rows = labels[:, None] == torch.arange(recipe.data.classes, device=labels.device)
     own = rows.to(x.dtype).view(-1, 2, recipe.data.classes)  # (B / 2, 2, classes)
     targets = own.flip(1).lerp_(own, weight.mean((1, 2, 3, 4))[:, None, None]).flatten(0, 1)
     return mixed, targets

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -44,16 +44,28 @@ def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: Wor
     compiles = recipe.hardware.compile != "no"
     if not compiles and world.device.type == "cpu":
         return lambda shape: nullcontext()
-    if compiles:
-        model.compile(dynamic=False, mode=MODES[recipe.hardware.compile])
     left = _steps_left(plan, start)
     with undisturbed(model):
-        eager = {shape: _timed(model, recipe, step, world, eager=True) for shape, (step, _) in left.items()}
+        eager = {shape: _timed(model, recipe, step, world) for shape, (step, _) in left.items()}
         chosen = _compiled(model, recipe, left, eager, world) if compiles else frozenset()
     model.zero_grad(set_to_none=True)
-    if not compiles:
-        return lambda shape: nullcontext()
-    return lambda shape: nullcontext() if shape in chosen else torch.compiler.set_stance("force_eager")
+    return lambda shape: compiled(model, recipe) if shape in chosen else nullcontext()
+
+
+@contextmanager
+def compiled(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Within it the model's calls are compiled, for each shape of input anew; elsewhere they are what they were.
+
+    Evaluations and recalibration stay as they are: these have shapes and settings of BatchNorm of their own.
+    """
+    if not hasattr(model, "compiled_call"):
+        model.compile(dynamic=False, mode=MODES[recipe.hardware.compile])
+        object.__setattr__(model, "compiled_call", model._compiled_call_impl)
+    model._compiled_call_impl = model.compiled_call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
 
 
 def _compiled(
@@ -69,11 +81,11 @@ def _compiled(
         if not whole or not pays(steps, eager[shape], gain, seconds):
             continue  # each pass of several would be compiled by itself
         begun = time.perf_counter()
-        compiled = _timed(model, recipe, step, world, eager=False)
-        # All ranks have to decide alike.
-        seconds, compiled = world.from_main((time.perf_counter() - begun - PASSES * compiled, compiled))
-        gain, spent = 1 - compiled / eager[shape], spent + seconds
-        log.info(f"compiled {shape} in {duration(seconds)}: {1e3 * eager[shape]:.0f} -> {1e3 * compiled:.0f} ms a pass")
+        with compiled(model, recipe):
+            now = _timed(model, recipe, step, world)
+        seconds = world.from_main(time.perf_counter() - begun - PASSES * now)  # all ranks have to decide alike
+        gain, spent = 1 - now / eager[shape], spent + seconds
+        log.info(f"compiled {shape} in {duration(seconds)}: {1e3 * eager[shape]:.0f} -> {1e3 * now:.0f} ms a pass")
         if gain > 0:
             chosen.add(shape)
     log.info(f"{len(chosen)} of {len(left)} shapes run compiled, after {duration(spent)} of compiling")
@@ -103,7 +115,7 @@ def _steps_left(plan: Plan, start: int) -> dict[Shape, tuple[Step, int]]:
     return found
 
 
-def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World, eager: bool) -> float:
+def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
     """Seconds of a forward and backward pass of the step's size, the least of some; all ranks at once."""
     shape, share = step.shape, step.shape.clips // world.size
     clips = pass_clips(recipe, shape, step.bn_groups, world.size)
@@ -116,7 +128,7 @@ def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World, eager: bo
         set_part(model, part)
         _wait(world)
         begun = time.perf_counter()
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext(), autocast(recipe, world):
+        with autocast(recipe, world):
             model(pixels).float().sum().backward()
         _wait(world)
         times.append(time.perf_counter() - begun)

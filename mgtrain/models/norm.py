@@ -42,7 +42,6 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     part: Part | None = None
     frozen: bool = False  # whether the running statistics stay as they are, and normalize in training, too
     momentum: float
-    pool: bool = False  # see `set_momentum`
     running_mean: Tensor  # (C)
     running_var: Tensor  # (C)
     group_mean: Tensor  # (slots, C)
@@ -51,6 +50,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(channels, eps, momentum)
         self.usual_momentum = momentum
+        self.pool = False  # see `set_momentum`
         self.groups = 0  # BatchNorm groups of the global batch that the slots are for; 0: for none yet
         self.everyones = False  # whether the slots are those of all ranks, as `put_group_stats` leaves them
         self.register_buffer("group_mean", torch.empty(0, channels), persistent=False)
