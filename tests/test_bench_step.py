@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mgtrain.bench_step import bench_step, convolutions_alone, measured
+from mgtrain.cli import app
 from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model
 from mgtrain.recipe import Recipe
@@ -54,13 +55,12 @@ def test_convolutions_alone_are_all_of_the_networks(tiny: Callable[..., Recipe])
     assert torch.is_grad_enabled()
 
 
-def test_the_command_prints_a_table_or_json(
-    tiny_text: str, tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    (tmp_path / "tiny.yaml").write_text(tiny_text)
-    result = mgtrain(tmp_path, "bench", "step", "tiny.yaml", "--repeats", "1", "--json")
-    assert result.returncode == 0, result.stderr
+def test_the_command_prints_a_table_or_json(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--json"])
+    assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["schema"] == "mgtrain.bench_step/1"
-    result = mgtrain(tmp_path, "bench", "step", "tiny.yaml", "--repeats", "1", "--videos", "24")
+    result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--videos", "24"])
     assert "at equal volume the slowest shape takes" in result.stdout
     assert "64x2x16²" in result.stdout

@@ -143,7 +143,7 @@ def test_a_plan_as_a_table(mgtrain: Start, here: Path) -> None:
 
 
 def test_a_plan_without_the_data_needs_the_number_of_videos(mgtrain: Start, here: Path) -> None:
-    nowhere = ("plan", "tiny.yaml", "data.root=nowhere", "--json")
+    nowhere = ("plan", "tiny.yaml", "data.root=nowhere", "--json", "--no-costs")
     assert "give --videos to plan without the data" in mgtrain(here, *nowhere).stderr
     assert result(mgtrain(here, *nowhere, "--videos", 1000))["videos"] == 1000
     assert result(mgtrain(here, *nowhere, "data.videos=500"))["videos"] == 500

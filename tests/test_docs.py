@@ -111,6 +111,7 @@ def test_ones_own_data_run(motions: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert len((tmp_path / "scores.csv").read_text().splitlines()) > 2
 
 
+@pytest.mark.slow
 def test_kinetics_runs(motions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "val"):
         rows = ["label,youtube_id,time_start,time_end,split"]

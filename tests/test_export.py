@@ -65,7 +65,11 @@ def trained(tiny: Callable[..., Recipe], request: pytest.FixtureRequest) -> Trai
 
 @pytest.mark.parametrize(
     ("trained", "suffix"),
-    [*((name, ".onnx") for name in MODELS), ("slowfast_r50", ".pt2"), ("i3d_nln_r50", ".safetensors")],
+    [
+        *(pytest.param(name, ".onnx", marks=[pytest.mark.slow] * (name == "i3d_nln_r50")) for name in MODELS),
+        ("slowfast_r50", ".pt2"),
+        ("i3d_nln_r50", ".safetensors"),
+    ],
     indirect=["trained"],
 )
 def test_the_check_finds_what_was_written_equal_at_any_size(trained: Trained, suffix: str, tmp_path: Path) -> None:

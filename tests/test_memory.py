@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from typer.testing import CliRunner
 
+from mgtrain.cli import app
 from mgtrain.costs import costs, steps_of_shapes
 from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model, pass_clips
@@ -164,15 +165,15 @@ def test_costs_add_up(tiny: Callable[..., Recipe]) -> None:
     assert one_rank["shapes"][0]["memory_bytes"] > found["shapes"][0]["memory_bytes"]
 
 
-def test_plan_tells_costs_draws_and_limits(
-    tiny_text: str, tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    (tmp_path / "tiny.yaml").write_text(tiny_text)
-    shown = mgtrain(tmp_path, "plan", "tiny.yaml", "--gpus", 2, "--memory", 8, "--picture", "s.svg")
+def test_plan_tells_costs_draws_and_limits(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    words = ["plan", "tiny.yaml", "--gpus", "2", "--memory", "8", "--picture", "s.svg"]
+    shown = CliRunner().invoke(app, words)
     for words in ("multiply-adds", "memory per GPU of 2", "hardware.recompute=false", "clips  █"):
         assert words in shown.stdout
     assert "<svg" in (tmp_path / "s.svg").read_text()
-    said = json.loads(mgtrain(tmp_path, "plan", "tiny.yaml", "--json").stdout)
+    said = json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", "--json"]).stdout)
     assert said["ratios"]["multiply_adds"] < 1
     assert said["costs"]["gpus"] == 1
 
