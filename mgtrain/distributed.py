@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgtrain.errors import MissingCapabilityError, RanksLostError
+from mgtrain.machine import keep_freed_memory
 from mgtrain.watchdog import Watchdog
 
 Value = TypeVar("Value")
@@ -129,6 +130,8 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", 1))
     watchdog = Watchdog(timeout_seconds, rank_of_environment(), _launcher())
     with watchdog.on_watch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from contextlib import suppress
@@ -9,6 +10,8 @@ from pathlib import Path
 
 STAT = Path("/proc/stat")  # Linux's
 MUCH = 0.2  # share of the cores
+# M_MMAP_THRESHOLD, at its largest: below it memory comes from the heap; M_TRIM_THRESHOLD: and the heap never shrinks.
+KEEPING = {-3: 32 << 20, -1: 2**31 - 1}
 
 
 def usable_cores() -> int:
@@ -31,6 +34,20 @@ def busy_cores(seconds: float = 0.5) -> float | None:
 def crowded(busy: float | None) -> bool:
     """Whether others are at work on so many of the cores that a measurement says little."""
     return busy is not None and busy > MUCH * usable_cores()
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what a step frees, for the next step; whether it can.
+
+    A step of a CPU allocates and frees hundreds of megabytes. Given back to the system they have to be cleared page by
+    page when the next step asks for them: up to half of a step's time. glibc decides by what a process happens to free
+    first; here it is decided.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        taken: int = sum(library.mallopt(key, value) for key, value in KEEPING.items())
+        return taken == len(KEEPING)
+    return False
 
 
 def _usable() -> set[int]:

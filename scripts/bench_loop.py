@@ -24,7 +24,7 @@ from torch import nn
 
 import mgtrain.engine.fit as loop
 import mgtrain.engine.step as stepping
-from mgtrain.distributed import World
+from mgtrain.distributed import connect
 from mgtrain.errors import StoppedError
 from mgtrain.recipe import load_recipe
 from mgtrain.rundir import RunDir
@@ -118,8 +118,8 @@ def measure(recipe: Any, steps: int) -> dict[str, list[dict[str, float]]]:
     loop.Clock, loop.TrainProgress = Clock, Progress
     Clock.wait_for = timed("waiting", loop.Clock.wait_for)  # type: ignore[method-assign]
     stepping.augmented = timed("pixels", stepping.augmented)
-    with tempfile.TemporaryDirectory() as folder, suppress(StoppedError):
-        loop.fit(recipe, RunDir(Path(folder) / "run"), World())
+    with tempfile.TemporaryDirectory() as folder, connect("cpu") as world, suppress(StoppedError):
+        loop.fit(recipe, RunDir(Path(folder) / "run"), world)
     return {shape: found[1:] for shape, found in rows.items() if len(found) > 1}
 
 

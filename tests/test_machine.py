@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,25 @@ def test_a_process_at_work_is_seen() -> None:
     finally:
         worker.kill()
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_freed_memory_is_kept() -> None:
+    program = (
+        "import numpy, resource, sys\nfrom mgtrain.machine import keep_freed_memory\n"
+        "if sys.argv[1] == 'kept': assert keep_freed_memory()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def step(): [numpy.ones(1 << 21) for _ in range(4)]\n"  # 16 MiB each
+        "step(); before = faults(); step(); print(faults() - before)"
+    )
+    faults = {
+        how: int(
+            subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout
+        )
+        for how in ("kept", "given back")
+    }
+    assert faults["kept"] < 100
+    assert faults["given back"] > faults["kept"]
 
 
 def test_where_the_system_does_not_say_nothing_is_crowded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
