@@ -24,6 +24,7 @@ import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -364,8 +365,21 @@ def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
 
 
 def _transfer(clips: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same on the device, to which pinned memory is still being copied."""
-    return clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    """A batch on the device; on a GPU it is copied on a stream of its own, beside the step that is at work there."""
+    if device.type != "cuda":
+        return clips.to(device), labels.to(device)
+    copying, working = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying):
+        there = clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    working.wait_stream(copying)
+    for tensor in there:
+        tensor.record_stream(working)  # so that its memory is not used anew before the step is through
+    return there
+
+
+@lru_cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _server() -> BaseContext:
