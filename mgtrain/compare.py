@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Summary:
     voxels: int
     multiply_adds: float  # of the forward passes
     train_seconds: float  # without evaluations and checkpoints
+    gpu_hours: float  # of training, over all ranks, whether on GPUs or not
     data_seconds: float  # of these, spent waiting for data
     eval_seconds: float
     metric: str  # what the accuracy is: top-1, or mAP where videos have several labels
@@ -61,7 +63,6 @@ def summarize(run: RunDir) -> Summary:
     if not all(is_number(row[key]) for row in evals for key in EVALUATED):
         raise CheckpointError(f"{run.path}: evals.jsonl is damaged; each of {', '.join(EVALUATED)} has to be a number")
     plan = make_plan(run.recipe(), plan_file["videos"])
-    per_clip = {(row["frames"], row["crop"]): row["multiply_adds"] for row in plan_file["flops_per_clip"]}
     steps = [plan[index].shape for index in range(last["step"])]
     clips = sum(shape.clips for shape in steps)
     return Summary(
@@ -71,8 +72,9 @@ def summarize(run: RunDir) -> Summary:
         epochs=clips / plan.videos,
         clips=clips,
         voxels=sum(shape.voxels for shape in steps),
-        multiply_adds=float(sum(shape.clips * per_clip[shape.frames, shape.crop] for shape in steps)),
+        multiply_adds=multiply_adds_until(run, [last["step"]])[0],
         train_seconds=last["train_seconds"],
+        gpu_hours=last["train_seconds"] * run.read("env.json")["ranks"] / 3600,
         data_seconds=last["data_seconds"],
         eval_seconds=sum(row["eval_seconds"] for row in evals),
         metric=accuracy_name(last),
@@ -82,6 +84,15 @@ def summarize(run: RunDir) -> Summary:
         top5=last["top5"],
         videos=last["videos"],
     )
+
+
+def multiply_adds_until(run: RunDir, ends: Sequence[int]) -> list[float]:
+    """Of the forward passes of the first so many steps, for each of these numbers of steps."""
+    plan_file = run.read("plan.json")
+    plan = make_plan(run.recipe(), plan_file["videos"])
+    per_clip = {(row["frames"], row["crop"]): row["multiply_adds"] for row in plan_file["flops_per_clip"]}
+    sums = list(accumulate(s.shape.clips * per_clip[s.shape.frames, s.shape.crop] for s in plan[: max(ends)]))
+    return [float(sums[end - 1]) for end in ends]
 
 
 def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
@@ -133,7 +144,8 @@ def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
     same = not other_device
     target = theirs.best_accuracy
     reached = time_to_accuracy(run.rows("evals.jsonl"), target)
-    speedups["train_seconds"] = theirs.train_seconds / ours.train_seconds if same else None
+    for key in ("train_seconds", "gpu_hours"):
+        speedups[key] = getattr(theirs, key) / getattr(ours, key) if same else None
     speedups["at_equal_accuracy"] = (
         speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl")) if same else None
     )
@@ -286,6 +298,7 @@ def render(result: dict[str, Any]) -> Group:
         row(label, form.format(theirs[key]), form.format(ours[key]), gain(key))
     row("training time", duration(theirs["train_seconds"]), duration(ours["train_seconds"]), gain("train_seconds"))
     row("  waiting for data", _share(theirs, "data_seconds"), _share(ours, "data_seconds"))
+    row("GPU-hours", f"{theirs['gpu_hours']:.3g}", f"{ours['gpu_hours']:.3g}", gain("gpu_hours"))
     row("evaluation, apart", duration(theirs["eval_seconds"]), duration(ours["eval_seconds"]))
     for name, key in ((ours["metric"], "accuracy"), ("top-1", "top1"), ("top-5", "top5")):
         if key == "accuracy" or name != ours["metric"]:

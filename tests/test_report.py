@@ -91,7 +91,7 @@ def test_the_page_says_what_the_comparison_says(runs: list[RunDir], page: Page) 
 
 def test_every_figure_has_words_and_a_table(page: Page) -> None:
     pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(pictures) == 3 + 2 * 2
+    assert len(pictures) == 5 + 2 * 2
     assert all(len(picture["aria-label"] or "") > 20 for picture in pictures)
     assert sum(tag == "details" for tag, _ in page.tags) >= len(pictures)
     shown = [attributes for tag, attributes in page.tags if tag == "img"]

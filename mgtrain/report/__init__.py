@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mgtrain import __version__
-from mgtrain.compare import compare, guarded, summarize, times
+from mgtrain.compare import compare, guarded, multiply_adds_until, summarize, times
 from mgtrain.console import duration
 from mgtrain.errors import CheckpointError
 from mgtrain.report.figures import COLOURS, curves, schedule, time_split
@@ -66,6 +66,7 @@ def _describe(run: RunDir, colour: str) -> dict[str, Any]:
     """All that the page tells of one run, as plain values."""
     evals, plan = run.rows("evals.jsonl"), run.read("plan.json")
     summary = summarize(run)
+    work = multiply_adds_until(run, [row["step"] for row in evals])
     return {
         "name": run.name,
         "colour": colour,
@@ -81,10 +82,12 @@ def _describe(run: RunDir, colour: str) -> dict[str, Any]:
                 "seconds": row["train_seconds"],
                 "steps": row["step"],
                 "epochs": row["epoch"],
+                "multiply_adds": done,
+                "gpu_hours": summary.gpu_hours * row["train_seconds"] / max(summary.train_seconds, 1e-9),
                 "accuracy": accuracy(row),
                 "loss": row["loss"],
             }
-            for row in evals
+            for row, done in zip(evals, work, strict=True)
         ],
         "last": evals[-1],
     }
@@ -118,6 +121,7 @@ def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, 
         ("clips", [f"{s.clips:,}" for s in summaries], "clips"),
         ("multiply-adds, forward", [f"{s.multiply_adds:.3g}" for s in summaries], "multiply_adds"),
         ("training time", [duration(s.train_seconds) for s in summaries], "train_seconds"),
+        ("GPU-hours", [f"{s.gpu_hours:.3g}" for s in summaries], "gpu_hours"),
         ("waiting for data", [f"{100 * s.data_seconds / max(s.train_seconds, 1e-9):.0f} %" for s in summaries], None),
         ("evaluation, apart", [duration(s.eval_seconds) for s in summaries], None),
         (summaries[0].metric, [f"{100 * s.accuracy:.1f} %" for s in summaries], None),

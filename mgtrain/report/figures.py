@@ -59,9 +59,15 @@ def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
     """Accuracy against training time, steps and epochs."""
     found = []
     metric = views[0]["summary"].metric
-    for key, label, unit in (("seconds", "minutes of training", 60), ("steps", "steps", 1), ("epochs", "epochs", 1)):
+    for key, label, unit in (
+        ("seconds", "minutes of training", 60),
+        ("steps", "steps", 1),
+        ("epochs", "epochs", 1),
+        ("multiply_adds", "tera-multiply-adds, forward", 1e12),
+        ("gpu_hours", "GPU-hours", 1),
+    ):
 
-        def draw(axes: Axes, key: str = key, label: str = label, unit: int = unit) -> None:
+        def draw(axes: Axes, key: str = key, label: str = label, unit: float = unit) -> None:
             for view in views:
                 x = [point[key] / unit for point in view["curve"]]
                 y = [100 * point["accuracy"] for point in view["curve"]]
