@@ -80,6 +80,7 @@ def test_a_set_is_a_list_of_real_videos(made: Path):
     rng = generator(0, Draw.SYNTHETIC, 0, ALL_MOTIONS.index("left"), 1)
     drawn = draw_motion("left", rng, frames=12, size=SIZE)[[0, 11], :, :42]
     assert np.abs(clip.astype(int) - drawn).mean() < 8  # lossy
+    assert b"mbtree=0" in Path(train.path(1)).read_bytes()  # with it, some processes write other pixels than others
 
 
 def test_a_complete_set_is_kept_and_another_one_refused(made: Path):
