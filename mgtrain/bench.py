@@ -23,15 +23,17 @@ from unittest import mock
 import numpy as np
 import torch
 
+from mgtrain.bench_step import step_seconds as seconds_of_step
 from mgtrain.clips import decode, loader, prepared
 from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, RandomClips, batches_of, worker_count
 from mgtrain.clips.order import ClipRequest, video_at
 from mgtrain.clips.prepared import Settings
+from mgtrain.console import duration
+from mgtrain.costs import ShapeRate, hours, steps_of_shapes
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
-from mgtrain.engine.checks import make_model
-from mgtrain.engine.optim import make_optimizer
-from mgtrain.engine.step import to_device, train_step
+from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.step import to_device
 from mgtrain.errors import DataError
 from mgtrain.grid import Grid, Shape
 from mgtrain.prepare import prepare
@@ -40,6 +42,7 @@ from mgtrain.rng import Draw, generator
 from mgtrain.schedule import Plan, baseline_recipe, make_plan
 
 SAMPLE = 16  # videos that are prepared to see what it gives
+STEPS = 2  # that are timed, after one that is not
 
 # stage -> the functions whose time it is, without that of others among them
 STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
@@ -106,7 +109,7 @@ def bench_data(
     plan, baseline = make_plan(recipe, len(videos)), make_plan(baseline_recipe(recipe), len(videos))
     phases = [*plan.phases, *baseline.phases]
     grids = {shape: grid for p in phases for shape, grid in list(zip(p.shapes, p.grids, strict=True))[: p.steps]}
-    step = step_seconds or time_step(recipe, world)
+    step = step_seconds or base_step_seconds(recipe, baseline, world)
     kinds = 1 if recipe.data.prepared else 2
 
     def bench(name: str, recipe: Recipe, videos: Videos, done: int) -> dict[str, Any]:
@@ -115,8 +118,11 @@ def bench_data(
             rows.append(bench_shape(recipe, videos, world, shape, grid, seconds, shape.clips / step))
             progress("measuring", done + n, kinds * len(grids))
         costs = {shape: row["core_seconds_per_step"] for shape, row in zip(grids, rows, strict=True)}
-        rates = {shape: row["loader_clips_per_second"] for shape, row in zip(grids, rows, strict=True)}
-        totals = {key: forecast(of, rates, step) for key, of in (("plan", plan), ("baseline", baseline))}
+        rates = {
+            shape: ShapeRate(step, shape.clips / row["loader_clips_per_second"], costs[shape])
+            for shape, row in zip(grids, rows, strict=True)
+        }
+        totals = {key: hours(of, rates, None) for key, of in (("plan", plan), ("baseline", baseline))}
         return {"name": name, "shapes": rows, "cost": cost(plan, recipe.base, costs), **totals}
 
     first = bench("prepared" if recipe.data.prepared else "originals", recipe, videos, 0)
@@ -190,52 +196,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def time_step(recipe: Recipe, world: World) -> float:
-    """Seconds of a training step of the base shape: on a CPU those of two clips, times the pairs."""
-    clips = 2 if world.device.type == "cpu" else min(recipe.batch.clips, recipe.hardware.micro_clips or 64)
-    batch = recipe.batch.model_copy(update={"clips": clips, "bn_clips": min(clips, recipe.batch.bn_clips)})
-    small = baseline_recipe(recipe).model_copy(update={"batch": batch})
-    model = to_device(make_model(small), small, world)
-    optimizer = make_optimizer(model, small.optim)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    size = (clips, recipe.clip.frames, recipe.clip.crop, recipe.clip.crop, 3)
-    pixels = torch.zeros(size, dtype=torch.uint8, device=world.device).permute(0, 4, 1, 2, 3)  # (b, 3, T, S, S)
-    labels = torch.zeros(clips, dtype=torch.int64, device=world.device)
-    step = make_plan(small, clips)[0]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        train_step(model, optimizer, scaler, pixels, labels, step, small, world).loss.item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) * recipe.batch.clips / clips
+def base_step_seconds(recipe: Recipe, baseline: Plan, world: World) -> float:
+    """How long a step of the base shape takes to compute here."""
+    flops = check_shapes(recipe, [recipe.base])[recipe.base]
+    return seconds_of_step(to_device(make_model(recipe), recipe, world), recipe, baseline[0], flops, world, STEPS)
 
 
 def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[str, Any]:
     """The loader's core-seconds for a step of the finest shape, and of that the coarsest's and the average step's."""
-    steps: dict[Shape, float] = {}
-    for phase in plan.phases:
-        shapes = phase.shapes[: phase.steps]
-        for shape in shapes:
-            steps[shape] = steps.get(shape, 0) + phase.steps / len(shapes)
+    steps = steps_of_shapes(plan)
     coarsest = max(steps, key=lambda shape: shape.clips)
     average = sum(core_seconds[shape] * n for shape, n in steps.items()) / sum(steps.values())
     unit = core_seconds[finest]
     return {"finest_core_seconds": unit, "coarsest": core_seconds[coarsest] / unit, "average": average / unit}
-
-
-def forecast(plan: Plan, rates: dict[Shape, float], step_seconds: float) -> dict[str, Any]:
-    """Hours of a plan, and of each phase whether the loader or the network sets its pace.
-
-    Within a short cycle the loader catches up, so a phase takes as long as the slower of the two takes for a cycle.
-    """
-    phases, total = [], 0.0
-    for phase in plan.phases:
-        shapes = phase.shapes[: phase.steps]
-        load = sum(shape.clips / rates[shape] for shape in shapes) / len(shapes)
-        total += phase.steps * max(load, step_seconds)
-        phases.append({"index": phase.index, "load_seconds": load, "waits": load > step_seconds})
-    alone = len(plan) * step_seconds
-    return {"phases": phases, "hours": total / 3600, "hours_without_waiting": alone / 3600, "steps": len(plan)}
 
 
 def render(result: dict[str, Any]) -> str:
@@ -265,11 +238,10 @@ def render(result: dict[str, Any]) -> str:
         )
         waiting = [str(phase["index"] + 1) for phase in found["plan"]["phases"] if phase["waits"]]
         plan, rival = found["plan"], found["baseline"]
-        gain = rival["hours"] / plan["hours"]
         lines.append(
-            f"phases that wait for data: {', '.join(waiting) or 'none'}; training takes about {plan['hours']:.2f} h, "
-            f"{plan['hours_without_waiting']:.2f} h if it never waited; {gain:.2f}x less than the "
-            f"baseline's {rival['hours']:.2f} h"
+            f"phases that wait for data: {', '.join(waiting) or 'none'}; training takes about "
+            f"{duration(plan['seconds'])}, {duration(plan['compute'])} if it never waited; "
+            f"{rival['seconds'] / plan['seconds']:.2f}x less than the baseline's {duration(rival['seconds'])}"
         )
         lines.append("")
     return "\n".join(lines[:-1])

@@ -149,6 +149,13 @@ def time_shape(
     )
 
 
+def step_seconds(model: nn.Module, recipe: Recipe, step: Step, flops: int, world: World, repeats: int) -> float:
+    """How long a rank computes at a whole step; what is measured of it is a part of its clips, and one update."""
+    clips, groups = measured(recipe, step, world)
+    row = time_shape(model, recipe, step, clips, groups, flops, 1.0, world, repeats)
+    return (row.seconds - row.update) * step.shape.clips / clips / world.size + row.update
+
+
 def convolutions_alone(model: nn.Module, recipe: Recipe, shape: Sequence[int], world: World, repeats: int) -> float:
     """Seconds of all the convolutions of a step, forward and backward, each by itself: the step's floor.
 

@@ -1,12 +1,16 @@
-"""What the steps of a plan cost, reckoned without running them: multiply-adds, memory, clips and frames to decode."""
+"""What the steps of a plan cost, reckoned without running them: multiply-adds, memory, clips and frames to decode.
+
+And how long they take, once a step of each shape has been measured.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from mgtrain.console import size
@@ -15,6 +19,15 @@ from mgtrain.engine.memory import Memory
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRate:
+    """What a step of one shape takes here."""
+
+    compute: float  # seconds
+    load: float  # seconds of the loader
+    load_cores: float  # core-seconds of the loader
 
 
 def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | None) -> dict[str, Any]:
@@ -67,6 +80,23 @@ def steps_of_shapes(plan: Plan) -> Counter[Shape]:
 def multiply_adds(plan: Plan, flops: Mapping[Shape, int]) -> int:
     """Of the forward passes of a whole run; `flops` are a clip's."""
     return sum(steps * shape.clips * flops[shape] for shape, steps in steps_of_shapes(plan).items())
+
+
+def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
+    """Seconds of a plan's training; `cores` are those that computing and loading share, None where they do not."""
+    phases, total, compute = [], 0.0, 0.0
+    for phase in plan.phases:
+        shapes = phase.shapes[: phase.steps]
+        cycle = [rates[shape] for shape in shapes]
+        computing = sum(rate.compute for rate in cycle) / len(cycle)
+        loading = sum(rate.load for rate in cycle) / len(cycle)
+        work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
+        step = max(computing, loading, work / cores if cores else 0.0)
+        waits = loading > computing
+        phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
+        total += phase.steps * step
+        compute += phase.steps * computing
+    return {"seconds": total, "compute": compute, "phases": phases}
 
 
 def cost_table(found: dict[str, Any]) -> Table:

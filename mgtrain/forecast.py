@@ -6,17 +6,15 @@ work together takes its cores. Within a short cycle the loader catches up, so ph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from mgtrain.bench import bench_shape
-from mgtrain.bench_step import measured, time_shape
+from mgtrain.bench_step import step_seconds
 from mgtrain.clips.loader import worker_count
 from mgtrain.console import duration
-from mgtrain.costs import multiply_adds
+from mgtrain.costs import ShapeRate, hours, multiply_adds
 from mgtrain.datasets.videos import Videos
 from mgtrain.distributed import World
 from mgtrain.engine.checks import check_shapes, make_model
@@ -24,18 +22,9 @@ from mgtrain.engine.step import to_device
 from mgtrain.grid import Shape
 from mgtrain.machine import busy_cores, crowded, usable_cores
 from mgtrain.recipe import Recipe
-from mgtrain.schedule import Plan, baseline_recipe, make_plan
+from mgtrain.schedule import baseline_recipe, make_plan
 
 STEPS = 2  # that are timed of each shape, after one that is not
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeRate:
-    """What a step of one shape takes here."""
-
-    compute: float  # seconds
-    load: float  # seconds of the loader
-    load_cores: float  # core-seconds of the loader
 
 
 def forecast(
@@ -52,10 +41,7 @@ def forecast(
     model = to_device(make_model(recipe), recipe, world)
     rates = {}
     for n, (shape, step) in enumerate(steps.items(), start=1):
-        clips, groups = measured(recipe, step, world)
-        row = time_shape(model, recipe, step, clips, groups, flops[shape], 1.0, world, STEPS)
-        # What was measured is a part of the batch; the update happens once.
-        compute = (row.seconds - row.update) * shape.clips / clips / world.size + row.update
+        compute = step_seconds(model, recipe, step, flops[shape], world, STEPS)
         loading = bench_shape(recipe, videos, world, shape, step.grid, seconds, needed=0.0)
         load = shape.clips / world.size / loading["loader_clips_per_second"]
         rates[shape] = ShapeRate(compute, load, loading["core_seconds_per_step"] / world.size)
@@ -74,23 +60,6 @@ def forecast(
         "speedup": runs["baseline"]["seconds"] / runs["plan"]["seconds"],
         "speedup_without_waiting": runs["baseline"]["compute"] / runs["plan"]["compute"],
     }
-
-
-def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
-    """Seconds of a plan's training; `cores` are those that computing and loading share, None where they do not."""
-    phases, total, compute = [], 0.0, 0.0
-    for phase in plan.phases:
-        shapes = phase.shapes[: phase.steps]
-        cycle = [rates[shape] for shape in shapes]
-        computing = sum(rate.compute for rate in cycle) / len(cycle)
-        loading = sum(rate.load for rate in cycle) / len(cycle)
-        work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
-        step = max(computing, loading, work / cores if cores else 0.0)
-        waits = loading > computing
-        phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
-        total += phase.steps * step
-        compute += phase.steps * computing
-    return {"seconds": total, "compute": compute, "phases": phases}
 
 
 def render(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgtrain.bench import IN_TRAINING_PROCESS, STAGES, Stages, bench_data, cost, forecast, render
+from mgtrain.bench import IN_TRAINING_PROCESS, STAGES, Stages, bench_data, cost, render
 from mgtrain.clips import decode
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
@@ -41,7 +41,7 @@ def test_every_shape_is_measured_and_every_phase_is_judged(tiny: Callable[..., R
             del spent["collate"], spent["transfer"]  # are the training process's
             assert sum(spent.values()) == pytest.approx(1000 / row["clips_per_second_per_core"])
         assert [phase["waits"] for phase in found["plan"]["phases"]] == [True] * len(plan.phases)
-        assert found["plan"]["hours"] > found["plan"]["hours_without_waiting"]
+        assert found["plan"]["seconds"] > found["plan"]["compute"]
     assert seen[-1] == ("measuring", 2 * len(wanted), 2 * len(wanted))
     assert "phases that wait for data: 1, 2, 3, 4, 5, 6;" in render(result)
     assert decode.VideoFile._open.__name__ == "_open"  # measuring has left nothing behind
@@ -54,15 +54,7 @@ def test_the_cost_of_the_average_step_weighs_shapes_by_their_steps(tiny: Callabl
     assert by_clips["finest_core_seconds"] == 3 * recipe.base.clips
     assert by_clips["coarsest"] == max(step.shape.clips for step in plan) / recipe.base.clips
     average = sum(step.shape.clips for step in plan) / len(plan) / recipe.base.clips
-    assert by_clips["average"] == pytest.approx(average, rel=0.02)  # a phase may end within a short cycle
-
-
-def test_a_phase_takes_as_long_as_the_slower_of_loader_and_network(tiny: Callable[..., Recipe]) -> None:
-    plan = make_plan(tiny("schedule.short_cycle=[]"), 24)
-    fast, slow = dict.fromkeys(plan.shapes(), 1e9), {shape: float(shape.clips) for shape in plan.shapes()}
-    assert forecast(plan, fast, 2.0)["hours"] == pytest.approx(len(plan) * 2 / 3600)
-    assert forecast(plan, slow, 0.25)["hours"] == pytest.approx(len(plan) * 1 / 3600)
-    assert not any(phase["waits"] for phase in forecast(plan, slow, 2.0)["phases"])
+    assert by_clips["average"] == pytest.approx(average, rel=1e-9)
 
 
 def test_the_stages_of_a_clip_add_up_to_no_more_than_its_time(motions: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from mgtrain.cli import app
-from mgtrain.costs import multiply_adds
-from mgtrain.forecast import ShapeRate, hours, render
+from mgtrain.costs import ShapeRate, hours, multiply_adds
+from mgtrain.forecast import render
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
 

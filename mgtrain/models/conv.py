@@ -35,10 +35,11 @@ class Conv3d(nn.Conv3d):
         return _kept(y.view(clips, frames, *y.shape[1:]).transpose(1, 2))  # (B, C, T, H, W)
 
     def _as_strips(self, x: Tensor) -> Tensor:
-        strips, dilation = x.flatten(3), (1, 2 if len(x) == 1 else 1)  # (B, C, T, H * W)
-        padding = (int(self.padding[0]), 0)
+        # Flattened with the channels last, or one clip's strides would no longer tell that they are.
+        strips = x.movedim(1, 4).flatten(2, 3).movedim(3, 1)  # (B, C, T, H * W)
+        padding, dilation = (int(self.padding[0]), 0), (1, 2 if len(x) == 1 else 1)
         y = F.conv2d(strips, self.weight.squeeze(4), self.bias, (self.stride[0], 1), padding, dilation)
-        return _kept(y.view(*y.shape[:3], *x.shape[3:]))
+        return _kept(y.movedim(1, 3).unflatten(2, x.shape[3:]).movedim(4, 1))  # (B, C, T, H, W)
 
 
 def _last(x: Tensor) -> bool:

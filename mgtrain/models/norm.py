@@ -65,16 +65,17 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         self.begin(part)
         if part.span > 1:
             return self._norm_piece(x, part)
-        groups = x.chunk(part.clips // part.group_clips)
+        groups = part.clips // part.group_clips
+        if groups == 1:
+            return self._norm_group(x, part.slot)
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
         plain = self.pool or x.device.type != "cpu" or torch.compiler.is_compiling()
-        if len(groups) > 1 and dense and not plain:
-            mine = slice(part.slot, part.slot + len(groups))
+        if dense and not plain:
+            mine = slice(part.slot, part.slot + groups)
             means, variances = self.group_mean[mine], self.group_var[mine]  # views, which are written to
             normed: Tensor = _NormGroups.apply(x, self.weight, self.bias, means, variances, self._weight(), self.eps)
             return normed
-        outputs = [self._norm_group(clips, slot) for slot, clips in enumerate(groups, part.slot)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (B, C, T, H, W)
+        return torch.cat([self._norm_group(clips, slot) for slot, clips in enumerate(x.chunk(groups), part.slot)])
 
     def begin(self, part: Part) -> None:
         """Make room for the statistics of a part's groups, if its step is the first with so many of them."""
