@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 from torch import nn
 
 from mgtrain.models.conv import Conv3d
@@ -57,11 +58,22 @@ def test_on_a_cpu_flat_kernels_are_2d_and_copy_nothing(kind: str, flat: bool) ->
         assert conv2d.called == flat
         if flat:
             picture = conv2d.call_args.args[0]
-            assert picture.data_ptr() == x.data_ptr()
+            assert (picture.data_ptr() == x.data_ptr()) == (kind != "strided pixel")  # which takes every other pixel
             assert picture.is_contiguous(memory_format=torch.channels_last)
     with mock.patch.object(F, "conv2d", wraps=F.conv2d) as conv2d:
         conv.to("meta")(x.to("meta"))
         assert not conv2d.called
+
+
+def test_the_strides_of_one_clip_say_that_its_channels_are_last() -> None:
+    conv = Conv3d(4, 6, **KINDS["strip"]).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(1, 4, 4, 8, 8).to(memory_format=torch.channels_last_3d).requires_grad_()
+    with mock.patch.object(F, "conv2d", wraps=F.conv2d) as conv2d:
+        y = conv(x)
+    assert conv2d.call_args.args[0].stride() == (4 * 4 * 64, 1, 4 * 64, 4)  # by all four torch chooses the layout
+    with Operations() as forward_and_backward:
+        conv(x).backward(torch.randn_like(y))
+    assert not {"clone", "copy_", "_to_copy"} & {*forward_and_backward.names}
 
 
 def test_a_traced_graph_has_3d_convolutions() -> None:

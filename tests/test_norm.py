@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor, nn
 
 from mgtrain.models.dropout import Dropout
@@ -55,6 +56,15 @@ def run(made: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_one_group_is_plain_batchnorm_without_a_copy():
+    made = norm(Part(0, 8, 8, 1))
+    run(made, batch(), batch(1))  # makes room for the group's statistics
+    with Operations() as operations:
+        run(made, batch(), batch(1))
+    assert not {"split", "cat", "copy_"} & {*operations.names}
+    assert operations.names.count("native_batch_norm") == 1
 
 
 def test_part_knows_who_shares_a_group():

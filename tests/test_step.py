@@ -20,7 +20,7 @@ from mgtrain.engine.step import StepResult, augmented, hits, loss_sum_of, parts,
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Optim, Recipe
 from mgtrain.schedule import Plan, Step, make_plan
 
 AUGMENTED = (
@@ -127,6 +127,31 @@ def test_the_step_uses_its_own_learning_rate(tiny: Callable[..., Recipe]) -> Non
         assert new.grad is not None
         torch.testing.assert_close(new, old - plan[4].lr * new.grad)
         assert new.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=["last", "first"])
+def test_the_update_is_torchs_whatever_the_layout(momentum: float, layout: torch.memory_format) -> None:
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.BatchNorm3d(6), nn.Conv3d(6, 4, (3, 1, 1)))
+        model.to(memory_format=layout)
+        model.fc = nn.Linear(4, 3)
+        optimizer = make_optimizer(model, Optim(lr=0.1, stages=(1.0,), momentum=momentum, nesterov=momentum > 0))
+        if not fused:
+            optimizer = torch.optim.SGD(optimizer.param_groups, fused=False)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            for n, p in enumerate(model.parameters()):  # some gradients lie as torch likes, not as their parameter does
+                p.grad = torch.randn(p.shape) if n % 2 else torch.empty_like(p).copy_(torch.randn(p.shape))
+            model[0].bias.grad = None
+            optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(seed == 2)), None
+            if fused or seed != 2:  # what is not finite changes nothing
+                optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+        assert all(p.stride() == b["momentum_buffer"].stride() for p, b in optimizer.state.items() if momentum)
+    torch.testing.assert_close(*found)
 
 
 def test_batchnorm_is_not_decayed(tiny: Callable[..., Recipe]) -> None:

@@ -28,10 +28,13 @@ class Conv3d(nn.Conv3d):
 
     def _as_pictures(self, x: Tensor) -> Tensor:
         clips, _, frames = x.shape[:3]
+        stride, padding, dilation = self.stride[1:], (int(self.padding[1]), int(self.padding[2])), 1
         pictures = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
-        dilation = 2 if self.kernel_size[1:] == (1, 1) and len(pictures) < 16 else 1
-        padding = (int(self.padding[1]), int(self.padding[2]))
-        y = F.conv2d(pictures, self.weight.squeeze(2), self.bias, self.stride[1:], padding, dilation)
+        if self.kernel_size[1:] == (1, 1) and padding == (0, 0):
+            dilation = 2 if len(pictures) < 16 else 1
+            if stride != (1, 1):  # "averages" of one pixel: what lies between is left out, which oneDNN is slow at
+                pictures, stride = F.avg_pool2d(pictures, 1, stride), (1, 1)
+        y = F.conv2d(pictures, self.weight.squeeze(2), self.bias, stride, padding, dilation)
         return _kept(y.view(clips, frames, *y.shape[1:]).transpose(1, 2))  # (B, C, T, H, W)
 
     def _as_strips(self, x: Tensor) -> Tensor:
@@ -39,7 +42,8 @@ class Conv3d(nn.Conv3d):
         strips = x.movedim(1, 4).flatten(2, 3).movedim(3, 1)  # (B, C, T, H * W)
         padding, dilation = (int(self.padding[0]), 0), (1, 2 if len(x) == 1 else 1)
         y = F.conv2d(strips, self.weight.squeeze(4), self.bias, (self.stride[0], 1), padding, dilation)
-        return _kept(y.movedim(1, 3).unflatten(2, x.shape[3:]).movedim(4, 1))  # (B, C, T, H, W)
+        y = y.movedim(1, 3)  # (B, T, H * W, C)
+        return _kept(y.view(*y.shape[:2], *x.shape[3:], -1).movedim(4, 1))  # (B, C, T, H, W)
 
 
 def _last(x: Tensor) -> bool:
