@@ -112,10 +112,12 @@ def run(pipe: Connection, kind: str, network: str, checkout: Path, threads: int,
 def ours(network: str, _: Path, x: Tensor, groups: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """Our network, as `fit` trains it."""
     from mgtrain.engine.optim import make_optimizer
+    from mgtrain.machine import keep_freed_memory
     from mgtrain.models import build_model
     from mgtrain.models.part import Part, set_part
     from mgtrain.recipe import Optim
 
+    keep_freed_memory()
     model = build_model(network, classes=CLASSES).to(memory_format=torch.channels_last_3d).train()
     set_part(model, Part(0, len(x), len(x), groups))
     return model, make_optimizer(model, Optim(lr=1e-4, stages=(1,))), x.to(memory_format=torch.channels_last_3d)
