@@ -23,13 +23,16 @@ from mgtrain.rundir import RunDir
 from mgtrain.schedule import check_world, make_plan
 
 Start = Callable[..., "subprocess.CompletedProcess[str]"]
-EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+# A ReLU whose input is zero but for rounding lets a gradient through on one rank and not on two; that the loss shows it
+# little, learning rates are a tenth of the tiny recipe's.
+GENTLE = ("optim.lr=0.0002", "optim.warmup_lr=0.0001")
+EVERY_STEP = (*GENTLE, "logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
 AUGMENTED = (
-    "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
+    *GENTLE, "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
     "augment.mixup=0.8", "augment.cutmix=1", "data.mirrored=[[left, right]]", "optim.stages=[2, 1]",
 )  # fmt: skip
-# Losses differ from those on one rank by the order in which float32 numbers are added up: 4e-7 where this was written.
-ROUNDING = 1e-4
+# Losses differ from those on one rank by the order in which float32 numbers are added up: 2e-7 where this was written.
+ROUNDING = 1e-5
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
 
 
@@ -92,7 +95,7 @@ def test_four_ranks_train_as_one_does(mgtrain: Start, tiny_text: str, alone: Run
     plan = make_plan(alone.recipe(), 24)
     assert {phase.bn_groups for phase in plan.phases} == {8, 4, 2, 1}  # so a group spans 1, 2 or 4 of the ranks
     (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, "--procs", 4)
+    done = mgtrain(tmp_path, *FIT, *GENTLE, "--procs", 4)
     assert done.returncode == 0, done.stderr
     assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=4)
 
@@ -110,7 +113,8 @@ def test_two_ranks_augment_as_one_does(
 
 def test_torchrun_starts_the_ranks_as_well(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = mgtrain(tmp_path, *FIT, *GENTLE, launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
 

@@ -6,6 +6,7 @@ had at the base shape, so that their noise, which regularizes, stays what it was
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mgtrain.models.part import Part
 
 AXES = (0, 2, 3, 4)  # all but the channels of (B, C, T, H, W)
+ROW = 512  # numbers side by side, from which a loop over them costs little
 TINY_EPS = 1e-12  # where a variance is wanted and nothing is divided by it
 _seen_before = False  # see `seen_before`
 
@@ -69,7 +71,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         if groups == 1:
             return self._norm_group(x, part.slot)
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
-        plain = self.pool or x.device.type != "cpu" or torch.compiler.is_compiling()
+        plain = self.pool or x.device.type != "cpu" or x.dtype != self.weight.dtype or torch.compiler.is_compiling()
         if dense and not plain:
             mine = slice(part.slot, part.slot + groups)
             means, variances = self.group_mean[mine], self.group_var[mine]  # views, which are written to
@@ -163,8 +165,8 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 class _NormGroups(torch.autograd.Function):
     """Normalize each group of (B, C, T, H, W) by itself, into one tensor and, backwards, out of one.
 
-    The same kernels as `torch.batch_norm` of each group, without the copies that join their results. A CPU's: a GPU
-    has better ones, which only `torch.batch_norm` knows to choose.
+    Statistics and sums are those of plain BatchNorm's kernels, group by group; no results are joined by copies. A
+    CPU's: a GPU has better ones, which only `torch.batch_norm` knows to choose.
     """
 
     @staticmethod
@@ -172,30 +174,36 @@ class _NormGroups(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float, eps: float
     ) -> Tensor:
         y, groups = torch.empty_like(x), len(means)
-        saved = torch.empty(groups, 2, len(weight), dtype=weight.dtype)  # each group's mean and 1 / deviation
-        for clips, out, mean, var, (mean_of, inv_std) in zip(
-            x.chunk(groups), y.chunk(groups), means, variances, saved, strict=True
-        ):
+        saved = torch.empty(2, groups, len(weight), dtype=weight.dtype)  # each group's mean and 1 / deviation
+        for clips, out, mean, var, mean_of, inv_std in zip(
+            x.chunk(groups), y.chunk(groups), means.unbind(), variances.unbind(), *(of.unbind() for of in saved),
+            strict=True,
+        ):  # fmt: skip
             torch.native_batch_norm(
                 clips, weight, bias, mean, var, True, momentum, eps, out=(out, mean_of, inv_std)
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, saved)
-        ctx.eps = eps
+        ctx.save_for_backward(x, weight, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved = ctx.saved_tensors
-        grad_x, sums = torch.empty_like(x), torch.zeros(2, len(weight), dtype=weight.dtype)
-        for clips, above, below, (mean, inv_std) in zip(
-            x.chunk(len(saved)), grad.chunk(len(saved)), grad_x.chunk(len(saved)), saved, strict=True
-        ):
-            found, *parts = torch.ops.aten.native_batch_norm_backward(
-                above, clips, weight, None, None, mean, inv_std, True, ctx.eps, [True, True, True]
+        x, weight, mean, inv_std = ctx.saved_tensors  # (B, C, T, H, W), (C), (groups, C) twice
+        groups = len(mean)
+        sums = [
+            torch.ops.aten.native_batch_norm_backward(
+                above, clips, weight, None, None, group_mean, group_inv_std, True, 0.0, (False, True, True)
+            )[1:]
+            for clips, above, group_mean, group_inv_std in zip(
+                x.chunk(groups), grad.chunk(groups), mean.unbind(), inv_std.unbind(), strict=True
             )
-            below.copy_(found)
-            sums += torch.stack(parts)
-        return grad_x, sums[0], sums[1], None, None, None, None
+        ]
+        of_products, of_grad = (torch.stack(column) for column in zip(*sums, strict=True))  # (groups, C)
+        # (grad - of_grad / n - (x - mean) * inv_std * of_products / n) * weight * inv_std, of n values
+        scale, count = weight * inv_std, x.numel() // inv_std.numel()
+        slope = scale * inv_std * of_products / -count
+        shift = scale * of_grad / -count - slope * mean
+        grad_x = _combined(x, slope, grad, scale, shift)
+        return grad_x, of_products.sum(0), of_grad.sum(0), None, None, None, None
 
 
 class _NormSpanningRanks(torch.autograd.Function):
@@ -226,10 +234,11 @@ class _NormSpanningRanks(torch.autograd.Function):
         sums = torch.stack(_sums(grad, x_, mean, inv_std))  # (2, C)
         count = x.numel() // x.shape[1] * ctx.part.span
         mean_grad, mean_grad_x = (ctx.part.gather(sums, ctx.part.span).sum(dim=0) / count).unbind()  # (C)
-        # (grad - mean_grad - (x - mean) * inv_std * mean_grad_x) * weight * inv_std, in three passes over the clips
-        scale, slope = weight * inv_std, weight * inv_std.square() * mean_grad_x
-        grad_x = grad * _spread(scale)
-        grad_x.addcmul_(x_, _spread(slope), value=-1).add_(_spread(slope * mean - scale * mean_grad))
+        # (grad - mean_grad - (x - mean) * inv_std * mean_grad_x) * weight * inv_std
+        scale = weight * inv_std
+        slope = -scale * inv_std * mean_grad_x
+        shift = -scale * mean_grad - slope * mean
+        grad_x = _combined(x_, slope.unsqueeze(0), grad, scale.unsqueeze(0), shift.unsqueeze(0))
         return grad_x.to(x.dtype), sums[1], sums[0], None, None
 
 
@@ -253,6 +262,21 @@ def _sums(grad: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Tenso
         grad, x, None, mean, inv_std.pow(-2), None, None, False, 0.0, [False, True, True]
     )
     return of_grad, of_products
+
+
+def _combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * slope + grad * scale + shift of (B, C, T, H, W) in two passes; for each group of clips, (groups, C)."""
+    groups, channels = shift.shape
+    made = torch.empty_like(x)
+    if x.is_contiguous(memory_format=torch.channels_last_3d):
+        times = math.gcd(x.numel() // shift.numel(), max(1, ROW // channels))
+        x, grad, out = (of.movedim(1, 4).reshape(groups, -1, times * channels) for of in (x, grad, made))
+        slope, scale, shift = (of.repeat(1, times).unsqueeze(1) for of in (slope, scale, shift))
+    else:
+        x, grad, out = (of.reshape(groups, -1, channels, of[0, 0].numel()) for of in (x, grad, made))
+        slope, scale, shift = (of[:, None, :, None] for of in (slope, scale, shift))
+    torch.addcmul(shift, x, slope, out=out).addcmul_(grad, scale)
+    return made
 
 
 def merge_group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> None:
