@@ -21,8 +21,9 @@ class Conv3d(nn.Conv3d):
 
     A kernel of one frame sees the frames of (B, C, T, H, W) as pictures (B * T, C, H, W), one of a single pixel sees
     all places as rows (B * T * H * W, C); in channels_last_3d both are views. A kernel of k frames is k kernels of
-    one, whose results are added up, each shifted in time; where it strides, it is one kernel that sees the frames
-    which belong together as k * C channels. oneDNN's 3-D convolutions take up to three times as long as these, most of
+    one, whose results are added up, each shifted in time: they are computed together, or, where there are so few
+    frames that much would fall off the ends, one by one. Where it strides, it is one kernel that sees the frames which
+    belong together as k * C channels. oneDNN's 3-D convolutions take up to three times as long as these, most of
     all backwards. Nothing is kept for the backward pass but the input. Sums are rounded in another order.
 
     GPUs and traced graphs get the 3-D convolution.
@@ -53,6 +54,11 @@ class _Conv(torch.autograd.Function):
         places, frames = _places(x.shape[1], weight.shape[1], stride[0], padding[0])
         if stride[0] > 1:
             y = _flat(_spread(x, places, frames).flatten(4), _beside(weight), stride[1:], padding[1:])
+        elif _falls_off(places, x.shape[1]):
+            ones = {n: _flat(x[:, of], weight[:, n], stride[1:], padding[1:]) for n, _, of in _asked(places)}
+            y = x.new_zeros(len(x), frames, *next(iter(ones.values())).shape[2:])
+            for n, made, _ in _asked(places):
+                y[:, made] += ones[n]
         else:
             y = _flat(x, _apart(weight), stride[1:], padding[1:])
             y = _gather(y.view(*y.shape[:4], len(places), -1), _turned(places), frames)
@@ -71,6 +77,16 @@ class _Conv(torch.autograd.Function):
             if grad_x is not None:
                 grad_x = _gather(grad_x.view(*grad_x.shape[:4], kernel, channels), places, x.shape[1])
             grad_weight = found if found is None else found.view(outs, high, wide, kernel, channels).movedim(3, 1)
+        elif _falls_off(places, x.shape[1]):
+            grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+            for n, made, of in _asked(places):
+                one, found = _flat_grads(
+                    grad[:, made], x[:, of], weight[:, n], stride[1:], padding[1:], wants_x, wants_weight
+                )
+                if one is not None:
+                    grad_x[:, of] += one
+                if found is not None:
+                    grad_weight[:, n] = found
         else:
             grad = _spread(grad, _turned(places), x.shape[1]).flatten(4)
             grad_x, found = _flat_grads(grad, x, _apart(weight), stride[1:], padding[1:], wants_x, wants_weight)
@@ -104,6 +120,17 @@ def _places(frames: int, kernel: int, stride: int, padding: int) -> tuple[Places
         source = stride * first + shift
         places.append((slice(first, end, 1), slice(source, source + stride * (end - first), stride)))
     return places, made
+
+
+def _asked(places: Places) -> list[tuple[int, slice, slice]]:
+    """The kernel's frames that make any, each with its places."""
+    return [(n, made, of) for n, (made, of) in enumerate(places) if made.stop > made.start]
+
+
+def _falls_off(places: Places, frames: int) -> bool:
+    """Whether more than a fifth of what all frames of the kernel make of all `frames` is not asked for."""
+    asked: int = sum(made.stop - made.start for _, made, _ in _asked(places))
+    return asked < 0.8 * len(places) * frames
 
 
 def _turned(places: Places) -> Places:
@@ -158,7 +185,7 @@ def _flat_grads(
         grad_weight = (above.t() @ rows).view(weight.shape) if wants_weight else None
         if not wants_x:
             return None, grad_weight
-        grad_x = (above @ weight.flatten(1)).view(*grad.shape[:4], -1)
+        grad_x = (above @ weight.flatten(1)).view(*grad.shape[:4], x.shape[4])
         if stride == (1, 1):
             return grad_x, grad_weight
         strided = torch.zeros_like(x)
