@@ -23,9 +23,9 @@ FLOORS = [
     ["engine.checks", "engine.step", "engine.optim", "engine.evaluate", "engine.recalibrate", "engine.clock",
      "engine.mix", "engine.warmup", "engine.finite", "engine.memory", "engine.resume", "weights"],
     ["engine.fit", "engine.trained", "engine.predict", "engine.record", "engine.examples",
-     "compare", "bench", "bench_step", "costs",
-     "stats"],
-    ["export", "report", "forecast", "doctor", "watch", "init"],
+     "compare", "bench_step", "costs", "stats"],
+    ["export", "report", "bench", "watch", "init"],
+    ["forecast", "doctor"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -61,21 +62,44 @@ def test_activations_are_what_autograd_keeps(model: str, tiny: Callable[..., Rec
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_recomputed_blocks_change_nothing_but_memory(groups: int, tiny: Callable[..., Recipe]) -> None:
-    clips = torch.randn(6, 3, 8, 32, 32).to(memory_format=torch.channels_last_3d)
-    found = []
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{name: slowfast_r50, width: 16, depth: [1, 2, 1, 1]}",
+        "{name: i3d_nln_r50, width: 16, depth: [1, 2, 2, 1]}",
+        "{name: r2plus1d_18}",
+        "{name: swin3d_t}",
+        "{name: mvit_v2_s}",
+    ],
+    ids=lambda model: model[7:].rstrip("}").split(",")[0],
+)
+def test_recomputed_blocks_change_nothing_but_memory(groups: int, model: str, tiny: Callable[..., Recipe]) -> None:
+    clips = torch.randn(6, 3, 4, 32, 32).to(memory_format=torch.channels_last_3d)
+    found, kept = [], []
     for recompute in ("false", "true"):
         torch.manual_seed(0)
-        recipe = tiny(f"hardware.recompute={recompute}", "model={name: slowfast_r50, width: 16, depth: [1, 2, 1, 1]}")
-        network = make_model(recipe).train()
+        network = make_model(tiny(f"hardware.recompute={recompute}", f"model={model}")).train()
         for step in range(2):
             set_part(network, Part(0, 6, 6, groups, seed=step))
-            loss = network(clips).square().mean()
+            with kept_bytes(network) as real:
+                loss = network(clips).square().mean()
             loss.backward()
+        kept.append(real[0])
         gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
         found.append((loss, gradients, group_stats(network), dict(network.named_buffers())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_copy_of_a_network_is_recomputed_with_its_own_weights(tiny: Callable[..., Recipe]) -> None:
+    network = make_model(tiny("hardware.recompute=true")).train()
+    copy = deepcopy(network)
+    for parameter in copy.parameters():
+        parameter.data.zero_()
+    copy(torch.randn(2, 3, 8, 32, 32)).sum().backward()
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(parameter.grad is not None for parameter in copy.parameters())
 
 
 def test_a_group_over_two_ranks_is_tracked_once(tiny: Callable[..., Recipe]) -> None:
@@ -127,9 +151,15 @@ def test_recomputing_is_the_last_resort(tiny: Callable[..., Recipe]) -> None:
     assert [hardware.recompute for hardware in chosen] == [False, False, True]
 
 
-def test_networks_without_such_blocks_refuse(tiny: Callable[..., Recipe]) -> None:
-    with pytest.raises(PlanError, match=r"hardware.recompute: r3d_18 has no blocks"):
-        make_model(tiny("model={name: r3d_18}", "hardware.recompute=true"))
+def test_a_network_that_repeats_nothing_refuses(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from torch import nn\nMODELS = {'plain': lambda classes: nn.Sequential(nn.Conv3d(3, classes, 3))}\n"
+    (tmp_path / "plain_networks.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    words = ("model={name: own, module: plain_networks, network: plain}", "hardware.recompute=true")
+    with pytest.raises(PlanError, match=r"hardware.recompute: own repeats no block that could be"):
+        make_model(tiny(*words))
 
 
 def test_training_within_a_limit_is_the_same_training(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

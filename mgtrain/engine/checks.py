@@ -13,7 +13,7 @@ from mgtrain.errors import MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
 from mgtrain.models.flops import count_flops
-from mgtrain.models.resnet3d import Bottleneck
+from mgtrain.models.recompute import recompute
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Phase, Plan
 
@@ -24,18 +24,9 @@ def make_model(recipe: Recipe) -> nn.Module:
     """The recipe's model with the weights that torch's current seed gives."""
     options = recipe.model.model_dump(exclude={"name", "mean", "std"})
     model = build_model(recipe.model.name, classes=recipe.data.classes, **options)
-    if recipe.hardware.recompute:
-        blocks = recomputable(model)
-        if not blocks:
-            raise PlanError(f"hardware.recompute: {recipe.model.name} has no blocks that it is for; set it to false")
-        for block in blocks:
-            block.recompute = True
+    if recipe.hardware.recompute and not recompute(model):
+        raise PlanError(f"hardware.recompute: {recipe.model.name} repeats no block that could be; set it to false")
     return model
-
-
-def recomputable(model: nn.Module) -> list[Bottleneck]:
-    """The blocks whose activations the backward pass can compute anew."""
-    return [module for module in model.modules() if isinstance(module, Bottleneck)]
 
 
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:

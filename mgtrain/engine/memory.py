@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mgtrain.distributed import World
-from mgtrain.engine.checks import DTYPES, check_micro_batches, make_model, pass_clips, recomputable
+from mgtrain.engine.checks import DTYPES, check_micro_batches, make_model, pass_clips
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
+from mgtrain.models.recompute import blocks
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan
 
@@ -32,7 +33,7 @@ class Memory:
             model = make_model(recipe)
         self.recipe = recipe
         self.state = COPIES * 4 * sum(parameter.numel() for parameter in model.parameters())
-        self.can_recompute = bool(recomputable(model))
+        self.can_recompute = bool(blocks(model))
         model = model.to(DTYPES[recipe.hardware.precision]).train()
         self._kept = {shape: _kept(model, shape) for shape in shapes}  # without and with `hardware.recompute`
 
@@ -132,7 +133,7 @@ def _kept(model: nn.Module, shape: Shape) -> tuple[int, int]:
 
     hooks = [
         hook
-        for block in recomputable(model)
+        for block in blocks(model)
         for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
     ]
     dtype = next(model.parameters()).dtype

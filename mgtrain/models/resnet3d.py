@@ -6,17 +6,15 @@ None of them depends on the number of frames or pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mgtrain.models.conv import Conv3d
 from mgtrain.models.dropout import Dropout
-from mgtrain.models.norm import GroupBatchNorm3d, seen_before
+from mgtrain.models.norm import GroupBatchNorm3d
 
 STAGE_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # depth -> blocks of res2 .. res5
 EXPANSION = 4  # a bottleneck's output channels per inner channel
@@ -45,12 +43,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual block: convolutions `frames`x1x1, 1x3x3 (with the spatial stride), 1x1x1 (to 4 * `inner` channels).
-
-    With `recompute` only its input is kept for the backward pass, which computes the rest once more.
-    """
-
-    recompute = False
+    """Residual block: convolutions `frames`x1x1, 1x3x3 (with the spatial stride), 1x1x1 (to 4 * `inner` channels)."""
 
     def __init__(self, channels: int, inner: int, frames: int, stride: int) -> None:
         super().__init__()
@@ -68,21 +61,9 @@ class Bottleneck(nn.Module):
             self.shortcut = nn.Sequential(conv, GroupBatchNorm3d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            # Nothing in a block is random, so there is no state of a generator to keep.
-            return checkpoint(
-                self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=_first_and_second_time
-            )
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         y = F.relu_(self.norm1(self.conv1(x)))
         y = F.relu_(self.norm2(self.conv2(y)))
         return F.relu_(self.norm3(self.conv3(y)) + self.shortcut(x))
-
-
-def _first_and_second_time() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), seen_before()
 
 
 def stage(channels: int, inner: int, blocks: int, frames: Sequence[int], stride: int) -> nn.Sequential:

@@ -1,0 +1,66 @@
+"""Blocks whose activations the backward pass computes once more, rather than keeping them (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mgtrain.models.norm import seen_before
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The parts that a network repeats: modules with layers within, of types that occur more than once, outermost ones.
+
+    >>> from mgtrain.models import build_model
+    >>> from collections import Counter
+    >>> Counter(type(block).__name__ for block in blocks(build_model("i3d_nln_r50", classes=4, width=8)))
+    Counter({'Bottleneck': 16, 'NonLocal3d': 5})
+    """
+    composite = [m for m in model.modules() if type(m) not in CONTAINERS and next(m.children(), None) is not None]
+    times = Counter(type(module) for module in composite)
+
+    def outermost(module: nn.Module) -> Iterator[nn.Module]:
+        if times[type(module)] > 1:
+            yield module
+        else:
+            for child in module.children():
+                yield from outermost(child)
+
+    return list(outermost(model))
+
+
+def recompute(model: nn.Module) -> int:
+    """Let training keep only the inputs of the network's blocks, in place; returns how many there are.
+
+    Gradients and BatchNorm's running statistics stay what they were, bit for bit.
+    """
+    found = blocks(model)
+    kinds = {kind: _recomputed(kind) for kind in {type(block) for block in found}}
+    for block in found:
+        block.__class__ = kinds[type(block)]
+    return len(found)
+
+
+def _recomputed(kind: Any) -> type[nn.Module]:
+    """The same module, but for what it keeps: a class, so that copies of a module are as it is."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        usual = partial(kind.forward, self)
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(usual, *args, use_reentrant=False, context_fn=_first_and_second_time, **kwargs)
+        return usual(*args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+def _first_and_second_time() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), seen_before()
