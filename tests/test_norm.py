@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mgtrain.models.dropout import Dropout
 from mgtrain.models.norm import (
     GroupBatchNorm3d,
+    _combined,
     group_stats,
     merge_group_stats,
     put_group_stats,
@@ -436,3 +437,22 @@ def test_groups_normalized_into_one_tensor_are_the_groups_one_by_one(
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert found[0][0].is_contiguous(memory_format=layout)
     assert not torch.equal(ours.group_mean[2], ours.group_mean[0])
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 2, 4, 4), (6, 1, 2, 3, 3), (6, 7, 1, 1, 1), (6, 600, 1, 2, 1)])
+@pytest.mark.parametrize("layout", ["first", "last", "neither"])
+def test_gradients_of_groups_are_combined_in_any_layout(shape: tuple[int, ...], layout: str) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, *shape, dtype=torch.float64)
+    if layout == "last":
+        x = x.to(memory_format=torch.channels_last_3d)
+    elif layout == "neither":
+        x = x.transpose(3, 4).contiguous().transpose(3, 4)
+    slope, scale, shift = torch.randn(3, 3, shape[1], dtype=torch.float64)
+    clips = [
+        x[2 * g : 2 * g + 2] * slope[g].view(-1, 1, 1, 1)
+        + grad[2 * g : 2 * g + 2] * scale[g].view(-1, 1, 1, 1)
+        + shift[g].view(-1, 1, 1, 1)
+        for g in range(3)
+    ]
+    torch.testing.assert_close(_combined(x, slope, grad, scale, shift), torch.cat(clips))

@@ -267,8 +267,9 @@ def _sums(grad: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Tenso
 def _combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * slope + grad * scale + shift of (B, C, T, H, W) in two passes; for each group of clips, (groups, C)."""
     groups, channels = shift.shape
-    made = torch.empty_like(x)
-    if x.is_contiguous(memory_format=torch.channels_last_3d):
+    last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    made = torch.empty_like(x, memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    if last:
         times = math.gcd(x.numel() // shift.numel(), max(1, ROW // channels))
         x, grad, out = (of.movedim(1, 4).reshape(groups, -1, times * channels) for of in (x, grad, made))
         slope, scale, shift = (of.repeat(1, times).unsqueeze(1) for of in (slope, scale, shift))
