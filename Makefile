@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/mgtrain compare demo_baseline demo_multigrid
 
 test: $(VENV)/installed
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
