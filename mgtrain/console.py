@@ -7,10 +7,8 @@ whatever a terminal would act on is shown as its number: see `harmless`.
 from __future__ import annotations
 
 import logging
-import math
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
-
-from mgtrain.grid import Shape
-from mgtrain.schedule import Plan, Step
 
 # Control characters but the tab and the line feed; line and paragraph separators; marks, overrides and isolates that
 # turn the direction of reading; bytes that are no UTF-8.
@@ -146,121 +141,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-class TrainProgress:
-    """The line at the bottom of the terminal: where the run is in its cycles, how it does, when it ends."""
-
-    def __init__(self, plan: Plan, start: int, shown: bool) -> None:
-        self.plan = plan
-        self.judged = ""  # what the last evaluation said
-        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of the steps since `take_times`
-        self._speed: dict[Shape, float] = {}  # seconds of a step, by shape, smoothed
-        self._progress = Progress(
-            TextColumn("{task.fields[phase]}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[eta]}"),
-            console=err,
-            disable=not (shown and err.is_terminal),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
-
-    def __enter__(self) -> TrainProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def time(self, step: Step, seconds: float) -> None:
-        """Take in how long a step took."""
-        old = self._speed.get(step.shape, seconds)
-        self._speed[step.shape] = 0.8 * old + 0.2 * seconds
-        self._times[step.shape].append(seconds)
-
-    def take_times(self) -> dict[Shape, list[float]]:
-        """Seconds of each step since the last call, by shape."""
-        taken, self._times = self._times, defaultdict(list)
-        return taken
-
-    def show(self, step: Step, loss: float, top1: float, waiting: float) -> None:
-        """Show the state after `step`; `waiting` is the share of the time spent waiting for data."""
-        phase, seconds = step.phase, self._speed.get(step.shape)
-        clips_per_second = f"{step.shape.clips / seconds:.0f} clips/s" if seconds else ""
-        self._progress.update(
-            self._task,
-            completed=step.index + 1,
-            phase=f"phase {phase.index + 1}/{len(self.plan.phases)}  {step.shape}",
-            facts=(
-                f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {clips_per_second}  "
-                f"data wait {100 * waiting:.0f} %{self.judged}"
-            ),
-            eta=f"{duration(self.remaining(step.index + 1))} left",
-        )
-
-    def remaining(self, done: int) -> float:
-        """Seconds until the end: the coming shapes at their measured speed, unmeasured ones at that of the others."""
-        if not self._speed:
-            return 0.0
-        per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)
-        seconds = 0.0
-        for phase in self.plan.phases:
-            left = phase.end_step - max(done, phase.first_step)
-            if left > 0:
-                cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
-                seconds += left * sum(cycle) / len(cycle)
-        return seconds
-
-
-def plan_table(plan: Plan, gpus: int | None) -> Table:
-    """The phases of a plan, a row for each."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in ("phase", "clips", "frames", "crop", "steps", "to epoch", "lr", "stride", "bn clips"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if gpus:
-        table.add_column(f"clips/GPU of {gpus}", justify="right", no_wrap=True)
-    for phase in plan.phases:
-        low, high = phase.grids[-1].stride
-        row = [
-            str(phase.index + 1),
-            "/".join(str(shape.clips) for shape in phase.shapes),
-            str(phase.shape.frames),
-            "/".join(str(shape.crop) for shape in phase.shapes),
-            f"{phase.steps:,}",
-            f"{phase.end_clip / plan.videos:.2f}",
-            f"{plan.phase_lr(phase):.4g}",
-            str(low) if low == high else f"{low}..{high}",
-            "/".join(str(shape.clips // phase.bn_groups) for shape in phase.shapes),
-        ]
-        table.add_row(*row, *(["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
-    return table
-
-
-BLOCKS = "▁▂▃▄▅▆▇█"
-COLUMNS = 72  # of a drawn schedule
-
-
-def schedule_drawing(plan: Plan) -> str:
-    """The long cycle and the learning rate over the steps of a run, a line for each, their heights on a log scale."""
-    steps = [plan[round(n * (len(plan) - 1) / (COLUMNS - 1))] for n in range(COLUMNS)]
-    rows = (
-        ("clips", [step.phase.shape.clips for step in steps], "d"),
-        ("frames", [step.phase.shape.frames for step in steps], "d"),
-        ("crop", [step.phase.shape.crop for step in steps], "d"),
-        ("lr", [step.lr for step in steps], ".3g"),
-    )
-    lines = []
-    for name, values, form in rows:
-        low, high = min(values), max(values)
-        span = math.log(high / low) if 0 < low < high else 1.0
-        heights = (round((len(BLOCKS) - 1) * math.log(value / low) / span) if low > 0 else 0 for value in values)
-        bars = "".join(BLOCKS[height] for height in heights)
-        lines.append(f"{name:7}{bars}  {low:{form}}" + (f" to {high:{form}}" if high > low else ""))
-    return "\n".join(lines)
 
 
 def counts_table(first: str, rows: Mapping[str, Mapping[str, int]]) -> Table:

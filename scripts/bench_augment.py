@@ -27,7 +27,7 @@ from mgtrain.clips.augment import erase, jitter_colour, rand_augment
 from mgtrain.clips.cut import cut_random
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.pixels import normalize
-from mgtrain.datasets.synthetic import synthesize
+from mgtrain.data.synthetic import synthesize
 from mgtrain.engine.mix import mix
 from mgtrain.grid import Grid
 from mgtrain.models.part import Part

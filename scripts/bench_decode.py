@@ -265,7 +265,7 @@ def mgtrain(paths: Sequence[str], job: Job) -> Read:
 def prepared(paths: Sequence[str], job: Job) -> Read:
     """The same pictures out of a prepared set, made beside the videos when it is first asked for."""
     from mgtrain.clips.prepared import PreparedSet, Settings
-    from mgtrain.prepare import prepare
+    from mgtrain.preflight.prepare import prepare
 
     root = Path(os.path.commonpath([Path(path).parent for path in paths]))
     names = [Path(path).relative_to(root).as_posix() for path in paths]
@@ -476,9 +476,10 @@ def loop_rate(clips: int, paths: Sequence[str], job: Job) -> float:
 
 def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterable[Any], Any, Any]:
     """The batches of a run's loader, the data set behind it, and the plan."""
-    from mgtrain.clips.loader import BadVideos, RandomClips, train_batches
-    from mgtrain.datasets.videos import Videos
-    from mgtrain.distributed import World
+    from mgtrain.clips.loader import BadVideos, train_batches
+    from mgtrain.clips.units import RandomClips
+    from mgtrain.data.videos import Videos
+    from mgtrain.processes.distributed import World
     from mgtrain.recipe import parse_recipe
     from mgtrain.schedule import make_plan
 

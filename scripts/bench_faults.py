@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from mgtrain.checkpoint import CheckpointInfo, save_checkpoint, verify
-from mgtrain.distributed import World
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.finite import not_finite
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.step import to_device, train_step
 from mgtrain.models.norm import group_stats
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import load_recipe
+from mgtrain.runs.checkpoint import CheckpointInfo, save_checkpoint, verify
 from mgtrain.schedule import make_plan
 
 

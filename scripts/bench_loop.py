@@ -24,10 +24,10 @@ from torch import nn
 
 import mgtrain.engine.fit as loop
 import mgtrain.engine.step as stepping
-from mgtrain.distributed import connect
 from mgtrain.errors import StoppedError
+from mgtrain.processes.distributed import connect
 from mgtrain.recipe import load_recipe
-from mgtrain.rundir import RunDir
+from mgtrain.runs.folder import RunDir
 
 PARTS = ("waiting", "pixels", "forward", "backward", "update")
 

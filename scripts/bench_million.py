@@ -26,12 +26,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mgtrain.clips.loader import RandomClips
 from mgtrain.clips.order import step_requests
 from mgtrain.clips.prepared import Settings, write_settings
-from mgtrain.datasets import open_videos
-from mgtrain.datasets.videos import Videos
-from mgtrain.prepare import write_index
+from mgtrain.clips.units import RandomClips
+from mgtrain.data import open_videos
+from mgtrain.data.videos import Videos
+from mgtrain.preflight.prepare import write_index
 from mgtrain.recipe import parse_recipe
 from mgtrain.schedule import make_plan
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mgtrain.machine import keep_freed_memory
 from mgtrain.models.nonlocal3d import dot_product_attention
+from mgtrain.processes.cores import keep_freed_memory
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # clips, frames, pixels a side, channels: res3 and res4 of I3D-NL at 8 x 79², 8 x 158², 8 x 224²; res3 at 32 x 224²

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mgtrain.distributed import connect, launch, no_sync, replicate
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.step import to_device
 from mgtrain.models.part import Part, set_part
+from mgtrain.processes.distributed import connect, launch, no_sync, replicate
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import make_plan
 

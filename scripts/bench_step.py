@@ -112,9 +112,9 @@ def run(pipe: Connection, kind: str, network: str, checkout: Path, threads: int,
 def ours(network: str, _: Path, x: Tensor, groups: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """Our network, as `fit` trains it."""
     from mgtrain.engine.optim import make_optimizer
-    from mgtrain.machine import keep_freed_memory
     from mgtrain.models import build_model
     from mgtrain.models.part import Part, set_part
+    from mgtrain.processes.cores import keep_freed_memory
     from mgtrain.recipe import Optim
 
     keep_freed_memory()

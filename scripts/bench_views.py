@@ -18,8 +18,8 @@ import torch
 
 from mgtrain.clips.cut import cut_views
 from mgtrain.clips.decode import VideoFile
-from mgtrain.clips.loader import evaluation_grid
-from mgtrain.datasets import open_videos
+from mgtrain.clips.units import evaluation_grid
+from mgtrain.data import open_videos
 from mgtrain.recipe import load_recipe
 
 

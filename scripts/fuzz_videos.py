@@ -42,10 +42,10 @@ import torch
 
 from mgtrain.clips.cut import cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
-from mgtrain.datasets.synthetic import draw_motion
+from mgtrain.data.synthetic import draw_motion
 from mgtrain.errors import VideoError
 from mgtrain.grid import Grid
-from mgtrain.isolated import Lost, isolated
+from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.rng import Draw, generator
 
 COARSE, FINE = Grid(8, 112, (1, 8), (128, 160)), Grid(16, 224, (1, 2), (256, 320))

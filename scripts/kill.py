@@ -35,8 +35,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mgtrain.datasets.synthetic import synthesize
-from mgtrain.rundir import RunDir
+from mgtrain.data.synthetic import synthesize
+from mgtrain.runs.folder import RunDir
 
 RECIPE = """\
 data: {format: list, root: data, train: train.csv, val: val.csv, classes: 4}

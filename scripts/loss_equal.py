@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mgtrain.datasets import open_splits
+from mgtrain.data import open_splits
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import make_plan
 

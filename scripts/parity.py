@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mgtrain.models import build_model
 from mgtrain.models.slowfast import slow_frames
-from mgtrain.weights.load import load_weights, read_weights
+from mgtrain.models.weights.load import load_weights, read_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from foreign import clips, fingerprint, value

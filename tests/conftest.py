@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgtrain.datasets.synthetic import synthesize
+from mgtrain.data.synthetic import synthesize
 from mgtrain.recipe import Recipe, parse_recipe
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start

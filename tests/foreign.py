@@ -46,7 +46,7 @@ def fingerprint(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
 
 
 def pyslowfast(name: str) -> str:
-    """The name in PySlowFast's .pyth files of the tensor with this common name (see `mgtrain.weights.naming`)."""
+    """The name in PySlowFast's .pyth files of the tensor with this common name (see `models/weights/naming.py`)."""
     where, stage, rest = name.split(".", 2)
     number, side = _number(stage), {"slow": 0, "fast": 1, "laterals": 0, "head": 0}[where]
     if where == "head":

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from mgtrain.cli import app
 from mgtrain.recipe import Recipe, shipped_recipes
-from mgtrain.reference import reference
+from mgtrain.recipe.keys import reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,9 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from mgtrain import __version__
-from mgtrain.cli.data import bench_app, data_app
-from mgtrain.cli.runs import ckpt_app, compare, doctor, evaluate, export, fit, plan, predict, recipes_app, report, watch
-from mgtrain.cli.start import init
+from mgtrain.cli.bench import bench_app, doctor
+from mgtrain.cli.checkpoints import ckpt_app
+from mgtrain.cli.compare import compare, report, watch
+from mgtrain.cli.data import data_app
+from mgtrain.cli.fit import fit
+from mgtrain.cli.init import init
+from mgtrain.cli.plan import plan
+from mgtrain.cli.recipes import recipes_app
+from mgtrain.cli.trained import evaluate, export, predict
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
 from mgtrain.errors import MgtrainError
@@ -93,7 +99,7 @@ def main() -> None:
 def _say(message: str) -> None:
     """The one line with which a command ends that does not do what it was asked to."""
     if "WORLD_SIZE" in os.environ:  # one of several ranks
-        from mgtrain.distributed import says_first
+        from mgtrain.processes.distributed import says_first
 
         if not says_first(message):
             return

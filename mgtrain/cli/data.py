@@ -10,17 +10,14 @@ from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import DeviceOption, Json, Overrides, RecipeArgument, check_finite
-from mgtrain.console import err, out, start_logging
+from mgtrain.cli.options import Json, Overrides, RecipeArgument
+from mgtrain.console import err, out
 from mgtrain.errors import UsageError
-from mgtrain.machine import usable_cores
+from mgtrain.processes.cores import usable_cores
 from mgtrain.recipe import load_recipe
 
 data_app = typer.Typer(name="data", help="Make and look at data sets.", no_args_is_help=True)
-bench_app = typer.Typer(name="bench", help="Measure this machine.", no_args_is_help=True)
 
-# Of a prepared set: what K400's grids read (short sides of 128 to 320 pixels), at about 3 times the bytes.
-LEVELS, QUALITY = "256,160", 25
 
 MOST_NAMED = 20  # videos that a command names one by one
 
@@ -47,7 +44,7 @@ def synthesize(
 
     Example:  mgtrain data synthesize data/motions
     """
-    from mgtrain.datasets.synthetic import synthesize as make
+    from mgtrain.data.synthetic import synthesize as make
 
     make(root, videos_per_class={"train": train, "val": val}, seed=seed)
     out.print(f"{root}: ready")
@@ -73,9 +70,9 @@ def index(
     Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
     """
     from mgtrain.console import counts_table, progress
-    from mgtrain.datasets import open_splits
-    from mgtrain.datasets.index import make_index
-    from mgtrain.datasets.listfile import write_lists
+    from mgtrain.data import open_splits
+    from mgtrain.data.index import make_index
+    from mgtrain.data.listfile import write_lists
     from mgtrain.errors import DataError
 
     splits = open_splits(load_recipe(recipe, overrides or ()).data)
@@ -131,9 +128,9 @@ def split(
     |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
     """
     from mgtrain.console import counts_table
-    from mgtrain.datasets import open_splits, open_videos
-    from mgtrain.datasets.listfile import write_lists
-    from mgtrain.datasets.split import count_classes, joined, make_split, read_groups
+    from mgtrain.data import open_splits, open_videos
+    from mgtrain.data.listfile import write_lists
+    from mgtrain.data.split import count_classes, joined, make_split, read_groups
 
     if (val is None) == (folds is None):
         raise UsageError("give --val SHARE or --folds NUMBER, one of them")
@@ -179,8 +176,8 @@ def stats(
         raise UsageError(f"--picture {picture}: has to end in .png")
 
     from mgtrain.console import progress
-    from mgtrain.datasets import open_splits
-    from mgtrain.stats import draw_picture, make_stats, render
+    from mgtrain.data import open_splits
+    from mgtrain.preflight.stats import draw_picture, make_stats, render
 
     loaded = load_recipe(recipe, overrides or ())
     videos = open_splits(loaded.data)[split.value]
@@ -219,12 +216,12 @@ def check(
     """
     from collections import Counter
 
-    from mgtrain.check import check as look
     from mgtrain.console import counts_table, progress
-    from mgtrain.datasets import open_splits
-    from mgtrain.datasets.checked import STATUSES, USABLE
-    from mgtrain.datasets.videos import printable
+    from mgtrain.data import open_splits
+    from mgtrain.data.checked import STATUSES, USABLE
+    from mgtrain.data.videos import printable
     from mgtrain.errors import DataError
+    from mgtrain.preflight.check import check as look
 
     loaded = load_recipe(recipe, overrides or ())
     data = loaded.data
@@ -257,178 +254,3 @@ def check(
             f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
             f"{data.max_bad_fraction:g} allows; replace them, or leave them out with data.checked={file}"
         )
-
-
-@data_app.command()
-def prepare(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    to: Annotated[Path | None, typer.Option(help="Folder to make. Default: data.root with -prepared added.")] = None,
-    levels: Annotated[str, typer.Option(help="Short sides in pixels.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
-    fps: Annotated[
-        float | None, typer.Option(min=1, help="Thin out videos of more frames per second. Default: keep all frames.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
-    forecast: Annotated[
-        bool, typer.Option("--forecast", help="Prepare a few videos, say what the rest would take, and stop.")
-    ] = False,
-    json_: Json = False,
-) -> None:
-    """Re-encode the videos of a recipe once, so that every clip costs no more than its own frames and size.
-
-    The originals stay as they are. Run it again to go on where it was stopped. Then train with data.prepared=FOLDER.
-
-    Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
-    """
-    from dataclasses import asdict
-
-    from mgtrain.clips.prepared import Settings
-    from mgtrain.console import duration, progress, size
-    from mgtrain.datasets import open_splits
-    from mgtrain.prepare import Forecast
-    from mgtrain.prepare import prepare as make
-
-    check_finite("--fps", fps)
-    data = load_recipe(recipe, overrides or ()).data
-    folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
-    settings = Settings(parse_levels(levels), quality, fps)
-    count = workers or usable_cores()
-    paths = [videos.name(n) for videos in open_splits(data).values() for n in range(len(videos))]
-
-    def by_level(sizes: tuple[int, ...], originals: int) -> str:
-        """What each level adds, in bytes and of the originals."""
-        parts = (
-            f"{size(n)} or {n / max(1, originals):.2f}x at {level}"
-            for level, n in zip(settings.levels, sizes, strict=True)
-        )
-        return f"{size(sum(sizes))} ({', '.join(parts)})"
-
-    def told(expected: Forecast) -> bool:
-        err.print(
-            f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
-            f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes",
-            soft_wrap=True,
-        )
-        return not forecast
-
-    with progress() as show:
-        done = make(Path(data.root), paths, folder, settings, count, forecast=told, progress=show)
-    for cause in done.broken.values():
-        err.print(f"left out: {cause}", soft_wrap=True)
-    if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)}))
-    else:
-        out.print(
-            f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
-            f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
-            f"{duration(done.seconds)}",
-        )
-
-
-@data_app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder made by `mgtrain data prepare`.")], json_: Json = False
-) -> None:
-    """Read every byte of a prepared set and compare it with the manifest. Exits with 3 if anything is wrong.
-
-    Example:  mgtrain data verify /scratch/k400
-    """
-    from mgtrain.console import progress
-    from mgtrain.errors import DataError
-    from mgtrain.prepare import verify as look
-
-    with progress() as show:
-        wrong = look(folder, usable_cores(), show)
-    if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}))
-    for file, problem in [] if json_ else wrong.items():
-        out.print(f"{file}: {problem}")
-    if wrong:
-        raise DataError(f"{folder}: {len(wrong)} files are not as they were written; delete them and prepare again")
-    if not json_:
-        out.print(f"{folder}: every file is as it was written")
-
-
-@bench_app.command("data")
-def bench_data(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="How long to measure each shape, twice.")] = 2.0,
-    step_seconds: Annotated[
-        float | None, typer.Option(min=0.001, help="How long a step takes. Default: it is measured here.")
-    ] = None,
-    levels: Annotated[str, typer.Option(help="Levels of the prepared set that is tried.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="Its quality.")] = QUALITY,
-    device: DeviceOption = None,
-    json_: Json = False,
-) -> None:
-    """Measure how fast clips of every shape of the plan can be loaded, and whether training will wait for them.
-
-    Example:  mgtrain bench data k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --step-seconds 0.9
-    """
-    from mgtrain.bench import bench_data as bench
-    from mgtrain.bench import render
-    from mgtrain.console import progress
-    from mgtrain.distributed import connect
-    from mgtrain.engine.fit import open_data
-
-    check_finite("--seconds", seconds)
-    check_finite("--step-seconds", step_seconds)
-    loaded = load_recipe(recipe, overrides or ())
-    videos, _ = open_data(loaded)
-    with connect(device.value if device else None) as world, progress() as show:
-        start_logging(None, world.main, world.rank)
-        result = bench(
-            loaded, videos, world, parse_levels(levels), quality,
-            seconds=seconds, step_seconds=step_seconds, progress=show,
-        )  # fmt: skip
-    if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
-    else:
-        out.print(render(result))
-
-
-@bench_app.command("step")
-def bench_step(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    videos: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: data.videos, or those of the data.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps of each shape that are timed.")] = 3,
-    device: DeviceOption = None,
-    json_: Json = False,
-) -> None:
-    """Time a training step at every shape of the plan, against its convolutions alone and the machine's best.
-
-    Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
-    """
-    from mgtrain.bench_step import bench_step as bench
-    from mgtrain.bench_step import render
-    from mgtrain.cli.runs import training_videos
-    from mgtrain.console import progress
-    from mgtrain.distributed import connect
-    from mgtrain.engine.checks import check_precision
-    from mgtrain.schedule import make_plan
-
-    loaded = load_recipe(recipe, overrides or ())
-    plan = make_plan(loaded, videos or loaded.data.videos or training_videos(loaded))
-    with connect(device.value if device else None) as world, progress() as show:
-        start_logging(None, world.main, world.rank)
-        check_precision(loaded, world.device)
-        result = bench(loaded, plan, world, repeats, show)
-    if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.bench_step/1", **result}))
-    else:
-        out.print(render(result))
-
-
-def parse_levels(levels: str) -> tuple[int, ...]:
-    try:
-        sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
-    except ValueError:
-        sides = []
-    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
-        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
-    return tuple(sides)

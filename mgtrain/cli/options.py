@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mgtrain.console import out
 from mgtrain.errors import CheckpointError, UsageError
 
 
@@ -42,8 +45,8 @@ def check_finite(option: str, value: float | None) -> None:
 
 
 def checkpoint_path(checkpoint: str) -> Path:
-    from mgtrain.checkpoint import newest_whole
-    from mgtrain.rundir import find_run
+    from mgtrain.runs.checkpoint import newest_whole
+    from mgtrain.runs.folder import find_run
 
     path = Path(checkpoint)
     if path.is_file():
@@ -53,3 +56,27 @@ def checkpoint_path(checkpoint: str) -> Path:
     if newest is None:
         raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
     return newest
+
+
+def start_ranks(procs: int | None, device: Device | None) -> bool:
+    """Start this command once per rank, unless this process is one of them or the only one."""
+    from mgtrain.processes.distributed import default_procs, is_launched, launch
+
+    if is_launched():
+        return False
+    wanted = procs or default_procs(device.value if device else None)
+    if wanted == 1:
+        return False
+    code = launch([sys.executable, "-m", "mgtrain", *sys.argv[1:]], wanted)
+    if code:
+        sys.exit(code)
+    return True
+
+
+def print_scores(facts: dict[str, Any], scores: Any, as_json: bool) -> None:
+    if as_json:
+        keys = ("mean_ap", "top1", "top5", "loss", "videos")
+        row = {key: value for key, value in scores.row().items() if key in keys}
+        out.print_json(json.dumps({**facts, **row}))
+    else:
+        out.print(scores.line(1))

@@ -53,8 +53,8 @@ def import_weights(
     import torch
 
     from mgtrain.models import TORCHVISION, build_model
-    from mgtrain.weights.load import load_weights, model_options, read_classes, read_weights, save_weights
-    from mgtrain.weights.torchvision import download
+    from mgtrain.models.weights.load import load_weights, model_options, read_classes, read_weights, save_weights
+    from mgtrain.models.weights.torchvision import download
 
     path, names = (file, read_classes(file)) if file else download(str(from_))
     named = (from_ or "").partition(":")[2]
@@ -84,6 +84,6 @@ def import_weights(
 
 
 def _read_names(file: Path) -> tuple[str, ...]:
-    from mgtrain.datasets.videos import read_lines
+    from mgtrain.data.videos import read_lines
 
     return tuple(line.strip() for line in read_lines(file) if line.strip())

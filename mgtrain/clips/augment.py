@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, RandAugment
 
 from mgtrain.clips.pixels import BLACK, WHITE
-from mgtrain.models.options import MEAN
 from mgtrain.recipe import Augment
+from mgtrain.recipe.model import MEAN
 from mgtrain.rng import Draw, seed_of
 
 FRAMES = 4  # that RandAugment works on at a time: 1.5 times as fast as 32, which leave the processor's cache

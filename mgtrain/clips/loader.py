@@ -18,208 +18,33 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from mgtrain.clips.augment import rand_augment
-from mgtrain.clips.cut import Cut, cut_random, cut_views
-from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.order import ClipRequest, step_requests, video_at
-from mgtrain.clips.prepared import PreparedSet, PreparedVideo
-from mgtrain.datasets.videos import Videos, mirrored_labels
-from mgtrain.distributed import World
-from mgtrain.errors import DataError, VideoError
-from mgtrain.grid import Grid
-from mgtrain.machine import usable_cores
-from mgtrain.recipe import Augment, Data, Recipe
-from mgtrain.rng import Draw, generator
+from mgtrain.clips.units import Loaded, RandomClips, Source, ViewClips, evaluation_grid
+from mgtrain.data.videos import Videos
+from mgtrain.errors import DataError
+from mgtrain.processes.cores import usable_cores
+from mgtrain.processes.distributed import World
+from mgtrain.processes.signals import leave_signals_to_the_parent
+from mgtrain.recipe import Recipe
+from mgtrain.rng import Draw
 from mgtrain.schedule import Plan
-from mgtrain.signals import leave_signals_to_the_parent
 
 log = logging.getLogger(__name__)
 
 UNITS_PER_WORKER = 2  # units that a step is cut into, for each worker
 STEPS_AHEAD = 2  # steps that the workers may run ahead of training
-REPLACEMENTS = 16  # videos to try in place of a broken one, before the data set is given up
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What comes back for one unit of work."""
-
-    clips: Tensor  # uint8 (clips, T, S, S, 3)
-    labels: Tensor  # int64 (clips,), or uint8 (clips, classes); in an evaluation the numbers of the videos, (videos,)
-    bad: tuple[tuple[str, str], ...] = ()  # path and cause of each video that could not be decoded
-    given_up: bool = False
-
-
-class Source:
-    """Where the videos are read: their own files, or a prepared set. It tells which ones are being decoded."""
-
-    def __init__(self, videos: Videos, data: Data) -> None:
-        self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
-        self._reading = torch.zeros(1, 2, dtype=torch.int64)  # of each process, its pid, and 1 + the video or 0
-        self._shared: list[Tensor] | None = None
-        self._rows = np.empty(0, np.int32)  # of the videos, in the prepared set
-        self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
-        if self._prepared:
-            self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
-            missing = np.flatnonzero(self._rows < 0)
-            if len(missing):
-                raise DataError(
-                    f"{data.prepared}: lacks {len(missing)} of {len(videos)} videos, the first is "
-                    f"{videos.name(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
-                )
-
-    def share(self, workers: int) -> None:
-        """Make ready to be used by so many processes, before they start."""
-        self._reading = torch.zeros(max(1, workers), 2, dtype=torch.int64)
-        self._reading.share_memory_()  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a worker is given: the arrays, which may tell of millions of videos, as shared memory."""
-        if self._shared is None:
-            self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
-            for tensor in self._shared:
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
-        return {**self.__dict__, "videos": self.videos.without_arrays(), "_rows": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        *arrays, self._rows = (tensor.numpy() for tensor in state["_shared"])
-        self.videos = self.videos.with_arrays(arrays)
-
-    @contextmanager
-    def open(self, video: int) -> Iterator[VideoFile | PreparedVideo]:
-        """A video to read. Raises `VideoError` if it cannot be read."""
-        worker = get_worker_info()
-        mine = self._reading[worker.id if worker else 0]
-        mine[0], mine[1] = os.getpid(), video + 1
-        try:
-            with self._reader(video) as file:
-                yield file
-        finally:
-            mine[1] = 0
-
-    def _reader(self, video: int) -> VideoFile | PreparedVideo:
-        if self._prepared:
-            return self._prepared.open(int(self._rows[video]), self.videos.name(video))
-        return VideoFile(self.videos.path(video), self._skip_loop_filter)
-
-    def under_way(self, pids: Container[int] | None = None) -> list[str]:
-        """The paths of the videos that are being decoded: by all processes, or by some of them."""
-        reading = [(pid, video - 1) for pid, video in self._reading.tolist() if video]
-        return [self.videos.path(video) for pid, video in reading if pids is None or pid in pids]
-
-    def lost(self, error: RuntimeError) -> DataError | None:
-        """What to say if the error is torch's word of workers that died."""
-        dead = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
-        if dead is None:
-            return None
-        paths = sorted(set(self.under_way([int(pid) for pid in dead[1].split(",")])))
-        return DataError(
-            f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
-            "`mgtrain data check` and leave them out with data.checked, or mend the lack of memory if there was any"
-        )
-
-
-class RandomClips(Dataset[Loaded]):
-    """Clips cut at random; an item is a unit, a list of requests. A clip depends on its request and the seed alone."""
-
-    def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
-        self.source = Source(videos, recipe.data)
-        self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
-        self.multi_label = recipe.data.multi_label
-        self.mirrored = np.array(mirrored_labels(videos.classes, recipe.data.mirrored))
-        # BatchNorm's statistics are to be those of clips as evaluations see them.
-        self.augment = recipe.augment if draw is Draw.CUT else Augment()
-
-    def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
-        grid = unit[0].grid
-        clips = torch.zeros(len(unit), grid.frames, grid.crop, grid.crop, 3, dtype=torch.uint8)  # (clips, T, S, S, 3)
-        labels = []
-        bad: list[tuple[str, str]] = []
-        for i, request in enumerate(unit):
-            for video in self._candidates(request):
-                try:
-                    clip, label = self._cut(video, request)
-                except VideoError as error:
-                    bad.append((self.source.videos.path(video), str(error)))
-                else:
-                    clips[i] = torch.from_numpy(rand_augment(clip, self.augment, self.seed, request.position))
-                    labels.append(label)
-                    break
-            else:
-                return Loaded(clips, torch.empty(0), tuple(bad), given_up=True)
-        return Loaded(clips, torch.from_numpy(np.stack(labels)), tuple(bad))
-
-    def _candidates(self, request: ClipRequest) -> Iterator[int]:
-        """The video asked for, then those that stand in for it, the same ones wherever the clip is made."""
-        yield request.video
-        for attempt in range(REPLACEMENTS):
-            rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
-            yield int(rng.integers(len(self.source.videos)))
-
-    def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, np.ndarray]:
-        """The clip, uint8 (T, S, S, 3), and its class, int64 (), or its classes, uint8 (classes,)."""
-        rng = generator(self.seed, self.draw, request.position)
-        with self.source.open(video) as file:
-            cut = cut_random(
-                request.grid,
-                file.info,
-                rng,
-                fps=self.clip.fps,
-                flip=self.clip.flip,
-                inverse_uniform=self.clip.inverse_uniform,
-                segments=self.clip.sampling == "segments",
-            )
-            return file.read([cut])[0], self._label(video, cut, file.info.fps)
-
-    def _label(self, video: int, cut: Cut, fps: float) -> np.ndarray:
-        videos = self.source.videos
-        if not self.multi_label:
-            label = videos.label(video)
-            return np.array(self.mirrored[label] if cut.flip else label)
-        row = videos.targets(video, cut.frames[0] / fps, (cut.frames[-1] + 1) / fps)
-        return row[self.mirrored] if cut.flip else row
-
-
-class ViewClips(Dataset[Loaded]):
-    """All views of each video, for evaluation; an item is a unit, a list of video numbers. Broken ones are left out."""
-
-    def __init__(self, videos: Videos, recipe: Recipe, times: int, crops: int) -> None:
-        self.source = Source(videos, recipe.data)
-        self.grid, self.times, self.crops, self.clip = evaluation_grid(recipe), times, crops, recipe.clip
-
-    def __getitem__(self, unit: Sequence[int]) -> Loaded:
-        views: list[np.ndarray] = []
-        numbers: list[int] = []
-        bad: list[tuple[str, str]] = []
-        for video in unit:
-            try:
-                with self.source.open(video) as file:
-                    segments = self.clip.sampling == "segments"
-                    cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.clip.fps, segments=segments)
-                    views.extend(file.read(cuts))
-                numbers.append(video)
-            except VideoError as error:
-                bad.append((self.source.videos.path(video), str(error)))
-        shape = (self.grid.frames, self.grid.crop, self.grid.crop, 3)
-        clips = np.stack(views) if views else np.zeros((0, *shape), np.uint8)  # (videos * times * crops, T, S, S, 3)
-        return Loaded(torch.from_numpy(clips), torch.tensor(numbers, dtype=torch.int64), tuple(bad))
 
 
 class BadVideos:
@@ -278,14 +103,6 @@ def view_batches(
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (numbers[first : first + per_batch] for first in range(0, len(numbers), per_batch))
     return batches_of(dataset, batches, recipe, world, bad)
-
-
-def evaluation_grid(recipe: Recipe) -> Grid:
-    """The one grid of every evaluation."""
-    clip, evaluation = recipe.clip, recipe.evaluation
-    return Grid(
-        clip.frames, evaluation.crop, (clip.stride, clip.stride), (evaluation.short_side, evaluation.short_side)
-    )
 
 
 def worker_count(recipe: Recipe, world: World) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgtrain.models.options import MEAN, STD
+from mgtrain.recipe.model import MEAN, STD
 
 BLACK, WHITE = -MEAN / STD, (1 - MEAN) / STD  # of normalized pixels
 

@@ -25,9 +25,10 @@ from av.video.reformatter import VideoReformatter
 from pydantic import TypeAdapter, ValidationError
 
 from mgtrain.clips.cut import Cut, VideoInfo
-from mgtrain.clips.decode import Clip, UnconvertibleError, box_around, converted, decoded, one_thread
+from mgtrain.clips.decode import decoded, one_thread
+from mgtrain.clips.pictures import Clip, UnconvertibleError, box_around, converted
+from mgtrain.data.manifest import key_of
 from mgtrain.errors import DataError, VideoError
-from mgtrain.manifest import key_of
 
 SCHEMA = "mgtrain.prepared/1"
 EVERY_HEADER = bytes((1, 100, 0, 40, 0xFF, 0xE0, 0))  # avcC without parameter sets: each frame brings its own

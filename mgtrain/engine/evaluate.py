@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgtrain.clips.loader import BadVideos, view_batches
-from mgtrain.datasets.videos import Videos
-from mgtrain.distributed import World
+from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
 from mgtrain.models.norm import merge_group_stats
-from mgtrain.predictions import Journal, Predictions
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
+from mgtrain.runs.journal import Journal
+from mgtrain.runs.scores import Predictions
 
 
 def evaluate(

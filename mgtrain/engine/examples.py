@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mgtrain.clips.loader import RandomClips
 from mgtrain.clips.order import ClipRequest, video_at
-from mgtrain.datasets.videos import Videos
+from mgtrain.clips.units import RandomClips
+from mgtrain.data.videos import Videos
 from mgtrain.engine.step import augmented
 from mgtrain.errors import DataError
 from mgtrain.grid import Shape
-from mgtrain.models.options import pixel_statistics
 from mgtrain.models.part import Part
 from mgtrain.recipe import Recipe
+from mgtrain.recipe.model import pixel_statistics
 from mgtrain.schedule import Plan
 
 FRAMES = 4  # of a clip that are shown

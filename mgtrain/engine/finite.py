@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mgtrain.clips.order import step_requests
-from mgtrain.datasets.videos import Videos
-from mgtrain.distributed import World
+from mgtrain.data.videos import Videos
 from mgtrain.errors import NonFiniteError
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
-from mgtrain.rundir import RunDir
+from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)

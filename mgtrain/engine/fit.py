@@ -9,19 +9,17 @@ from dataclasses import replace
 
 import torch
 
-from mgtrain.checkpoint import CheckpointInfo
 from mgtrain.clips.loader import BadVideos, train_batches
 from mgtrain.clips.prepared import PreparedSet
-from mgtrain.console import TrainProgress
-from mgtrain.datasets import check_labels, open_splits
-from mgtrain.datasets.videos import Videos, mirrored_labels
-from mgtrain.distributed import Agreement, World, replicate
+from mgtrain.data import check_labels, open_splits
+from mgtrain.data.videos import Videos, mirrored_labels
 from mgtrain.engine.checks import check_micro_batches, check_precision, check_shapes, make_model
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import NonFiniteSteps, refuse_or_report
 from mgtrain.engine.memory import fit_memory
 from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.recalibrate import recalibrate
 from mgtrain.engine.record import describe_run, log_evaluation, log_step, show_run, show_step
 from mgtrain.engine.resume import Learner, newest_checkpoint, put_back, save
@@ -29,13 +27,15 @@ from mgtrain.engine.resume import resume as resume_run
 from mgtrain.engine.step import to_device, train_step
 from mgtrain.engine.warmup import warm_up
 from mgtrain.errors import StoppedError
-from mgtrain.predictions import Scores
+from mgtrain.models.weights.load import start_from
+from mgtrain.processes.distributed import Agreement, World, replicate
+from mgtrain.processes.signals import StopRequest
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, seed_of
-from mgtrain.rundir import RunDir
+from mgtrain.runs.checkpoint import CheckpointInfo
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.scores import Scores
 from mgtrain.schedule import Step, check_world, make_plan
-from mgtrain.signals import StopRequest
-from mgtrain.weights.load import start_from
 
 
 def fit(

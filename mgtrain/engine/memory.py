@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mgtrain.distributed import World
 from mgtrain.engine.checks import DTYPES, check_micro_batches, make_model, pass_clips
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
 from mgtrain.models.recompute import blocks
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan
 

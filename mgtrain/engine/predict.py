@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mgtrain.clips.cut import Cut, cut_windows
 from mgtrain.clips.decode import VideoFile
-from mgtrain.clips.loader import BadVideos, evaluation_grid, view_batches
-from mgtrain.datasets.videos import Videos
-from mgtrain.distributed import World
+from mgtrain.clips.loader import BadVideos, view_batches
+from mgtrain.clips.units import evaluation_grid
+from mgtrain.data.videos import Videos
 from mgtrain.engine.evaluate import predict
 from mgtrain.engine.trained import Trained
 from mgtrain.errors import UsageError, VideoError
-from mgtrain.predictions import Answer, Window
+from mgtrain.processes.distributed import World
+from mgtrain.runs.answers import Answer, Window
 
 
 def predict_videos(

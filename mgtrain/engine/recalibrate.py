@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mgtrain.clips.loader import BadVideos, recalibration_batches
-from mgtrain.datasets.videos import Videos
-from mgtrain.distributed import World
+from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
 from mgtrain.models.norm import merge_group_stats, reset_group_stats, set_momentum
 from mgtrain.models.part import Part, set_part
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule.plan import bn_groups
 

@@ -19,17 +19,18 @@ import torchvision
 
 from mgtrain import __version__
 from mgtrain.clips.loader import worker_count
-from mgtrain.console import TrainProgress, duration
-from mgtrain.datasets.videos import Videos
-from mgtrain.distributed import World
+from mgtrain.console import duration
+from mgtrain.data.videos import Videos
 from mgtrain.engine.clock import Clock
 from mgtrain.engine.examples import examples
+from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.step import StepResult
 from mgtrain.errors import DataError
 from mgtrain.grid import Shape
-from mgtrain.predictions import Predictions, Scores
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
-from mgtrain.rundir import RunDir, accuracy, best_until, speedup_at_equal_accuracy
+from mgtrain.runs.folder import RunDir, accuracy, best_until, speedup_at_equal_accuracy
+from mgtrain.runs.scores import Predictions, Scores
 from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mgtrain.checkpoint import (
+from mgtrain.errors import CheckpointError
+from mgtrain.models.norm import group_stats, merge_group_stats
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
+from mgtrain.runs.checkpoint import (
     CheckpointInfo,
     load_model,
     load_optimizer,
@@ -17,11 +21,7 @@ from mgtrain.checkpoint import (
     read_info,
     save_checkpoint,
 )
-from mgtrain.distributed import World
-from mgtrain.errors import CheckpointError
-from mgtrain.models.norm import group_stats, merge_group_stats
-from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
-from mgtrain.rundir import RunDir, accuracy
+from mgtrain.runs.folder import RunDir, accuracy
 
 log = logging.getLogger(__name__)
 

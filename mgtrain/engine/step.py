@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mgtrain.clips.augment import erase, jitter_colour
 from mgtrain.clips.pixels import normalize, restandardize
-from mgtrain.distributed import World, no_sync, unwrap
 from mgtrain.engine.checks import DTYPES, pass_clips
 from mgtrain.engine.finite import not_finite
 from mgtrain.engine.mix import mix
-from mgtrain.models.options import pixel_statistics
 from mgtrain.models.part import Part, set_part
+from mgtrain.processes.distributed import World, no_sync, unwrap
 from mgtrain.recipe import Recipe
+from mgtrain.recipe.model import pixel_statistics
 from mgtrain.rng import Draw, generator, seed_of
 from mgtrain.schedule import Step
 

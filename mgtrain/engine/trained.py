@@ -9,17 +9,17 @@ from pathlib import Path
 
 from torch import nn
 
-from mgtrain.checkpoint import is_checkpoint, load_model, read_info
-from mgtrain.datasets import check_labels, listed_classes, open_videos, usable
-from mgtrain.datasets.videos import Videos
-from mgtrain.distributed import World
+from mgtrain.data import check_labels, listed_classes, open_videos, usable
+from mgtrain.data.manifest import checksum
+from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes, make_model
 from mgtrain.engine.step import to_device
 from mgtrain.errors import CheckpointError, DataError, UsageError
-from mgtrain.manifest import checksum
+from mgtrain.models.weights.files import read_tensors
+from mgtrain.models.weights.load import freeze, is_ours, load_weights, named, read_classes
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
-from mgtrain.weights.files import read_tensors
-from mgtrain.weights.load import freeze, is_ours, load_weights, named, read_classes
+from mgtrain.runs.checkpoint import is_checkpoint, load_model, read_info
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from mgtrain.console import duration
-from mgtrain.distributed import World
 from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.step import autocast, memory_format
 from mgtrain.grid import Shape
 from mgtrain.models.norm import undisturbed
 from mgtrain.models.part import Part, set_part
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step
 

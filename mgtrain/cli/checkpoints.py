@@ -1,0 +1,91 @@
+"""The commands about checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgtrain.cli.options import (
+    CheckpointArgument,
+    Json,
+    checkpoint_path,
+)
+from mgtrain.console import out
+from mgtrain.errors import CheckpointError
+
+ckpt_app = typer.Typer(name="ckpt", help="Look at checkpoints.", no_args_is_help=True)
+
+
+@ckpt_app.command("inspect")
+def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
+    """Say what a checkpoint holds and belongs to.
+
+    Example:  mgtrain ckpt inspect demo_multigrid
+    """
+    from math import prod
+
+    from mgtrain.recipe import parse_recipe
+    from mgtrain.runs.checkpoint import read_info, tensor_shapes
+
+    path = checkpoint_path(checkpoint)
+    info, shapes = read_info(path), tensor_shapes(path)
+    recipe = parse_recipe(info.recipe, str(path))
+    numbers = {
+        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
+        for part in ("model", "optimizer", "groups")
+    }
+    facts = {
+        "checkpoint": str(path),
+        "bytes": path.stat().st_size,
+        "step": info.step,
+        "evaluated": info.evaluated,
+        "recalibrated": info.recalibrated,
+        "training_seconds": info.train_seconds,
+        "model": recipe.model.name,
+        "classes": len(info.classes),
+        "tensors": len(shapes),
+        "numbers": numbers,
+        "training_videos": info.data,
+        "validation_videos": info.val_data,
+        "steps_left_out": info.left_out,
+    }
+    if json_:
+        out.print_json(json.dumps({"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}))
+        return
+    for key, value in facts.items():
+        shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
+        out.print(f"{key.replace('_', ' '):18} {shown}")
+
+
+@ckpt_app.command("verify")
+def verify_checkpoints(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
+    json_: Json = False,
+) -> None:
+    """Read checkpoints whole and compare them with their checksums; exits with 4 if one is damaged.
+
+    Example:  mgtrain ckpt verify demo_multigrid
+    """
+    from mgtrain.runs.checkpoint import verify as verify_file
+    from mgtrain.runs.folder import find_run
+
+    files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
+    if not files:
+        raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
+    damaged: dict[str, str] = {}
+    for file in files:
+        try:
+            verify_file(file)
+        except CheckpointError as error:
+            damaged[str(file)] = str(error)
+    if json_:
+        result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
+        out.print_json(json.dumps(result))
+    else:
+        for file in files:
+            out.print(damaged.get(str(file), f"{file}: whole"))
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")

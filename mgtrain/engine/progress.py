@@ -1,0 +1,79 @@
+"""The progress line of a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mgtrain.console import duration, err
+from mgtrain.grid import Shape
+from mgtrain.schedule import Plan, Step
+
+
+class TrainProgress:
+    """The line at the bottom of the terminal: where the run is in its cycles, how it does, when it ends."""
+
+    def __init__(self, plan: Plan, start: int, shown: bool) -> None:
+        self.plan = plan
+        self.judged = ""  # what the last evaluation said
+        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of the steps since `take_times`
+        self._speed: dict[Shape, float] = {}  # seconds of a step, by shape, smoothed
+        self._progress = Progress(
+            TextColumn("{task.fields[phase]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=err,
+            disable=not (shown and err.is_terminal),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
+
+    def __enter__(self) -> TrainProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def time(self, step: Step, seconds: float) -> None:
+        """Take in how long a step took."""
+        old = self._speed.get(step.shape, seconds)
+        self._speed[step.shape] = 0.8 * old + 0.2 * seconds
+        self._times[step.shape].append(seconds)
+
+    def take_times(self) -> dict[Shape, list[float]]:
+        """Seconds of each step since the last call, by shape."""
+        taken, self._times = self._times, defaultdict(list)
+        return taken
+
+    def show(self, step: Step, loss: float, top1: float, waiting: float) -> None:
+        """Show the state after `step`; `waiting` is the share of the time spent waiting for data."""
+        phase, seconds = step.phase, self._speed.get(step.shape)
+        clips_per_second = f"{step.shape.clips / seconds:.0f} clips/s" if seconds else ""
+        self._progress.update(
+            self._task,
+            completed=step.index + 1,
+            phase=f"phase {phase.index + 1}/{len(self.plan.phases)}  {step.shape}",
+            facts=(
+                f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {clips_per_second}  "
+                f"data wait {100 * waiting:.0f} %{self.judged}"
+            ),
+            eta=f"{duration(self.remaining(step.index + 1))} left",
+        )
+
+    def remaining(self, done: int) -> float:
+        """Seconds until the end: the coming shapes at their measured speed, unmeasured ones at that of the others."""
+        if not self._speed:
+            return 0.0
+        per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)
+        seconds = 0.0
+        for phase in self.plan.phases:
+            left = phase.end_step - max(done, phase.first_step)
+            if left > 0:
+                cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
+                seconds += left * sum(cycle) / len(cycle)
+        return seconds

@@ -1,0 +1,313 @@
+"""From a file of weights to a model's: names, shapes, and a report of what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mgtrain.errors import CheckpointError, ThresholdError, UsageError
+from mgtrain.models import TORCHVISION, build_model
+from mgtrain.models.foreign import classifier_of
+from mgtrain.models.i3d import I3D
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.resnet3d import STAGE_BLOCKS
+from mgtrain.models.slowfast import SlowFast
+from mgtrain.models.weights.files import read_tensors
+from mgtrain.models.weights.mmaction2 import MMACTION2
+from mgtrain.models.weights.naming import OWN, STAGES
+from mgtrain.models.weights.pyslowfast import CAFFE2, PYSLOWFAST
+from mgtrain.models.weights.pytorchvideo import PYTORCHVIDEO
+from mgtrain.models.weights.torchvision import TORCHVISION_2D
+from mgtrain.recipe import Init
+from mgtrain.recipe.model import ModelOptions
+
+NAMINGS = (OWN, PYSLOWFAST, CAFFE2, PYTORCHVIDEO, MMACTION2, TORCHVISION_2D)
+WRAPPERS = r"^(module\.|model\.)+"  # of DistributedDataParallel, of PySlowFast around PyTorchVideo, of checkpoints
+COUNTER = "num_batches_tracked"  # of BatchNorm; no weight, and not everywhere
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A network's tensors under their common names (see `mgtrain.models.weights.naming`)."""
+
+    project: str
+    tensors: Mapping[str, Tensor]
+    notes: Sequence[str]  # what the project's networks compute differently
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Which of a model's tensors a file had."""
+
+    project: str
+    matched: Sequence[str]
+    inflated: Sequence[str]  # those of the matched that were made of 2-D kernels
+    missing: Mapping[str, str]  # the model's others, and why; they stay as they were
+    classifier: str  # the layer of the model that gives the logits
+    unused: Sequence[str]  # the file's others
+    resized: str  # what is to be said of another classifier; empty: nothing
+    notes: Sequence[str]
+
+    @property
+    def share(self) -> float:
+        """How many of the model's tensors the file had, of 1; another classifier does not count."""
+        missing = [name for name in self.missing if not (self.resized and name.startswith(f"{self.classifier}."))]
+        return len(self.matched) / max(1, len(self.matched) + len(missing))
+
+    def describe(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def lines(self, shown: int = 6) -> list[str]:
+        """The report as people read it, with the first few of what did not match."""
+        total = len(self.matched) + len(self.missing)
+        lines = [f"{self.project}: matched {len(self.matched)} of {total} tensors"]
+        if self.inflated:
+            lines[0] += f", {len(self.inflated)} of them inflated from 2-D kernels"
+        if self.resized:
+            lines.append(self.resized)
+        missing = [f"{name} ({why})" for name, why in self.missing.items()]
+        for what, names in (("not in the file", missing), ("not in the model", self.unused)):
+            if names:
+                more = f" and {len(names) - shown} more" if len(names) > shown else ""
+                lines.append(f"{what}: {', '.join(names[:shown])}{more}")
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+    def demand(self, share: float, path: Path) -> None:
+        """Raises `ThresholdError` where the file had less than `share` of the model's tensors."""
+        if self.share < share:
+            lacking = sorted(set(self.missing), key=lambda name: (name.startswith(self.classifier), name))
+            raise ThresholdError(
+                f"{path}: matched {len(self.matched)} of {len(self.matched) + len(self.missing)} tensors, a share of "
+                f"{math.floor(1000 * self.share) / 1000:g} where {share:g} is demanded (such as {lacking[0]}, "
+                f"{self.missing[lacking[0]]}); use the model that the weights are of, or lower "
+                "--at-least (in a recipe, init.at_least)"
+            )
+
+
+def read_weights(path: Path, common: bool = True) -> Weights:
+    """A file's tensors: under their common names, whichever of the known projects wrote it, or as they are.
+
+    Raises:
+        CheckpointError: it cannot be read, or its names are none that we know.
+    """
+    return named(path, read_tensors(path), common)
+
+
+def named(path: Path, tensors: Mapping[str, Tensor], common: bool) -> Weights:
+    """The tensors that were in a file, as `read_weights` names them."""
+    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in tensors.items()}
+    if not common:
+        return Weights("the file", {name: t for name, t in found.items() if not _is_state(name)}, ())
+    naming = next((n for n in NAMINGS if any(re.match(n.sign, name) for name in found)), None)
+    if naming is None:
+        raise CheckpointError(
+            f"{path}: holds tensors such as {min(found)!r}, which no network that we know has; known are those of "
+            f"{', '.join(n.project for n in NAMINGS)}"
+        )
+    renamed = {
+        naming.common(name): tensor
+        for name, tensor in found.items()
+        if not re.match(naming.ignored, name) and not _is_state(name)
+    }
+    notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
+    return Weights(naming.project, naming.mend(renamed), notes)
+
+
+def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
+    """The `model:` section, and `classes`, of the network that the weights are of; `name` where they fit several.
+
+    Raises:
+        CheckpointError: it is none of ours, or, being 2-D, does not say which it is to become.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.tensors.items()}
+    stem = shapes.get("slow.stem.conv.weight", ())
+    own = {
+        "slowfast_r50": any(key.startswith("fast.") for key in shapes),
+        "i3d_nln_r50": any(".nonlocal" in key for key in shapes),
+        "i3d_r50": stem[2:3] == (5,),
+    }
+    if name in TORCHVISION:
+        with torch.device("meta"):
+            logits = f"{classifier_of(build_model(name, classes=2))}.weight"
+        if logits not in shapes:
+            raise CheckpointError(f"weights that hold no {logits!r} are none of {name}")
+        return {"name": name, "classes": shapes[logits][0]}
+    if name is not None and name not in own:
+        raise UsageError(f"no model is called {name!r}; choose one of {', '.join([*own, *TORCHVISION])}")
+    chosen = name or next((key for key, fits in own.items() if fits and len(stem) == 5), None)
+    if chosen is None or not stem:
+        raise CheckpointError(
+            f"weights of {weights.project} with a stem of {stem} say not which model they are of; "
+            f"choose one of {', '.join(own)}"
+        )
+    blocks = tuple(len({key.split(".")[2] for key in shapes if re.match(rf"slow\.{s}\.\d", key)}) for s in STAGES[1:])
+    depth = next((depth for depth, known in STAGE_BLOCKS.items() if known == blocks), blocks)
+    options: dict[str, Any] = {"name": chosen, "width": stem[0], "depth": depth}
+    try:
+        if own[chosen] and chosen == "slowfast_r50":
+            options["beta_inv"] = stem[0] // shapes["fast.stem.conv.weight"][0]
+            options["fusion_kernel"] = shapes["laterals.stem.conv.weight"][2]
+        TypeAdapter(ModelOptions).validate_python(options)
+        return {**options, "classes": shapes["head.linear.weight"][0]}
+    except (ValidationError, LookupError, ZeroDivisionError):
+        raise CheckpointError(
+            f"weights of {weights.project} that would be a model {options} have no shape of it; "
+            "use init.weights in a recipe to load what fits"
+        ) from None
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Weights) -> Report:
+    """Put the weights into the model, in place, as far as they fit; of another classifier, the model keeps its own."""
+    unused, resized, classifier = dict(weights.tensors), "", classifier_of(model)
+    common = OWN.common if is_ours(model) else str
+    values: dict[str, Tensor] = {}
+    missing: dict[str, str] = {}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
+    logits = weights.tensors.get(f"{classifier}.weight")
+    if logits is not None and fit_shape(logits, state[f"{classifier}.weight"].shape) is None:
+        theirs, ours = tuple(logits.shape), tuple(state[f"{classifier}.weight"].shape)
+        resized = f"the classifier (classes, features) is {theirs} in the file and {ours} here, so it starts afresh"
+    for own, target in state.items():
+        value = unused.pop(common(own), None)
+        if value is None:
+            missing[own] = "absent"
+        elif own.startswith(f"{classifier}.") and resized:
+            missing[own] = "another classifier"
+        elif (fitted := fit_shape(value, target.shape)) is None:
+            missing[own] = f"{tuple(value.shape)} in the file, {tuple(target.shape)} here"
+        else:
+            target.copy_(fitted)
+            values[own] = value
+    for module in model.modules():
+        if isinstance(module, GroupBatchNorm3d):
+            module.groups = 0  # the groups' statistics start from those that came
+    inflated = [name for name, value in values.items() if value.ndim == 4]
+    return Report(weights.project, [*values], inflated, missing, classifier, sorted(unused), resized, weights.notes)
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether tensors of other projects have a place in the model: whether its stages are those of `STAGES`."""
+    return isinstance(model, SlowFast | I3D)
+
+
+def _is_state(name: str) -> bool:
+    """Whether a tensor is no weight: a counter, or what an optimizer remembers."""
+    return name.endswith(COUNTER) or name.startswith("optimizer.")
+
+
+def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """The tensor in another shape, where one way is right; else None.
+
+    A kernel (out, in, H, W) is inflated. One of a single frame stands in the middle of a longer one, which computes the
+    same. Sizes of 1 come and go (Caffe2 writes some classifiers as convolutions).
+
+    >>> fit_shape(torch.ones(8, 4, 3, 3), (8, 4, 5, 3, 3)).unique()
+    tensor([0.2000])
+    >>> fit_shape(torch.ones(8, 4, 1, 1, 1), (8, 4, 3, 1, 1))[0, 0].flatten()
+    tensor([0., 1., 0.])
+    """
+    if value.ndim == 4 and len(shape) == 5:
+        value = inflate(value, shape[1], shape[2])
+    elif value.ndim == len(shape) == 5 and value.shape[2] == 1:
+        value = F.pad(value, (0, 0, 0, 0, shape[2] // 2, shape[2] // 2))
+    elif [n for n in value.shape if n > 1] == [n for n in shape if n > 1]:
+        value = value.reshape(tuple(shape))
+    return value if tuple(value.shape) == tuple(shape) else None
+
+
+def inflate(kernel: Tensor, channels: int, frames: int) -> Tensor:
+    """A 2-D kernel (out, in, H, W) as a 3-D one (out, channels, frames, H, W) that computes the same of a still clip.
+
+    It is repeated over time and divided by its length (Carreira & Zisserman 2017, section 2.1.4). Channels beyond its
+    own, which SlowFast's lateral connections bring, weigh nothing at first.
+    """
+    kernel = F.pad(kernel, (0, 0, 0, 0, 0, max(0, channels - kernel.shape[1])))  # (out, channels, H, W)
+    return kernel.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The names of the classes that `save_weights` or a checkpoint stored; none where nobody has said them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        stored = header.get("classes") or json.dumps(json.loads(header.get("info", "{}")).get("classes", []))
+        return tuple(TypeAdapter(list[str]).validate_json(stored))
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return ()
+
+
+def save_weights(
+    path: Path,
+    model: nn.Module,
+    options: Mapping[str, Any],
+    classes: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    source: str = OWN.project,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write the model's tensors, or some of them, as safetensors; `init: {weights: ...}` reads them."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
+    metadata = {"format": "mgtrain.weights/1", "source": source, "model": json.dumps(options), **(notes or {})}
+    if classes:
+        metadata["classes"] = json.dumps(list(classes))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({f"model.{name}": state[name] for name in (state if only is None else only)}, path, metadata)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+
+
+def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
+    """Do what a recipe's `init:` says: load the weights, if the run is a fresh one, and freeze what is to be frozen.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        ThresholdError: it has too little of the model.
+    """
+    if init.weights and fresh:
+        path = Path(init.weights)
+        report = load_weights(model, read_weights(path, is_ours(model)))
+        report.demand(init.at_least, path)
+        for line in report.lines():
+            log.info("%s: %s", path.name, line)
+    freeze(model, init)
+
+
+def freeze(model: nn.Module, init: Init) -> None:
+    """Take the stages up to `init.freeze` out of training, and BatchNorm's statistics with them, or all of those.
+
+    Raises:
+        UsageError: the network has no such stages.
+    """
+    classifier, stages = classifier_of(model), STAGES[: ("none", *STAGES[:-1], "backbone").index(init.freeze)]
+    if init.freeze not in ("none", "backbone") and not is_ours(model):
+        raise UsageError(f"init.freeze {init.freeze}: only our models have such stages; use none or backbone")
+
+    def frozen(name: str) -> bool:
+        if init.freeze == "backbone":
+            return not name.startswith(f"{classifier}.")
+        return bool(stages) and OWN.common(name).split(".")[1] in stages
+
+    for name, parameter in model.named_parameters():
+        if frozen(name):
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, GroupBatchNorm3d):
+            module.frozen = init.freeze_bn or frozen(f"{name}.weight")

@@ -1,0 +1,131 @@
+"""Look at all videos of a data set before they are trained on, each in a process that it may crash, hang or fill.
+
+A video is read as training reads it, and decoded from its first frame to its last. What comes of it:
+
+    ok        it can be used
+    short     it can be used, though it has fewer frames than its container says or than the base clip spans: the last
+              one repeats
+    corrupt   it cannot be opened, or damage ends its decoding well before its end
+    crash     it kills the process that decodes it
+    timeout   it takes too long
+    missing   there is no such file
+
+The manifest has a line for each video; running it again looks only at what is new, has changed, took too long or was
+missing. `data.checked` tells `fit` to leave out what cannot be used (see datasets/checked.py).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from mgtrain.clips.cut import VideoInfo, cut_views
+from mgtrain.clips.decode import VideoFile
+from mgtrain.data.manifest import Manifest, Record, checksum
+from mgtrain.errors import VideoError
+from mgtrain.grid import Grid
+from mgtrain.processes.isolated import Lost, isolated
+from mgtrain.recipe import Clip
+
+FEWER = 2  # frames that may be lacking at the end: rates and durations are rounded, the last packet is often cut
+
+
+def check(
+    root: str,
+    paths: Iterable[str],
+    file: Path,
+    clip: Clip,
+    workers: int,
+    *,
+    seconds: float,
+    memory: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Record]:
+    """Look at the videos at `paths`, relative to `root`, and write the manifest `file`; the videos' lines in it.
+
+    A video may take `seconds`, and a process `memory` bytes.
+
+    Raises:
+        DataError: the manifest cannot be written.
+    """
+    paths = sorted(set(paths))
+    manifest = Manifest(file)
+    todo = [path for path in paths if not _is_known(root, path, manifest.records.get(path))]
+    done = len(paths) - len(todo)
+    look_at = partial(look, root, clip=clip)
+    with manifest:
+        for path, found in isolated(look_at, todo, workers, seconds=seconds, memory=memory):
+            if isinstance(found, Lost):
+                found = {**_file_facts(root, path), "status": found.kind, "message": found.cause}
+            manifest.add(found)
+            done += 1
+            progress("videos looked at", done, len(paths))
+    return manifest.of(paths)
+
+
+def look(root: str, path: str, clip: Clip) -> Record:
+    """What is known of a video once all of it has been read."""
+    facts = _file_facts(root, path)
+    whole = os.path.join(root, path)
+    try:
+        with VideoFile(whole) as video:
+            info = video.info
+            decodable, damage = video.decodable(), video.damage
+            grid = Grid(clip.frames, clip.crop, (clip.stride, clip.stride), (clip.short_side[0], clip.short_side[0]))
+            video.read(cut_views(grid, info, times=2, crops=1, fps=clip.fps))
+        facts |= {"frames": decodable, "fps": info.fps, "width": info.width, "height": info.height}
+        facts["sha256"] = checksum(Path(whole))
+        status, message = judge(info, decodable, damage, clip)
+    except (VideoError, OSError, MemoryError) as error:
+        missing = isinstance(error.__cause__ or error, FileNotFoundError | NotADirectoryError)
+        status = "missing" if missing else "corrupt"
+        message = getattr(error, "strerror", None) or str(error).removeprefix(f"{whole}: ").partition(";")[0]
+        message = message or "out of memory"
+    return {**facts, "status": status, "message": message}
+
+
+def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str, str]:
+    """Status and message of a video that says `info`, of which `decodable` frames decode, up to the `damage` if any.
+
+    >>> clip = Clip(frames=8, stride=8, crop=224, short_side=(256, 320), fps=30)
+    >>> judge(VideoInfo(300, 30.0, 340, 256), 300, "", clip)
+    ('ok', '')
+    >>> judge(VideoInfo(60, 30.0, 340, 256), 60, "", clip)
+    ('short', '60 frames, the base clip spans 64')
+    >>> judge(VideoInfo(300, 30.0, 340, 256), 120, "", clip)
+    ('short', '120 of 300 frames decode')
+    >>> judge(VideoInfo(300, 30.0, 340, 256), 120, "Invalid data", clip)
+    ('corrupt', 'Invalid data after 120 of 300 frames')
+    """
+    span = round(clip.frames * clip.stride * info.fps / clip.fps)
+    lacks = decodable < info.frames - FEWER
+    if damage and lacks:
+        return "corrupt", f"{damage} after {decodable} of {info.frames} frames"
+    if lacks:
+        return "short", f"{decodable} of {info.frames} frames decode"
+    if decodable < span:
+        return "short", f"{decodable} frames, the base clip spans {span}"
+    return "ok", ""
+
+
+def _file_facts(root: str, path: str) -> Record:
+    """The line of a video of which nothing else is known; size and time of what is no regular file are 0."""
+    facts = {"path": path, "status": "", "frames": 0, "fps": 0.0, "width": 0, "height": 0, "bytes": 0, "mtime_ns": 0}
+    try:
+        status = os.stat(os.path.join(root, path))
+    except (OSError, ValueError):
+        status = None
+    if status and stat.S_ISREG(status.st_mode):
+        facts |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {**facts, "sha256": "", "message": ""}
+
+
+def _is_known(root: str, path: str, record: Record | None) -> bool:
+    """Whether there is no need to look at a video again."""
+    if record is None or record["status"] in ("timeout", "missing"):
+        return False
+    now = _file_facts(root, path)
+    return (now["bytes"], now["mtime_ns"]) == (record["bytes"], record["mtime_ns"])

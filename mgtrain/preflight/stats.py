@@ -1,0 +1,237 @@
+"""Statistics of a data set, from a sample of its videos: what they are, and what that means for a recipe."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgtrain.clips.cut import VideoInfo
+from mgtrain.clips.decode import VideoFile
+from mgtrain.console import duration, size
+from mgtrain.data.videos import EXAMPLES, Videos, printable
+from mgtrain.errors import DataError, UsageError, VideoError
+from mgtrain.recipe import Clip
+from mgtrain.rng import Draw, generator
+
+COMMONEST = 4  # sizes and codecs that are named
+MOST_NAMED = 12  # bars with names
+QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
+QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
+    "frames": lambda info: info.frames,
+    "seconds": lambda info: info.frames / info.fps,
+    "fps": lambda info: info.fps,
+    "width": lambda info: info.width,
+    "height": lambda info: info.height,
+    "short_side": lambda info: min(info.width, info.height),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one video is; `broken` says why there is no `info`."""
+
+    info: VideoInfo | None
+    codec: str
+    bytes: int
+    broken: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The videos of one split, and the probes of a sample of them."""
+
+    videos: Videos
+    probes: tuple[Probe, ...]
+    clip: Clip
+
+    @property
+    def broken(self) -> list[str]:
+        """Path and cause of each video of the sample that cannot be opened."""
+        return [probe.broken for probe in self.probes if probe.info is None]
+
+    def column(self, name: str) -> np.ndarray:
+        """One of `QUANTITIES` of all videos of the sample that can be opened: float64 (videos,)."""
+        infos = [probe.info for probe in self.probes if probe.info is not None]
+        return np.array([QUANTITIES[name](info) for info in infos], float)
+
+    def describe(self) -> dict[str, Any]:
+        """All that is known, as JSON."""
+        opened = [probe for probe in self.probes if probe.info is not None]
+        counts = self.videos.videos_per_class
+        by_count = np.argsort(counts, kind="stable")
+        sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in opened if probe.info)
+        # A clip's span in seconds, and the largest short side that is drawn for it.
+        span, largest = self.clip.frames * self.clip.stride / self.clip.fps, self.clip.short_side[1]
+        seconds = self.column("seconds")
+        return {
+            "videos": len(self.videos),
+            "missing": self.videos.missing,
+            "sample": len(self.probes),
+            "broken": {"count": len(self.broken), "examples": self.broken[:EXAMPLES]},
+            "classes": len(counts),
+            "videos_per_class": {
+                "min": int(counts.min()),
+                "median": float(np.median(counts)),
+                "max": int(counts.max()),
+                "rarest": self.videos.classes[by_count[0]],
+                "commonest": self.videos.classes[by_count[-1]],
+                "empty": int((counts == 0).sum()),
+            },
+            **{
+                name: {label: round(float(np.quantile(self.column(name), q)), 3) for label, q in QUANTILES.items()}
+                for name in QUANTITIES
+            },
+            "sizes": {"different": len(sizes), "commonest": dict(sizes.most_common(COMMONEST))},
+            "codecs": dict(Counter(probe.codec for probe in opened).most_common(COMMONEST)),
+            "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
+            "bytes": round(float(np.mean([probe.bytes for probe in opened])) * len(self.videos)),
+            "recipe": {
+                "span_seconds": round(span, 3),
+                "shorter_than_span": int((seconds < span - 1e-6).sum()),
+                "largest_short_side": largest,
+                "enlarged": int((self.column("short_side") < largest).sum()),
+            },
+        }
+
+
+def make_stats(
+    videos: Videos,
+    clip: Clip,
+    *,
+    sample: int = 500,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Stats:
+    """Open `sample` videos, drawn by the seed, in `workers` processes; 0: in this one.
+
+    Raises:
+        DataError: none of them can be opened.
+    """
+    drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
+    paths = [videos.path(int(row)) for row in np.sort(drawn)]
+    probes: list[Probe] = []
+
+    def take(probe: Probe) -> None:
+        probes.append(probe)
+        if progress:
+            progress("videos opened", len(probes), len(paths))
+
+    if workers == 0:
+        for path in paths:
+            take(probe_video(path))
+    else:
+        with ProcessPoolExecutor(min(workers, len(paths))) as pool:
+            try:
+                for probe in pool.map(probe_video, paths, chunksize=max(1, min(16, len(paths) // (4 * workers)))):
+                    take(probe)
+            except BrokenProcessPool:
+                raise DataError(
+                    f"{videos.root}: a worker process died at or after {paths[len(probes)]}; take that video out, "
+                    "or run with --workers 0 to see where it dies"
+                ) from None
+    made = Stats(videos, tuple(probes), clip)
+    if len(made.broken) == len(paths):
+        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened, the first: {made.broken[0]}")
+    return made
+
+
+def probe_video(path: str) -> Probe:
+    """Open one video; what cannot be opened is told, not raised."""
+    try:
+        with VideoFile(path) as file:
+            return Probe(file.info, file.codec, os.stat(path).st_size)
+    except VideoError as error:
+        return Probe(None, "", 0, printable(str(error)))
+
+
+def render(stats: Stats) -> str:
+    """What `describe` says, for a reader."""
+    facts = stats.describe()
+    opened = facts["sample"] - facts["broken"]["count"]
+    per_class, recipe = facts["videos_per_class"], facts["recipe"]
+
+    def share(count: int) -> str:
+        return f"{count:,} of {opened:,} ({100 * count / opened:.1f} %)"
+
+    sampled = f", of which {facts['sample']:,} were looked at" if facts["sample"] < facts["videos"] else ""
+    missing = f", {facts['missing']:,} more without a file" if facts["missing"] else ""
+    about = "about " if sampled else ""
+    empty = f", {per_class['empty']:,} without any" if per_class["empty"] else ""
+    lines = [
+        f"videos      {facts['videos']:,}{sampled}{missing}",
+        f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
+        f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
+        f"in all      {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
+        f"sizes       {facts['sizes']['different']:,} different; {_named(facts['sizes']['commonest'], opened)}",
+        f"codecs      {_named(facts['codecs'], opened)}",
+        "",
+        f"{'':12}" + "".join(f"{label:>10}" for label in QUANTILES),
+        *(
+            f"{name.replace('_', ' '):12}" + "".join(f"{value:>10,.4g}" for value in facts[name].values())
+            for name in QUANTITIES
+        ),
+        "",
+        f"shorter than the base clip's span of {recipe['span_seconds']:g} s, so the last frame repeats: "
+        f"{share(recipe['shorter_than_span'])}",
+        f"short side below {recipe['largest_short_side']}, the recipe's largest, so they may be enlarged: "
+        f"{share(recipe['enlarged'])}",
+    ]
+    return "\n".join(lines)
+
+
+def draw_picture(stats: Stats, path: Path) -> None:
+    """Four panels: videos per class, seconds, frames per second, and sizes. `UsageError` if it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    looked_at = f"{len(stats.probes):,} looked at, {len(stats.broken):,} of them broken"
+    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {looked_at}", fontsize=12)
+    (balance, seconds, fps, sizes) = figure.subplots(2, 2).flat
+    counts = stats.videos.videos_per_class
+    order = np.argsort(-counts, kind="stable")
+    balance.bar(np.arange(len(counts)), counts[order], width=0.8 if len(counts) <= MOST_NAMED else 1.0)
+    balance.set(title="class balance", xlabel="classes, commonest first", ylabel="videos")
+    if len(counts) <= MOST_NAMED:
+        names = [stats.videos.classes[label] for label in order]
+        balance.set_xticks(np.arange(len(counts)), names, rotation=30, ha="right", parse_math=False)
+    clip = stats.clip
+    span = clip.frames * clip.stride / clip.fps
+    seconds.hist(stats.column("seconds"), bins=30)
+    seconds.axvline(span, color="tab:red", label=f"span of the base clip, {span:.3g} s")
+    seconds.set(title="duration", xlabel="seconds", ylabel="videos looked at")
+    seconds.margins(y=0.2)  # room for the legend
+    seconds.legend(frameon=False, fontsize=8)
+    rates = Counter(f"{rate:.4g}" for rate in stats.column("fps"))
+    shown = dict(rates.most_common(MOST_NAMED - 1))
+    shown |= {"others": rates.total() - sum(shown.values())} if len(rates) > len(shown) else {}
+    fps.bar(list(shown), list(shown.values()))
+    fps.margins(x=max(0.05, 0.5 - 0.1 * len(shown)))
+    fps.set(title="frame rate", xlabel=f"frames per second; strides count at {clip.fps:g}", ylabel="videos looked at")
+    sizes.scatter(stats.column("width"), stats.column("height"), s=14, alpha=0.4, linewidths=0)
+    sizes.set(title="size", xlabel="width, pixels", ylabel="height, pixels")
+    sizes.set(xlim=(0, 1.05 * stats.column("width").max()), ylim=(0, 1.05 * stats.column("height").max()))
+    low, high = clip.short_side
+    for value, style in ((low, ":"), (high, "--")):
+        sizes.plot([value, value, max(sizes.get_xlim()[1], value)], [max(sizes.get_ylim()[1], value), value, value],
+                   style, color="tab:red", linewidth=1, label=f"short side {value}")  # fmt: skip
+    sizes.legend(frameon=False, fontsize=8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
+
+
+def _named(counts: dict[str, int], total: int) -> str:
+    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in counts.items())

@@ -1,0 +1,197 @@
+"""Read a recipe: a file or a shipped one, with overrides; a mistake is one line that starts with `file:line:`.
+
+YAML is data here: aliases and tags are refused, so a recipe cannot run code or explode.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+
+from mgtrain.errors import RecipeError
+from mgtrain.recipe.sections import Recipe
+
+# Limits keep plans within what numbers, memory and patience hold; no run comes near them.
+MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its name, and apply overrides such as `optim.lr=0.05`.
+
+    Raises:
+        RecipeError: one line, `file:line: what is wrong, what is allowed`.
+    """
+    file = find_recipe(path)
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MOST_BYTES + 1)
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}:1: cannot be read: {error}; it has to be a text file in UTF-8") from None
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"{file}:1: is larger than {MOST_BYTES:,} bytes, so it is no recipe")
+    return parse_recipe(text, str(file), overrides)
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Make a recipe out of YAML text; `name` stands for the file in messages."""
+    tree = _parse_yaml(text, name)
+    origins: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        keys = _apply_override(tree, override)
+        origins[keys] = f"override {override!r}"
+    try:
+        # JSON is the strict dialect in which a list may still stand for a tuple.
+        return Recipe.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, tree, name, origins)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{name}:1: cannot be understood: {error}") from None
+
+
+def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
+    a, b = first.flat(), second.flat()
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with mgtrain: name -> file, in alphabetical order."""
+    installed = Path(str(resources.files("mgtrain"))) / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent.parent / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or the shipped recipe of that name."""
+    file = Path(path)
+    with suppress(OSError):  # such as a name that is too long
+        if file.is_file():
+            return file
+    shipped = shipped_recipes()
+    name = file.name.removesuffix(".yaml")
+    if name in shipped and (str(path) == file.name or file.parent.name == "recipes"):
+        return shipped[name]
+    close = difflib.get_close_matches(name, shipped, n=1)
+    hint = (
+        f"did you mean the shipped recipe {close[0]!r}?" if close else "`mgtrain recipes` lists those that are shipped"
+    )
+    raise RecipeError(f"{path}: no such recipe file; {hint}")
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    """The YAML document as ruamel's dicts and lists, which remember their lines."""
+    yaml = YAML(typ="rt", pure=True)
+    depth = 0
+    try:
+        for event in yaml.parse(text):  # as far as it goes: whatever is wrong ends it
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MOST_DEPTH:  # the parser takes minutes over thousands of brackets
+                raise RecipeError(f"{name}:{event.start_mark.line + 1}: nested more than {MOST_DEPTH} deep")
+            if getattr(event, "anchor", None) is not None:
+                raise RecipeError(
+                    f"{name}:{event.start_mark.line + 1}: anchors and aliases are not allowed in a recipe"
+                )
+            if getattr(event, "tag", None) is not None:
+                raise RecipeError(f"{name}:{event.start_mark.line + 1}: tags ({event.tag}) are not allowed in a recipe")
+        tree = yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join(str(error.problem or error.context).split())
+        raise RecipeError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever ruamel trips over, such as an IndexError at `0x_`
+        raise RecipeError(f"{name}:1: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{name}:1: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+    return tree
+
+
+def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
+    """Set `section.key=value` in the tree; returns the keys."""
+    dotted, equals, value = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: write it as section.key=value, for example optim.lr=0.05")
+    parent = tree
+    for key in keys[:-1]:
+        if not isinstance(parent.setdefault(key, {}), dict):
+            raise RecipeError(f"override {override!r}: {key!r} is not a section")
+        parent = parent[key]
+    parsed = _parse_yaml(f"value: {value}\n", f"override {override!r}")
+    if list(parsed) != ["value"]:
+        raise RecipeError(f"override {override!r}: is more than one value; give every key an override of its own")
+    parent[keys[-1]] = parsed["value"]
+    return keys
+
+
+def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[str, ...], str]) -> str:
+    """Pydantic's first complaint as one line: where, what, allowed, did you mean."""
+    first = min(
+        error.errors(), key=lambda item: item["type"] != "extra_forbidden"
+    )  # a misspelt key explains a missing one
+    keys, line = _locate(first["loc"], tree)
+    where = next((origin for keys_, origin in origins.items() if keys[: len(keys_)] == keys_), f"{name}:{line}")
+    dotted = ".".join(keys) or "recipe"
+    match first["type"]:
+        case "extra_forbidden":
+            allowed = _allowed_keys(keys[-2] if len(keys) > 1 else None, tree)
+            close = difflib.get_close_matches(keys[-1], allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+            return f"{where}: unknown key {dotted!r}; {hint}"
+        case "missing" | "union_tag_not_found":
+            key = dotted if first["type"] == "missing" else f"{dotted}.name"
+            return f"{where}: missing key {key!r}"
+        case "union_tag_invalid":
+            tag, expected = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "")
+            close = difflib.get_close_matches(tag, expected.split(", "), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            return f"{where}: {dotted}.name is {tag!r}; {hint}allowed: {expected}"
+        case "value_error":
+            return f"{where}: {dotted}: {first['ctx']['error']}"
+        case _:
+            message = first["msg"].removeprefix("Input should be ")
+            return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it should be {message}"
+
+
+def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]:
+    """Keys and line of a pydantic location; the tags that pydantic puts in for unions are passed over."""
+    keys: list[str] = []
+    node, line = tree, 1
+    for part in loc:
+        there = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if there:
+            line = _line(node, part) or line
+            node = node[part]
+        elif part != loc[-1]:
+            continue  # a tag
+        keys.append(str(part))
+    return tuple(keys), line
+
+
+def _line(node: Any, key: int | str) -> int | None:
+    """The line on which a key of a dict or an item of a list stands; None for what an override has put there."""
+    places: dict[int | str, list[int]] = getattr(getattr(node, "lc", None), "data", None) or {}
+    return places[key][0] + 1 if key in places else None
+
+
+def _allowed_keys(section: str | None, tree: Any) -> list[str]:
+    """The keys that may stand in a section; at the top if it is None."""
+    if section not in Recipe.model_fields:
+        return [] if section else list(Recipe.model_fields)
+    annotation = Recipe.model_fields[section].annotation
+    kinds = get_args(annotation) or (annotation,)  # a section that has a `name` comes in several kinds
+    if len(kinds) > 1:
+        kinds = tuple(kind for kind in kinds if tree[section]["name"] in get_args(kind.model_fields["name"].annotation))
+    return list(kinds[0].model_fields)

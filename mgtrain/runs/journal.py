@@ -1,0 +1,63 @@
+"""The rows of an evaluation that is under way, so that an interrupted one can resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mgtrain.errors import UsageError
+
+
+class Journal:
+    """The rows of an evaluation that is under way, beside the file that it is to write: what is lost is one batch.
+
+    Each rank appends to a file of its own, `<file>.part-<rank>`: a line that says what is evaluated, then rows.
+    """
+
+    def __init__(self, file: Path, identity: str, classes: int) -> None:
+        self.file, self._classes = file, classes
+        self._head = json.dumps({"format": "mgtrain.journal/1", "of": identity}).encode() + b"\n"
+        self._row = np.dtype([("number", "<i8"), ("probabilities", "<f4", (classes,))])
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is there of all ranks: numbers, rising, int64 (V,), and probabilities, float32 (V, classes).
+
+        Raises:
+            UsageError: it belongs to another evaluation.
+        """
+        rows = [np.empty(0, self._row)]
+        for part in self._parts():
+            data = part.read_bytes()
+            if not data.startswith(self._head) and not self._head.startswith(data):
+                raise UsageError(
+                    f"{part}: an evaluation of something else is under way there; delete it, or give another --csv"
+                )
+            whole = max(0, len(data) - len(self._head)) // self._row.itemsize  # the last row may be torn
+            rows.append(np.frombuffer(data, self._row, whole, len(self._head) if whole else 0))
+        joined = np.concatenate(rows)
+        numbers, places = np.unique(joined["number"], return_index=True)
+        return numbers, joined["probabilities"][places]
+
+    def append(self, rank: int, numbers: np.ndarray, probabilities: np.ndarray) -> None:
+        """Add rows of a rank."""
+        part = self.file.with_name(f"{self.file.name}.part-{rank}")
+        rows = np.empty(len(numbers), self._row)
+        rows["number"], rows["probabilities"] = numbers, probabilities
+        with part.open("ab") as file:
+            size = file.tell()
+            torn = (size - len(self._head)) % self._row.itemsize if size >= len(self._head) else size
+            if torn or not size:
+                file.truncate(size - torn)
+                file.write(b"" if size - torn else self._head)
+            file.write(rows.tobytes())
+
+    def remove(self) -> None:
+        """The evaluation is done."""
+        for part in self._parts():
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        start = f"{self.file.name}.part-"
+        return sorted(path for path in self.file.parent.iterdir() if path.name.startswith(start))

@@ -1,0 +1,58 @@
+"""A plan as a table and as a drawing, for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.table import Table
+
+from mgtrain.schedule import Plan
+
+
+def plan_table(plan: Plan, gpus: int | None) -> Table:
+    """The phases of a plan, a row for each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in ("phase", "clips", "frames", "crop", "steps", "to epoch", "lr", "stride", "bn clips"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if gpus:
+        table.add_column(f"clips/GPU of {gpus}", justify="right", no_wrap=True)
+    for phase in plan.phases:
+        low, high = phase.grids[-1].stride
+        row = [
+            str(phase.index + 1),
+            "/".join(str(shape.clips) for shape in phase.shapes),
+            str(phase.shape.frames),
+            "/".join(str(shape.crop) for shape in phase.shapes),
+            f"{phase.steps:,}",
+            f"{phase.end_clip / plan.videos:.2f}",
+            f"{plan.phase_lr(phase):.4g}",
+            str(low) if low == high else f"{low}..{high}",
+            "/".join(str(shape.clips // phase.bn_groups) for shape in phase.shapes),
+        ]
+        table.add_row(*row, *(["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
+    return table
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+COLUMNS = 72  # of a drawn schedule
+
+
+def schedule_drawing(plan: Plan) -> str:
+    """The long cycle and the learning rate over the steps of a run, a line for each, their heights on a log scale."""
+    steps = [plan[round(n * (len(plan) - 1) / (COLUMNS - 1))] for n in range(COLUMNS)]
+    rows = (
+        ("clips", [step.phase.shape.clips for step in steps], "d"),
+        ("frames", [step.phase.shape.frames for step in steps], "d"),
+        ("crop", [step.phase.shape.crop for step in steps], "d"),
+        ("lr", [step.lr for step in steps], ".3g"),
+    )
+    lines = []
+    for name, values, form in rows:
+        low, high = min(values), max(values)
+        span = math.log(high / low) if 0 < low < high else 1.0
+        heights = (round((len(BLOCKS) - 1) * math.log(value / low) / span) if low > 0 else 0 for value in values)
+        bars = "".join(BLOCKS[height] for height in heights)
+        lines.append(f"{name:7}{bars}  {low:{form}}" + (f" to {high:{form}}" if high > low else ""))
+    return "\n".join(lines)

@@ -1,0 +1,251 @@
+"""The command line: what it prints, and the one line and the exit code with which it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mgtrain import __version__
+from mgtrain.engine.fit import fit
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe, shipped_recipes
+from mgtrain.runs.folder import RunDir
+
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def here(tiny: Callable[..., Recipe], tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny recipe, a finished run of it, and files that are no checkpoints. Not to be changed."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "tiny.yaml").write_text(tiny_text)
+    (folder / "garbage.safetensors").write_bytes(b"garbage")
+    fit(tiny(), RunDir(folder / "runs/tiny"), World())
+    (folder / "runs/tiny/log.txt").touch()  # `mgtrain fit` makes it
+    stored = load_file(RunDir(folder / "runs/tiny").checkpoints()[-1])
+    save_file(stored, folder / "foreign.safetensors")
+    RunDir(folder / "runs/begun").write("recipe.yaml", tiny().to_yaml())
+    return folder
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    value: dict[str, Any] = json.loads(done.stdout)
+    return value
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("plan k400_i3d_8x8_r50_basline", 2, "did you mean the shipped recipe 'k400_i3d_8x8_r50_baseline'?"),
+        ("plan none.yaml", 2, "none.yaml: no such recipe file"),
+        ("plan tiny.yaml optim.lrr=1", 2, "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ("plan tiny.yaml optim.lr", 2, "override 'optim.lr': write it as section.key=value"),
+        ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it should be a valid number"),
+        ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
+        ("plan tiny.yaml --gpus 0", 2, "--gpus"),
+        ("plan tiny.yaml data.root=nowhere", 3, "nowhere: no such folder of videos"),
+        ("plan", 2, "Missing argument 'RECIPE'"),
+        ("plann tiny.yaml", 2, "plann"),
+        ("fit tiny.yaml --devcie cpu", 2, "--devcie"),
+        ("fit tiny.yaml --device cpu", 2, "runs/tiny: holds a run already; add --resume to continue it, or --name"),
+        ("fit tiny.yaml --device cpu --name new data.root=nowhere", 3, "nowhere: no such folder of videos"),
+        ("fit tiny.yaml --device cpu --name new data.classes=5", 3, "have 4 classes, data.classes says 5"),
+        ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: no run directory"),
+        ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "changed since: optim.lr 0.002 -> 0.01; resume as"),
+        ("eval garbage.safetensors", 4, "garbage.safetensors: cannot be read as weights: "),
+        ("eval foreign.safetensors", 2, "foreign.safetensors: holds weights without a recipe; say with --recipe "),
+        ("eval begun", 4, "runs/begun: no checkpoint yet; train it with `mgtrain fit`"),
+        ("eval none", 2, "none: no run directory"),
+        ("eval tiny --views 3", 2, "--views 3: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3"),
+        ("eval tiny --views 1x2", 2, "--views 1x2: write clips in time x crops"),
+        ("eval tiny --views 0x1", 2, "--views 0x1: write clips in time x crops"),
+        ("eval tiny --device cpu model.width=16", 4, "stem.conv.weight is (8, 3, 5, 7, 7), the model's is (16, "),
+        ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such list of videos"),
+        ("compare tiny none", 2, "none: no run directory (it would hold a recipe.yaml); runs here: begun, tiny"),
+        ("compare tiny .", 2, ".: no run directory"),
+        ("compare tiny", 2, "Missing argument 'RUN...'"),
+        ("recipes show none", 2, "none: no such recipe file"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_an_exit_code(
+    mgtrain: Start, here: Path, words: str, code: int, message: str
+) -> None:
+    before = contents(here / "runs/tiny")
+    done = mgtrain(here, *words.split())
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("mgtrain: ")
+    assert message in line
+    assert [text for text in done.stderr.splitlines() if text.startswith("mgtrain: ")] == [line]
+    assert contents(here / "runs/tiny") == before
+
+
+def test_without_words_the_help_is_shown(mgtrain: Start, tmp_path: Path) -> None:
+    done = mgtrain(tmp_path)
+    assert "Usage: " in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert mgtrain(tmp_path, "--version").stdout == f"{__version__}\n"
+
+
+def test_a_plan_as_json(mgtrain: Start, here: Path) -> None:
+    plan = result(mgtrain(here, "plan", "tiny.yaml", "--json"))
+    assert list(plan) == ["schema", "videos", "steps", "epochs", "phases", "totals", "baseline", "ratios", "costs"]
+    assert (plan["schema"], plan["videos"], plan["steps"], plan["epochs"]) == ("mgtrain.plan/1", 24, 17, 13.5)
+    phase_keys = {"index", "stage", "first_step", "steps", "end_epoch", "lr", "stride", "shapes"}
+    shape_keys = {"clips", "frames", "crop", "short_side", "bn_clips"}
+    for phase in plan["phases"]:
+        assert set(phase) == phase_keys
+        assert all(set(shape) == shape_keys for shape in phase["shapes"])
+    for sums in ("totals", "baseline", "ratios"):
+        assert set(plan[sums]) == {"steps", "epochs", "clips", "voxels", "multiply_adds"}
+    assert plan["phases"][0] == {
+        "index": 0,
+        "stage": 0,
+        "first_step": 0,
+        "steps": 3,
+        "end_epoch": 128 / 24,
+        "lr": pytest.approx(0.002 * 8),
+        "stride": [2, 8],
+        "shapes": [
+            {"clips": 64, "frames": 2, "crop": 16, "short_side": [16, 40], "bn_clips": 8},
+            {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
+            {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
+        ],
+    }
+    del plan["baseline"]["multiply_adds"]
+    assert plan["baseline"] == {"steps": 54, "epochs": 9.0, "clips": 216, "voxels": 216 * 8 * 32**2}
+    assert plan["ratios"]["epochs"] == 1.5
+
+
+def test_a_plan_as_a_table(mgtrain: Start, here: Path) -> None:
+    done = mgtrain(here, "plan", "tiny.yaml", "--gpus", 2)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1][:5] == ["1", "64/32/32", "2", "16/23/23", "3"]
+    assert lines[1][-1] == "32/16/16"
+    assert [line[0] for line in lines[7:11]] == ["clips", "frames", "crop", "lr"]  # drawn
+    assert ["steps", "17", "1/3.176"] in [line[:3] for line in lines[11:]]
+    assert done.stderr == ""
+
+
+def test_a_plan_without_the_data_needs_the_number_of_videos(mgtrain: Start, here: Path) -> None:
+    nowhere = ("plan", "tiny.yaml", "data.root=nowhere", "--json", "--no-costs")
+    assert "give --videos to plan without the data" in mgtrain(here, *nowhere).stderr
+    assert result(mgtrain(here, *nowhere, "--videos", 1000))["videos"] == 1000
+    assert result(mgtrain(here, *nowhere, "data.videos=500"))["videos"] == 500
+
+
+def test_recipes_show_prints_the_files_bytes(mgtrain: Start, tmp_path: Path) -> None:
+    for name, file in list(shipped_recipes().items())[:3]:
+        assert mgtrain(tmp_path, "recipes", "show", name).stdout.encode() == file.read_bytes()
+
+
+def test_recipes_list_names_every_shipped_recipe(mgtrain: Start, tmp_path: Path) -> None:
+    listed = mgtrain(tmp_path, "recipes", "list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == list(shipped_recipes())
+    assert list(result(mgtrain(tmp_path, "recipes", "list", "--json"))["recipes"]) == list(shipped_recipes())
+
+
+def test_fit_prints_its_scores_and_logs_to_stderr(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    words = ("fit", here / "tiny.yaml", "--device", "cpu", "--name", "mine", "--baseline", here / "runs/tiny", "--json")
+    done = mgtrain(tmp_path, *words)
+    scores = result(done)
+    assert list(scores) == ["schema", "run", "top1", "top5", "loss", "videos"]
+    assert (scores["schema"], scores["run"], scores["videos"]) == ("mgtrain.fit/1", "runs/mine", 12)
+    run, alike = RunDir(tmp_path / "runs/mine"), RunDir(here / "runs/tiny")
+    assert [row["loss"] for row in run.rows("steps.jsonl")] == [row["loss"] for row in alike.rows("steps.jsonl")]
+    assert scores["top1"] == alike.rows("evals.jsonl")[-1]["top1"]
+    assert "step 17/17, epoch 13.5, phase 6/6" in done.stderr
+    assert "faster than tiny at equal accuracy" in done.stderr
+    assert (tmp_path / "runs/mine/log.txt").read_text().count("top-1") == 6
+
+
+def test_eval_as_json(mgtrain: Start, here: Path) -> None:
+    scores = result(mgtrain(here, "eval", "tiny", "--device", "cpu", "--views", "2x3", "--json"))
+    assert set(scores) == {
+        "schema", "checkpoint", "step", "views", "top1", "top1_interval", "top5", "loss", "videos", "per_class",
+        "counts", "confusion", "calibration_error", "calibration",
+    }  # fmt: skip
+    assert (scores["schema"], scores["step"], scores["views"]) == ("mgtrain.eval/2", 17, "2x3")
+    assert sum(map(sum, scores["confusion"])) == 12
+    assert scores["checkpoint"] == "runs/tiny/checkpoints/step_00000017.safetensors"
+    assert list(scores["per_class"]) == ["left", "right", "up", "down"]
+    assert scores["top1"] == pytest.approx(sum(scores["per_class"].values()) / 4)
+    assert (scores["videos"], scores["top5"]) == (12, 1.0)
+
+
+def test_eval_of_one_view_is_the_runs_last_evaluation(mgtrain: Start, here: Path) -> None:
+    last = RunDir(here / "runs/tiny").rows("evals.jsonl")[-1]
+    newest = RunDir(here / "runs/tiny").checkpoints()[-1]
+    scores = result(mgtrain(here, "eval", newest, "--device", "cpu", "--views", "1x1", "--json"))
+    assert scores["top1"] == last["top1"]
+    assert scores["loss"] == pytest.approx(last["loss"], rel=1e-6)
+
+
+def test_eval_for_a_reader(mgtrain: Start, here: Path) -> None:
+    done = mgtrain(here, "eval", "tiny", "--device", "cpu", "--views", "1x1", "--per-class")
+    *classes, confused, calibration, total = done.stdout.splitlines()
+    assert [line.split()[0] for line in classes] == ["left", "right", "up", "down"]
+    assert all(line.endswith("of 3") for line in classes)
+    assert confused.startswith("taken most often: ")
+    assert calibration.startswith("calibration: ")
+    assert total.startswith("top-1 ")
+    assert "on 12 videos, 1 view each; 95 % interval of top-1: " in total
+
+
+def test_eval_writes_a_table_and_what_two_ranks_write_is_the_same(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    tables = []
+    for procs in (1, 2):
+        table = tmp_path / f"{procs}.csv"
+        words = ("eval", "tiny", "--device", "cpu", "--views", "2x1", "--csv", str(table), "--procs", str(procs))
+        assert mgtrain(here, *words).returncode == 0
+        tables.append([line.split(",") for line in table.read_text().splitlines()])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.csv", "2.csv"]
+    one, two = tables
+    assert len(one) == 13
+    assert one[0] == two[0] == ["path", "label", "predicted", "left", "right", "up", "down"]
+    assert [row[:3] for row in one] == [row[:3] for row in two]
+    for ours, theirs in zip(one[1:], two[1:], strict=True):
+        assert [float(p) for p in ours[3:]] == pytest.approx([float(p) for p in theirs[3:]], rel=1e-5)
+
+
+def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Path, tmp_path: Path) -> None:
+    videos = [str(motions / f"videos/val/{name}_0.mp4") for name in ("left", "up")]
+    found = result(mgtrain(here, "predict", "tiny", *videos, "--views", "1x1", "--top", "2", "--json"))
+    assert (found["schema"], found["failed"]) == ("mgtrain.predict/1", {})
+    assert [answer["video"] for answer in found["videos"]] == videos
+    assert [len(answer["top"]) for answer in found["videos"]] == [2, 2]
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    done = mgtrain(here, "predict", "tiny", videos[0], str(tmp_path / "bad.mp4"), "--every", "0.2")
+    assert done.returncode == 3
+    assert done.stdout.startswith(f"{videos[0]}: ")
+    assert " s: " in done.stdout
+    assert f"1 of 2 videos cannot be used: {tmp_path / 'bad.mp4'}: " in done.stderr
+
+
+def test_compare_as_json_and_for_a_reader(mgtrain: Start, here: Path) -> None:
+    compared = result(mgtrain(here, "compare", "tiny", "tiny", "--json"))
+    assert compared["schema"] == "mgtrain.compare/2"
+    assert compared["speedups"]["steps"] == 1
+    shown = mgtrain(here, "compare", "tiny", "runs/tiny")
+    assert shown.stdout.splitlines()[-1] == compared["verdict"]
+
+
+def test_a_data_set_to_try_things_with(mgtrain: Start, tmp_path: Path) -> None:
+    done = mgtrain(tmp_path, "data", "synthesize", "motions", "--train", 1, "--val", 1)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "motions/train.csv").read_text().splitlines()) == 8

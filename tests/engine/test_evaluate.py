@@ -1,0 +1,154 @@
+"""Evaluation: every video once, its views averaged; the same as a loop over videos by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mgtrain.clips.cut import cut_views
+from mgtrain.clips.decode import decode
+from mgtrain.clips.units import evaluation_grid
+from mgtrain.data import open_videos
+from mgtrain.engine.checks import make_model
+from mgtrain.engine.evaluate import evaluate, predict
+from mgtrain.engine.step import to_device, to_input
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.runs.scores import Predictions, Scores
+
+
+def made(recipe: Recipe) -> Any:
+    """A model that does not give all classes the same probability."""
+    torch.manual_seed(1)
+    model: Any = to_device(make_model(recipe), recipe, World())
+    for module in model.modules():
+        if isinstance(module, GroupBatchNorm3d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    nn.init.normal_(model.head.linear.weight, std=0.3)
+    return model
+
+
+def scores(recipe: Recipe, times: int, crops: int) -> Scores:
+    videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.val)
+    return evaluate(made(recipe), videos, recipe, World(), (times, crops)).scores()
+
+
+def by_hand(recipe: Recipe, times: int, crops: int) -> list[tuple[int, list[float]]]:
+    """Label and class probabilities of each video, decoded and run one view at a time."""
+    videos, model = open_videos(recipe.data.format, recipe.data.root, recipe.data.val), made(recipe).eval()
+    answers = []
+    for video in range(len(videos)):
+        views = decode(
+            videos.path(video), lambda info: cut_views(evaluation_grid(recipe), info, times, crops, fps=30.0)
+        )
+        assert len(views) == times * crops
+        probabilities = torch.zeros(recipe.data.classes, dtype=torch.float64)
+        for view in views:  # uint8 (T, S, S, 3)
+            with torch.no_grad():
+                logits = model(to_input(torch.from_numpy(view.copy()).permute(3, 0, 1, 2)[None], recipe))
+            probabilities += logits[0].double().softmax(0) / len(views)
+        answers.append((videos.label(video), probabilities.tolist()))
+    return answers
+
+
+@pytest.mark.parametrize(("times", "crops"), [(1, 1), (3, 3), (2, 1)])
+def test_scores_are_those_of_a_loop_over_the_videos(tiny: Callable[..., Recipe], times: int, crops: int) -> None:
+    recipe = tiny()
+    ours, answers = scores(recipe, times, crops), by_hand(recipe, times, crops)
+    right = [label == max(range(4), key=p.__getitem__) for label, p in answers]
+    assert 0 < sum(right) < 12
+    assert ours.top1 == sum(right) / 12
+    assert ours.videos == 12
+    assert ours.counts == (3, 3, 3, 3)
+    assert ours.correct == tuple(
+        sum(ok for ok, (label, _) in zip(right, answers, strict=True) if label == c) for c in range(4)
+    )
+    assert ours.per_class() == [correct / 3 for correct in ours.correct]
+    assert ours.loss == pytest.approx(sum(-math.log(p[label]) for label, p in answers) / 12, rel=1e-5)
+
+
+def test_more_views_change_the_answer(tiny: Callable[..., Recipe]) -> None:
+    assert scores(tiny(), 3, 3).loss != scores(tiny(), 1, 1).loss
+
+
+def test_top_5_of_four_classes_is_everything(tiny: Callable[..., Recipe]) -> None:
+    assert scores(tiny(), 1, 1).top5 == 1.0
+
+
+class Fixed(nn.Module):
+    """Gives every view the logits that are written in its first pixels."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = ((x[:, 0, 0, 0, 0] * 0.225 + 0.45) * 255).round().long()
+        return self.table[number]
+
+
+def numbered(count: int) -> Tensor:
+    """Clips uint8 (count, 3, 2, 4, 4), the n-th of them all n."""
+    return torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 4, 4).contiguous()
+
+
+def asked(table: Tensor, batches: list[Tensor], views: int, recipe: Recipe, labels: list[int]) -> Scores:
+    """The scores of a `Fixed` network on videos with these labels, of which `batches` hold the clips."""
+    whole, first = [], 0
+    for clips in batches:
+        whole.append((clips, torch.arange(first, first + len(clips) // views)))
+        first += len(clips) // views
+    rows = torch.cat([rows for _, rows in predict(Fixed(table), whole, views, recipe, World())])
+    return Predictions(np.arange(first), np.array(labels), rows.numpy()).scores()
+
+
+def test_top_5_counts_labels_among_the_five_most_probable(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("data.classes=7")
+    table = torch.arange(7.0).flip(0).repeat(7, 1)  # class 0 is the most probable, class 6 the least
+    ours = asked(table, [numbered(7)], 1, recipe, list(range(7)))
+    assert (ours.top1, ours.top5) == (1 / 7, 5 / 7)
+    assert ours.correct == (1, 0, 0, 0, 0, 0, 0)
+
+
+def test_views_are_averaged_as_probabilities_not_as_logits(tiny: Callable[..., Recipe]) -> None:
+    # One view is sure of class 0, two lean to class 1: the logits' mean prefers class 0, the probabilities' class 1.
+    table = torch.tensor([[20.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 3.0, 0, 0]])
+    assert table.mean(0).argmax() == 0
+    ours = asked(table, [numbered(3)], 3, tiny(), [1])
+    assert ours.correct == (0, 1, 0, 0)
+    assert ours.loss == pytest.approx(-math.log(2 * math.exp(3) / (math.exp(3) + 3) / 3), rel=1e-6)
+
+
+def test_of_several_labels_the_sigmoid_is_taken_and_the_largest_of_the_views_if_so_wanted(
+    tiny: Callable[..., Recipe],
+) -> None:
+    table = torch.tensor([[2.0, -1, 0, 0], [0, 3.0, 0, -2]])
+    whole = [(numbered(2), torch.arange(1))]
+    for words, expected in (((), table.sigmoid().mean(0)), (("evaluation.views=max",), table.sigmoid().amax(0))):
+        recipe = tiny("data.multi_label=true", *words)
+        ((_, rows),) = predict(Fixed(table), whole, 2, recipe, World())
+        torch.testing.assert_close(rows[0], expected)
+
+
+def test_an_empty_batch_is_passed_over(tiny: Callable[..., Recipe]) -> None:
+    ours = asked(torch.eye(4), [numbered(0), numbered(4), numbered(0)], 1, tiny(), [0, 1, 2, 3])
+    assert (ours.top1, ours.videos, ours.counts) == (1.0, 4, (1, 1, 1, 1))
+
+
+def test_a_class_without_videos_has_no_accuracy(tiny: Callable[..., Recipe]) -> None:
+    ours = asked(torch.eye(4), [numbered(2)], 1, tiny(), [0, 1])
+    assert ours.per_class() == [1.0, 1.0, None, None]
+
+
+def test_an_impossible_answer_has_a_finite_loss(tiny: Callable[..., Recipe]) -> None:
+    table = torch.tensor([[2000.0, 0, 0, 0]])
+    ours = asked(table, [numbered(1)], 1, tiny(), [1])
+    assert ours.top1 == 0
+    assert math.isfinite(ours.loss)

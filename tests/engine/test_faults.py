@@ -1,0 +1,462 @@
+"""Faults put in on purpose: what was saved stays, every rank ends, and the message says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mgtrain.engine.fit
+import mgtrain.engine.step
+from mgtrain.clips.order import step_requests
+from mgtrain.engine.fit import fit
+from mgtrain.engine.step import StepResult
+from mgtrain.errors import CheckpointError, NonFiniteError
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.runs.checkpoint import read_info, verify
+from mgtrain.runs.folder import RunDir
+from mgtrain.schedule import Step, make_plan
+
+FIT = ("-m", "mgtrain", "fit", "tiny.yaml", "--device", "cpu")
+LONG = ("optim.stages=[2000, 9]", "evaluation.recalibration_batches=0")
+BAD = 4  # the index of the step in which a fault is put
+
+
+@pytest.fixture
+def folder(tiny_text: str, tmp_path: Path) -> Path:
+    """A folder with the tiny recipe in it."""
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    return tmp_path
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a process; its exit code and what it said to stderr."""
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def begin(folder: Path, *words: object, code: str | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start `mgtrain fit`; with `code`, on two ranks, each of which runs that Python code first."""
+    command = [sys.executable, *FIT, *map(str, words)]
+    if code is not None:
+        (folder / "faulty.py").write_text(f"{code}\nfrom mgtrain.cli import main\nmain()\n")
+        command = [sys.executable, "faulty.py", *FIT[2:], *map(str, words)]
+        command = [
+            sys.executable,
+            "-c",
+            f"import mgtrain.processes.distributed as d, sys\nsys.exit(d.launch({command}, 2))",
+        ]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder, **options}
+    return subprocess.Popen(command, **options)
+
+
+def torchrun(folder: Path, code: str, ranks: int, restarts: int) -> subprocess.CompletedProcess[str]:
+    """The same under torchrun, to its end."""
+    (folder / "faulty.py").write_text(f"{code}\nfrom mgtrain.cli import main\nmain()\n")
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "--max-restarts",
+        str(restarts),
+    ]
+    command = [sys.executable, *launcher, "faulty.py", *FIT[2:]]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
+def wait_for_step(run: RunDir, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not any(row["step"] >= step for row in run.rows("steps.jsonl")):
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a launcher has started."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    return sorted(pid for pid, parent in pairs if parent == process.pid)
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(folder: Path, asked: signal.Signals) -> None:
+    run = RunDir(folder / "runs/tiny")
+    process = begin(folder, *LONG)
+    wait_for_step(run, 2)
+    process.send_signal(asked)
+    status, errors = end(process)
+    assert status == 75, errors
+    assert "saved; go on with --resume" in errors
+    assert "Traceback" not in errors
+    saved = read_info(run.checkpoints()[-1]).step
+    assert saved == run.rows("steps.jsonl")[-1]["step"]
+
+
+def test_one_rank_asked_to_stop_stops_all_at_one_step_and_they_go_on_bit_for_bit(folder: Path) -> None:
+    words = ("--procs", 2, "optim.stages=[30, 9]", "evaluation.recalibration_batches=0")  # 0: running averages count
+    straight = begin(folder, "--name", "straight", *words)
+    assert end(straight)[0] == 0
+    process = begin(folder, *words)
+    run = RunDir(folder / "runs/tiny")
+    wait_for_step(run, 4)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    status, errors = end(process)
+    assert status == 75, errors
+    stopped = read_info(run.checkpoints()[-1]).step
+    assert stopped == run.rows("steps.jsonl")[-1]["step"] < len(make_plan(run.recipe(), 24))
+    assert end(begin(folder, *words, "--resume"))[0] == 0
+    ours, theirs = (load_file(r.checkpoints()[-1]) for r in (run, RunDir(folder / "runs/straight")))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_interrupted_twice_all_ranks_leave_at_once(folder: Path) -> None:
+    slow = "import time, mgtrain.engine.fit as f\nf.log_step = lambda *_: time.sleep(600)"
+    process = begin(folder, *LONG, code=slow)
+    deadline = time.monotonic() + 60
+    while not (folder / "runs/tiny/plan.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert end(process)[0] == 130
+    assert time.monotonic() - begun < 10
+
+
+def test_a_second_run_in_a_run_directory_is_refused(folder: Path) -> None:
+    first = begin(folder, *LONG)
+    wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    second = begin(folder, *LONG, "--resume")
+    status, errors = end(second)
+    first.kill()
+    assert status == 4
+    assert errors.startswith("mgtrain: runs/tiny: another process is training in this run directory; ")
+    end(first)
+    third = begin(folder, *LONG, "--resume")  # the lock is gone with the process that held it
+    wait_for_step(RunDir(folder / "runs/tiny"), 3)
+    third.kill()
+    end(third)
+
+
+def test_a_rank_that_fails_ends_the_others_and_its_traceback_comes_first(folder: Path) -> None:
+    code = (
+        "import os, mgtrain.engine.fit as f\nstep = f.train_step\n"
+        "def train_step(*a):\n    if os.environ['RANK'] == '1' and a[5].index == 3: raise ValueError('boom')\n"
+        "    return step(*a)\nf.train_step = train_step"
+    )
+    begun = time.monotonic()
+    status, errors = end(begin(folder, code=code))
+    assert status == 1, errors
+    assert time.monotonic() - begun < 60
+    assert errors.index("ValueError: boom") < errors.index("rank 0 of 2 lost another rank, whose message says why")
+    assert errors.count("Traceback") == 1
+
+
+def test_a_rank_that_is_killed_ends_the_others(folder: Path) -> None:
+    process = begin(folder, "--procs", 2, *LONG)
+    wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    status, errors = end(process)
+    assert status == 128 + signal.SIGKILL, errors
+    assert "rank 0 of 2 lost another rank" in errors
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def processes_of_session(session: int) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "sess=,stat=,cmd="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [cmd for sess, status, cmd in rows if int(sess) == session and not status.startswith("Z")]
+
+
+def test_loader_processes_end_with_a_run_that_is_killed(folder: Path) -> None:
+    process = begin(folder, *LONG, "hardware.workers=2", start_new_session=True)
+    wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    assert len(processes_of_session(process.pid)) >= 4  # the run, the server of its workers, and these
+    process.kill()
+    end(process)
+    deadline = time.monotonic() + 20
+    while left := processes_of_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 2.0, 3.0])
+def test_ranks_end_however_early_their_launcher_is_killed(folder: Path, seconds: float) -> None:
+    process = begin(folder, "--procs", 2, *LONG)
+    deadline = time.monotonic() + 60
+    while len(ranks := ranks_of(process)) < 2:
+        assert time.monotonic() < deadline
+    time.sleep(seconds)
+    process.kill()
+    end(process)
+    wait_until_gone(ranks, seconds=40)
+
+
+def test_ranks_whose_launcher_is_killed_end_too(folder: Path) -> None:
+    process = begin(folder, "--procs", 2, *LONG)
+    run = RunDir(folder / "runs/tiny")
+    wait_for_step(run, 1)
+    ranks = ranks_of(process)
+    process.kill()
+    end(process)
+    wait_until_gone(ranks, seconds=20)
+
+
+def test_a_rank_that_hangs_is_found_and_names_the_video(folder: Path) -> None:
+    code = (
+        "import os, time, mgtrain.clips.decode as d\nenter = d.VideoFile.__enter__\n"
+        "def hang(self):\n    if os.environ['RANK'] == '1' and 'left_3' in str(self.path): time.sleep(600)\n"
+        "    return enter(self)\nd.VideoFile.__enter__ = hang"
+    )
+    status, errors = end(begin(folder, "faults.timeout_seconds=6", code=code))
+    assert status == 1, errors
+    assert re.search(
+        r"mgtrain: rank 1 ends: nothing has happened for \d+ s \(faults\.timeout_seconds\), while ", errors
+    )
+    assert "left_3.mp4; the stacks are above; run again with --resume" in errors
+    assert "in hang" in errors
+
+
+def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
+    code = (
+        "import os, mgtrain.engine.fit as f\nstep = f.train_step\n"
+        "def train_step(*a):\n    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and a[5].index == 7: os._exit(9)\n"
+        "    return step(*a)\nf.train_step = train_step"
+    )
+    done = torchrun(folder, code, 2, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 6" in done.stderr
+    assert [row["step"] for row in RunDir(folder / "runs/tiny").rows("steps.jsonl")] == list(range(1, 18))
+
+
+@pytest.fixture
+def bad_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clip of step `BAD` is not a number."""
+    augmented = mgtrain.engine.step.augmented
+
+    def spoilt(*arguments: Any) -> Any:
+        x, targets = augmented(*arguments)
+        if arguments[3].index == BAD:
+            x[0, 0, 0, 0, 0] = float("nan")
+        return x, targets
+
+    monkeypatch.setattr(mgtrain.engine.step, "augmented", spoilt)
+
+
+@pytest.mark.usefixtures("bad_step")
+def test_a_step_that_is_not_finite_stops_the_run_before_its_update(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    recipe = tiny("logging.steps=100", "logging.checkpoint_steps=100")  # looked at late: at the end of the phase
+    with pytest.raises(NonFiniteError) as caught:
+        fit(recipe, run, World())
+    assert caught.value.exit_code == 5
+    plan, written = make_plan(recipe, 24), run.read("non_finite.json")
+    step = plan[BAD]
+    message = str(caught.value)
+    assert message.startswith(
+        f"the loss or the gradient of step {BAD + 1} is not finite (phase 2, {step.shape}, lr 0.008"
+    )
+    assert f"the last checkpoint is {run.checkpoint_path(3)}" in message
+    assert [row["step"] for row in written["steps"]] == [BAD + 1]
+    assert len(written["steps"][0]["videos"]) == step.shape.clips
+    train = mgtrain.engine.fit.open_data(recipe)[0]
+    names = [train.name(request.video) for request in step_requests(step, 24, recipe.seed, 0, 1)]
+    assert written["steps"][0]["videos"] == names
+    assert names[0] in message
+    assert [verify(path).step for path in run.checkpoints()] == [3]  # nothing of the step was saved
+
+
+def weights_before_each_step(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Tensor]]:
+    """Filled with copies of the parameters and momentum buffers at the start of each step."""
+    train_step, seen = mgtrain.engine.fit.train_step, {}
+
+    def look(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> StepResult:
+        step: Step = next(argument for argument in rest if isinstance(argument, Step))
+        named = dict(model.named_parameters())
+        seen[step.index] = {name: p.detach().clone() for name, p in named.items()}
+        seen[step.index] |= {f"m.{n}": optimizer.state[p]["momentum_buffer"].clone() for n, p in named.items()}
+        return train_step(model, optimizer, *rest)
+
+    monkeypatch.setattr(mgtrain.engine.fit, "train_step", look)
+    return seen
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.usefixtures("bad_step")
+def test_it_is_left_out_where_the_recipe_says_so(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = weights_before_each_step(monkeypatch)
+    run = RunDir(tmp_path / "run")
+    fit(tiny("faults.non_finite=skip"), run, World())
+    assert same(seen[BAD], seen[BAD + 1])
+    assert not same(seen[BAD + 1], seen[BAD + 2])
+    assert [row["loss"] is None for row in run.rows("steps.jsonl")] == [index == BAD for index in range(17)]
+    assert read_info(run.checkpoints()[-1]).left_out == 1
+
+
+@pytest.mark.usefixtures("bad_step")
+def test_the_first_step_of_all_can_be_left_out(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "BAD", 0)  # there is no momentum yet
+    seen = weights_before_each_step(monkeypatch)
+    fit(tiny("faults.non_finite=skip"), RunDir(tmp_path / "run"), World())
+    assert same(seen[0], seen[1])
+    assert all(not value.any() for name, value in seen[1].items() if name.startswith("m."))
+
+
+@pytest.mark.usefixtures("bad_step")
+def test_it_is_rolled_back_to_the_newest_checkpoint_where_the_recipe_says_so(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = weights_before_each_step(monkeypatch)
+    fit(tiny("faults.non_finite=rollback"), RunDir(tmp_path / "run"), World())
+    assert same(seen[BAD + 1], seen[3])  # the first phase, of 3 steps, ended with a checkpoint
+    assert not same(seen[BAD], seen[3])
+
+
+@pytest.mark.usefixtures("bad_step")
+def test_a_run_killed_after_a_step_was_left_out_is_the_run_that_was_not(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny("faults.non_finite=rollback", "logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+    straight, cut = RunDir(tmp_path / "straight"), RunDir(tmp_path / "cut")
+    fit(recipe, straight, World())
+    fit(recipe, cut, World())
+    for path in cut.checkpoints():
+        if read_info(path).step > 9:
+            path.unlink()
+    fit(recipe, cut, World(), resume=True)
+    ours, theirs = (load_file(run.checkpoints()[-1]) for run in (cut, straight))
+    assert same(ours, theirs)
+    assert read_info(cut.checkpoints()[-1]).left_out == read_info(straight.checkpoints()[-1]).left_out == 1
+
+
+def test_too_many_steps_left_out_stop_the_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny("faults.non_finite=skip", "faults.non_finite_steps=2", "optim.lr=1e30", "optim.warmup_epochs=0")
+    with pytest.raises(NonFiniteError, match=r"these are 3 such steps, more than faults\.non_finite_steps 2"):
+        fit(recipe, RunDir(tmp_path / "run"), World())
+
+
+def test_all_ranks_notice_what_one_of_them_has(folder: Path) -> None:
+    code = (
+        "import os, torch, mgtrain.engine.step as s\naugmented = s.augmented\n"
+        "def spoilt(*a):\n    x, y = augmented(*a)\n"
+        "    if os.environ['RANK'] == '1' and a[3].index == 4: x[0] = float('nan')\n"
+        "    return x, y\ns.augmented = spoilt"
+    )
+    status, errors = end(begin(folder, code=code))
+    assert status == 5, errors
+    assert "the loss or the gradient of step 5 is not finite" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny("logging.checkpoint_steps=1", "logging.keep_checkpoints=3")
+    straight, run = RunDir(tmp_path / "straight"), RunDir(tmp_path / "run")
+    fit(recipe, straight, World())
+    fit(recipe, run, World())
+    torn, altered = run.checkpoints()[-1], run.checkpoints()[-2]
+    torn.write_bytes(torn.read_bytes()[:-1])
+    altered.write_bytes(altered.read_bytes()[:-1] + b"?")
+    fit(recipe, run, World(), resume=True)
+    assert torn.with_suffix(".damaged").exists()
+    assert altered.with_suffix(".damaged").exists()
+    assert same(load_file(run.checkpoints()[-1]), load_file(straight.checkpoints()[-1]))
+    for path in run.checkpoints():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of its \d+ checkpoints is whole"):
+        fit(recipe, run, World(), resume=True)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_there_are(folder: Path) -> None:
+    run = RunDir(folder / "runs/tiny")
+    assert end(begin(folder, "logging.checkpoint_steps=1"))[0] == 0
+    run.checkpoints()[-1].unlink()
+    whole = run.checkpoints()[-1]
+    limit = whole.stat().st_size // 2
+
+    def no_file_may_be_larger() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = begin(folder, "--resume", "logging.checkpoint_steps=1", preexec_fn=no_file_may_be_larger)
+    status, errors = end(process)
+    assert status == 4, errors
+    last = errors.splitlines()[-1]
+    assert "cannot be written: " in last
+    assert "File too large" in last
+    assert "Traceback" not in errors
+    assert verify(whole).step == 16
+    assert not list((run.path / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_can_be_looked_at_and_verified(
+    mgtrain: Callable[..., subprocess.CompletedProcess[str]], tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "runs/tiny")
+    fit(tiny(), run, World())
+    looked = json.loads(mgtrain(tmp_path, "ckpt", "inspect", "tiny", "--json").stdout)
+    assert (looked["schema"], looked["step"], looked["classes"]) == ("mgtrain.ckpt_inspect/1", 17, 4)
+    assert looked["numbers"]["optimizer"] > 10_000
+    assert looked["evaluated"]
+    assert mgtrain(tmp_path, "ckpt", "verify", "tiny").returncode == 0
+    path = run.checkpoints()[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    done = mgtrain(tmp_path, "ckpt", "verify", "tiny")
+    assert done.returncode == 4
+    assert f"{path.name}: is not what was written: its checksum does not match its contents" in done.stdout
+    assert done.stderr == "mgtrain: 1 of 4 checkpoints are damaged; --resume passes them over\n"
+
+
+def test_the_slurm_script_starts_the_ranks_and_puts_a_stopped_job_back(folder: Path) -> None:
+    script = Path(__file__).parent.parent.parent / "scripts/preemptible.slurm"
+    stubs = folder / "bin"
+    stubs.mkdir()
+    (stubs / "mgtrain").write_text(f'#!/bin/bash\nexec {sys.executable} -m mgtrain "$@"\n')
+    (stubs / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo localhost || echo "$@" >> asked\n')
+    (stubs / "srun").write_text(  # two tasks; the exit code is the larger one, as srun's
+        '#!/bin/bash\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); echo $! > task$i; done\n'
+        "code=0; for pid in ${pids[@]}; do wait $pid; c=$?; [ $c -gt $code ] && code=$c; done; exit $code\n"
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(
+        ["bash", str(script), "tiny.yaml", "--device", "cpu", *LONG],
+        cwd=folder, env=os.environ | slurm | {"PATH": f"{stubs}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    os.kill(int((folder / "task1").read_text()), signal.SIGUSR1)
+    status, errors = end(job)
+    assert status == 75, errors
+    assert (folder / "asked").read_text() == "requeue 7\n"

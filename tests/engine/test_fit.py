@@ -1,0 +1,335 @@
+"""A run: cut anywhere and resumed, it is bit for bit the run that was never cut."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mgtrain.engine.fit
+from mgtrain.engine.examples import examples
+from mgtrain.engine.fit import fit, open_data
+from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
+from mgtrain.preflight.costs import steps_of_shapes
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.runs.checkpoint import CheckpointInfo, read_info
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.scores import Scores
+from mgtrain.schedule import make_plan
+
+EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+AUGMENTED = (
+    "augment.brightness=0.4", "augment.hue=0.1", "augment.erase=0.5", "augment.rand_augment=2", "augment.mixup=0.8",
+    "augment.cutmix=1", "data.mirrored=[[left, right]]",
+)  # fmt: skip
+STEPS = 17
+PHASE_ENDS = [3, 6, 8, 11, 14, 17]
+TIMES = ("train_seconds", "data_seconds", "eval_seconds")
+
+
+def run_to_end(recipe: Recipe, folder: Path, resume: bool = False) -> Scores:
+    return fit(recipe, RunDir(folder), World(), resume)
+
+
+def untimed(folder: Path, name: str) -> list[dict[str, object]]:
+    """The lines of a log without what a clock has measured."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in RunDir(folder).rows(name)]
+
+
+def cut(straight: Path, folder: Path, step: int) -> None:
+    """Copy a run as it was when it was killed a little after its checkpoint of `step`."""
+    shutil.copytree(straight, folder)
+    for path in RunDir(folder).checkpoints():
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
+    for name in ("steps.jsonl", "evals.jsonl"):  # a killed run has logged more than it has saved, the last line by half
+        rows = [row for row in RunDir(folder).rows(name) if row["step"] <= step + 1]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": ')
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    one, other = (load_file(folder / f"checkpoints/step_{STEPS:08d}.safetensors") for folder in (ours, theirs))
+    assert one.keys() == other.keys()
+    assert any(name.startswith("optimizer.momentum_buffer.") for name in one)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    for name in ("steps.jsonl", "evals.jsonl"):
+        assert untimed(ours, name) == untimed(theirs, name)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never cut, with the checkpoints of all its steps."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run_to_end(tiny(*EVERY_STEP), folder)
+    return folder
+
+
+def test_the_tiny_recipe_has_the_phases_that_these_tests_rely_on(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    assert [phase.end_step for phase in plan.phases] == PHASE_ENDS
+    assert [phase.bn_groups for phase in plan.phases] == [8, 4, 2, 1, 1, 1]
+
+
+def test_a_run_writes_down_what_it_is_and_did(straight: Path) -> None:
+    run = RunDir(straight)
+    names = {path.name for path in straight.iterdir()}
+    assert {"recipe.yaml", "plan.json", "env.json", "data.json", "steps.jsonl", "evals.jsonl", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [row["step"] for row in run.rows("steps.jsonl")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in run.rows("evals.jsonl")] == PHASE_ENDS
+    assert [row["counts"] for row in run.rows("evals.jsonl")] == [[3, 3, 3, 3]] * 6
+    plan = make_plan(run.recipe(), 24)
+    assert [row["lr"] for row in run.rows("steps.jsonl")] == [step.lr for step in plan]
+    seconds = [row["train_seconds"] for row in run.rows("steps.jsonl")]
+    assert seconds == sorted(seconds)
+    assert run.read("plan.json")["steps"] == STEPS
+    assert run.read("data.json")["train"]["videos"] == 24
+    assert run.read("env.json")["ranks"] == 1
+
+
+def test_two_runs_of_one_recipe_are_the_same(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    run_to_end(tiny(), tmp_path / "again")
+    assert_same_end(tmp_path / "again", straight)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_run_cut_at_any_step_and_resumed_is_the_run_that_was_not_cut(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, step: int
+) -> None:
+    folder = tmp_path / "cut"
+    cut(straight, folder, step)
+    run_to_end(tiny(*EVERY_STEP), folder, resume=True)
+    assert_same_end(folder, straight)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_run_killed_around_an_evaluation_logs_it_once(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: bool
+) -> None:
+    folder, save = tmp_path / "cut", mgtrain.engine.fit.save
+
+    def killed(run: RunDir, state: CheckpointInfo, *rest: Any) -> None:
+        if state.step == PHASE_ENDS[1] and state.evaluated == logged:
+            if not logged:
+                save(run, state, *rest)
+            run.close()
+            raise KeyboardInterrupt
+        save(run, state, *rest)
+
+    monkeypatch.setattr(mgtrain.engine.fit, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(tiny(*EVERY_STEP), folder)
+    assert [row["step"] for row in RunDir(folder).rows("evals.jsonl")] == PHASE_ENDS[: 1 + logged]
+    monkeypatch.setattr(mgtrain.engine.fit, "save", save)
+    run_to_end(tiny(*EVERY_STEP), folder, resume=True)
+    assert_same_end(folder, straight)
+    board = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    assert [event.step for event in board.Scalars("val/top1")] == PHASE_ENDS
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_without_recalibration_too(tiny: Callable[..., Recipe], tmp_path: Path, step: int) -> None:
+    recipe = tiny(*EVERY_STEP, "evaluation.recalibration_batches=0")
+    run_to_end(recipe, tmp_path / "straight")
+    cut(tmp_path / "straight", tmp_path / "cut", step)
+    run_to_end(recipe, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_an_augmented_run_too_is_the_one_that_was_not_cut(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny(*EVERY_STEP, *AUGMENTED)
+    run_to_end(recipe, tmp_path / "straight")
+    cut(tmp_path / "straight", tmp_path / "cut", step=12)
+    run_to_end(tiny(*EVERY_STEP, *AUGMENTED, "hardware.workers=1"), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_a_mirrored_class_that_does_not_exist_stops_the_run_before_it_begins(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"data.mirrored: 'rigth' is none of the 4 classes; did you mean 'right'\?"):
+        run_to_end(tiny("data.mirrored=[[left, rigth]]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_finished_run_gives_its_scores(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "copy")
+    scores = run_to_end(tiny(*EVERY_STEP), tmp_path / "copy", resume=True)
+    last = RunDir(straight).rows("evals.jsonl")[-1]
+    assert (scores.top1, scores.loss, list(scores.correct)) == (last["top1"], last["loss"], last["correct"])
+    assert_same_end(tmp_path / "copy", straight)
+
+
+def test_resuming_without_a_checkpoint_starts(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=0)
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", straight)
+
+
+def test_training_time_goes_on_from_where_it_was(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=9)
+    before = RunDir(straight).rows("steps.jsonl")[8]["train_seconds"]
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    seconds = [row["train_seconds"] for row in RunDir(tmp_path / "cut").rows("steps.jsonl")]
+    assert seconds == sorted(seconds)
+    assert seconds[9] > before
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("schedule.epoch_factor=1.4", "schedule.epoch_factor 1.5 -> 1.4; "),
+        ("optim.lr=0.03", "optim.lr 0.002 -> 0.03; "),
+        ("optim.stages=[6, 4]", "optim.stages [6.0, 3.0] -> [6.0, 4.0]; "),
+        ("batch.bn_clips=2", "batch.bn_clips 4 -> 2; "),
+        ("schedule.name=baseline", "schedule.name multigrid -> baseline; "),
+        ("clip.flip=0.25", "clip.flip 0.5 -> 0.25; "),
+        ("augment.erase=0.5", "augment.erase 0.0 -> 0.5; "),
+        ("hardware.precision=bf16", "hardware.precision fp32 -> bf16; "),
+    ],
+)
+def test_resuming_another_recipe_is_refused_with_the_difference(
+    tiny: Callable[..., Recipe],
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    what: str,
+) -> None:
+    monkeypatch.setattr("mgtrain.engine.fit.check_precision", lambda *_: None)  # bf16 may not work on this CPU
+    cut(straight, tmp_path / "cut", step=5)
+    before = contents(tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=f"has changed since: {re.escape(what)}") as caught:
+        run_to_end(tiny(override), tmp_path / "cut", resume=True)
+    assert caught.value.exit_code == 4
+    assert contents(tmp_path / "cut") == before
+
+
+def test_resuming_with_other_videos_is_refused(
+    tiny: Callable[..., Recipe], motions: Path, straight: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(motions, tmp_path / "data"))
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train.csv").write_text("\n".join(reversed(lines)))
+    cut(straight, tmp_path / "cut", step=5)
+    changed = r"training videos 24 \(\w{16}\) -> 24 \(\w{16}\); resume as it was, or with --allow-changes"
+    with pytest.raises(CheckpointError, match=changed):
+        run_to_end(tiny(f"data.root={root}"), tmp_path / "cut", resume=True)
+
+
+def test_told_so_a_run_goes_on_with_another_recipe(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=5)
+    run = RunDir(tmp_path / "cut")
+    fit(tiny("optim.lr=0.001"), run, World(), resume=True, allow_changes=True)
+    ours, theirs = run.rows("steps.jsonl"), RunDir(straight).rows("steps.jsonl")
+    assert [row["lr"] for row in ours[:5]] == [row["lr"] for row in theirs[:5]]
+    assert ours[-1]["lr"] == theirs[-1]["lr"] / 2
+    assert "lr: 0.001" in read_info(run.checkpoints()[-1]).recipe
+
+
+def test_resuming_may_change_hardware_and_logging(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=12)
+    run_to_end(tiny("hardware.workers=1", "logging.checkpoint_steps=5"), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", straight)
+
+
+def test_old_checkpoints_go_but_the_best_and_the_newest_stay(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run_to_end(tiny("logging.checkpoint_steps=2", "logging.keep_checkpoints=2"), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    best = max(run.rows("evals.jsonl"), key=lambda row: row["top1"])["step"]
+    assert [path.stem for path in run.checkpoints()] == [f"step_{step:08d}" for step in sorted({best, 16, 17})]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        run_to_end(tiny("optim.lr=1e30", "optim.warmup_epochs=0"), tmp_path / "run")
+    assert caught.value.exit_code == 5
+    assert "lower optim.lr or lengthen optim.warmup_epochs" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shape_that_the_model_refuses_stops_the_run_before_it_begins(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=r"hardware.micro_clips 1 allows"):
+        run_to_end(tiny("hardware.micro_clips=1"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_videos_with_several_labels_are_trained_and_judged_by_mean_average_precision(
+    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path
+) -> None:
+    for name in ("train", "val"):  # left and right, up and down, and either of them as a class more
+        rows = [line.rsplit(maxsplit=1) for line in (motions / f"{name}.csv").read_text().splitlines()]
+        lines = [f"{path} {label};{4 + (label in ('2', '3'))}" for path, label in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "classes.txt").write_text("left\nright\nup\ndown\nsideways\nupright\n")
+    recipe = tiny(
+        *(f"data.{name}={tmp_path}/{name}.csv" for name in ("train", "val")), "data.classes=6", "data.multi_label=true",
+        "clip.sampling=segments", "evaluation.views=max", "data.mirrored=[[left, right]]", *EVERY_STEP,
+    )  # fmt: skip
+    scores = run_to_end(recipe, tmp_path / "straight")
+    rows = RunDir(tmp_path / "straight").rows("evals.jsonl")
+    assert [row["mean_ap"] for row in rows] == [pytest.approx(np.mean(row["precision"])) for row in rows]
+    assert (scores.mean_ap, scores.counts) == (rows[-1]["mean_ap"], (3, 3, 3, 3, 6, 6))
+    assert 0 < rows[-1]["mean_ap"] <= 1
+    cut(tmp_path / "straight", tmp_path / "cut", 8)
+    run_to_end(recipe, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight")
+    scalars = EventAccumulator(str(tmp_path / "straight")).Reload().Tags()["scalars"]
+    assert "val/mean_ap" in scalars
+
+
+def test_videos_with_several_labels_are_refused_before_the_run_begins(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    (tmp_path / "train.csv").write_text("a.mp4 0;1\nb.mp4 3\n")
+    with pytest.raises(DataError, match=r"the train videos have several labels each; set data.multi_label=true to"):
+        run_to_end(tiny(f"data.train={tmp_path}/train.csv"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_shows_what_the_network_sees_and_how_the_baseline_did(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    baseline, recipe = RunDir(tmp_path / "baseline"), tiny(*EVERY_STEP, "augment.erase=0.5", "augment.mixup=0.4")
+    run_to_end(tiny("schedule={name: baseline}", "evaluation.per_phase=9"), baseline.path)
+    fit(recipe, RunDir(tmp_path / "run"), World(), baseline=baseline)
+    board = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "histograms": 0, "images": 0}).Reload()
+    plan = make_plan(recipe, 24)
+    assert board.Tags()["images"] == [f"clips/{shape}" for shape in plan.shapes()]
+    for shape in plan.shapes():
+        picture = board.Images(f"clips/{shape}")[0]
+        assert (picture.height, picture.width) == (shape.crop, shape.crop * min(4, shape.frames))
+    tags = board.Tags()["histograms"]
+    timed = {tag: sum(event.histogram_value.num for event in board.Histograms(tag)) for tag in tags}
+    assert timed == {f"step_seconds/{shape}": steps for shape, steps in steps_of_shapes(plan).items()}
+    rows, theirs = RunDir(tmp_path / "run").rows("evals.jsonl"), baseline.rows("evals.jsonl")
+    for event in board.Scalars("compare/baseline_at_same_step"):
+        assert event.value == pytest.approx(max(row["top1"] for row in theirs if row["step"] <= event.step))
+    assert len(board.Scalars("compare/baseline_at_same_step")) == sum(row["step"] >= theirs[0]["step"] for row in rows)
+    assert board.PluginTagToContent("hparams").keys() >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+
+
+def test_the_same_video_is_shown_at_every_shape(tiny: Callable[..., Recipe], motions: Path) -> None:
+    recipe = tiny("clip.flip=0.0", "clip.short_side=[32, 32]")
+    train = open_data(recipe)[0]
+    for shape, strip in examples(train, recipe, make_plan(recipe, len(train))):
+        assert strip.dtype == torch.uint8
+        assert strip.shape == (shape.crop, shape.crop * min(4, shape.frames), 3)
+        assert strip.float().std() > 5  # pixels, not normalized ones

@@ -1,0 +1,217 @@
+"""What a step's memory is reckoned to be, and the micro-batches and recomputed blocks that a limit leads to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from typer.testing import CliRunner
+
+from mgtrain.cli import app
+from mgtrain.engine.checks import make_model, pass_clips
+from mgtrain.engine.fit import fit
+from mgtrain.engine.memory import USABLE, Memory
+from mgtrain.errors import PlanError, UsageError
+from mgtrain.grid import Shape
+from mgtrain.models.norm import group_stats
+from mgtrain.models.part import Part, set_part
+from mgtrain.preflight.costs import costs, steps_of_shapes
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.report.figures import save_schedule
+from mgtrain.schedule import baseline_recipe, make_plan
+
+
+@contextmanager
+def kept_bytes(of: torch.nn.Module) -> Iterator[list[int]]:
+    """What autograd keeps in a pass, but parameters: one number, once it is over."""
+    parameters = {parameter.data_ptr() for parameter in of.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[torch.UntypedStorage] = []
+    total: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield total
+    total.append(sum(kept.values()))
+
+
+@pytest.mark.parametrize("model", ["i3d_r50", "i3d_nln_r50", "slowfast_r50"])
+def test_activations_are_what_autograd_keeps(model: str, tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(f"model={{name: {model}, width: 16}}")
+    shape = Shape(3, 8, 48)
+    network = make_model(recipe).train()
+    set_part(network, Part(0, 3, 3, 1))
+    with kept_bytes(network) as real:
+        network(torch.zeros(3, 3, 8, 48, 48).to(memory_format=torch.channels_last_3d))
+    assert Memory(recipe, [shape]).per_clip(shape) * 3 == pytest.approx(real[0], rel=0.05)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{name: slowfast_r50, width: 16, depth: [1, 2, 1, 1]}",
+        "{name: i3d_nln_r50, width: 16, depth: [1, 2, 2, 1]}",
+        "{name: r2plus1d_18}",
+        "{name: swin3d_t}",
+        "{name: mvit_v2_s}",
+    ],
+    ids=lambda model: model[7:].rstrip("}").split(",")[0],
+)
+def test_recomputed_blocks_change_nothing_but_memory(groups: int, model: str, tiny: Callable[..., Recipe]) -> None:
+    clips = torch.randn(6, 3, 4, 32, 32).to(memory_format=torch.channels_last_3d)
+    found, kept = [], []
+    for recompute in ("false", "true"):
+        torch.manual_seed(0)
+        network = make_model(tiny(f"hardware.recompute={recompute}", f"model={model}")).train()
+        for step in range(2):
+            set_part(network, Part(0, 6, 6, groups, seed=step))
+            with kept_bytes(network) as real:
+                loss = network(clips).square().mean()
+            loss.backward()
+        kept.append(real[0])
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+        found.append((loss, gradients, group_stats(network), dict(network.named_buffers())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_copy_of_a_network_is_recomputed_with_its_own_weights(tiny: Callable[..., Recipe]) -> None:
+    network = make_model(tiny("hardware.recompute=true")).train()
+    copy = deepcopy(network)
+    for parameter in copy.parameters():
+        parameter.data.zero_()
+    copy(torch.randn(2, 3, 8, 32, 32)).sum().backward()
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(parameter.grad is not None for parameter in copy.parameters())
+
+
+def test_a_group_over_two_ranks_is_tracked_once(tiny: Callable[..., Recipe]) -> None:
+    def gather(tensor: Tensor, ranks: int) -> Tensor:  # the other rank has the same clips
+        return torch.stack([tensor.detach()] * ranks)
+
+    clips, found = torch.randn(2, 3, 8, 32, 32), []
+    for recompute in ("false", "true"):
+        torch.manual_seed(0)
+        network = make_model(tiny(f"hardware.recompute={recompute}")).train()
+        set_part(network, Part(0, 2, 4, 1, ranks=2, gather=gather))
+        network(clips).square().mean().backward()
+        found.append(group_stats(network))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_recomputing_keeps_less(tiny: Callable[..., Recipe]) -> None:
+    shape, model = Shape(2, 8, 64), "model={name: i3d_r50, width: 16, depth: 50}"
+    kept = [Memory(tiny(model, f"hardware.recompute={on}"), [shape]).per_clip(shape) for on in ("false", "true")]
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_a_limit_takes_the_largest_passes_that_fit(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("batch.clips=16", "batch.bn_clips=4")
+    plan = make_plan(recipe, 24)
+    memory = Memory(recipe, plan.shapes())
+    everything = memory.most(plan, 1)[0] / USABLE / 2**30
+    assert memory.limit(plan, 1, 1.001 * everything) == recipe
+    seen = []
+    for gib in (0.9 * everything, 0.5 * everything, 0.35 * everything):
+        memory = Memory(recipe, plan.shapes())
+        limited = memory.limit(plan, 1, gib)
+        assert memory.most(plan, 1)[0] <= USABLE * gib * 2**30
+        seen.append((limited.hardware.micro_clips, limited.hardware.recompute))
+        changed = {"hardware"}
+        assert {key for key in Recipe.model_fields if getattr(limited, key) != getattr(recipe, key)} == changed
+    passes = [clips or 16 for clips, _ in seen]
+    assert passes == sorted(passes, reverse=True)
+    assert len(set(passes)) == 3
+    with pytest.raises(PlanError, match=r"one BatchNorm group of clips of .* needs .* lower batch.bn_clips"):
+        Memory(recipe, plan.shapes()).limit(plan, 1, 0.001)
+
+
+def test_recomputing_is_the_last_resort(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("model={name: i3d_r50, width: 8, depth: 50}", "batch.clips=16")
+    plan = make_plan(recipe, 24)
+    everything = Memory(recipe, plan.shapes()).most(plan, 1)[0] / USABLE / 2**30
+    chosen = [Memory(recipe, plan.shapes()).limit(plan, 1, share * everything).hardware for share in (0.9, 0.6, 0.3)]
+    assert [hardware.recompute for hardware in chosen] == [False, False, True]
+
+
+def test_a_network_that_repeats_nothing_refuses(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from torch import nn\nMODELS = {'plain': lambda classes: nn.Sequential(nn.Conv3d(3, classes, 3))}\n"
+    (tmp_path / "plain_networks.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    words = ("model={name: own, module: plain_networks, network: plain}", "hardware.recompute=true")
+    with pytest.raises(PlanError, match=r"hardware.recompute: own repeats no block that could be"):
+        make_model(tiny(*words))
+
+
+def test_training_within_a_limit_is_the_same_training(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny("batch.clips=16")
+    plan = make_plan(recipe, 24)
+    memory = Memory(recipe, plan.shapes())
+    gib = 0.7 * memory.most(plan, 1)[0] / USABLE / 2**30
+    runs = []
+    for name, changes in (("free", ()), ("limited", (f"hardware.memory_gib={gib}",))):
+        run = RunDir(tmp_path / name)
+        fit(tiny("batch.clips=16", *changes), run, World())
+        runs.append(run)
+    hardware = runs[1].recipe().hardware
+    assert hardware.micro_clips is not None
+    losses = [[row["loss"] for row in run.rows("steps.jsonl")] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_costs_add_up(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    plan, baseline = make_plan(recipe, 24), make_plan(baseline_recipe(recipe), 24)
+    counts = steps_of_shapes(plan)
+    walked = [step.shape for step in plan]
+    assert counts == {shape: walked.count(shape) for shape in set(walked)}
+    found = costs(recipe, plan, baseline, 2, None)
+    assert sum(row["steps"] * row["multiply_adds"] for row in found["shapes"]) == found["multiply_adds"]
+    assert found["multiply_adds"] < found["baseline_multiply_adds"]
+    by_shape = {Shape(**row["shape"]): row for row in found["shapes"]}
+    for phase in plan.phases:
+        for shape in phase.shapes[: phase.steps]:
+            assert by_shape[shape]["pass_clips"] == pass_clips(recipe, shape, phase.bn_groups, 2)
+    one_rank = costs(recipe, plan, baseline, 1, None)
+    assert one_rank["shapes"][0]["memory_bytes"] > found["shapes"][0]["memory_bytes"]
+
+
+def test_plan_tells_costs_draws_and_limits(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    words = ["plan", "tiny.yaml", "--gpus", "2", "--memory", "8", "--picture", "s.svg"]
+    shown = CliRunner().invoke(app, words)
+    for words in ("multiply-adds", "memory per GPU of 2", "hardware.recompute=false", "clips  █"):
+        assert words in shown.stdout
+    assert "<svg" in (tmp_path / "s.svg").read_text()
+    said = json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", "--json"]).stdout)
+    assert said["ratios"]["multiply_adds"] < 1
+    assert said["costs"]["gpus"] == 1
+
+
+def test_a_schedule_is_drawn_into_files_of_three_kinds(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    phases = make_plan(tiny(), 24).describe()["phases"]
+    for name, start in (("a/s.svg", b"<?xml"), ("s.png", b"\x89PNG"), ("s.pdf", b"%PDF")):
+        save_schedule(phases, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(UsageError, match=r"has to end in \.svg"):
+        save_schedule(phases, tmp_path / "s.gif")

@@ -1,0 +1,103 @@
+"""Recalibration: BatchNorm's statistics are those of all recalibration clips together, measured layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mgtrain.clips.loader import BadVideos, recalibration_batches
+from mgtrain.data import open_videos
+from mgtrain.engine.checks import make_model
+from mgtrain.engine.recalibrate import recalibrate_bn
+from mgtrain.engine.step import to_device, to_input
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+
+BATCHES = 3
+
+
+@pytest.fixture
+def recipe(tiny: Callable[..., Recipe]) -> Recipe:
+    return tiny(f"evaluation.recalibration_batches={BATCHES}", "model.dropout=0")
+
+
+def batches(recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.train)
+    return list(recalibration_batches(videos, recipe, World(), BadVideos(len(videos), 0)))
+
+
+def fresh_model(recipe: Recipe) -> Any:
+    torch.manual_seed(0)
+    model: Any = to_device(make_model(recipe), recipe, World())
+    for module in model.modules():
+        if isinstance(module, GroupBatchNorm3d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.fill_(7)  # to be forgotten
+    return model
+
+
+def inputs_of(layer: nn.Module, model: nn.Module, clips: Tensor, recipe: Recipe) -> Tensor:
+    """What the layer is given, float64 (C, values)."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    with torch.no_grad():
+        model(to_input(clips, recipe))
+    hook.remove()
+    return seen[0].transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("bn_clips", [4, 2])
+def test_statistics_are_those_of_all_batches_together(tiny: Callable[..., Recipe], bn_clips: int) -> None:
+    recipe = tiny(f"evaluation.recalibration_batches={BATCHES}", f"batch.bn_clips={bn_clips}")
+    model, clips = fresh_model(recipe), batches(recipe)
+    # The stem's norm sees what no other norm has changed, so it can be done by hand.
+    stem = model.stem.norm
+    values = torch.cat([inputs_of(stem, model, batch, recipe) for batch, _ in clips], dim=1)  # (C, values)
+    assert recalibrate_bn(model, clips, recipe, World()) == BATCHES
+    torch.testing.assert_close(stem.running_mean.double(), values.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stem.running_var.double(), values.var(1, correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_deeper_layers_see_each_group_normalized_by_itself(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(f"evaluation.recalibration_batches={BATCHES}", "model.dropout=0")
+    model, clips = fresh_model(recipe), batches(recipe)
+    deep = model.res3[0].norm2
+    plain = fresh_model(recipe).train()  # without a part each batch, here one group of 4 clips, is normalized by itself
+    values = torch.cat([inputs_of(plain.res3[0].norm2, plain, batch, recipe) for batch, _ in clips], dim=1)
+    recalibrate_bn(model, clips, recipe, World())
+    torch.testing.assert_close(deep.running_mean.double(), values.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(deep.running_var.double(), values.var(1, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_do_not_change(recipe: Recipe) -> None:
+    model = fresh_model(recipe)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    recalibrate_bn(model, batches(recipe), recipe, World())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_recalibrating_twice_is_recalibrating_once(recipe: Recipe) -> None:
+    model, clips = fresh_model(recipe), batches(recipe)
+    recalibrate_bn(model, clips, recipe, World())
+    once = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    recalibrate_bn(model, clips, recipe, World())
+    assert all(torch.equal(once[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_without_batches_the_running_averages_stay(recipe: Recipe) -> None:
+    model = fresh_model(recipe)
+    assert recalibrate_bn(model, [], recipe, World()) == 0
+    assert model.stem.norm.running_mean.eq(7).all()
+
+
+def test_afterwards_training_averages_as_before(recipe: Recipe) -> None:
+    model = fresh_model(recipe)
+    recalibrate_bn(model, batches(recipe), recipe, World())
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm3d)]
+    assert {(norm.momentum, norm.pool) for norm in norms} == {(0.1, False)}

@@ -1,0 +1,211 @@
+"""Asking a trained network: evaluations that are interrupted, videos without labels, weights from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mgtrain.clips.loader
+import mgtrain.engine.evaluate
+from mgtrain.clips.decode import VideoFile
+from mgtrain.engine.evaluate import evaluate
+from mgtrain.engine.fit import fit
+from mgtrain.engine.predict import predict_videos
+from mgtrain.engine.trained import Trained, evaluation_videos, load_trained
+from mgtrain.errors import CheckpointError, DataError, ThresholdError, UsageError
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.journal import Journal
+
+ALONE = World()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a finished run."""
+    run = RunDir(tmp_path_factory.mktemp("run"))
+    fit(tiny("optim.lr=0.05"), run, ALONE)
+    return run.checkpoints()[-1]
+
+
+@pytest.fixture
+def trained(checkpoint: Path) -> Trained:
+    return load_trained(checkpoint, None, (), ALONE)
+
+
+def videos_of(trained: Trained) -> list[str]:
+    videos = evaluation_videos(trained)
+    return [videos.path(n) for n in range(len(videos))]
+
+
+def test_every_video_is_opened_once_for_all_its_views(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[str] = Counter()
+
+    class Counted(VideoFile):
+        def __init__(self, path: Any, *words: Any) -> None:
+            opened[str(path)] += 1
+            super().__init__(path, *words)
+
+    monkeypatch.setattr(mgtrain.clips.loader, "VideoFile", Counted)
+    evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE, (3, 3))
+    assert opened == dict.fromkeys(videos_of(trained), 1)
+
+
+def test_an_interrupted_evaluation_goes_on(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos, journal = evaluation_videos(trained), Journal(tmp_path / "s.csv", "this", 4)
+    straight = evaluate(trained.model, videos, trained.recipe, ALONE, (2, 1))
+    asked: list[int] = []
+    predict = mgtrain.engine.evaluate.predict
+
+    def until(most: int) -> Callable[..., Any]:
+        def some(*words: Any) -> Any:
+            for answer in predict(*words):
+                if len(asked) == most:
+                    raise KeyboardInterrupt
+                asked.extend(answer[0].tolist())
+                yield answer
+
+        return some
+
+    monkeypatch.setattr(mgtrain.engine.evaluate, "predict", until(6))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(trained.model, videos, trained.recipe, ALONE, (2, 1), journal)
+    monkeypatch.setattr(mgtrain.engine.evaluate, "predict", until(100))
+    resumed = evaluate(trained.model, videos, trained.recipe, ALONE, (2, 1), journal)
+    assert asked == list(range(12))  # none twice
+    assert np.array_equal(resumed.numbers, straight.numbers)
+    assert np.array_equal(resumed.labels, straight.labels)
+    assert np.array_equal(resumed.probabilities, straight.probabilities)
+
+
+def test_predicting_is_evaluating_without_labels(trained: Trained) -> None:
+    scored = evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE, (2, 3))
+    answers, failed = predict_videos(trained, videos_of(trained), ALONE, (2, 3))
+    assert not failed
+    assert [answer.video for answer in answers] == videos_of(trained)
+    assert np.array_equal(np.stack([answer.probabilities for answer in answers]), scored.probabilities)
+    told = answers[0].describe(trained.classes, top=2)
+    best = scored.probabilities[0].argmax()
+    assert told["top"][0] == {
+        "class": trained.classes[best], "number": best, "probability": float(scored.probabilities[0].max())
+    }  # fmt: skip
+    assert len(told["top"]) == 2
+
+
+def test_a_long_video_is_looked_through(trained: Trained) -> None:
+    path = videos_of(trained)[0]  # 24 frames, 30 a second; a clip spans 16 frames
+    (answer,), _ = predict_videos(trained, [path], ALONE, (1, 1), every=0.1)
+    assert [(round(w.start * 30), round(w.end * 30)) for w in answer.windows] == [(0, 16), (3, 19), (6, 22), (8, 24)]
+    assert np.allclose(answer.probabilities, np.mean([w.probabilities for w in answer.windows], axis=0))
+    (middle,), _ = predict_videos(trained, [path], ALONE, (1, 1))
+    (by_fours,), _ = predict_videos(trained, [path], ALONE, (1, 1), every=4 / 30)  # starts at 0, 4, 8; the middle is 4
+    assert np.allclose(by_fours.windows[1].probabilities, middle.probabilities, atol=1e-6)
+    assert "to     0.5 s: " in answer.render(trained.classes, top=2)
+
+
+@pytest.mark.parametrize("every", [None, 1.0])
+def test_videos_that_cannot_be_decoded_are_told_and_the_others_answered(
+    trained: Trained, tmp_path: Path, every: float | None
+) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    good = videos_of(trained)[0]
+    answers, failed = predict_videos(trained, [str(tmp_path / "bad.mp4"), good], ALONE, (1, 1), every)
+    assert [answer.video for answer in answers] == [good]
+    assert list(failed) == [str(tmp_path / "bad.mp4")]
+
+
+@pytest.fixture
+def weights(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the network's weights without their recipe, with names of classes if given."""
+
+    def write(*classes: str) -> Path:
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+        path = tmp_path / "weights.safetensors"
+        save_file(tensors, path, {"classes": json.dumps(classes)} if classes else {})
+        return path
+
+    return write
+
+
+def test_weights_from_elsewhere_are_evaluated_as_they_are(
+    trained: Trained, weights: Callable[..., Path], tiny_text: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(tiny_text)
+    foreign = load_trained(weights(), str(recipe), (), ALONE)
+    assert (foreign.step, foreign.recalibrated, foreign.named) == (None, True, False)
+    ours = evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE)
+    theirs = evaluate(foreign.model, evaluation_videos(foreign), foreign.recipe, ALONE)
+    assert np.array_equal(theirs.probabilities, ours.probabilities)
+    assert load_trained(weights("left", "right", "up", "down"), str(recipe), (), ALONE).named
+    with pytest.raises(UsageError, match="say with --recipe how clips are cut"):
+        load_trained(weights(), None, (), ALONE)
+    with pytest.raises(ThresholdError, match="use the model that the weights are of"):
+        load_trained(weights(), str(recipe), ["model.width=16"], ALONE)
+    with pytest.raises(CheckpointError, match=r"set data\.classes"):
+        load_trained(weights(), str(recipe), ["data.classes=5"], ALONE)
+    with pytest.raises(CheckpointError, match=r"has 3 classes, data\.classes says 4"):
+        load_trained(weights("left", "right", "up"), str(recipe), (), ALONE)
+
+
+def test_a_checkpoint_has_its_own_recipe(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="leave out --recipe"):
+        load_trained(checkpoint, "demo_baseline", (), ALONE)
+
+
+def test_the_training_videos_need_not_be_there(trained: Trained, checkpoint: Path, tmp_path: Path) -> None:
+    alone = load_trained(checkpoint, None, ["data.train=gone.csv"], ALONE)
+    ours = evaluate(alone.model, evaluation_videos(alone), alone.recipe, ALONE)
+    assert ours.scores() == evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE).scores()
+
+
+def test_a_list_may_lack_the_last_of_a_networks_numbered_classes(
+    trained: Trained, motions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "videos").symlink_to(motions / "videos")
+    (tmp_path / "val.csv").write_text("videos/val/left_0.mp4 0\nvideos/val/right_0.mp4 1\n")
+    recipe = trained.recipe.model_copy(update={"data": trained.recipe.data.model_copy(update={"root": str(tmp_path)})})
+    numbered = dataclasses.replace(trained, classes=("0", "1", "2", "3"), recipe=recipe)
+    assert evaluation_videos(numbered).classes == ("0", "1", "2", "3")
+    with pytest.raises(DataError, match=r"val\.csv has 2 classes, the network 4"):
+        evaluation_videos(dataclasses.replace(numbered, step=None))
+
+
+def test_classes_in_another_order_than_the_networks_are_refused(
+    trained: Trained, checkpoint: Path, motions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "videos").symlink_to(motions / "videos")
+    (tmp_path / "val.csv").write_text((motions / "val.csv").read_text())
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in reversed(trained.classes)))
+    other = load_trained(checkpoint, None, [f"data.root={tmp_path}"], ALONE)
+    with pytest.raises(DataError, match="class 0 is 'down' in classes"):
+        evaluation_videos(other)
+
+
+def test_the_identity_changes_with_what_changes_the_answer(checkpoint: Path, trained: Trained) -> None:
+    def identity(*overrides: str) -> str:
+        return load_trained(checkpoint, None, overrides, ALONE).identity
+
+    assert identity() == identity("hardware.workers=2", "logging.steps=3") == trained.identity
+    assert identity("evaluation.short_side=40") != trained.identity
+    assert identity("hardware.precision=bf16") != trained.identity
+
+
+def test_a_pass_has_no_more_clips_than_one_of_training(trained: Trained) -> None:
+    sizes = []
+    handle = trained.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    whole = evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE, (3, 3))
+    handle.remove()
+    assert sizes == [4, 4, 1] * 12
+    assert torch.is_grad_enabled()
+    assert len(whole.numbers) == 12

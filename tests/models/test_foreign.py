@@ -1,0 +1,325 @@
+"""Networks that are not ours: torchvision's and one's own keep the laws, or are refused with the layer's name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import video
+from torchvision.ops import StochasticDepth
+
+from mgtrain.clips.pixels import normalize
+from mgtrain.engine.checks import check_shapes, misfit
+from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.step import to_input
+from mgtrain.errors import PlanError, UsageError
+from mgtrain.models import TORCHVISION, build_model
+from mgtrain.models.dropout import DropFeatures, Dropout, DropPath
+from mgtrain.models.foreign import classifier_of, fitted
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.part import Part, set_part
+from mgtrain.models.weights.load import freeze, load_weights, read_weights
+from mgtrain.recipe import Init, Recipe
+
+torch.set_num_threads(1)
+OWN = """
+from torch import nn
+
+
+class Flattens(nn.Module):
+    def __init__(self, classes, size=16):
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 2 * size * size, classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).flatten(1))
+
+
+class Positions(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.embed = nn.Conv3d(3, 8, (2, 8, 8), (2, 8, 8))
+        self.table = nn.Parameter(nn.init.zeros_(__import__("torch").empty(1, 16, 8)))
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.table
+        return self.head(x.mean(1))
+
+
+class Windows(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(3, 8, 1), nn.Linear(8, classes)
+
+    def forward(self, x):
+        b, _, t, s, _ = x.shape
+        x = self.conv(x).reshape(b, 8, t, s // 8, 8, s // 8, 8).mean((2, 3, 4, 5, 6))
+        return self.head(x)
+
+
+class PerFrame(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.head = nn.Conv3d(3, classes, 1)
+
+    def forward(self, x):
+        return self.head(x).mean((3, 4))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, classes, width=8):
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(3, width, 3, 2, 1), nn.BatchNorm3d(width)
+        self.gru, self.drop = nn.GRU(width, width, batch_first=True), nn.Dropout(0.5)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().mean((3, 4)).transpose(1, 2)
+        return self.head(self.drop(self.gru(x)[0][:, -1]))
+
+
+class Frames2d(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, classes)
+
+
+MODELS = {
+    "flattens": Flattens, "positions": Positions, "windows": Windows, "per_frame": PerFrame, "recurrent": Recurrent,
+    "frames2d": Frames2d, "number": lambda classes: 3,
+}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a module of networks, in which the test runs."""
+    (tmp_path / "my_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("my_networks", None)
+
+
+def section(network: str, options: str = "{}") -> str:
+    return f"model={{name: own, module: my_networks, network: {network}, options: {options}}}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, (2, 3, 4, 32, 32)) for name in ("r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t")]
+    + [pytest.param(name, (1, 3, 16, 224, 224), marks=pytest.mark.slow) for name in ("s3d", "mvit_v2_s")],
+)
+@torch.no_grad()
+def test_logits_are_torchvisions_own_on_the_same_weights(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(video, name)(num_classes=5).eval()
+    ours = build_model(name, classes=5).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(shape)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_network_of_torchvision_takes_all_shapes_of_a_plan_from_8_frames_on(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(name, classes=5)
+    for frames, crop in ((8, 79), (8, 112), (8, 158), (16, 158), (32, 112), (32, 224), (32, 256)):
+        assert misfit(model, frames, crop, 5) is None
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, GroupBatchNorm3d) for norm in norms)
+    assert bool(norms) == (name not in ("swin3d_t", "mvit_v2_s"))
+    assert not any(isinstance(layer, nn.Dropout) and layer.p for layer in model.modules())
+
+
+def test_s3d_says_which_of_its_layers_needs_more_frames(tiny: Callable[..., Recipe]) -> None:
+    with pytest.raises(PlanError) as caught:
+        check_shapes(tiny("model={name: s3d}"), [tiny().base.__class__(8, 2, 112)])
+    for words in (
+        "s3d cannot take clips of 2 frames of 112² pixels: layer features.",
+        "MaxPool3d, has a window",
+        "8x112²",
+    ):
+        assert words in str(caught.value)
+
+
+def test_normalization_keeps_its_own_constants_and_state() -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm3d(3, eps=1e-3, momentum=0.01)
+    nn.init.normal_(layer.weight)
+    layer.running_mean.normal_()
+    (ours,) = fitted(nn.Sequential(layer))
+    assert isinstance(ours, GroupBatchNorm3d)
+    assert (ours.eps, ours.momentum) == (1e-3, 0.01)
+    x = torch.randn(2, 3, 2, 4, 4)
+    for mode in (True, False):
+        torch.testing.assert_close(ours.train(mode)(x), layer.train(mode)(x))
+    assert {k: v.tolist() for k, v in ours.state_dict().items()} == {
+        k: v.tolist() for k, v in layer.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3), nn.BatchNorm1d(3), nn.SyncBatchNorm(3), nn.BatchNorm3d(3, affine=False)]
+)
+def test_normalization_over_a_ranks_clips_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(UsageError, match=f"a.0: {type(layer).__name__} normalizes over the clips that a rank happens"):
+        fitted(nn.Sequential(nn.Identity(), nn.ModuleDict({"a": nn.Sequential(layer)}))[1])
+
+
+def test_what_is_random_is_drawn_for_the_global_batch() -> None:
+    model = fitted(nn.Sequential(nn.Dropout(0.5), nn.Dropout3d(0.5), StochasticDepth(0.5, "row"), nn.Dropout(0.0)))
+    assert [type(layer) for layer in model] == [Dropout, DropFeatures, DropPath, nn.Dropout]
+    whole, x = Part(0, 8, 8, 2, seed=3), torch.ones(8, 6, 2, 3, 3)
+    set_part(model, whole)
+    outputs = [layer(x) for layer in model]
+    for rank in (0, 1):
+        set_part(model, Part(4 * rank, 4, 8, 2, ranks=2, seed=3))
+        for layer, output in zip(model, outputs, strict=True):
+            assert torch.equal(layer(x[:4]), output[4 * rank : 4 * rank + 4])
+    assert outputs[1].flatten(2).var(2).max() == 0  # whole channels
+    assert outputs[2].flatten(1).var(1).max() == 0  # whole clips
+    assert outputs[0].flatten(2).var(2).max() > 0
+    assert {0.0, 2.0} == set(outputs[2].unique().tolist())
+    assert not torch.equal(outputs[0][:, 0, 0, 0, 0], outputs[1][:, 0, 0, 0, 0])  # layers draw apart
+    for layer in (StochasticDepth(0.5, "batch"),):
+        with pytest.raises(UsageError, match="depends on the ranks; use mode 'row'"):
+            fitted(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "swin3d_t"])
+@torch.no_grad()
+def test_whole_and_micro_batches_give_the_same_logits(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = build_model(name, classes=5).double().train(), torch.randn(8, 3, 4, 32, 32, dtype=torch.float64)
+    set_part(model, Part(0, 8, 8, bn_groups=2, seed=3))
+    whole = model(x)
+    for first in (0, 4):
+        set_part(model, Part(first, 4, 8, bn_groups=2, seed=3))
+        torch.testing.assert_close(model(x[first : first + 4]), whole[first : first + 4])
+    set_part(model, Part(0, 8, 8, bn_groups=1, seed=4))
+    assert not torch.allclose(model(x), whole)
+
+
+def test_inputs_are_normalized_as_the_network_wants_them(tiny: Callable[..., Recipe]) -> None:
+    clips = torch.randint(0, 256, (2, 3, 2, 4, 4), dtype=torch.uint8)
+    theirs = to_input(clips, tiny("model={name: r3d_18}"))
+    mean, std = torch.tensor([0.43216, 0.394666, 0.37645]), torch.tensor([0.22803, 0.22145, 0.216989])
+    expected = (clips.movedim(1, -1) / 255 - mean) / std
+    torch.testing.assert_close(theirs.movedim(1, -1), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(to_input(clips, tiny()), normalize(clips, torch.channels_last_3d))
+    own = to_input(clips, tiny("model={name: own, module: x, network: y, mean: [0.5, 0.45, 0], std: [1, 0.225, 0.5]}"))
+    torch.testing.assert_close(own[:, 0], clips[:, 0] / 255 - 0.5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own[:, 2], clips[:, 2] / 255 / 0.5, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_torchvision_are_taken_by_their_names_and_another_classifier_starts_afresh(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = video.r3d_18(num_classes=7)
+    torch.save(theirs.state_dict(), tmp_path / "r3d.pth")
+    same, other = build_model("r3d_18", classes=7), build_model("r3d_18", classes=5)
+    weights = read_weights(tmp_path / "r3d.pth", common=False)
+    report = load_weights(same, weights)
+    assert (report.share, report.resized, report.unused) == (1, "", [])
+    assert torch.equal(same.fc.weight, theirs.fc.weight)
+    report = load_weights(other, weights)
+    assert (report.share, set(report.missing)) == (1, {"fc.weight", "fc.bias"})
+    assert "(7, 512) in the file and (5, 512) here" in report.resized
+    freeze(other, Init(freeze="backbone"))
+    assert [name for name, p in other.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert all(m.frozen for m in other.modules() if isinstance(m, GroupBatchNorm3d))
+    with pytest.raises(UsageError, match=r"init.freeze res2: only our models have such stages; use none or backbone"):
+        freeze(other, Init(freeze="res2"))
+
+
+def test_the_classifier_has_its_own_learning_rate_wherever_it_is(tiny: Callable[..., Recipe]) -> None:
+    for name, layer in (("s3d", "classifier.1"), ("mvit_v2_s", "head.1"), ("i3d_r50", "head.linear")):
+        with torch.device("meta"):
+            model = build_model(name, classes=5)
+        assert classifier_of(model) == layer
+    model = build_model("swin3d_t", classes=5)
+    _, undecayed, head = make_optimizer(model, tiny("optim.head_lr=10").optim).param_groups
+    assert [p.shape[0] for p in head["params"]] == [5, 5]
+    assert (head["lr_factor"], undecayed["weight_decay"]) == (10, 0)
+    assert len(undecayed["params"]) == sum(2 for m in model.modules() if isinstance(m, nn.LayerNorm))
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (
+            "flattens",
+            ("layer fc, Linear, takes 2048 features, however many the clip has: flattened", "clips of 2x16² fit"),
+        ),
+        (
+            "positions",
+            ("the network itself, Positions, adds or joins a table of fixed size", "fit: choose clip", "8x16²"),
+        ),
+        ("windows", ("the network itself, Windows, cuts its features into pieces of a fixed size", "2x16²", "2x32²")),
+        ("per_frame", ("of 2 such clips it makes (2, 4, ", "not logits (2, 4); no other size was found to fit")),
+    ],
+)
+def test_a_network_of_fixed_size_is_refused_with_the_layer_and_with_what_fits(
+    own: Path, tiny: Callable[..., Recipe], network: str, words: tuple[str, ...]
+) -> None:
+    recipe = tiny(section(network))
+    sizes = [(2, 16), (2, 23), (4, 23), (8, 32)]
+    with pytest.raises(PlanError) as caught:
+        check_shapes(recipe, [recipe.base.__class__(8, *size) for size in sizes])
+    assert all(word in str(caught.value) for word in ("own cannot take clips of", *words)), str(caught.value)
+
+
+def test_a_network_of_ones_own_is_trained_and_evaluated(
+    own: Path, tiny_text: str, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (own / "own.yaml").write_text(tiny_text)
+    result = mgtrain(own, "fit", "own.yaml", "--name", "run", "--procs", "2", section("recurrent", "{width: 16}"))
+    assert result.returncode == 0, result.stderr
+    result = mgtrain(own, "eval", "runs/run", "--json")
+    assert json.loads(result.stdout)["videos"] == 12, result.stderr
+    other = own / "elsewhere"
+    other.mkdir()
+    result = mgtrain(other, "eval", "../runs/run")
+    assert result.returncode == 2
+    assert "model.module my_networks: no such Python module is installed or in" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("network: recurent", "my_networks has no network 'recurent'; did you mean 'recurrent'?"),
+        (
+            "network: recurrent, options: {depth: 3}",
+            "options: my_networks.MODELS['recurrent'](classes, **options): got an",
+        ),
+        ("network: number", "my_networks.MODELS['number'] makes a int, no nn.Module"),
+        ("network: frames2d", "norm: BatchNorm2d normalizes over the clips that a rank happens to have"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_network_is_said(
+    own: Path, tiny: Callable[..., Recipe], words: str, message: str
+) -> None:
+    recipe = tiny(f"model={{name: own, module: my_networks, {words}}}")
+    with pytest.raises(UsageError) as caught:
+        check_shapes(recipe, [recipe.base])
+    assert message in str(caught.value)
+
+
+def test_a_module_that_cannot_be_imported_is_said_to_be(own: Path, tiny: Callable[..., Recipe]) -> None:
+    (own / "broken_networks.py").write_text("import no_such_package_anywhere\n")
+    (own / "empty_networks.py").write_text("")
+    for module, message in (
+        ("broken_networks", "needs no_such_package_anywhere, which is not installed"),
+        ("empty_networks", "has no MODELS, a dict from names to functions"),
+        ("no_networks", "no such Python module is installed or in"),
+    ):
+        recipe = tiny(f"model={{name: own, module: {module}, network: x}}")
+        with pytest.raises(UsageError, match=message):
+            check_shapes(recipe, [recipe.base])

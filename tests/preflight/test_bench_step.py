@@ -1,0 +1,66 @@
+"""What is measured of a step: consistent with itself, and with the shapes of the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mgtrain.cli import app
+from mgtrain.engine.checks import make_model
+from mgtrain.preflight.bench_step import bench_step, convolutions_alone, measured
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.schedule import make_plan
+
+
+def test_every_shape_of_the_plan_is_measured_and_adds_up(tiny: Callable[..., Recipe]) -> None:
+    recipe, seen = tiny("augment.mixup=0.5"), []
+    plan = make_plan(recipe, 24)
+    result = bench_step(recipe, plan, World(), repeats=2, progress=lambda *words: seen.append(words))
+    shapes = [tuple(row["shape"].values()) for row in result["shapes"]]
+    assert set(shapes) == {(s.clips, s.frames, s.crop) for s in plan.shapes()}
+    assert seen[-1] == ("measuring", len(shapes), len(shapes))
+    for row in result["shapes"]:
+        parts = [row[key] for key in ("copy", "forward", "backward", "update")]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) <= row["seconds"] * 1.5  # medians, each by itself
+        assert row["clips_per_second"] == row["clips"] / row["seconds"]
+        assert row["convolutions"] > 0
+        assert row["flops"] == pytest.approx(row["peak_share"] * result["matrix_product_flops"])
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 1 << 20
+    assert result["slowest_over_fastest"] >= 1
+
+
+def test_a_part_of_each_batch_has_the_volume_of_two_clips_and_whole_groups(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("batch.clips=8", "batch.bn_clips=1")
+    plan = make_plan(recipe, 48)
+    found = {(s.shape.frames, s.shape.crop): measured(recipe, s, World()) for s in plan}
+    assert found[8, 32] == (2, 2)
+    assert found[2, 16] == (32, 16)  # groups of two clips in the short cycle
+    assert all(clips % groups == 0 for clips, groups in found.values())
+
+
+def test_convolutions_alone_are_all_of_the_networks(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    model = make_model(recipe)
+    one = convolutions_alone(model, recipe, (1, 3, 4, 32, 32), World(), repeats=3)
+    many = convolutions_alone(model, recipe, (16, 3, 4, 32, 32), World(), repeats=3)
+    assert 0 < one < many
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_the_command_prints_a_table_or_json(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["schema"] == "mgtrain.bench_step/1"
+    result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--videos", "24"])
+    assert "at equal volume the slowest shape takes" in result.stdout
+    assert "64x2x16²" in result.stdout

@@ -1,0 +1,52 @@
+"""The doctor's findings: what is seen, and what is advised where it is bad."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mgtrain.preflight.doctor as doctor
+from mgtrain.preflight.doctor import examine
+from mgtrain.recipe import Recipe
+
+
+def test_this_machine_can_train_and_its_data_are_looked_at(tiny: Callable[..., Recipe]) -> None:
+    found = {finding.what: finding for finding in examine(torch.device("cpu"), tiny())}
+    assert {"versions", "devices", "ranks", "decoders", "encoder", "disk", "layout", "data", "loading"} <= set(found)
+    assert not [finding for finding in found.values() if finding.level == "missing"]
+    assert found["data"].found == "24 training and 12 validation videos"
+    assert "h264" in found["decoders"].found
+    assert all(finding.advice for finding in found.values() if finding.level != "good")
+    assert "hardware.precision=" in found["layout"].advice
+    assert {"conv3d fp32, channels last", "conv3d bf16, channels first"} <= set(found)
+
+
+def test_what_is_bad_ends_in_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.av, "__version__", "18.0.0")
+    monkeypatch.setattr(doctor, "_has_codec", lambda name, mode: name not in ("h264", "libx264"))
+    monkeypatch.setattr(doctor, "_probe", lambda device, precision, layout: (1.0, 0.5))
+    found = {finding.what: finding for finding in examine(torch.device("cpu"))}
+    assert "18.0.0 crashes on a truncated mp4: pip install 'av>=18.1'" in found["versions"].advice
+    assert (found["decoders"].level, found["encoder"].level) == ("missing", "could be better")
+    assert "no h264 (most videos)" in found["decoders"].found
+    assert "do not train with hardware.precision=bf16" in found["conv3d bf16, channels last"].advice
+    assert "layout" not in found  # nothing can be trusted
+
+
+def test_a_convolution_that_is_right_is_close_to_double_precision() -> None:
+    seconds, error = doctor._probe(torch.device("cpu"), "fp32", torch.channels_last_3d)
+    assert seconds > 0
+    assert error < 1e-5
+
+
+def test_the_command_tells_people_and_programs(
+    tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    result = mgtrain(tmp_path, "doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["schema"] == "mgtrain.doctor/1"

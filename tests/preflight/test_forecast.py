@@ -1,0 +1,75 @@
+"""Forecasts: arithmetic by hand, and a real one of a tiny run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mgtrain.cli import app
+from mgtrain.preflight.costs import ShapeRate, hours, multiply_adds
+from mgtrain.preflight.forecast import render
+from mgtrain.recipe import Recipe
+from mgtrain.schedule import make_plan
+
+
+def test_a_step_takes_as_long_as_the_slower_of_computing_and_loading(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    fast, slow = ShapeRate(1.0, 0.25, 0.5), ShapeRate(1.0, 3.0, 0.5)
+    computing = hours(plan, dict.fromkeys(plan.shapes(), fast), None)
+    assert (computing["seconds"], computing["compute"]) == (len(plan), len(plan))
+    assert not any(phase["waits"] for phase in computing["phases"])
+    loading = hours(plan, dict.fromkeys(plan.shapes(), slow), None)
+    assert (loading["seconds"], loading["compute"]) == (3 * len(plan), len(plan))
+    assert all(phase["waits"] for phase in loading["phases"])
+    assert multiply_adds(plan, dict.fromkeys(plan.shapes(), 2)) == 2 * plan.totals().clips
+    # On a CPU the two share the cores: all of one core, and half a core-second of loading for each step.
+    together = hours(plan, dict.fromkeys(plan.shapes(), fast), cores=torch.get_num_threads())
+    assert together["seconds"] == pytest.approx(len(plan) * (1 + 0.5 / torch.get_num_threads()))
+
+
+def test_within_a_short_cycle_the_loader_catches_up(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    shapes = plan.phases[-1].shapes
+    rates = {shape: ShapeRate(1.0, 0.1, 0.0) for shape in plan.shapes()}
+    rates[shapes[0]] = ShapeRate(1.0, 2.7, 0.0)  # 2.9 s of loading in a cycle of three steps, 3 s of computing
+    assert not hours(plan, rates, None)["phases"][-1]["waits"]
+
+
+def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), None) | {"multiply_adds": 2}
+    shape = {"clips": 64, "frames": 2, "crop": 16}
+    row = {"shape": shape, "multiply_adds": 2, "compute": 1.0, "load": 2.0, "load_cores": 0.5}
+    result = {"workers": 3, "prepared": False, "busy_cores": 0.0, "shapes": [row], "plan": run, "baseline": run,
+              "speedup": 1.0, "speedup_without_waiting": 2.5}  # fmt: skip
+    text = render(result)
+    for words in (
+        "64x2x16²",
+        "32.0",
+        "64.0  waits",
+        "phases 1, 2, 3, 4, 5, 6 wait for the 3 loader",
+        "2.50x",
+        "prepare",
+    ):
+        assert words in text
+    assert "hardware.workers" in render({**result, "prepared": True})
+    assert "other processes" not in text
+    assert "other processes are at work on 1.5 of" in render({**result, "busy_cores": 1.5})
+
+
+def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    result = CliRunner().invoke(app, ["plan", "tiny.yaml", "--measure", "0.05", "--json", "--no-costs"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["schema"] == "mgtrain.plan/1"
+    here = found["forecast"]
+    assert here["speedup"] == pytest.approx(here["baseline"]["seconds"] / here["plan"]["seconds"])
+    assert all(row["compute"] > 0 and row["load"] > 0 and row["load_cores"] > 0 for row in here["shapes"])
+    assert here["baseline"]["multiply_adds"] > here["plan"]["multiply_adds"]

@@ -1,0 +1,203 @@
+"""`mgtrain init`: what videos are there, which belong together, and the recipes for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mgtrain.cli import app
+from mgtrain.data import open_splits
+from mgtrain.data.found import find_videos, make_parts
+from mgtrain.data.groups import groups_by_pattern, groups_of_names
+from mgtrain.data.index import make_index
+from mgtrain.data.videos import Videos
+from mgtrain.errors import DataError, UsageError
+from mgtrain.preflight.init import SIZES, Found, mirrored, propose
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import load_recipe, parse_recipe, recipe_differences
+from mgtrain.schedule import make_plan
+
+CLASSES = ("bow", "left wave", "right wave")
+
+
+@pytest.fixture(scope="module")
+def clips(motions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 12 videos by 6 persons each, two of one person with the same bytes, and what is no video."""
+    root = tmp_path_factory.mktemp("init") / "my clips"
+    videos = sorted(motions.rglob("*.mp4"))
+    for c, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for n in range(12):
+            source = videos[c * 9 + n % 9 % len(videos)] if (c, n) != (0, 3) else videos[0]
+            shutil.copy(source, root / name / f"person{n // 2}_take{n % 2}.mp4")
+            with (root / name / f"person{n // 2}_take{n % 2}.mp4").open("ab") as file:
+                file.write(b"free" if (c, n) in ((0, 0), (0, 3)) else f"{c}-{n}".encode())  # else all are different
+        (root / name / "._person0_take0.mp4").write_bytes(b"Mac")
+    (root / "bow" / "empty.mp4").touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("pattern", "of"),
+    [
+        ("walk/person{g:02d}_walking_d{n}.avi", "person"),  # KTH
+        ("v_Bow_g{g:02d}_c{n:02d}.avi", "g"),  # UCF101
+        ("train/abcdefghi{g:02d}_{n:06d}_00001{n}.mp4", "YouTube"),  # Kinetics
+        ("party/holiday{g:02d} part{n}.mp4", "last number"),
+        ("a/{g}-film_clip_{n:03d}.mkv", "last number"),
+    ],
+)
+def test_names_show_groups(pattern: str, of: str) -> None:
+    names = [pattern.format(g=g, n=n) for g in range(6) for n in range(3)]
+    groups = groups_of_names(names, [n % 2 for n in range(18)])
+    assert groups is not None
+    assert groups.ids.tolist() == [g for g in range(6) for _ in range(3)]
+    assert of in groups.rule + groups.example
+
+
+@pytest.mark.parametrize("pattern", ["a/clip_{:03d}.mp4", "a/{:08x}z.mp4", "g{}.mp4", "seq1_x{}y.mp4"])
+def test_running_numbers_and_one_source_for_all_are_no_groups(pattern: str) -> None:
+    assert groups_of_names([pattern.format(7919 * n) for n in range(20)], [0] * 20) is None
+
+
+def test_groups_have_to_leave_every_class_enough() -> None:
+    names = [f"person{n // 2}_{n}x.mp4" for n in range(20)]
+    assert groups_of_names(names, [0] * 20) is not None
+    assert groups_of_names(names, [0] * 14 + [1] * 6) is None  # class 1 has three persons only
+
+
+def test_groups_by_a_pattern() -> None:
+    groups = groups_by_pattern(["a/x_1_7.mp4", "b/y_1_8.mp4", "c/z_2_7.mp4"], r"_(\d)_")
+    assert groups.ids.tolist() == [0, 0, 1]
+    with pytest.raises(UsageError, match="nowhere in"):
+        groups_by_pattern(["a_1.mp4", "c.mp4"], r"_\d")
+    with pytest.raises(UsageError, match="no regular expression"):
+        groups_by_pattern(["a"], "(")
+
+
+def test_every_layout_is_found(clips: Path, tmp_path: Path) -> None:
+    assert {part: len(of) for part, of in find_videos(clips).items()} == {"all": 37}
+    assert find_videos(clips.parent)["all"].classes == CLASSES  # the only folder within
+    for part in ("train", "test"):
+        shutil.copytree(clips, tmp_path / "split" / part)
+    assert {part: len(of) for part, of in find_videos(tmp_path / "split").items()} == {"train": 37, "val": 37}
+    listing = tmp_path / "some.csv"
+    listing.write_text("bow/person1_take0.mp4 0\nleft wave/person1_take0.mp4 1\n")
+    assert find_videos(listing, clips)["all"].root == str(clips)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for part in ("train", "valid"):
+        shutil.copy(listing, lists / f"{part}.txt")
+    assert {part: len(of) for part, of in find_videos(lists, clips).items()} == {"train": 2, "val": 2}
+
+
+@pytest.mark.parametrize("made", [(), ("a.mp4",), ("only/a.mp4",), ("train/x/a.mp4", "train/y/b.mp4")])
+def test_a_folder_without_labelled_videos_says_what_is_wanted(made: tuple[str, ...], tmp_path: Path) -> None:
+    for name in made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if made == ("train/x/a.mp4", "train/y/b.mp4"):  # is taken for the one folder that holds all
+        assert find_videos(tmp_path)["all"].classes == ("x", "y")
+        return
+    with pytest.raises(DataError, match="no labelled videos"):
+        find_videos(tmp_path)
+    with pytest.raises(DataError, match="is not there"):
+        find_videos(tmp_path / "nothing")
+
+
+def test_parts_share_no_person_and_no_copy(clips: Path) -> None:
+    found = find_videos(clips)
+    parts = make_parts(found, make_index(found), val=0.34, group_by=None, seed=0)
+    names = {part: [of.name(n) for n in range(len(of))] for part, of in parts.splits.items()}
+    persons = {part: {name.rpartition("/")[2].partition("_")[0] for name in of} for part, of in names.items()}
+    assert parts.groups == 6
+    assert len(persons["val"]) == 2
+    assert not persons["train"] & persons["val"]
+    assert len(names["train"]) + len(names["val"]) == 35  # of 36, one copy is left out
+    assert not [name for of in names.values() for name in of if "empty" in name or "._" in name]
+
+
+def test_a_given_split_is_kept_and_loses_what_validation_has_too(clips: Path, tmp_path: Path) -> None:
+    lists = {"train": ["bow/person0_take0.mp4 0", "bow/person5_take1.mp4 0", "left wave/person1_take0.mp4 1"]}
+    lists["val"] = ["bow/person1_take1.mp4 0", "left wave/person2_take0.mp4 1"]  # the first: a copy of train's first
+    for part, lines in lists.items():
+        (tmp_path / f"{part}.csv").write_text("\n".join(lines))
+    found = find_videos(tmp_path, clips)
+    parts = make_parts(found, make_index(found), val=0.5, group_by=None, seed=0)
+    assert [parts.splits["train"].name(n) for n in range(2)] == [line.rpartition(" ")[0] for line in lists["train"][1:]]
+    assert len(parts.splits["val"]) == 2
+    assert parts.groups is None
+
+
+def test_classes_that_a_flip_turns_into_one_another() -> None:
+    assert mirrored(["Turn Left", "turn right", "bow", "clockwise", "counterclockwise"]) == (
+        [("Turn Left", "turn right"), ("clockwise", "counterclockwise")],
+        False,
+    )
+    assert mirrored(["leftovers", "bright"]) == ([], False)
+    assert mirrored(["left", "bow"]) == ([], True)
+
+
+def _found(seconds: float = 4.0, short_side: float = 240.0, videos: int = 96) -> Found:
+    of = Videos.of("/there/clips", [(f"{n}.mp4", n % 3) for n in range(videos)], CLASSES)
+    files = {"train": "/there/train.csv", "val": "/there/val.csv"}
+    return Found(of, of, files, np.full(9, seconds), np.full(9, short_side))
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 8])
+def test_recipes_are_valid_whatever_the_videos(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e11)
+    odd = (_found(0.2, 40), _found(600, 1080, videos=30_000), _found(videos=3))
+    for found in (_found(), *(odd if gpus == 3 else ())):
+        made = propose(found, World(), gpus, None)
+        assert recipe_differences(*(parse_recipe(text, "text") for text in made.texts.values())).keys() == {
+            "schedule.name", "schedule.epoch_factor", "schedule.long_cycle", "schedule.short_cycle",
+            "schedule.fine_tune_short_cycle",
+        }  # fmt: skip
+        assert made.recipe.data.mirrored == (("left wave", "right wave"),)
+        assert make_plan(made.recipe, len(found.train)).totals().epochs >= 14.9
+
+
+def test_size_grows_with_time_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def volume(hours: float, rate: float) -> tuple[float, float]:
+        monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: rate)
+        made = propose(_found(), World(), 1, hours)
+        return made.seconds, make_plan(made.recipe, 96).totals().voxels * made.recipe.model.width  # type: ignore[union-attr]
+
+    steps = [volume(hours, 1e11) for hours in (0.01, 0.3, 1, 100)]
+    assert [work for _, work in steps] == sorted({work for _, work in steps})
+    assert all(seconds <= 3600 * hours for (seconds, _), hours in zip(steps[1:], (0.3, 1, 100), strict=True))
+    assert volume(1, 1e12)[1] > volume(1, 1e11)[1]
+
+
+def test_gpu_sizes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 4e14)
+    world = World(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    made = propose(_found(short_side=256), world, 8, 1000)
+    assert (made.recipe.base.clips, made.recipe.base.frames, made.recipe.base.crop) == (64, 32, 224)
+    assert made.recipe.hardware.precision == "bf16"
+    assert made.recipe.clip.short_side == (256, 320)
+    assert len(SIZES["cuda"]) > 1
+
+
+def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["init", "--data", str(clips), "--to", "work", "--name", "mine", "--hours", "0.01", "--json"]
+    result = CliRunner().invoke(app, words)
+    said = json.loads(result.stdout)
+    assert said["groups"] == 6
+    assert said["videos"] == {"train": 29, "val": 6}
+    assert said["classes"] == 3
+    assert "AppleDouble" in result.stderr
+    recipe = load_recipe("work/mine_multigrid.yaml")
+    assert {part: len(of) for part, of in open_splits(recipe.data).items()} == said["videos"]
+    again = CliRunner().invoke(app, words)
+    assert isinstance(again.exception, UsageError)
+    assert "is there already" in str(again.exception)

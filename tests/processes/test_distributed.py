@@ -1,0 +1,201 @@
+"""Runs on several ranks, really started: the same clips and the same losses as on one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mgtrain.engine.fit import fit
+from mgtrain.errors import PlanError
+from mgtrain.processes.distributed import World, launch, replicate, unwrap
+from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir
+from mgtrain.schedule import check_world, make_plan
+
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+# A ReLU whose input is zero but for rounding lets a gradient through on one rank and not on two; that the loss shows it
+# little, learning rates are a tenth of the tiny recipe's.
+GENTLE = ("optim.lr=0.0002", "optim.warmup_lr=0.0001")
+EVERY_STEP = (*GENTLE, "logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
+AUGMENTED = (
+    *GENTLE, "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
+    "augment.mixup=0.8", "augment.cutmix=1", "data.mirrored=[[left, right]]", "optim.stages=[2, 1]",
+)  # fmt: skip
+# Losses differ from those on one rank by the order in which float32 numbers are added up: 2e-7 where this was written.
+ROUNDING = 1e-5
+FIT = ("fit", "tiny.yaml", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The tiny recipe's run on one rank."""
+    run = RunDir(tmp_path_factory.mktemp("runs") / "alone")
+    fit(tiny(*EVERY_STEP), run, World())
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(mgtrain: Start, tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The same on two ranks."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "tiny.yaml").write_text(tiny_text)
+    done = mgtrain(folder, *FIT, "--procs", 2, *EVERY_STEP)
+    assert done.returncode == 0, done.stderr
+    return RunDir(folder / "runs/tiny")
+
+
+def losses(run: RunDir) -> list[float]:
+    return [row["loss"] for row in run.rows("steps.jsonl")]
+
+
+def test_a_world_of_one_exchanges_nothing() -> None:
+    world, x = World(), torch.arange(3.0)
+    assert world.main
+    assert torch.equal(world.sum(x), x)
+    assert torch.equal(world.gather(x), x[None])
+    model = torch.nn.Linear(2, 2)
+    assert replicate(model, world) is model
+    assert unwrap(model) is model
+
+
+def assert_trained_alike(together: RunDir, alone: RunDir, ranks: int) -> None:
+    assert together.read("env.json")["ranks"] == ranks
+    assert together.read("plan.json") == alone.read("plan.json")
+    assert losses(together) == pytest.approx(losses(alone), rel=ROUNDING)
+    for ours, theirs in zip(together.rows("evals.jsonl"), alone.rows("evals.jsonl"), strict=True):
+        assert (ours["step"], ours["videos"], ours["counts"]) == (theirs["step"], 12, theirs["counts"])
+        assert ours["correct"] == theirs["correct"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=ROUNDING)
+
+
+def cut(run: RunDir, folder: Path, step: int) -> RunDir:
+    """A copy of a run as it was when it was killed a little after its checkpoint of `step`."""
+    copy = RunDir(Path(shutil.copytree(run.path, folder / "runs/tiny")))
+    for path in copy.checkpoints():
+        if path > copy.checkpoint_path(step):
+            path.unlink()
+    return copy
+
+
+def test_two_ranks_train_as_one_does(pair: RunDir, alone: RunDir) -> None:
+    assert_trained_alike(pair, alone, ranks=2)
+
+
+def test_four_ranks_train_as_one_does(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
+    plan = make_plan(alone.recipe(), 24)
+    assert {phase.bn_groups for phase in plan.phases} == {8, 4, 2, 1}  # so a group spans 1, 2 or 4 of the ranks
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    done = mgtrain(tmp_path, *FIT, *GENTLE, "--procs", 4)
+    assert done.returncode == 0, done.stderr
+    assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=4)
+
+
+def test_two_ranks_augment_as_one_does(
+    mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    alone = RunDir(tmp_path / "alone")
+    fit(tiny(*AUGMENTED), alone, World())
+    assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
+
+
+def test_torchrun_starts_the_ranks_as_well(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = mgtrain(tmp_path, *FIT, *GENTLE, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
+
+
+def test_two_ranks_cut_and_resumed_are_two_ranks_straight_through(
+    mgtrain: Start, tiny_text: str, pair: RunDir, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    resumed = cut(pair, tmp_path, step=7)  # in the middle of a phase
+    done = mgtrain(tmp_path, *FIT, "--procs", 2, "--resume", *EVERY_STEP)
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed) == losses(pair)
+    ours, theirs = (load_file(run.checkpoints()[-1]) for run in (resumed, pair))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_run_may_go_on_with_another_number_of_ranks(
+    tiny: Callable[..., Recipe], pair: RunDir, alone: RunDir, tmp_path: Path
+) -> None:
+    resumed = cut(pair, tmp_path, step=7)
+    fit(tiny(*EVERY_STEP), resumed, World(), resume=True)
+    assert losses(resumed)[:7] == losses(pair)[:7]
+    assert losses(resumed) == pytest.approx(losses(alone), rel=ROUNDING)
+
+
+def test_one_ranks_run_may_go_on_with_four(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    resumed = cut(alone, tmp_path, step=7)  # two BatchNorm groups in a phase of two: four ranks share them
+    done = mgtrain(tmp_path, *FIT, "--procs", 4, "--resume", *EVERY_STEP)
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed)[:7] == losses(alone)[:7]
+    assert losses(resumed) == pytest.approx(losses(alone), rel=ROUNDING)
+
+
+def test_an_odd_number_of_videos_is_counted_once_each_on_two_ranks(
+    mgtrain: Start, motions: Path, alone: RunDir, tmp_path: Path
+) -> None:
+    lines = (motions / "val.csv").read_text().splitlines()
+    (tmp_path / "odd.csv").write_text("\n".join(f"{motions}/{line}" for line in lines[:-1]))
+    words = ("eval", alone.path, f"data.val={tmp_path / 'odd.csv'}", "--device", "cpu", "--views", "1x1", "--json")
+    one, two = (mgtrain(tmp_path, *words, "--procs", procs) for procs in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    ours: dict[str, Any] = json.loads(two.stdout)
+    theirs: dict[str, Any] = json.loads(one.stdout)
+    assert ours["videos"] == 11
+    assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=ROUNDING)
+    assert ours == theirs
+
+
+def test_the_first_failure_of_a_rank_is_the_exit_code() -> None:
+    command = "import os, sys; sys.exit(3 if os.environ['RANK'] == '1' else 0)"
+    assert launch(["python", "-c", command], procs=2) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_one_that_failed_is_ended(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.processes.distributed.SECONDS_TO_END", 0.5)
+    command = f"import os, sys, time; sys.exit(3) if os.environ['RANK'] == '{rank}' else time.sleep(60)"
+    begun = time.monotonic()
+    assert launch([sys.executable, "-c", command], procs=2) == 3
+    assert time.monotonic() - begun < 30
+
+
+def test_a_users_mistake_keeps_its_exit_code_on_several_ranks(mgtrain: Start, tiny_text: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    done = mgtrain(tmp_path, *FIT, "data.classes=5", "--procs", 2)
+    assert done.returncode == 3
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()  # both ranks come to it, one says it
+    assert line.startswith("mgtrain: ")
+    assert "the training videos have 4 classes, data.classes says 5; set data.classes=4" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_that_do_not_divide_a_step_are_refused(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    for ranks in (1, 2, 4):
+        check_world(plan, ranks)
+    with pytest.raises(
+        PlanError, match="phase 1 has steps of 64 clips, which 3 GPUs cannot share equally; use a number"
+    ):
+        check_world(plan, 3)
+    with pytest.raises(PlanError, match="phase 4 has steps of 4 clips, which 8 GPUs cannot share equally"):
+        check_world(plan, 8)

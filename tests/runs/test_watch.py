@@ -1,0 +1,102 @@
+"""What a run is doing, read from its logs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.watch import look, render, seconds_left
+from mgtrain.schedule import make_plan
+
+
+def logged(folder: Path, recipe: Recipe, steps: int, pace: float = 2.0) -> RunDir:
+    """A run that has logged so many steps of `pace` seconds, and evaluated at the end of its first phase."""
+    run, plan = RunDir(folder), make_plan(recipe, 24)
+    run.write("recipe.yaml", recipe.to_yaml())
+    run.write("plan.json", {"videos": 24})
+    for step in list(plan)[:steps]:
+        row = {"step": step.index + 1, "phase": step.phase.index, "epoch": step.epoch, "lr": step.lr, "loss": 1.25,
+               "top1": 0.5, "train_seconds": pace * (step.index + 1), "data_seconds": step.index + 1.0}  # fmt: skip
+        run.append("steps.jsonl", row)
+        if step.index + 1 == plan.phases[0].end_step:
+            run.append("evals.jsonl", {"step": step.index + 1, "top1": 0.4, "train_seconds": row["train_seconds"]})
+    return run
+
+
+def shown(run: RunDir, baseline: RunDir | None = None) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(look(run, baseline)))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_a_run_under_way_says_where_it_is_and_what_is_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    text = shown(logged(tmp_path / "run", tiny(), 5))
+    expected = (
+        "run: step 5 of 17", "phase 2 of 6 (", "turn 2 of 3, step 2 of 3 in it", "loss 1.250", "10.0 s of training",
+        "50 % waiting for data; about 24.0 s to go", "top-1 40.0 % after step 3, best 40.0 %",
+    )  # fmt: skip
+    for words in expected:
+        assert words in text, words
+
+
+def test_a_finished_run_has_nothing_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    view = look(logged(tmp_path / "run", tiny(), 17))
+    assert (view.finished, view.left) == (True, 0)
+    assert "finished" in shown(RunDir(tmp_path / "run"))
+
+
+def test_what_is_left_goes_at_the_pace_of_like_phases(tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny("optim.stages=[6, 6, 3]"), 24)
+    slow, rows, seconds = plan.phases[0].shapes, [], 0.0
+    for step in list(plan)[: plan.phases[4].first_step]:  # the first stage: its coarsest phase is slow
+        seconds += 5.0 if step.phase.shapes == slow else 1.0
+        rows.append({"step": step.index + 1, "phase": step.phase.index, "train_seconds": seconds})
+    to_come = [phase for phase in plan.phases[4:] if phase.shapes == slow]
+    expected = sum(phase.steps * (5.0 if phase.shapes == slow else 1.0) for phase in plan.phases[4:])
+    assert to_come
+    assert seconds_left(plan, rows) == pytest.approx(expected)
+
+
+def test_the_baseline_at_the_same_time_and_step_is_told(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run, rival = logged(tmp_path / "run", tiny(), 5), RunDir(tmp_path / "slow")
+    rival.write("recipe.yaml", tiny("schedule={name: baseline}").to_yaml())
+    rival.append("evals.jsonl", {"step": 20, "top1": 0.3, "train_seconds": 5.0})
+    rival.append("evals.jsonl", {"step": 40, "top1": 0.8, "train_seconds": 60.0})
+    assert "slow: after as much time 30.0 %, after as many steps not evaluated yet" in shown(run, rival)
+
+
+def test_a_silent_run_is_said_to_be(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = logged(tmp_path / "run", tiny(), 5)
+    os.utime(run.path / "steps.jsonl", (time.time() - 3600,) * 2)
+    assert "nothing new for 1:00 h: it evaluates, or has stopped (--resume)" in shown(run)
+
+
+def test_nothing_to_see_and_damage_are_one_line(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = logged(tmp_path / "run", tiny(), 0)
+    with pytest.raises(UsageError, match="no step is logged yet; look again in a while"):
+        look(run)
+    run.append("steps.jsonl", {"step": 1, "phase": 99})
+    with pytest.raises(CheckpointError, match="damaged"):
+        look(run)
+
+
+def test_the_command_shows_it_once_where_there_is_no_terminal(
+    tiny: Callable[..., Recipe], tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    logged(tmp_path / "runs" / "mine", tiny(), 5)
+    result = mgtrain(tmp_path, "watch", "mine")
+    assert "mine: step 5 of 17" in result.stdout, result.stderr
+    result = mgtrain(tmp_path, "watch", "mine", "--json")
+    assert json.loads(result.stdout)["finished"] is False
