@@ -82,8 +82,20 @@ class RunLog(logging.FileHandler):
             self._early.clear()
 
 
+ShowProgress = Callable[[str, int, int], None]  # takes what is being done, how many are done, and of how many
+
 out = HarmlessConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = HarmlessConsole(stderr=True)
+
+
+def note(text: str, style: str | None = None) -> None:
+    """Say something on stderr, in one line."""
+    err.print(text, style=style, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Say on stderr what may be wrong, though the command continues."""
+    note(f"warning: {text}", "yellow")
 
 
 def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
@@ -122,12 +134,16 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A line on the terminal: call what it gives with what is being done, how many are done, and of how many."""
+def progress() -> Iterator[ShowProgress]:
+    """Show a progress bar on the terminal, and give the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """A `ShowProgress` that shows nothing."""
 
 
 def size(count: float) -> str:

@@ -1,4 +1,9 @@
-"""The command line. torch is imported inside the commands that need it, so that the others answer at once."""
+"""The command line.
+
+In come words, out go results on stdout, messages on stderr and an exit code: each command calls the rooms below and
+prints what they return. Nothing is computed here, and torch is imported only inside the commands that need it, so that
+the others answer at once.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +66,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and the documented exit code, never a traceback."""
+    """Run the command line; a user's mistake gives one line and the documented exit code, never a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be beyond the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: the terminal may not encode all names
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
         if code == INTERRUPTED:  # Ctrl-C, which typer has taken
@@ -76,28 +81,26 @@ def main() -> None:
         _say(f"{error.format_message().rstrip('.')}; see `{' '.join(_command_words())} --help`")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        _say("interrupted; `mgtrain fit ... --resume` goes on from the newest checkpoint")
+        _say("interrupted; `mgtrain fit ... --resume` continues from the newest checkpoint")
         code = INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
-        if isinstance(error, SystemExit) and not isinstance(
-            error.__context__, BrokenPipeError
-        ):  # or typer has taken it
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not try once more as it ends
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # not a broken pipe that typer has turned into an exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not write again when it exits
         code = 141
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # the world is not as it has to be
-            _say(f"{error.filename}: {error.strerror}; give another path, mend its permissions or make room")
+        if isinstance(error, OSError) and error.filename is not None:
+            _say(f"{error.filename}: {error.strerror}; give another path, correct its permissions or free disk space")
             code = 2
         else:
             err.print(traceback.format_exc().rstrip(), soft_wrap=True)
-            _say(f"unexpected {type(error).__name__}, a mistake of mgtrain's; please report it, with the lines above")
+            _say(f"unexpected {type(error).__name__}, a bug in mgtrain; please report it with the lines above")
             code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _say(message: str) -> None:
-    """The one line with which a command ends that does not do what it was asked to."""
+    """Print the one line with which a command fails."""
     if "WORLD_SIZE" in os.environ:  # one of several ranks
         from mgtrain.processes.distributed import says_first
 
@@ -108,7 +111,7 @@ def _say(message: str) -> None:
 
 
 def _command_words() -> list[str]:
-    """The program and its subcommands, as far as they were named."""
+    """The program and the subcommands that were named."""
     words = []
     group: Any = typer.main.get_command(app)
     for word in sys.argv[1:]:

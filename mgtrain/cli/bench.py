@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import DeviceOption, Json, Overrides, RecipeArgument, check_finite
-from mgtrain.cli.prepare import LEVELS, QUALITY, parse_levels
-from mgtrain.console import out, start_logging
+from mgtrain.cli.options import (
+    Device,
+    Json,
+    Overrides,
+    RecipeArgument,
+    Videos,
+    check_finite,
+    connected,
+    parse_levels,
+)
+from mgtrain.cli.prepare import LEVELS, QUALITY
+from mgtrain.console import out, progress
 from mgtrain.recipe import load_recipe
 
-bench_app = typer.Typer(name="bench", help="Measure this machine.", no_args_is_help=True)
+bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads and trains.", no_args_is_help=True)
 
 
 @bench_app.command("data")
@@ -21,101 +29,80 @@ def bench_data(
     overrides: Overrides = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="How long to measure each shape, twice.")] = 2.0,
     step_seconds: Annotated[
-        float | None, typer.Option(min=0.001, help="How long a step takes. Default: it is measured here.")
+        float | None, typer.Option(min=0.001, help="How long a training step takes. Default: measure it here.")
     ] = None,
-    levels: Annotated[str, typer.Option(help="Levels of the prepared set that is tried.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="Its quality.")] = QUALITY,
-    device: DeviceOption = None,
+    levels: Annotated[str, typer.Option(help="Short sides of the prepared set to try.")] = LEVELS,
+    quality: Annotated[int, typer.Option(min=0, max=51, help="Quality of the prepared set to try.")] = QUALITY,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Measure how fast clips of every shape of the plan can be loaded, and whether training will wait for them.
+    """Measure how fast clips of every shape load. Tells whether training will wait for data.
 
     Example:  mgtrain bench data k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --step-seconds 0.9
     """
-    from mgtrain.console import progress
+    from mgtrain.clips.prepared import Settings
     from mgtrain.engine.fit import open_data
     from mgtrain.preflight.bench_data import bench_data as bench
     from mgtrain.preflight.bench_data import render
-    from mgtrain.processes.distributed import connect
 
-    check_finite("--seconds", seconds)
-    check_finite("--step-seconds", step_seconds)
+    check_finite(seconds=seconds, step_seconds=step_seconds)
     loaded = load_recipe(recipe, overrides or ())
     videos, _ = open_data(loaded)
-    with connect(device.value if device else None) as world, progress() as show:
-        start_logging(None, world.main, world.rank)
-        result = bench(
-            loaded, videos, world, parse_levels(levels), quality,
-            seconds=seconds, step_seconds=step_seconds, progress=show,
-        )  # fmt: skip
-    if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.bench_data/1", **result}))
-    else:
-        out.print(render(result))
+    settings = Settings(parse_levels(levels), quality, None)
+    with connected(device) as world, progress() as show:
+        result = bench(loaded, videos, world, settings, seconds=seconds, step_seconds=step_seconds, progress=show)
+    out.print_json(data={"schema": "mgtrain.bench_data/1", **result}) if json_ else out.print(render(result))
 
 
 @bench_app.command("step")
 def bench_step(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    videos: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Training videos. Default: data.videos, or those of the data.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps of each shape that are timed.")] = 3,
-    device: DeviceOption = None,
+    videos: Videos = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How many steps of each shape to time.")] = 3,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Time a training step at every shape of the plan, against its convolutions alone and the machine's best.
+    """Time a training step at every shape of the plan. Compares it with its convolutions and a matrix product.
 
     Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
     """
-    from mgtrain.cli.plan import training_videos
-    from mgtrain.console import progress
     from mgtrain.engine.checks import check_precision
     from mgtrain.preflight.bench_step import bench_step as bench
     from mgtrain.preflight.bench_step import render
-    from mgtrain.processes.distributed import connect
+    from mgtrain.preflight.videos import count_training_videos
     from mgtrain.schedule import make_plan
 
     loaded = load_recipe(recipe, overrides or ())
-    plan = make_plan(loaded, videos or loaded.data.videos or training_videos(loaded))
-    with connect(device.value if device else None) as world, progress() as show:
-        start_logging(None, world.main, world.rank)
+    plan = make_plan(loaded, videos or loaded.data.videos or count_training_videos(loaded))
+    with connected(device) as world, progress() as show:
         check_precision(loaded, world.device)
         result = bench(loaded, plan, world, repeats, show)
-    if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.bench_step/1", **result}))
-    else:
-        out.print(render(result))
+    out.print_json(data={"schema": "mgtrain.bench_step/1", **result}) if json_ else out.print(render(result))
 
 
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe, to look at its data, too.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe, to check its data too.")] = None,
     overrides: Overrides = None,
-    device: DeviceOption = None,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Look whether this machine can train, and what would make it better. Exits with 69 if something needed is missing.
+    """Check whether this machine can train, and what would improve it. Exits with 69 if something needed is missing.
 
     Examples:  mgtrain doctor  |  mgtrain doctor mine.yaml data.root=/data/mine
     """
     from dataclasses import asdict
 
-    from mgtrain.errors import MissingCapabilityError
-    from mgtrain.preflight.doctor import examine
+    from mgtrain.preflight.doctor import examine, refuse_missing
     from mgtrain.processes.distributed import connect
 
     loaded = load_recipe(recipe, overrides or ()) if recipe else None
     found = []
-    with connect(device.value if device else None) as world:
+    with connect(device) as world:
         for finding in examine(world.device, loaded):
             found.append(finding)
             if not json_:
-                mark = {"good": "ok ", "could be better": "-> ", "missing": "!! "}[finding.level]
-                line = f"{mark} {finding.what:28} {finding.found}"
-                out.print(line + (f"; {finding.advice}" if finding.advice else ""), markup=False, soft_wrap=True)
+                out.print(str(finding))
     if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.doctor/1", "findings": [asdict(finding) for finding in found]}))
-    missing = [finding for finding in found if finding.level == "missing"]
-    if missing:
-        raise MissingCapabilityError("; ".join(f"{finding.what}: {finding.advice}" for finding in missing))
+        out.print_json(data={"schema": "mgtrain.doctor/1", "findings": [asdict(finding) for finding in found]})
+    refuse_missing(found)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import (
-    CheckpointArgument,
-    Json,
-    checkpoint_path,
-)
+from mgtrain.cli.options import CheckpointArgument, Json, checkpoint_path
 from mgtrain.console import out
 from mgtrain.errors import CheckpointError
 
-ckpt_app = typer.Typer(name="ckpt", help="Look at checkpoints.", no_args_is_help=True)
+ckpt_app = typer.Typer(name="ckpt", help="Inspect and verify checkpoints.", no_args_is_help=True)
 
 
 @ckpt_app.command("inspect")
 def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
-    """Say what a checkpoint holds and belongs to.
+    """Show the contents of a checkpoint.
 
     Example:  mgtrain ckpt inspect demo_multigrid
     """
@@ -32,11 +27,6 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
 
     path = checkpoint_path(checkpoint)
     info, shapes = read_info(path), tensor_shapes(path)
-    recipe = parse_recipe(info.recipe, str(path))
-    numbers = {
-        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
-        for part in ("model", "optimizer", "groups")
-    }
     facts = {
         "checkpoint": str(path),
         "bytes": path.stat().st_size,
@@ -44,16 +34,19 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         "evaluated": info.evaluated,
         "recalibrated": info.recalibrated,
         "training_seconds": info.train_seconds,
-        "model": recipe.model.name,
+        "model": parse_recipe(info.recipe, str(path)).model.name,
         "classes": len(info.classes),
         "tensors": len(shapes),
-        "numbers": numbers,
+        "numbers": {
+            part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
+            for part in ("model", "optimizer", "groups")
+        },
         "training_videos": info.data,
         "validation_videos": info.val_data,
         "steps_left_out": info.left_out,
     }
     if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}))
+        out.print_json(data={"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe})
         return
     for key, value in facts.items():
         shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
@@ -65,11 +58,11 @@ def verify_checkpoints(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
     json_: Json = False,
 ) -> None:
-    """Read checkpoints whole and compare them with their checksums; exits with 4 if one is damaged.
+    """Verify checkpoints against their checksums. Exits with 4 if one is damaged.
 
     Example:  mgtrain ckpt verify demo_multigrid
     """
-    from mgtrain.runs.checkpoint import verify as verify_file
+    from mgtrain.runs.checkpoint import verify
     from mgtrain.runs.folder import find_run
 
     files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
@@ -78,14 +71,15 @@ def verify_checkpoints(
     damaged: dict[str, str] = {}
     for file in files:
         try:
-            verify_file(file)
+            verify(file)
         except CheckpointError as error:
             damaged[str(file)] = str(error)
     if json_:
-        result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
-        out.print_json(json.dumps(result))
+        out.print_json(
+            data={"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
+        )
     else:
         for file in files:
             out.print(damaged.get(str(file), f"{file}: whole"))
     if damaged:
-        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume passes them over")
+        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume skips them")

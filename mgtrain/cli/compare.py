@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import (
-    Json,
-    check_finite,
-)
-from mgtrain.console import err, out
+from mgtrain.cli.options import Json, check_finite, parse_thresholds
+from mgtrain.console import note, out
 from mgtrain.errors import UsageError
 
 
@@ -21,19 +17,20 @@ def compare(
         str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
     ],
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="The run that should be better; or several, seeds of recipes.")
+        list[str], typer.Argument(metavar="RUN...", help="A run to compare, or several with several recipes and seeds.")
     ],
-    html: Annotated[Path | None, typer.Option(help="Write the report as well (see `mgtrain report`).")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a line for each run.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the report of `mgtrain report` to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a table with a line for each run to this file.")] = None,
     fail_under: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY=LEAST,...", help="Exit with 6 if less was gained: speedup=3,steps=3,accuracy=-0.5 (points)."
+            metavar="KEY=LEAST,...",
+            help="Exit with 6 if the gain is smaller: speedup=3,steps=3,accuracy=-0.5 (points).",
         ),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Say what a run gained over its baseline, and at what cost; of more runs, by recipe, means over their seeds.
+    """Compare the cost and accuracy of a run with its baseline. Several runs are averaged over seeds.
 
     Examples:  mgtrain compare demo_baseline demo_multigrid --fail-under speedup=2.5,accuracy=-2
     |  mgtrain compare b_0 b_1 b_2 m_0 m_1 m_2
@@ -42,15 +39,15 @@ def compare(
     from mgtrain.runs.compare import compare_groups, demand, render, render_groups, write_csv
     from mgtrain.runs.folder import find_run
 
-    wanted = _parse_thresholds(fail_under)
+    wanted = parse_thresholds(fail_under)
     found = [find_run(name) for name in (baseline, *runs)]
     if len(found) == 2:
         result, shown = compare_runs(*found), render
     elif wanted:
-        raise UsageError("--fail-under: is for a baseline and one run")
+        raise UsageError("--fail-under: needs a baseline and exactly one run")
     else:
         result, shown = compare_groups(found), render_groups
-    out.print_json(json.dumps(result)) if json_ else out.print(shown(result))
+    out.print_json(data=result) if json_ else out.print(shown(result))
     if csv:
         write_csv(found, csv)
     if html:
@@ -67,9 +64,9 @@ def report(
         list[str], typer.Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
     ],
     to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    frames: Annotated[bool, typer.Option(help="With pictures of the clips, if the data are there.")] = True,
+    frames: Annotated[bool, typer.Option(help="Include pictures of the clips if the data is on this machine.")] = True,
 ) -> None:
-    """Write one HTML file that shows what runs cost and what came out, to read, print and pass on.
+    """Write an HTML report about the cost and accuracy of runs.
 
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
@@ -79,17 +76,17 @@ def report(
 
     found = [find_run(run) for run in runs]
     write_report(found, to, example_frames(found[-1]) if frames else [])
-    err.print(f"wrote {to}", markup=False, soft_wrap=True)
+    note(f"wrote {to}")
 
 
 def watch(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run that is under way or finished.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A running or finished run.")],
     baseline: Annotated[str | None, typer.Option(metavar="RUN", help="A finished run to compare with.")] = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once, as when the output is no terminal.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit, as without a terminal.")] = False,
     json_: Json = False,
 ) -> None:
-    """Show what a run is doing, from another terminal: phase, pace, accuracy, what is left. Ends with the run.
+    """Show the progress of a run, from another terminal. Ends with the run.
 
     Example:  mgtrain watch demo_multigrid --baseline demo_baseline
     """
@@ -101,11 +98,11 @@ def watch(
     from mgtrain.runs.folder import find_run
     from mgtrain.runs.watch import look, render
 
-    check_finite("--every", every)
+    check_finite(every=every)
     watched, rival = find_run(run), find_run(baseline) if baseline else None
     view = look(watched, rival)
     if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.watch/1", **asdict(view), "finished": view.finished}))
+        out.print_json(data={"schema": "mgtrain.watch/1", **asdict(view), "finished": view.finished})
     elif once or not out.is_terminal:
         out.print(render(view))
     else:
@@ -114,16 +111,3 @@ def watch(
                 time.sleep(every)
                 view = look(watched, rival)
                 live.update(render(view), refresh=True)
-
-
-def _parse_thresholds(text: str | None) -> dict[str, float]:
-    """`speedup=3,top1=-0.5` as numbers by name."""
-    wanted = {}
-    for part in text.split(",") if text else ():
-        key, _, value = part.partition("=")
-        try:
-            wanted[key.strip()] = float(value)
-        except ValueError:
-            raise UsageError(f"--fail-under {part}: write KEY=NUMBER, such as speedup=3") from None
-        check_finite("--fail-under", wanted[key.strip()])
-    return wanted

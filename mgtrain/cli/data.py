@@ -1,46 +1,33 @@
-"""The commands about data sets: make, list, look at, check, prepare, measure."""
+"""The commands about data sets: synthesize, index, split, stats, check."""
 
 from __future__ import annotations
 
-import json
 import os
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from mgtrain.cli.options import Json, Overrides, RecipeArgument
-from mgtrain.console import err, out
-from mgtrain.errors import UsageError
+from mgtrain.cli.options import Json, Overrides, RecipeArgument, Seed, check_share
+from mgtrain.console import counts_table, note, out, progress, warn
+from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
 from mgtrain.recipe import load_recipe
 
-data_app = typer.Typer(name="data", help="Make and look at data sets.", no_args_is_help=True)
+data_app = typer.Typer(name="data", help="Make, inspect, check and prepare data sets.", no_args_is_help=True)
 
-
-MOST_NAMED = 20  # videos that a command names one by one
-
-
-class Split(str, Enum):
-    """A part of a data set."""
-
-    train = "train"
-    val = "val"
-
-
+MOST_NAMED = 20  # videos to name one by one
 ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other videos.")]
 
 
 @data_app.command()
 def synthesize(
-    root: Annotated[Path, typer.Argument(help="Folder to make.")],
+    root: Annotated[Path, typer.Argument(help="Folder to create.")],
     train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
     val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Make a small set of real encoded videos whose classes differ only by motion.
+    """Make a small data set of videos whose classes differ only by motion.
 
     Example:  mgtrain data synthesize data/motions
     """
@@ -57,23 +44,21 @@ def index(
     *,
     to: ToFolder,
     contents: Annotated[
-        bool, typer.Option("--hash/--no-hash", help="Find duplicates and leakage by content, which reads files.")
+        bool, typer.Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
     ] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is any warning.")] = False,
     json_: Json = False,
 ) -> None:
-    """Make one list for each split out of any annotations, and say what is missing, doubled or leaked.
+    """Convert annotations to lists. Reports missing videos, duplicates and leakage between the splits.
 
-    Read the lists with data.format=list data.train=FOLDER/train.csv data.val=FOLDER/val.csv (full paths), data.root as
-    it was.
+    Train on the lists with data.format=list data.train=FOLDER/train.csv data.val=FOLDER/val.csv (full paths) and the
+    same data.root.
 
     Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
     """
-    from mgtrain.console import counts_table, progress
     from mgtrain.data import open_splits
     from mgtrain.data.index import make_index
     from mgtrain.data.listfile import write_lists
-    from mgtrain.errors import DataError
 
     splits = open_splits(load_recipe(recipe, overrides or ()).data)
     with progress() as show:
@@ -81,17 +66,13 @@ def index(
     unusable = [name for name, rows in made.usable.items() if not len(rows)]
     warnings = [str(finding) for finding in made.findings if finding.warns]
     for warning in warnings:
-        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        warn(warning)
     if unusable:
         raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
     files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
     if json_:
-        result = {
-            "schema": "mgtrain.data_index/1",
-            "root": splits["train"].root,
-            "files": [str(file) for file in files],
-        }
-        out.print_json(json.dumps({**result, **made.describe()}))
+        written = {"root": splits["train"].root, "files": [str(file) for file in files]}
+        out.print_json(data={"schema": "mgtrain.data_index/1", **written, **made.describe()})
     else:
         out.print(counts_table("split", made.counts()))
         for finding in made.findings:
@@ -99,7 +80,7 @@ def index(
                 out.print(str(finding))
         out.print(f"wrote {', '.join(map(str, files))}")
     if strict and warnings:
-        raise DataError(f"warnings: {len(warnings)}, and --strict allows none; mend what they name")
+        raise DataError(f"warnings: {len(warnings)}, and --strict allows none; fix what they name")
 
 
 @data_app.command()
@@ -112,33 +93,31 @@ def split(
     to: ToFolder,
     val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="Make so many folds instead, each validating once.")
+        int | None, typer.Option(min=2, max=1000, help="Make this many folds instead; each is the validation set once.")
     ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Split training and validation videos taken together.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[
-        Path | None, typer.Option(help="CSV with a column `path`: videos of one group stay together.")
+        Path | None, typer.Option(help="CSV with a column `path`; videos of one group stay together.")
     ] = None,
-    by: Annotated[str, typer.Option(help="The column of the CSV that names the group.")] = "group",
+    by: Annotated[str, typer.Option(help="Column of the CSV that names the group.")] = "group",
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Split labelled videos into training and validation lists, every class alike.
+    """Split labelled videos for training and validation. Every class is split in the same proportion.
 
     Examples:  mgtrain data split videos --to lists --val 0.2
     |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
     """
-    from mgtrain.console import counts_table
     from mgtrain.data import open_splits, open_videos
     from mgtrain.data.listfile import write_lists
     from mgtrain.data.split import count_classes, joined, make_split, read_groups
 
     if (val is None) == (folds is None):
-        raise UsageError("give --val SHARE or --folds NUMBER, one of them")
-    if val is not None and not 0 < val < 1:
-        raise UsageError(f"--val {val:g}: has to be above 0 and below 1, such as 0.2")
+        raise UsageError("give either --val SHARE or --folds NUMBER")
+    check_share(val)
     if Path(source).is_dir():
         if overrides or all_:
-            raise UsageError(f"{source}: a folder takes neither overrides nor --all; it is split as a whole")
+            raise UsageError(f"{source}: a folder takes neither overrides nor --all; all of it is split")
         videos = joined([open_videos("folder", source, ".")])
     else:
         splits = open_splits(load_recipe(source, overrides or ()).data)
@@ -151,9 +130,9 @@ def split(
     total = {name: len(rows) for name, rows in lists.items()}
     if json_:
         result = {"schema": "mgtrain.data_split/1", "root": videos.root, "files": [str(file) for file in files]}
-        out.print_json(json.dumps({**result, "videos": total, "videos_per_class": table}))
+        out.print_json(data={**result, "videos": total, "videos_per_class": table})
     else:
-        out.print(counts_table("class", {**table, "in all": total}))
+        out.print(counts_table("class", {**table, "total": total}))
         out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}")
 
 
@@ -161,34 +140,33 @@ def split(
 def stats(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    split: Annotated[Split, typer.Option(help="Which videos.")] = Split.train,
-    sample: Annotated[int, typer.Option(min=1, help="Videos to look at.")] = 500,
+    split: Annotated[Literal["train", "val"], typer.Option(help="Which videos to describe.")] = "train",
+    sample: Annotated[int, typer.Option(min=1, help="How many videos to open.")] = 500,
     seed: Seed = 0,
-    picture: Annotated[Path | None, typer.Option(help="Draw it, too: a PNG file to write.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the statistics to this PNG file.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
     json_: Json = False,
 ) -> None:
-    """Say what the videos are like: lengths, sizes, rates, classes, and what that means for the recipe.
+    """Describe lengths, sizes, frame rates and classes of the videos.
 
     Example:  mgtrain data stats demo_multigrid --picture stats.png
     """
     if picture and picture.suffix.lower() != ".png":
-        raise UsageError(f"--picture {picture}: has to end in .png")
+        raise UsageError(f"--picture {picture}: must end in .png")
 
-    from mgtrain.console import progress
     from mgtrain.data import open_splits
     from mgtrain.preflight.stats import draw_picture, make_stats, render
 
     loaded = load_recipe(recipe, overrides or ())
-    videos = open_splits(loaded.data)[split.value]
+    videos = open_splits(loaded.data)[split]
     count = workers if workers is not None else min(16, usable_cores())
     with progress() as show:
         made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
     for cause in made.broken:
-        err.print(f"warning: {cause}", style="yellow", soft_wrap=True)
+        warn(cause)
     if json_:
-        result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split.value, **made.describe()}
-        out.print_json(json.dumps(result))
+        result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split}
+        out.print_json(data={**result, **made.describe()})
     else:
         out.print(render(made))
     if picture:
@@ -202,26 +180,24 @@ def check(
     to: Annotated[
         Path | None, typer.Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a video.")] = 300.0,
-    memory: Annotated[float, typer.Option(min=0.1, help="Most memory of a process, in GB.")] = 4.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time limit for each video.")] = 300.0,
+    memory: Annotated[float, typer.Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
     json_: Json = False,
 ) -> None:
-    """Decode every video in a process that it may crash, and write down which can be used.
+    """Check that every video can be decoded. Writes a manifest of the videos and their status.
 
-    Run it again to go on where it was stopped. Then train with data.checked=MANIFEST. Exits with 3 if more than
+    Run the same command again to resume. Then train with data.checked=MANIFEST. Exits with 3 if more than
     data.max_bad_fraction of the videos cannot be used.
 
     Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
     """
     from collections import Counter
 
-    from mgtrain.console import counts_table, progress
     from mgtrain.data import open_splits
     from mgtrain.data.checked import STATUSES, USABLE
     from mgtrain.data.videos import printable
-    from mgtrain.errors import DataError
-    from mgtrain.preflight.check import check as look
+    from mgtrain.preflight.check import check as check_videos
 
     loaded = load_recipe(recipe, overrides or ())
     data = loaded.data
@@ -229,7 +205,7 @@ def check(
     splits = open_splits(data.model_copy(update={"checked": None}))
     names = {split: [videos.name(n) for n in range(len(videos))] for split, videos in splits.items()}
     with progress() as show:
-        records = look(
+        records = check_videos(
             data.root, [name for split in names.values() for name in split], file, loaded.clip,
             workers or usable_cores(), seconds=seconds, memory=round(memory * 1e9), progress=show,
         )  # fmt: skip
@@ -240,17 +216,16 @@ def check(
     if json_:
         found = {record["path"]: {"status": record["status"], "message": record["message"]} for record in unusable}
         result = {"schema": "mgtrain.data_check/1", "root": data.root, "file": str(file), "splits": counts}
-        out.print_json(json.dumps({**result, "unusable": found}))
+        out.print_json(data={**result, "unusable": found})
     else:
         for record in unusable[:MOST_NAMED]:
-            name = printable(record["path"])
-            err.print(f"{record['status']}: {name}: {record['message']}", soft_wrap=True)
+            note(f"{record['status']}: {printable(record['path'])}: {record['message']}")
         if len(unusable) > MOST_NAMED:
-            err.print(f"and {len(unusable) - MOST_NAMED:,} more, see {file}", soft_wrap=True)
+            note(f"and {len(unusable) - MOST_NAMED:,} more; see {file}")
         out.print(counts_table("split", counts))
-        out.print(f"wrote {file}; to leave out what cannot be used: data.checked={file}")
+        out.print(f"wrote {file}; to skip unusable videos: data.checked={file}")
     if len(unusable) > data.max_bad_fraction * len(records):
         raise DataError(
             f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
-            f"{data.max_bad_fraction:g} allows; replace them, or leave them out with data.checked={file}"
+            f"{data.max_bad_fraction:g} allows; replace them, or skip them with data.checked={file}"
         )

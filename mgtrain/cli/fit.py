@@ -1,4 +1,4 @@
-"""The commands about runs: plan, fit, eval, compare, and their recipes and checkpoints."""
+"""The command that trains: fit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import (
-    DeviceOption,
-    Json,
-    Overrides,
-    Procs,
-    RecipeArgument,
-    print_scores,
-    start_ranks,
-)
-from mgtrain.console import start_logging
+from mgtrain.cli.options import Device, Json, Overrides, Procs, RecipeArgument, connected, start_ranks
+from mgtrain.console import out
 from mgtrain.errors import UsageError
 from mgtrain.recipe import find_recipe, load_recipe
+
+SCORES = ("mean_ap", "top1", "top5", "loss", "videos")  # to print
 
 
 def fit(
@@ -30,20 +24,20 @@ def fit(
         bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although the recipe or the videos have changed since.")
+        bool, typer.Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
     ] = False,
     baseline: Annotated[
-        str | None, typer.Option(help="A run to measure the speedup against, by name or folder, as training goes.")
+        str | None, typer.Option(help="A run, by name or folder, to measure the speedup against during training.")
     ] = None,
     procs: Procs = None,
-    device: DeviceOption = None,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
     """Train a recipe.
 
     Examples:  mgtrain fit demo_multigrid  |  torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
     """
-    from mgtrain.processes.distributed import connect, is_restarted, rank_of_environment
+    from mgtrain.processes.distributed import is_restarted, rank_of_environment
     from mgtrain.runs.folder import RUNS, RunDir, find_run
 
     loaded = load_recipe(recipe, overrides or ())
@@ -60,8 +54,11 @@ def fit(
 
     from mgtrain.engine.fit import fit as train
 
-    with run.locked(), connect(device.value if device else None, loaded.faults.timeout_seconds) as world:
-        start_logging(folder / "log.txt", world.main, world.rank)
+    with run.locked(), connected(device, folder / "log.txt", loaded.faults.timeout_seconds) as world:
         scores = train(loaded, run, world, resume, rival, allow_changes)
-        if world.main:
-            print_scores({"schema": "mgtrain.fit/1", "run": str(folder)}, scores, json_)
+        if world.main and json_:
+            row = scores.row()
+            shown = {key: row[key] for key in row if key in SCORES}
+            out.print_json(data={"schema": "mgtrain.fit/1", "run": str(folder), **shown})
+        elif world.main:
+            out.print(scores.line(1))

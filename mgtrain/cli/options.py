@@ -1,26 +1,21 @@
-"""What several commands have in common: their arguments, and how they are read."""
+"""What several commands share: arguments, options, and how they are parsed."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from enum import Enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mgtrain.console import out
+from mgtrain.console import start_logging
 from mgtrain.errors import CheckpointError, UsageError
 
-
-class Device(str, Enum):
-    """Where to compute."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
+if TYPE_CHECKING:
+    from mgtrain.processes.distributed import World
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
@@ -29,22 +24,70 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=0.05."),
 ]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe; repeatable.")
+]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run, which means its newest checkpoint.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute. Default: a GPU if there is one.")]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where to compute. Default: a GPU if present.")]
 Procs = Annotated[
     int | None, typer.Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
 ]
-CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run (its newest checkpoint).")
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
+Videos = Annotated[
+    int | None, typer.Option(min=1, max=10**9, help="Number of training videos. Default: as the data or recipe says.")
 ]
 
 
-def check_finite(option: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
-        raise UsageError(f"{option} {value}: has to be a finite number")
+def check_finite(**options: float | None) -> None:
+    """Refuse infinite and undefined numbers, which typer lets pass."""
+    for option, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"--{option.replace('_', '-')} {value}: must be a finite number")
+
+
+def check_share(val: float | None) -> None:
+    """Refuse a share of videos for validation that leaves one part empty."""
+    if val is not None and not 0 < val < 1:
+        raise UsageError(f"--val {val:g}: must be above 0 and below 1, such as 0.2")
+
+
+def parse_levels(levels: str) -> tuple[int, ...]:
+    """`256,160` as short sides, largest first."""
+    try:
+        sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
+    except ValueError:
+        sides = []
+    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
+        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
+    return tuple(sides)
+
+
+def parse_views(views: str) -> tuple[int, int]:
+    """`10x3` as clips in time and crops."""
+    times, _, crops = views.partition("x")
+    if not (times.isdecimal() and crops in ("1", "3") and int(times) > 0):
+        raise UsageError(f"--views {views}: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3")
+    return int(times), int(crops)
+
+
+def parse_thresholds(text: str | None) -> dict[str, float]:
+    """`speedup=3,top1=-0.5` as numbers by name."""
+    wanted = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.partition("=")
+        try:
+            wanted[key.strip()] = float(value)
+        except ValueError:
+            raise UsageError(f"--fail-under {part}: write KEY=NUMBER, such as speedup=3") from None
+        check_finite(fail_under=wanted[key.strip()])
+    return wanted
 
 
 def checkpoint_path(checkpoint: str) -> Path:
+    """The file of a checkpoint argument."""
     from mgtrain.runs.checkpoint import newest_whole
     from mgtrain.runs.folder import find_run
 
@@ -58,25 +101,26 @@ def checkpoint_path(checkpoint: str) -> Path:
     return newest
 
 
-def start_ranks(procs: int | None, device: Device | None) -> bool:
+@contextmanager
+def connected(device: str | None, log: Path | None = None, timeout_seconds: float = math.inf) -> Iterator[World]:
+    """This process's place among the ranks, with logging started."""
+    from mgtrain.processes.distributed import connect
+
+    with connect(device, timeout_seconds) as world:
+        start_logging(log, world.main, world.rank)
+        yield world
+
+
+def start_ranks(procs: int | None, device: str | None) -> bool:
     """Start this command once per rank, unless this process is one of them or the only one."""
     from mgtrain.processes.distributed import default_procs, is_launched, launch
 
     if is_launched():
         return False
-    wanted = procs or default_procs(device.value if device else None)
+    wanted = procs or default_procs(device)
     if wanted == 1:
         return False
     code = launch([sys.executable, "-m", "mgtrain", *sys.argv[1:]], wanted)
     if code:
         sys.exit(code)
     return True
-
-
-def print_scores(facts: dict[str, Any], scores: Any, as_json: bool) -> None:
-    if as_json:
-        keys = ("mean_ap", "top1", "top5", "loss", "videos")
-        row = {key: value for key, value in scores.row().items() if key in keys}
-        out.print_json(json.dumps({**facts, **row}))
-    else:
-        out.print(scores.line(1))

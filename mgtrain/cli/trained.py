@@ -2,59 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mgtrain.cli.options import (
+    Changes,
     CheckpointArgument,
-    DeviceOption,
+    Device,
     Json,
     Overrides,
     Procs,
     check_finite,
     checkpoint_path,
+    connected,
+    parse_views,
     start_ranks,
 )
-from mgtrain.console import out, start_logging
-from mgtrain.errors import UsageError
+from mgtrain.console import out
+from mgtrain.errors import DataError, UsageError
 
 FEW_VIDEOS = 16  # are decoded sooner than loader processes start
-
-
-ViewsOption = Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
-
-
+Views = Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="For weights from elsewhere: the recipe that says how clips are cut.")
+    str | None, typer.Option(help="The recipe that says how clips are cut, for weights of other projects.")
 ]
 
 
 def evaluate(
     checkpoint: CheckpointArgument,
     overrides: Overrides = None,
-    views: ViewsOption = "10x3",
+    views: Views = "10x3",
     recipe: RecipeOption = None,
     table: Annotated[
         Path | None,
-        typer.Option("--csv", help="Write every video's probabilities to this file. What was interrupted goes on."),
+        typer.Option(
+            "--csv", help="Write class probabilities of every video to this file. An interrupted evaluation resumes."
+        ),
     ] = None,
     procs: Procs = None,
-    device: DeviceOption = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print every class's accuracy.")] = False,
+    device: Device = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print the accuracy of every class.")] = False,
     json_: Json = False,
 ) -> None:
-    """Give the accuracy of a checkpoint, averaged over views, each video counted once and decoded once.
+    """Evaluate a checkpoint on the validation videos. The predictions for a video are averaged over views.
 
     Examples:  mgtrain eval demo_multigrid --views 10x3  |  mgtrain eval runs/mine data.val=test.csv --csv scores.csv
     |  mgtrain eval k400.safetensors --recipe k400_slowfast_8x8_r50_baseline data.root=/data/k400
     """
-    times, crops = _parse_views(views)
+    times, crops = parse_views(views)
     path = checkpoint_path(checkpoint)
     if table is not None and not table.parent.is_dir():
-        raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it")
+        raise UsageError(f"--csv {table}: no such folder {table.parent}; create it")
     if start_ranks(procs, device):
         return
 
@@ -62,11 +62,9 @@ def evaluate(
     from mgtrain.engine.fit import open_data
     from mgtrain.engine.recalibrate import recalibrate
     from mgtrain.engine.trained import evaluation_videos, load_trained
-    from mgtrain.processes.distributed import connect
     from mgtrain.runs.journal import Journal
 
-    with connect(device.value if device else None) as world:
-        start_logging(None, world.main, world.rank)
+    with connected(device) as world:
         trained = load_trained(path, recipe, overrides or (), world)
         videos = evaluation_videos(trained)
         journal = None
@@ -81,53 +79,48 @@ def evaluate(
                 journal.remove()
             if json_:
                 facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
-                out.print_json(json.dumps({**facts, **predictions.describe(videos.classes)}))
+                out.print_json(data={**facts, **predictions.describe(videos.classes)})
             else:
-                out.print(predictions.render(videos.classes, times * crops, per_class), markup=False, soft_wrap=True)
+                out.print(predictions.render(videos.classes, times * crops, per_class))
         world.barrier()
 
 
 def predict(
     checkpoint: CheckpointArgument,
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
-    views: ViewsOption = "10x3",
+    views: Views = "10x3",
     every: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Instead of views: a clip every so many seconds, for long videos, each told."),
+        typer.Option(min=0.01, help="Predict a clip every so many seconds of a long video, instead of views."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Most probable classes to tell.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 5,
     recipe: RecipeOption = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe.")
-    ] = None,
-    device: DeviceOption = None,
+    changes: Changes = None,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Say what is in videos, with the accuracy that `mgtrain eval` measures. Exits with 3 if one cannot be decoded.
+    """Predict the classes of video files. Exits with 3 if one of them cannot be decoded.
 
     Examples:  mgtrain predict demo_multigrid clip.mp4 other.mp4  |  mgtrain predict runs/mine long.mp4 --every 2
     """
-    check_finite("--every", every)
-    times, crops = _parse_views(views)
+    check_finite(every=every)
+    times, crops = parse_views(views)
     path = checkpoint_path(checkpoint)
 
     from mgtrain.engine.predict import predict_videos
     from mgtrain.engine.trained import load_trained
-    from mgtrain.errors import DataError
-    from mgtrain.processes.distributed import connect
 
-    with connect(device.value if device else None) as world:
-        start_logging(None, world.main, world.rank)
+    with connected(device) as world:
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
         trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world)
         answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
     if json_:
         found = [answer.describe(trained.classes, top) for answer in answers]
         facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
-        out.print_json(json.dumps({**facts, "videos": found, "failed": failed}))
+        out.print_json(data={**facts, "videos": found, "failed": failed})
     else:
         for answer in answers:
-            out.print(answer.render(trained.classes, top), markup=False, soft_wrap=True)
+            out.print(answer.render(trained.classes, top))
     if failed:
         raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used: {'; '.join(failed.values())}")
 
@@ -135,17 +128,18 @@ def predict(
 def export(
     checkpoint: CheckpointArgument,
     to: Annotated[
-        str, typer.Option(metavar="FILE", help="onnx, pt2 or safetensors, or a file whose name ends in one of these.")
+        str,
+        typer.Option(
+            metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix."
+        ),
     ],
     recipe: RecipeOption = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe.")
-    ] = None,
+    changes: Changes = None,
     json_: Json = False,
 ) -> None:
-    """Write a trained network for other programs, and check that the file computes the same. Exits with 6 if not.
+    """Export a trained network for other programs. Exits with 6 if the file's logits differ from the network's.
 
-    Its input is clips (B, 3, T, S, S), normalized as its notes say; its output the logits (B, classes).
+    The input is clips (B, 3, T, S, S), normalized as the file's notes say; the output is logits (B, classes).
 
     Examples:  mgtrain export demo_multigrid --to motions.onnx  |  mgtrain export runs/mine --to pt2
     """
@@ -159,16 +153,9 @@ def export(
     trained = load_trained(path, recipe, changes or (), World())
     done = export_network(trained, file)
     if json_:
-        out.print_json(json.dumps({"schema": "mgtrain.export/1", "checkpoint": str(path), **done.describe()}))
+        out.print_json(data={"schema": "mgtrain.export/1", "checkpoint": str(path), **done.describe()})
         return
     for parity in done.parity:
-        out.print(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest", markup=False)
-    sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation's size only"
-    out.print(f"wrote {done.path}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}", markup=False, soft_wrap=True)
-
-
-def _parse_views(views: str) -> tuple[int, int]:
-    times, _, crops = views.partition("x")
-    if not (times.isdecimal() and crops in ("1", "3") and int(times) > 0):
-        raise UsageError(f"--views {views}: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3")
-    return int(times), int(crops)
+        out.print(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest")
+    sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation size only"
+    out.print(f"wrote {done.path}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}")

@@ -1,18 +1,17 @@
-"""The command about weights of other projects."""
+"""The command that converts weights of other projects: weights import."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mgtrain.cli.options import Json
-from mgtrain.console import err, out
+from mgtrain.console import note, out
 from mgtrain.errors import UsageError
 
-weights_app = typer.Typer(name="weights", help="Weights from elsewhere.", no_args_is_help=True)
+weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
 
 
 @weights_app.command("import")
@@ -20,35 +19,37 @@ def import_weights(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="PySlowFast's .pyth or Caffe2 .pkl, PyTorchVideo's, MMAction2's, torchvision's or our own."
+            help="Weights of PySlowFast (.pyth or Caffe2 .pkl), PyTorchVideo, MMAction2, torchvision or mgtrain."
         ),
     ] = None,
     *,
     from_: Annotated[
         str | None,
-        typer.Option("--from", help="Download instead: torchvision:resnet50, torchvision:r3d_18 ..."),
+        typer.Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of reading a file."),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="The .safetensors file to write. Default: only report.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The .safetensors file to write. Default: only report what matches.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model they are for, such as i3d_r50. Default: the one they are of.")
+        str | None, typer.Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="Names of the classes, one per line, to be stored. Default: those of the file.")
+        Path | None, typer.Option(help="A file of class names to store, one per line. Default: those of the weights.")
     ] = None,
     at_least: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the model's tensors to demand; below it, exit with 6.")
+        float, typer.Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
     ] = 1.0,
     json_: Json = False,
 ) -> None:
-    """Bring another project's weights into our names, and 2-D ones into three dimensions. Runs nothing of the file.
+    """Convert weights of another project. 2-D weights become 3-D. Nothing in the file is executed.
 
-    A recipe starts from the result, or from the file itself, with init.weights=FILE.
+    A recipe starts from the result, or from the original file, with init.weights=FILE.
 
     Examples:  mgtrain weights import SLOWFAST_8x8_R50.pyth --to k400.safetensors
     |  mgtrain weights import --from torchvision:resnet50 --model i3d_r50 --to in1k.safetensors
     """
     if (file is None) == (from_ is None):
-        raise UsageError("give a FILE or --from torchvision:NAME, one of them")
+        raise UsageError("give either a FILE or --from torchvision:NAME")
 
     import torch
 
@@ -71,16 +72,16 @@ def import_weights(
     kept = {key: value for key, value in options.items() if key != "classes"}
     if json_:
         result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": to and str(to), "share": report.share}
-        out.print_json(json.dumps({**result, "model": kept, "classes": options["classes"], **report.describe()}))
+        out.print_json(data={**result, "model": kept, "classes": options["classes"], **report.describe()})
     else:
         for line in report.lines():
-            out.print(line, markup=False)
+            out.print(line)
         section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
-        out.print(f"model: {{{section}}}, of {options['classes']} classes", markup=False)
+        out.print(f"model: {{{section}}}, of {options['classes']} classes")
     report.demand(at_least, path)
     if to:
         save_weights(to, target, options, names, report.matched, report.project)
-        err.print(f"wrote {to}; a recipe starts from it with init.weights={to}", markup=False, soft_wrap=True)
+        note(f"wrote {to}; a recipe starts from it with init.weights={to}")
 
 
 def _read_names(file: Path) -> tuple[str, ...]:

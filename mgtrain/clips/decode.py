@@ -37,6 +37,7 @@ from av.video.reformatter import VideoReformatter
 
 from mgtrain.clips.cut import Cut, VideoInfo
 from mgtrain.clips.pictures import Box, Clip, UnconvertibleError, box_around, converted
+from mgtrain.clips.stages import stage
 from mgtrain.clips.timing import needed_runs, shown
 from mgtrain.errors import VideoError
 
@@ -136,6 +137,7 @@ class VideoFile:
         self.close()
         raise self._error("not a regular file")
 
+    @stage("open")
     def _open(self) -> None:
         """Open the container at its start, with one decoding thread."""
         alone = {"fd": str(self._file), "protocol_whitelist": "fd", "format_whitelist": CONTAINERS}
@@ -160,6 +162,7 @@ class VideoFile:
     def _error(self, cause: str) -> VideoError:
         return VideoError(f"{self.path}: {cause}; replace this video or leave it out of the list")
 
+    @stage("open")
     def _probe(self) -> VideoInfo:
         """Decode the first frame: sizes in headers may be wrong, and rotation comes with frames only."""
         frames = self._from_start()
@@ -270,6 +273,7 @@ class VideoFile:
         if frames:
             raise _UntimedError
 
+    @stage("demux")
     def _span(self, first: int, last: int) -> list[tuple[int, av.Packet[av.VideoStream]]]:
         """Times of showing and packets, in the order of decoding, from a key frame shown at or before `first` on, with
         all that are shown up to `last`; empty if there is no place to start from."""
@@ -347,6 +351,7 @@ def decode(path: str | os.PathLike[str], cut_of: Callable[[VideoInfo], Sequence[
         return video.read(cut_of(video.info))
 
 
+@stage("decode")
 def decoded(codec: av.VideoCodecContext, packet: av.Packet[Any] | None) -> list[av.VideoFrame]:
     """The frames that come out of a decoder for a packet, or, for None, at its end."""
     return codec.decode(packet)

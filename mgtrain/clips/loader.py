@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mgtrain.clips.order import ClipRequest, step_requests, video_at
+from mgtrain.clips.stages import stage
 from mgtrain.clips.units import Loaded, RandomClips, Source, ViewClips, evaluation_grid
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
@@ -173,6 +174,7 @@ def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
     return clips.permute(0, 4, 1, 2, 3), labels  # (b, 3, T, S, S), in memory as channels_last_3d has it
 
 
+@stage("collate")
 def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
     """One batch out of units: uint8 (b, T, S, S, 3) and the labels."""
     clips = torch.empty(sum(len(u.clips) for u in units), *units[0].clips.shape[1:], dtype=torch.uint8, pin_memory=pin)
@@ -181,6 +183,7 @@ def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
     return clips, labels.pin_memory() if pin else labels
 
 
+@stage("transfer")
 def _transfer(clips: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch on the device; on a GPU it is copied on a stream of its own, beside the step that is at work there."""
     if device.type != "cuda":

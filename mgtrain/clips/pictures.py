@@ -13,6 +13,7 @@ from av.video.reformatter import VideoReformatter
 from torch.nn.functional import interpolate
 
 from mgtrain.clips.cut import Cut
+from mgtrain.clips.stages import stage
 
 TOGETHER = 8  # frames of a clip that are resampled in one go: half the time of one by one at small crops
 
@@ -51,6 +52,7 @@ def converted(
         yield from zip(pictures, (indices for _, indices in group), strict=True)
 
 
+@stage("convert")
 def rgb(
     frames: Sequence[av.VideoFrame], size: tuple[int, int], box: Box, reformatter: VideoReformatter
 ) -> Sequence[np.ndarray]:
@@ -152,6 +154,7 @@ class Clip:
             self._parts, self._places = [], []
 
 
+@stage("resample")
 def resample(parts: np.ndarray, crop: int) -> np.ndarray:
     """Pictures uint8 (n, H, W, 3) as uint8 (n, crop, crop, 3): antialiased bilinear."""
     if parts.shape[1:3] == (crop, crop):

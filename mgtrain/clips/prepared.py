@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from mgtrain.clips.cut import Cut, VideoInfo
 from mgtrain.clips.decode import decoded, one_thread
 from mgtrain.clips.pictures import Clip, UnconvertibleError, box_around, converted
+from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
 from mgtrain.errors import DataError, VideoError
 
@@ -121,6 +122,7 @@ class PreparedSet:
         rows = np.searchsorted(self._rows["key"], keys).clip(max=len(self._rows) - 1)
         return np.where(self._rows["key"][rows] == keys, rows, -1).astype(np.int32)
 
+    @stage("open")
     def open(self, row: int, relative: str) -> PreparedVideo:
         """A video, given its row and its path relative to the data's root. Raises `VideoError` if it was broken."""
         return PreparedVideo(self, self._rows[row], relative)
@@ -230,6 +232,7 @@ def stretch(offset: int, extent: int, source: int, target: int) -> tuple[int, in
     return first, min(max(1, round(extent * target / source)), target - first)
 
 
+@stage("demux")
 def read_bytes(file: int, begin: int, end: int) -> bytes:
     """Bytes of an open file."""
     return os.pread(file, end - begin, begin)

@@ -1,36 +1,37 @@
-"""Look at all videos of a data set before they are trained on, each in a process that it may crash, hang or fill.
+"""Decode all videos of a data set before training, each in a process that it may crash, hang or fill.
 
-A video is read as training reads it, and decoded from its first frame to its last. What comes of it:
+A video is read as training reads it, and decoded from its first frame to its last. Its status is then
 
-    ok        it can be used
-    short     it can be used, though it has fewer frames than its container says or than the base clip spans: the last
+    ok        usable
+    short     usable, though it has fewer frames than its container says or than the base clip spans; the last
               one repeats
     corrupt   it cannot be opened, or damage ends its decoding well before its end
     crash     it kills the process that decodes it
     timeout   it takes too long
     missing   there is no such file
 
-The manifest has a line for each video; running it again looks only at what is new, has changed, took too long or was
-missing. `data.checked` tells `fit` to leave out what cannot be used (see datasets/checked.py).
+The manifest has a line for each video; a second run checks only videos that are new, have changed, took too long or
+were missing. With `data.checked`, `fit` skips unusable videos (see data/checked.py).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from mgtrain.clips.cut import VideoInfo, cut_views
 from mgtrain.clips.decode import VideoFile
+from mgtrain.console import ShowProgress, no_progress
 from mgtrain.data.manifest import Manifest, Record, checksum
 from mgtrain.errors import VideoError
 from mgtrain.grid import Grid
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
 
-FEWER = 2  # frames that may be lacking at the end: rates and durations are rounded, the last packet is often cut
+FEWER = 2  # frames that may lack at the end: rates and durations are rounded, and the last packet is often cut
 
 
 def check(
@@ -42,9 +43,9 @@ def check(
     *,
     seconds: float,
     memory: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: ShowProgress = no_progress,
 ) -> list[Record]:
-    """Look at the videos at `paths`, relative to `root`, and write the manifest `file`; the videos' lines in it.
+    """Check the videos at `paths`, relative to `root`, write the manifest `file` and return the videos' lines in it.
 
     A video may take `seconds`, and a process `memory` bytes.
 
@@ -54,20 +55,18 @@ def check(
     paths = sorted(set(paths))
     manifest = Manifest(file)
     todo = [path for path in paths if not _is_known(root, path, manifest.records.get(path))]
-    done = len(paths) - len(todo)
-    look_at = partial(look, root, clip=clip)
+    checks = isolated(partial(check_video, root, clip=clip), todo, workers, seconds=seconds, memory=memory)
     with manifest:
-        for path, found in isolated(look_at, todo, workers, seconds=seconds, memory=memory):
+        for done, (path, found) in enumerate(checks, start=len(paths) - len(todo) + 1):
             if isinstance(found, Lost):
                 found = {**_file_facts(root, path), "status": found.kind, "message": found.cause}
             manifest.add(found)
-            done += 1
-            progress("videos looked at", done, len(paths))
+            progress("videos checked", done, len(paths))
     return manifest.of(paths)
 
 
-def look(root: str, path: str, clip: Clip) -> Record:
-    """What is known of a video once all of it has been read."""
+def check_video(root: str, path: str, clip: Clip) -> Record:
+    """Read all of a video; its line in the manifest."""
     facts = _file_facts(root, path)
     whole = os.path.join(root, path)
     try:
@@ -88,7 +87,7 @@ def look(root: str, path: str, clip: Clip) -> Record:
 
 
 def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str, str]:
-    """Status and message of a video that says `info`, of which `decodable` frames decode, up to the `damage` if any.
+    """Status and message of a video of which `decodable` of the frames of `info` decode, up to the `damage` if any.
 
     >>> clip = Clip(frames=8, stride=8, crop=224, short_side=(256, 320), fps=30)
     >>> judge(VideoInfo(300, 30.0, 340, 256), 300, "", clip)
@@ -112,7 +111,7 @@ def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str
 
 
 def _file_facts(root: str, path: str) -> Record:
-    """The line of a video of which nothing else is known; size and time of what is no regular file are 0."""
+    """A video's line before it is read; size and time are 0 unless it is a regular file."""
     facts = {"path": path, "status": "", "frames": 0, "fps": 0.0, "width": 0, "height": 0, "bytes": 0, "mtime_ns": 0}
     try:
         status = os.stat(os.path.join(root, path))
@@ -124,7 +123,7 @@ def _file_facts(root: str, path: str) -> Record:
 
 
 def _is_known(root: str, path: str, record: Record | None) -> bool:
-    """Whether there is no need to look at a video again."""
+    """Whether a video need not be checked again."""
     if record is None or record["status"] in ("timeout", "missing"):
         return False
     now = _file_facts(root, path)

@@ -1,16 +1,12 @@
-"""What the steps of a plan cost, reckoned without running them: multiply-adds, memory, clips and frames to decode.
-
-And how long they take, once a step of each shape has been measured.
-"""
+"""What the steps of a plan cost, estimated without running them: multiply-adds, memory, clips and frames to decode."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
+from rich.console import Group
 from rich.table import Table
 
 from mgtrain.console import size
@@ -19,21 +15,13 @@ from mgtrain.engine.memory import Memory
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeRate:
-    """What a step of one shape takes here."""
-
-    compute: float  # seconds
-    load: float  # seconds of the loader
-    load_cores: float  # core-seconds of the loader
+from mgtrain.schedule.totals import steps_of_shapes
 
 
 def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | None) -> dict[str, Any]:
-    """Of every shape and of the whole run against its baseline: plain values, of the schema mgtrain.costs/1.
+    """The costs of every shape, and of the whole run against its baseline; plain values of the schema mgtrain.costs/1.
 
-    With `gib`, the memory of a device, micro-batches are made to fit it.
+    With `gib`, the memory of a device, micro-batches are chosen to fit it.
 
     Raises:
         PlanError: the network cannot take a shape, or nothing fits the limit.
@@ -68,39 +56,13 @@ def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | N
     }
 
 
-def steps_of_shapes(plan: Plan) -> Counter[Shape]:
-    """How many steps have each shape."""
-    counts: Counter[Shape] = Counter()
-    for phase in plan.phases:
-        for turn, shape in enumerate(phase.shapes):
-            counts[shape] += len(range(turn, phase.steps, len(phase.shapes)))
-    return +counts
-
-
 def multiply_adds(plan: Plan, flops: Mapping[Shape, int]) -> int:
-    """Of the forward passes of a whole run; `flops` are a clip's."""
+    """The multiply-adds of all forward passes of a run; `flops` has those of one clip of each shape."""
     return sum(steps * shape.clips * flops[shape] for shape, steps in steps_of_shapes(plan).items())
 
 
-def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
-    """Seconds of a plan's training; `cores` are those that computing and loading share, None where they do not."""
-    phases, total, compute = [], 0.0, 0.0
-    for phase in plan.phases:
-        shapes = phase.shapes[: phase.steps]
-        cycle = [rates[shape] for shape in shapes]
-        computing = sum(rate.compute for rate in cycle) / len(cycle)
-        loading = sum(rate.load for rate in cycle) / len(cycle)
-        work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
-        step = max(computing, loading, work / cores if cores else 0.0)
-        waits = loading > computing
-        phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
-        total += phase.steps * step
-        compute += phase.steps * computing
-    return {"seconds": total, "compute": compute, "phases": phases}
-
-
-def cost_table(found: dict[str, Any]) -> Table:
-    """A row for each shape."""
+def render(found: dict[str, Any], gib: float | None) -> Group:
+    """A table of the costs with a row for each shape, and the recipe keys that fit a device of `gib`."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     per = f"per GPU of {found['gpus']}" if found["gpus"] > 1 else "on one device"
     names = ("a step of", "steps", "multiply-adds", "frames to decode", f"memory {per}", "clips of a pass")
@@ -115,4 +77,7 @@ def cost_table(found: dict[str, Any]) -> Table:
             size(row["memory_bytes"]),
             f"{row['pass_clips']:,}",
         )
-    return table
+    if gib is None:
+        return Group(table)
+    keys = f"hardware.micro_clips={found['micro_clips'] or 'null'} hardware.recompute={found['recompute']}".lower()
+    return Group(table, f"that is {keys}, as `mgtrain fit` sets it with hardware.memory_gib={gib:g}")

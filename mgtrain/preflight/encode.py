@@ -13,23 +13,23 @@ import numpy as np
 
 from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.decode import VideoFile
-from mgtrain.clips.prepared import (
-    Settings,
-    level_path,
-    stored_frame,
-)
+from mgtrain.clips.prepared import Settings, level_path, stored_frame
 from mgtrain.data.manifest import Record, checksum
 from mgtrain.errors import DataError, VideoError
 
-# All key frames, each with its own headers; no entropy coder and no loop filter that would be slow to decode.
-ENCODER = {"preset": "veryfast", "tune": "fastdecode", "g": "1", "bf": "0", "threads": "1"}
-
-
-HEADERS = {"x264-params": "repeat-headers=1"}
+# Only key frames, each with its own headers; no entropy coder and no loop filter that would be slow to decode.
+ENCODER = {
+    "preset": "veryfast",
+    "tune": "fastdecode",
+    "g": "1",
+    "bf": "0",
+    "threads": "1",
+    "x264-params": "repeat-headers=1",
+}
 
 
 def encode_video(root: Path, path: str, folder: Path, settings: Settings) -> tuple[Record, list[np.ndarray]]:
-    """Write one video's files; its record and, for each level, where frames are. What is broken gets a record, too."""
+    """Write one video's files; its record and, for each level, where frames are. A broken video gets a record too."""
     try:
         source = (root / path).stat()
         with VideoFile(root / path) as video:
@@ -51,7 +51,7 @@ def encode_video(root: Path, path: str, folder: Path, settings: Settings) -> tup
 
 
 def _write(video: VideoFile, stored: int, sizes: dict[Path, tuple[int, int]], quality: int) -> list[np.ndarray]:
-    """Write `stored` frames of a video, evenly spread, to a file of each size; where frames are in each."""
+    """Write `stored` evenly spaced frames of a video to a file of each size; where frames are in each."""
     frames = video.info.frames
     writers: list[_Writer] = []
     try:
@@ -61,20 +61,22 @@ def _write(video: VideoFile, stored: int, sizes: dict[Path, tuple[int, int]], qu
         for picture, indices in video.pictures([stored_frame(n, stored, frames) for n in range(stored)]):
             upright = np.ascontiguousarray(picture)
             for index in indices:
-                if index > done:  # reading may have started again
+                if index > done:  # after damage, reading may start again
                     done = index
                     for writer in writers:
                         writer.add(upright)
         return [writer.finish() for writer in writers]
     except (OSError, av.FFmpegError) as error:
-        raise DataError(f"{next(iter(sizes))}: cannot be written: {error.strerror}; run it again to go on") from error
+        raise DataError(
+            f"{next(iter(sizes))}: cannot be written: {error.strerror}; run the same command again to resume"
+        ) from error
     finally:
         for writer in writers:
             writer.discard()
 
 
 def level_sizes(info: VideoInfo, levels: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Width and height of a video at each level: even numbers, nothing enlarged, no level that saves nothing.
+    """Width and height of a video at each level: even, never enlarged, without levels of the same size.
 
     >>> level_sizes(VideoInfo(300, 30.0, 455, 256), levels=(256, 160))
     {256: (454, 256), 160: (284, 160)}
@@ -92,7 +94,7 @@ def level_sizes(info: VideoInfo, levels: Sequence[int]) -> dict[int, tuple[int, 
 
 
 class _Writer:
-    """Writes pictures to an mp4 file, which gets its name when it is finished."""
+    """Writes pictures to an mp4 file that gets its name when it is complete."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float, quality: int) -> None:
         self._path, self._size, self._frames = path, size, 0
@@ -100,9 +102,8 @@ class _Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(self._temporary), "w", format="mp4")
         self._rate = Fraction(rate).limit_denominator(1001)
-        self._stream = self._container.add_stream(
-            "libx264", rate=self._rate, options={**ENCODER, **HEADERS, "crf": str(quality)}
-        )
+        options = {**ENCODER, "crf": str(quality)}
+        self._stream = self._container.add_stream("libx264", rate=self._rate, options=options)
         self._stream.width, self._stream.height = size
         self._stream.pix_fmt = "yuv420p"
 
@@ -115,20 +116,20 @@ class _Writer:
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> np.ndarray:
-        """End the file and give it its name; where its first frame starts and each ends: uint32 (frames + 1,)."""
+        """Close the file and rename it; where its first frame starts and each ends: uint32 (frames + 1,)."""
         self._container.mux(self._stream.encode())
         self._container.close()
         with av.open(str(self._temporary)) as container:
             places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
         ends = np.cumsum([places[0][0], *(size for _, size in places)])
-        assert len(places) == self._frames, "an encoder that drops frames"
-        assert all(place == end for (place, _), end in zip(places, ends, strict=False)), "frames that do not adjoin"
+        assert len(places) == self._frames, "the encoder drops frames"
+        assert all(place == end for (place, _), end in zip(places, ends, strict=False)), "frames do not adjoin"
         if ends[-1] > np.iinfo(np.uint32).max:
             raise VideoError(f"{self._path}: would be larger than 4 GiB; cut the video into shorter ones")
         os.replace(self._temporary, self._path)
         return ends.astype(np.uint32)
 
     def discard(self) -> None:
-        """Remove what has not been finished."""
+        """Remove an incomplete file."""
         self._container.close()
         self._temporary.unlink(missing_ok=True)

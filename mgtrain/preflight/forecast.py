@@ -1,52 +1,85 @@
-"""What a run will take on this machine, out of a few seconds of measuring: `mgtrain plan --measure`.
+"""How long a run will take on this machine, from a few seconds of measuring: `mgtrain plan --measure`.
 
-A step takes as long as the slower of computing it and loading its clips; where both share a CPU, no less than their
-work together takes its cores. Within a short cycle the loader catches up, so phases are reckoned cycle by cycle.
+A step takes as long as the slower of computing it and loading its clips; where both share a CPU, at least as long as
+the cores need for the two together. Within a short cycle the loader catches up, so each phase is estimated by its
+mean step over a cycle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from mgtrain.clips.loader import worker_count
-from mgtrain.console import duration
+from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
-from mgtrain.engine.checks import check_shapes, make_model
-from mgtrain.engine.step import to_device
+from mgtrain.engine.checks import check_shapes
 from mgtrain.grid import Shape
-from mgtrain.preflight.bench_data import bench_shape
 from mgtrain.preflight.bench_step import step_seconds
-from mgtrain.preflight.costs import ShapeRate, hours, multiply_adds
+from mgtrain.preflight.costs import multiply_adds
+from mgtrain.preflight.loading import measure_loading
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
-from mgtrain.schedule import baseline_recipe, make_plan
+from mgtrain.schedule import Plan
+from mgtrain.schedule.totals import make_plans
 
-STEPS = 2  # that are timed of each shape, after one that is not
+
+@dataclass(frozen=True, slots=True)
+class ShapeRate:
+    """What a step of one shape takes on this machine, per rank."""
+
+    compute: float  # seconds
+    load: float  # seconds of the loader
+    load_cores: float  # core-seconds of the loader
+
+    @classmethod
+    def of(cls, compute: float, loading: Mapping[str, Any], world: World) -> ShapeRate:
+        """From the seconds of a step and what `measure_loading` found."""
+        load = loading["clips"] / world.size / loading["loader_clips_per_second"]
+        return cls(compute, load, loading["core_seconds_per_step"] / world.size)
 
 
-def forecast(
-    recipe: Recipe, videos: Videos, world: World, seconds: float, progress: Callable[[str, int, int], None]
-) -> dict[str, Any]:
-    """Hours of the plan and of its baseline on this machine, `seconds` being how long each shape's loading is measured.
+def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
+    """Seconds of a plan's training. `cores` is how many computing and loading share; None if they share none."""
+    phases, total, compute = [], 0.0, 0.0
+    for phase in plan.phases:
+        cycle = [rates[shape] for shape in phase.shapes[: phase.steps]]
+        computing = sum(rate.compute for rate in cycle) / len(cycle)
+        loading = sum(rate.load for rate in cycle) / len(cycle)
+        work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
+        step = max(computing, loading, work / cores if cores else 0.0)
+        waits = loading > computing
+        phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
+        total += phase.steps * step
+        compute += phase.steps * computing
+    return {"seconds": total, "compute": compute, "phases": phases}
 
-    Plain values, of the schema mgtrain.forecast/1.
+
+def waiting_phases(estimate: dict[str, Any]) -> str:
+    """The numbers of the phases of `hours` that wait for data."""
+    return ", ".join(str(phase["index"] + 1) for phase in estimate["phases"] if phase["waits"])
+
+
+def forecast(recipe: Recipe, videos: Videos, world: World, seconds: float, progress: ShowProgress) -> dict[str, Any]:
+    """Estimate the time of the plan and of its baseline; the loading of each shape is measured for `seconds`.
+
+    Returns plain values of the schema mgtrain.forecast/1.
     """
     busy = busy_cores() or 0.0
-    plans = {"plan": make_plan(recipe, len(videos)), "baseline": make_plan(baseline_recipe(recipe), len(videos))}
+    plans = make_plans(recipe, len(videos))
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     flops = check_shapes(recipe, steps)
-    model = to_device(make_model(recipe), recipe, world)
-    rates = {}
-    for n, (shape, step) in enumerate(steps.items(), start=1):
-        compute = step_seconds(model, recipe, step, flops[shape], world, STEPS)
-        loading = bench_shape(recipe, videos, world, shape, step.grid, seconds, needed=0.0)
-        load = shape.clips / world.size / loading["loader_clips_per_second"]
-        rates[shape] = ShapeRate(compute, load, loading["core_seconds_per_step"] / world.size)
-        progress("measuring", n, len(steps))
-    cores = _cores(world)
+    rates: dict[Shape, ShapeRate] = {}
+    for shape, compute in step_seconds(recipe, steps.values(), world):
+        loading = measure_loading(recipe, videos, world, shape, steps[shape].grid, seconds)
+        rates[shape] = ShapeRate.of(compute, loading, world)
+        progress("measuring", len(rates), len(steps))
+    # A rank's computing and loading share its cores, unless a GPU computes.
+    cores = max(1, usable_cores() // world.local_size) if world.device.type == "cpu" else None
     runs = {
         name: {**hours(plan, rates, cores), "multiply_adds": multiply_adds(plan, flops)} for name, plan in plans.items()
     }
@@ -63,7 +96,7 @@ def forecast(
 
 
 def render(result: dict[str, Any]) -> str:
-    """For people."""
+    """The forecast as a person reads it."""
     lines = [f"{'a step of':>16}{'computing':>12}{'loading':>10}{'clips/s':>10}{'needed':>10}"]
     for row in result["shapes"]:
         shape, slow = Shape(**row["shape"]), row["load"] > row["compute"]
@@ -73,29 +106,20 @@ def render(result: dict[str, Any]) -> str:
             f"{'  waits' if slow else ''}"
         )
     plan, baseline = result["plan"], result["baseline"]
-    waiting = [str(phase["index"] + 1) for phase in plan["phases"] if phase["waits"]]
-    took, rival = duration(plan["seconds"]), duration(baseline["seconds"])
     work = baseline["multiply_adds"] / plan["multiply_adds"]
     lines.append(
-        f"training, evaluations apart: {took} against the baseline's {rival} ({result['speedup']:.2f}x less), with "
-        f"1/{work:.2f} of its multiply-adds"
+        f"training without evaluations: {duration(plan['seconds'])} against the baseline's "
+        f"{duration(baseline['seconds'])} ({result['speedup']:.2f}x less), with 1/{work:.2f} of its multiply-adds"
     )
     if crowded(result["busy_cores"]):
         lines.append(
-            f"other processes are at work on {result['busy_cores']:.1f} of {usable_cores()} cores, which makes all of "
-            "this slower than it is: measure again when they are through"
+            f"other processes use {result['busy_cores']:.1f} of {usable_cores()} cores, so these times are too long; "
+            "measure again when they have ended"
         )
-    if waiting:
+    if waiting := waiting_phases(plan):
         remedy = "more loader processes (hardware.workers)" if result["prepared"] else "`mgtrain data prepare`"
         lines.append(
-            f"phases {', '.join(waiting)} wait for the {result['workers']} loader processes; without that it would be "
+            f"phases {waiting} wait for the {result['workers']} loader processes; without waiting it would be "
             f"{result['speedup_without_waiting']:.2f}x. What helps: {remedy}"
         )
     return "\n".join(lines)
-
-
-def _cores(world: World) -> int | None:
-    """The cores that a rank's computing and loading share; None on a GPU."""
-    if world.device.type != "cpu":
-        return None
-    return max(1, usable_cores() // world.local_size)

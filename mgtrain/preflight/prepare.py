@@ -1,8 +1,8 @@
-"""Make a prepared set (see clips/prepared.py) out of the videos of a data set, and verify one.
+"""Make a prepared set (see clips/prepared.py) from the videos of a data set, and verify one.
 
-Every video is independent: a worker decodes it once, upright and at an even pace, and writes a file for each level
-under a temporary name. When they are all there, they get their names and the video its line in the manifest. So
-whatever stops the work loses no more than the videos under way, and running it again goes on.
+Every video is independent: a worker decodes it once, upright and at a constant frame rate, and writes a file for each
+level under a temporary name. Complete files get their names, and the video its line in the manifest. So an
+interruption loses only the videos in progress, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mgtrain.clips.prepared import (
-    Settings,
-    level_path,
-    read_index,
-    read_settings,
-    row_type,
-    write_settings,
-)
+from mgtrain.clips.prepared import Settings, level_path, read_index, read_settings, row_type, write_settings
+from mgtrain.console import ShowProgress, no_progress
 from mgtrain.data.manifest import Manifest, Record, checksum, key_of
 from mgtrain.data.videos import leaves_root
 from mgtrain.errors import DataError, MissingCapabilityError
@@ -34,12 +28,14 @@ from mgtrain.preflight.encode import encode_video
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.rng import Draw, generator
 
-SAMPLE = 8  # videos, drawn at random, after which the rest is forecast
+SAMPLE = 8  # videos, drawn at random, from which the rest is forecast
+OF_VIDEO = {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}
+OF_LEVEL = {"level", "width", "height", "bytes", "sha256"}
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What the whole set will take, going by the videos made until now."""
+    """What the whole set will take, estimated from the videos prepared so far."""
 
     videos: int
     seconds: float  # from now on, with as many workers
@@ -49,7 +45,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What there is now."""
+    """What the set holds now."""
 
     videos: int
     made: int  # this time
@@ -67,12 +63,11 @@ def prepare(
     workers: int,
     *,
     forecast: Callable[[Forecast], bool] = lambda _: True,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: ShowProgress = no_progress,
 ) -> Summary:
-    """Prepare the videos at `paths`, relative to `root`, in `folder`; those that are there already are kept.
+    """Prepare the videos at `paths`, relative to `root`, in `folder`; videos that are already there are kept.
 
-    `forecast` is told, once, what the rest will take; it returns whether to go on. `progress` is told how many videos
-    of how many are done.
+    `forecast` is called once with what the rest will take, and returns whether to continue.
 
     Raises:
         DataError: the folder holds a set with other settings, or the disk is too small.
@@ -86,29 +81,33 @@ def prepare(
             raise DataError(f"{root / path}: is outside of {root}; set data.root to a folder that holds all videos")
     _claim(folder, settings)
     manifest = PreparedManifest(folder)
-    todo = [path for path in paths if not _is_there(root, folder, settings, path, manifest.records.get(path))]
+    todo = [path for path in paths if not _is_there(root, folder, path, manifest.records.get(path))]
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # so that the first are a fair sample
-    begin, made, told = time.monotonic(), 0, False
+    start, made = time.monotonic(), 0
     with manifest:
-        if todo:  # until all is done again, the index would tell of files that are being replaced
+        if todo:  # until all is done again, the index would point to files that are being replaced
             (folder / "index.npy").unlink(missing_ok=True)
-        for record, offsets in _all_done(todo, workers, root, folder, settings):
-            manifest.add_video(record, offsets)
+        for path, done in isolated(partial(encode_video, root, folder=folder, settings=settings), todo, workers):
+            if isinstance(done, Lost):
+                cause = f"crashes the decoder ({done.cause}); replace this video or leave it out of the list"
+                done = {"path": path, "error": f"{root / path}: {cause}"}, []
+            manifest.add_video(*done)
             made += 1
             progress("preparing", len(paths) - len(todo) + made, len(paths))
-            if not told and made >= min(len(todo), max(SAMPLE, workers)):
-                told = True
-                left = (time.monotonic() - begin) / made * (len(todo) - made)
-                expected = _forecast(manifest.of(paths), len(paths), left, settings)
-                _check_disk(folder, expected, manifest.of(paths))
-                if not forecast(expected):
+            if made == min(len(todo), max(SAMPLE, workers)):
+                left = (time.monotonic() - start) / made * (len(todo) - made)
+                records = manifest.of(paths)
+                sizes, originals = _bytes(records, settings)
+                scale = len(paths) / len(records)
+                of_all = tuple(round(size * scale) for size in sizes)
+                _check_disk(folder, sum(of_all) - sum(sizes))
+                if not forecast(Forecast(len(paths), left, of_all, round(originals * scale))):
                     break
     records = manifest.of(paths)
     if len(records) == len(paths):
         write_index(folder, settings, manifest.records.values())
     broken = {record["path"]: record["error"] for record in records if "error" in record}
-    sizes, originals = _bytes(records, settings)
-    return Summary(len(records), made, broken, sizes, originals, time.monotonic() - begin)
+    return Summary(len(records), made, broken, *_bytes(records, settings), time.monotonic() - start)
 
 
 class PreparedManifest(Manifest):
@@ -119,7 +118,7 @@ class PreparedManifest(Manifest):
         self._offsets = folder / "offsets.bin"
         odd = next((path for path, record in self.records.items() if not _is_record(record)), None)
         if odd is not None:
-            raise DataError(f"{self.file}: the line of {odd!r} is not of a prepared video; prepare the set anew")
+            raise DataError(f"{self.file}: the line of {odd!r} is not of a prepared video; prepare the set again")
 
     def __enter__(self) -> PreparedManifest:
         super().__enter__()
@@ -140,25 +139,26 @@ class PreparedManifest(Manifest):
         self.add(record)
 
 
-def _all_done(
-    paths: Sequence[str], workers: int, root: Path, folder: Path, settings: Settings
-) -> Iterator[tuple[Record, list[np.ndarray]]]:
-    """`encode_video` of all paths, in processes. A video that kills its process is broken, and costs no other one."""
-    encode = partial(encode_video, root, folder=folder, settings=settings)
-    for path, done in isolated(encode, paths, workers):
-        if isinstance(done, Lost):
-            cause = f"crashes the decoder ({done.cause}); replace this video or leave it out of the list"
-            done = {"path": path, "error": f"{root / path}: {cause}"}, []
-        yield done
+def _is_record(record: Record) -> bool:
+    """Whether a line of the manifest has the keys that `encode_video` writes."""
+    levels = record.get("levels", [])
+    whole = record.keys() >= OF_VIDEO and isinstance(levels, list)
+    whole = whole and all(isinstance(level, dict) and level.keys() >= OF_LEVEL for level in levels)
+    return not leaves_root(record["path"]) and ("error" in record or whole)
 
 
 def _claim(folder: Path, settings: Settings) -> None:
-    """Make the folder, or see that it holds a set of the same settings."""
+    """Make the folder, or check that it holds a set with the same settings."""
+
+    def words(settings: Settings) -> str:
+        fps = f" --fps {settings.fps:g}" if settings.fps else ""
+        return f"--levels {','.join(map(str, settings.levels))} --quality {settings.quality}{fps}"
+
     if (folder / "prepared.json").exists():
         there = read_settings(folder)
         if there != settings:
             raise DataError(
-                f"{folder}: is prepared with {_words(there)}, not {_words(settings)}; "
+                f"{folder}: is prepared with {words(there)}, not {words(settings)}; "
                 "choose another folder or the same settings"
             )
     elif folder.is_dir() and any(folder.iterdir()):
@@ -167,28 +167,8 @@ def _claim(folder: Path, settings: Settings) -> None:
         write_settings(folder, settings)
 
 
-def _is_record(record: Record) -> bool:
-    """Whether a line of the manifest says what `encode_video` says."""
-    levels = record.get("levels", [])
-    return not leaves_root(record["path"]) and (
-        "error" in record
-        or (
-            record.keys() >= {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}
-            and isinstance(levels, list)
-            and all(
-                isinstance(of, dict) and of.keys() >= {"level", "width", "height", "bytes", "sha256"} for of in levels
-            )
-        )
-    )
-
-
-def _words(settings: Settings) -> str:
-    fps = f" --fps {settings.fps:g}" if settings.fps else ""
-    return f"--levels {','.join(map(str, settings.levels))} --quality {settings.quality}{fps}"
-
-
-def _is_there(root: Path, folder: Path, settings: Settings, path: str, record: Record | None) -> bool:
-    """Whether a video need not be prepared again: its files are whole, and the original is what it was."""
+def _is_there(root: Path, folder: Path, path: str, record: Record | None) -> bool:
+    """Whether a video need not be prepared again: its files are complete, and the original has not changed."""
     if record is None or "error" in record:
         return False
     try:
@@ -196,11 +176,8 @@ def _is_there(root: Path, folder: Path, settings: Settings, path: str, record: R
         same = (source.st_size, source.st_mtime_ns) == (record["source_bytes"], record["source_mtime_ns"])
     except OSError:
         same = True  # the original is not needed any more
-    return same and all(
-        file.exists() and file.stat().st_size == level["bytes"]
-        for level in record["levels"]
-        for file in [level_path(folder, level["level"], path)]
-    )
+    files = {level_path(folder, level["level"], path): level["bytes"] for level in record["levels"]}
+    return same and all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
 def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ...], int]:
@@ -214,27 +191,20 @@ def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ..
     return tuple(by_level.values()), originals
 
 
-def _forecast(records: Sequence[Record], total: int, seconds: float, settings: Settings) -> Forecast:
-    sizes, originals = _bytes(records, settings)
-    scale = total / len(records)
-    return Forecast(total, seconds, tuple(round(size * scale) for size in sizes), round(originals * scale))
-
-
-def _check_disk(folder: Path, expected: Forecast, records: Sequence[Record]) -> None:
-    there = sum(level["bytes"] for record in records for level in record.get("levels", ()))
-    missing, free = sum(expected.bytes) - there, shutil.disk_usage(folder).free
+def _check_disk(folder: Path, missing: int) -> None:
+    free = shutil.disk_usage(folder).free
     if missing > free:
         raise DataError(
-            f"{folder}: about {missing / 1e9:.1f} GB are still to be written and {free / 1e9:.1f} GB are free; "
-            "make room, choose fewer --levels or a higher --quality number, and run it again"
+            f"{folder}: about {missing / 1e9:.1f} GB more will be written and {free / 1e9:.1f} GB are free; "
+            "make room, choose fewer --levels or a higher --quality number, and run the same command again"
         )
 
 
 def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> None:
     """Write `index.npy`: one row for each video, sorted by key."""
-    latest = list(records)
-    rows = np.zeros(len(latest), row_type(len(settings.levels)))
-    for row, record in zip(rows, latest, strict=True):
+    records = list(records)
+    rows = np.zeros(len(records), row_type(len(settings.levels)))
+    for row, record in zip(rows, records, strict=True):
         row["key"] = key_of(record["path"])
         for name in ("frames", "fps", "width", "height", "stored"):
             row[name] = record.get(name, 0)
@@ -251,25 +221,21 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
     os.replace(temporary, folder / "index.npy")
 
 
-def verify(
-    folder: Path, workers: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> dict[str, str]:
-    """Look at every byte of a prepared set: what is wrong, by file. Nothing is changed.
+def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> dict[str, str]:
+    """Read every byte of a prepared set and return what is wrong, by file. Nothing is changed.
 
     Raises:
-        DataError: it is no prepared set.
+        DataError: the folder is not a prepared set.
     """
     settings = read_settings(folder)
     records = [record for record in PreparedManifest(folder).records.values() if "error" not in record]
+    index = read_index(folder, settings) if (folder / "index.npy").exists() else ()
+    indexed = {int(row["key"]): int(row["frames"]) for row in index}
     wrong: dict[str, str] = {}
-    there = read_index(folder, settings) if (folder / "index.npy").exists() else ()
-    rows = {int(row["key"]): row for row in there}
 
-    def look(record: Record) -> dict[str, str]:
-        found = {}
-        row = rows.get(key_of(record["path"]))
-        if row is None or int(row["frames"]) != record["frames"]:
-            found["index.npy"] = "is older than the manifest"
+    def verify_video(record: Record) -> dict[str, str]:
+        stale = indexed.get(key_of(record["path"])) != record["frames"]
+        found = {"index.npy": "is older than the manifest"} if stale else {}
         for level in record["levels"]:
             file = level_path(folder, level["level"], record["path"])
             if not file.exists():
@@ -283,7 +249,7 @@ def verify(
         return found
 
     with ThreadPoolExecutor(workers) as pool:
-        for done, found in enumerate(pool.map(look, records), start=1):
+        for done, found in enumerate(pool.map(verify_video, records), start=1):
             wrong.update(found)
             progress("verifying", done, len(records))
     return wrong

@@ -1,4 +1,4 @@
-"""Statistics of a data set, from a sample of its videos: what they are, and what that means for a recipe."""
+"""What the videos of a data set are like, from a sample of them, and what that means for a recipe."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.decode import VideoFile
-from mgtrain.console import duration, size
+from mgtrain.console import ShowProgress, duration, no_progress, size
 from mgtrain.data.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError, UsageError, VideoError
 from mgtrain.recipe import Clip
 from mgtrain.rng import Draw, generator
 
-COMMONEST = 4  # sizes and codecs that are named
-MOST_NAMED = 12  # bars with names
+COMMONEST = 4  # sizes and codecs to name
+MOST_NAMED = 12  # bars to label
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
     "frames": lambda info: info.frames,
@@ -36,7 +36,7 @@ QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one video is; `broken` says why there is no `info`."""
+    """One opened video; `broken` says why there is no `info`."""
 
     info: VideoInfo | None
     codec: str
@@ -58,18 +58,22 @@ class Stats:
         return [probe.broken for probe in self.probes if probe.info is None]
 
     def column(self, name: str) -> np.ndarray:
-        """One of `QUANTITIES` of all videos of the sample that can be opened: float64 (videos,)."""
+        """One of `QUANTITIES` for each video of the sample that can be opened: float64 (videos,)."""
         infos = [probe.info for probe in self.probes if probe.info is not None]
         return np.array([QUANTITIES[name](info) for info in infos], float)
 
+    @property
+    def span(self) -> float:
+        """What a clip of the base shape spans, in seconds."""
+        return self.clip.frames * self.clip.stride / self.clip.fps
+
     def describe(self) -> dict[str, Any]:
-        """All that is known, as JSON."""
+        """All statistics, as plain values."""
         opened = [probe for probe in self.probes if probe.info is not None]
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
         sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in opened if probe.info)
-        # A clip's span in seconds, and the largest short side that is drawn for it.
-        span, largest = self.clip.frames * self.clip.stride / self.clip.fps, self.clip.short_side[1]
+        span, largest = self.span, self.clip.short_side[1]
         seconds = self.column("seconds")
         return {
             "videos": len(self.videos),
@@ -109,9 +113,9 @@ def make_stats(
     sample: int = 500,
     seed: int = 0,
     workers: int = 1,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ShowProgress = no_progress,
 ) -> Stats:
-    """Open `sample` videos, drawn by the seed, in `workers` processes; 0: in this one.
+    """Open a random `sample` of the videos in `workers` processes, or in this one if `workers` is 0.
 
     Raises:
         DataError: none of them can be opened.
@@ -122,8 +126,7 @@ def make_stats(
 
     def take(probe: Probe) -> None:
         probes.append(probe)
-        if progress:
-            progress("videos opened", len(probes), len(paths))
+        progress("videos opened", len(probes), len(paths))
 
     if workers == 0:
         for path in paths:
@@ -135,7 +138,7 @@ def make_stats(
                     take(probe)
             except BrokenProcessPool:
                 raise DataError(
-                    f"{videos.root}: a worker process died at or after {paths[len(probes)]}; take that video out, "
+                    f"{videos.root}: a worker process died at or after {paths[len(probes)]}; remove that video, "
                     "or run with --workers 0 to see where it dies"
                 ) from None
     made = Stats(videos, tuple(probes), clip)
@@ -145,7 +148,7 @@ def make_stats(
 
 
 def probe_video(path: str) -> Probe:
-    """Open one video; what cannot be opened is told, not raised."""
+    """Open one video; an error is returned, not raised."""
     try:
         with VideoFile(path) as file:
             return Probe(file.info, file.codec, os.stat(path).st_size)
@@ -154,7 +157,7 @@ def probe_video(path: str) -> Probe:
 
 
 def render(stats: Stats) -> str:
-    """What `describe` says, for a reader."""
+    """The statistics as a person reads them."""
     facts = stats.describe()
     opened = facts["sample"] - facts["broken"]["count"]
     per_class, recipe = facts["videos_per_class"], facts["recipe"]
@@ -162,7 +165,7 @@ def render(stats: Stats) -> str:
     def share(count: int) -> str:
         return f"{count:,} of {opened:,} ({100 * count / opened:.1f} %)"
 
-    sampled = f", of which {facts['sample']:,} were looked at" if facts["sample"] < facts["videos"] else ""
+    sampled = f", of which {facts['sample']:,} were opened" if facts["sample"] < facts["videos"] else ""
     missing = f", {facts['missing']:,} more without a file" if facts["missing"] else ""
     about = "about " if sampled else ""
     empty = f", {per_class['empty']:,} without any" if per_class["empty"] else ""
@@ -170,7 +173,7 @@ def render(stats: Stats) -> str:
         f"videos      {facts['videos']:,}{sampled}{missing}",
         f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
         f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
-        f"in all      {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
+        f"total       {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
         f"sizes       {facts['sizes']['different']:,} different; {_named(facts['sizes']['commonest'], opened)}",
         f"codecs      {_named(facts['codecs'], opened)}",
         "",
@@ -182,21 +185,21 @@ def render(stats: Stats) -> str:
         "",
         f"shorter than the base clip's span of {recipe['span_seconds']:g} s, so the last frame repeats: "
         f"{share(recipe['shorter_than_span'])}",
-        f"short side below {recipe['largest_short_side']}, the recipe's largest, so they may be enlarged: "
+        f"short side below {recipe['largest_short_side']}, the recipe's largest, so clips may be enlarged: "
         f"{share(recipe['enlarged'])}",
     ]
     return "\n".join(lines)
 
 
 def draw_picture(stats: Stats, path: Path) -> None:
-    """Four panels: videos per class, seconds, frames per second, and sizes. `UsageError` if it cannot be written."""
+    """Draw videos per class, seconds, frames per second and sizes. Raises `UsageError` if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    looked_at = f"{len(stats.probes):,} looked at, {len(stats.broken):,} of them broken"
-    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {looked_at}", fontsize=12)
+    opened = f"{len(stats.probes):,} opened, {len(stats.broken):,} of them broken"
+    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {opened}", fontsize=12)
     (balance, seconds, fps, sizes) = figure.subplots(2, 2).flat
     counts = stats.videos.videos_per_class
     order = np.argsort(-counts, kind="stable")
@@ -206,10 +209,9 @@ def draw_picture(stats: Stats, path: Path) -> None:
         names = [stats.videos.classes[label] for label in order]
         balance.set_xticks(np.arange(len(counts)), names, rotation=30, ha="right", parse_math=False)
     clip = stats.clip
-    span = clip.frames * clip.stride / clip.fps
     seconds.hist(stats.column("seconds"), bins=30)
-    seconds.axvline(span, color="tab:red", label=f"span of the base clip, {span:.3g} s")
-    seconds.set(title="duration", xlabel="seconds", ylabel="videos looked at")
+    seconds.axvline(stats.span, color="tab:red", label=f"span of the base clip, {stats.span:.3g} s")
+    seconds.set(title="duration", xlabel="seconds", ylabel="videos opened")
     seconds.margins(y=0.2)  # room for the legend
     seconds.legend(frameon=False, fontsize=8)
     rates = Counter(f"{rate:.4g}" for rate in stats.column("fps"))
@@ -217,7 +219,7 @@ def draw_picture(stats: Stats, path: Path) -> None:
     shown |= {"others": rates.total() - sum(shown.values())} if len(rates) > len(shown) else {}
     fps.bar(list(shown), list(shown.values()))
     fps.margins(x=max(0.05, 0.5 - 0.1 * len(shown)))
-    fps.set(title="frame rate", xlabel=f"frames per second; strides count at {clip.fps:g}", ylabel="videos looked at")
+    fps.set(title="frame rate", xlabel=f"frames per second; strides count at {clip.fps:g}", ylabel="videos opened")
     sizes.scatter(stats.column("width"), stats.column("height"), s=14, alpha=0.4, linewidths=0)
     sizes.set(title="size", xlabel="width, pixels", ylabel="height, pixels")
     sizes.set(xlim=(0, 1.05 * stats.column("width").max()), ylim=(0, 1.05 * stats.column("height").max()))

@@ -69,7 +69,7 @@ def test_a_mistake_of_ours_has_a_traceback_and_is_to_be_reported(folder: Path) -
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-1] == (
-        "mgtrain: unexpected ZeroDivisionError, a mistake of mgtrain's; please report it, with the lines above"
+        "mgtrain: unexpected ZeroDivisionError, a bug in mgtrain; please report it with the lines above"
     )
 
 

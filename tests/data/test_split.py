@@ -160,8 +160,8 @@ def test_a_folder_of_classes_is_split(mgtrain: Start, tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--val 1", "--val 1: has to be above 0 and below 1, such as 0.2"),
-        ("--val 0.2 --folds 2", "give --val SHARE or --folds NUMBER, one of them"),
+        ("--val 1", "--val 1: must be above 0 and below 1, such as 0.2"),
+        ("--val 0.2 --folds 2", "give either --val SHARE or --folds NUMBER"),
         ("--val 0.2 --all", "videos: a folder takes neither overrides nor --all; it is split as a whole"),
     ],
 )

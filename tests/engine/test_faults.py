@@ -434,7 +434,7 @@ def test_checkpoints_can_be_looked_at_and_verified(
     done = mgtrain(tmp_path, "ckpt", "verify", "tiny")
     assert done.returncode == 4
     assert f"{path.name}: is not what was written: its checksum does not match its contents" in done.stdout
-    assert done.stderr == "mgtrain: 1 of 4 checkpoints are damaged; --resume passes them over\n"
+    assert done.stderr == "mgtrain: 1 of 4 checkpoints are damaged; --resume skips them\n"
 
 
 def test_the_slurm_script_starts_the_ranks_and_puts_a_stopped_job_back(folder: Path) -> None:

@@ -19,13 +19,13 @@ import mgtrain.engine.fit
 from mgtrain.engine.examples import examples
 from mgtrain.engine.fit import fit, open_data
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
-from mgtrain.preflight.costs import steps_of_shapes
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo, read_info
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.scores import Scores
 from mgtrain.schedule import make_plan
+from mgtrain.schedule.totals import steps_of_shapes
 
 EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
 AUGMENTED = (

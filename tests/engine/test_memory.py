@@ -22,12 +22,13 @@ from mgtrain.errors import PlanError, UsageError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import group_stats
 from mgtrain.models.part import Part, set_part
-from mgtrain.preflight.costs import costs, steps_of_shapes
+from mgtrain.preflight.costs import costs
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.report.figures import save_schedule
 from mgtrain.schedule import baseline_recipe, make_plan
+from mgtrain.schedule.totals import steps_of_shapes
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mgtrain.clips import decode
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
+from mgtrain.clips.prepared import Settings
+from mgtrain.clips.stages import Stages
 from mgtrain.data import open_splits
-from mgtrain.preflight.bench_data import IN_TRAINING_PROCESS, STAGES, Stages, bench_data, cost, render
+from mgtrain.preflight.bench_data import bench_data, cost, render
+from mgtrain.preflight.loading import IN_TRAINING_PROCESS, STAGES
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
@@ -26,7 +28,7 @@ def test_every_shape_is_measured_and_every_phase_is_judged(tiny: Callable[..., R
     plan = make_plan(recipe, len(videos))
     seen: list[tuple[str, int, int]] = []
     result = bench_data(
-        recipe, videos, World(), (48, 36), 23, seconds=0.01, step_seconds=1e-6,
+        recipe, videos, World(), Settings((48, 36), 23, None), seconds=0.01, step_seconds=1e-6,
         progress=lambda *counts: seen.append(counts),
     )  # fmt: skip
     wanted = {*plan.shapes(), recipe.base}
@@ -44,7 +46,7 @@ def test_every_shape_is_measured_and_every_phase_is_judged(tiny: Callable[..., R
         assert found["plan"]["seconds"] > found["plan"]["compute"]
     assert seen[-1] == ("measuring", 2 * len(wanted), 2 * len(wanted))
     assert "phases that wait for data: 1, 2, 3, 4, 5, 6;" in render(result)
-    assert decode.VideoFile._open.__name__ == "_open"  # measuring has left nothing behind
+    assert Stages._open is None  # measuring leaves nothing behind
 
 
 def test_the_cost_of_the_average_step_weighs_shapes_by_their_steps(tiny: Callable[..., Recipe]) -> None:
@@ -59,10 +61,10 @@ def test_the_cost_of_the_average_step_weighs_shapes_by_their_steps(tiny: Callabl
 
 def test_the_stages_of_a_clip_add_up_to_no_more_than_its_time(motions: Path) -> None:
     stages, start = Stages(), time.perf_counter()
-    with stages.measure(), VideoFile(motions / "videos/train/left_0.mp4") as video:
+    with stages, VideoFile(motions / "videos/train/left_0.mp4") as video:
         video.read([Cut((0, 9, 20), (0, 0, 64, 48), 32, flip=False)])
-    assert set(stages.seconds) == set(STAGES)
-    assert all(seconds > 0 for stage, seconds in stages.seconds.items() if stage not in IN_TRAINING_PROCESS)
+    assert set(stages.seconds) == set(STAGES) - set(IN_TRAINING_PROCESS)
+    assert all(seconds > 0 for seconds in stages.seconds.values())
     assert sum(stages.seconds.values()) <= time.perf_counter() - start
 
 
@@ -79,7 +81,7 @@ def test_data_is_prepared_verified_and_trained_on_from_the_command_line(
     done = mgtrain(tmp_path, "data", "prepare", "tiny.yaml", "--to", "out", "--levels", "36,48", "--json")
     result = json.loads(done.stdout)
     assert (result["schema"], result["videos"], result["broken"]) == ("mgtrain.prepare/1", 36, {})
-    assert mgtrain(tmp_path, "data", "verify", "out").stdout == "out: every file is as it was written\n"
+    assert mgtrain(tmp_path, "data", "verify", "out").stdout == "out: every file is intact\n"
     trained = mgtrain(tmp_path, "fit", "tiny.yaml", "data.prepared=out", "optim.stages=[1, 1]", "--json")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["videos"] == 12

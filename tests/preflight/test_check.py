@@ -218,7 +218,7 @@ def test_the_command_writes_the_manifest_and_plan_leaves_out_what_it_says(hurt: 
     done = CliRunner().invoke(app, ["data", "check", "tiny.yaml", "data.max_bad_fraction=0.1"])
     assert done.exit_code == 0
     assert "corrupt: videos/train/left_0.mp4: Invalid data" in done.stderr
-    assert "to leave out what cannot be used: data.checked=data-checked.jsonl" in done.stdout
+    assert "to skip unusable videos: data.checked=data-checked.jsonl" in done.stdout
     plan = CliRunner().invoke(app, ["plan", "tiny.yaml", "data.checked=data-checked.jsonl", "--json"])
     assert json.loads(plan.stdout)["videos"] == 23
     assert "training videos: 1 left out (1 corrupt), as data-checked.jsonl says" in plan.stderr

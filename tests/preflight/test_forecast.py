@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from mgtrain.cli import app
-from mgtrain.preflight.costs import ShapeRate, hours, multiply_adds
-from mgtrain.preflight.forecast import render
+from mgtrain.preflight.costs import multiply_adds
+from mgtrain.preflight.forecast import ShapeRate, hours, render
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
 
@@ -59,7 +59,7 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
         assert words in text
     assert "hardware.workers" in render({**result, "prepared": True})
     assert "other processes" not in text
-    assert "other processes are at work on 1.5 of" in render({**result, "busy_cores": 1.5})
+    assert "other processes use 1.5 of" in render({**result, "busy_cores": 1.5})
 
 
 def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,4 +200,4 @@ def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeyp
     assert {part: len(of) for part, of in open_splits(recipe.data).items()} == said["videos"]
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, UsageError)
-    assert "is there already" in str(again.exception)
+    assert "exists already" in str(again.exception)

@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_written_stops_the_work(root: Path, out: Path):
     out.mkdir()
     module.write_settings(out, SETTINGS)
     (out / "64").write_text("in the way")
-    with pytest.raises(DataError, match=r"v\.mp4\.mp4: cannot be written: .*; run it again to go on"):
+    with pytest.raises(DataError, match=r"v\.mp4\.mp4: cannot be written: .*; run the same command again to resume"):
         prepared(root)
 
 

@@ -96,4 +96,4 @@ def test_stats_from_the_command_line(mgtrain: Start, tiny_text: str, tmp_path: P
     facts = json.loads(done.stdout)
     assert (facts["schema"], facts["split"], facts["videos"]) == ("mgtrain.data_stats/1", "val", 12)
     done = mgtrain(tmp_path, "data", "stats", "tiny.yaml", "--picture", "stats.jpg")
-    assert (done.returncode, done.stderr) == (2, "mgtrain: --picture stats.jpg: has to end in .png\n")
+    assert (done.returncode, done.stderr) == (2, "mgtrain: --picture stats.jpg: must end in .png\n")

@@ -1,0 +1,104 @@
+"""How fast this machine loads clips of one shape: on one core with the time split into stages, and with all workers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+
+from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, batches_of, worker_count
+from mgtrain.clips.order import ClipRequest, video_at
+from mgtrain.clips.stages import Stages
+from mgtrain.clips.units import RandomClips
+from mgtrain.data.videos import Videos
+from mgtrain.errors import DataError
+from mgtrain.grid import Grid, Shape
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+
+STAGES = ("open", "demux", "decode", "convert", "resample", "collate", "transfer")
+IN_TRAINING_PROCESS = ("collate", "transfer")  # a copy of pinned memory to a GPU is not waited for
+
+
+@dataclass(frozen=True, slots=True)
+class OneCore:
+    """Clips cut by one process with one thread."""
+
+    clips: int
+    seconds: float  # wall-clock time
+    cpu_seconds: float
+    stages: Stages
+    bad: int  # videos that cannot be decoded
+    given_up: bool  # no video can be decoded
+
+
+def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], seconds: float) -> OneCore:
+    """Cut at least 4 clips, for about `seconds`, after one that is not counted."""
+    dataset[[next(requests)]]
+    clips = bad = 0
+    given_up = False
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with Stages() as stages, one_thread():
+        while not given_up and (clips < 4 or time.perf_counter() - start < seconds):
+            loaded = dataset[[next(requests)]]
+            clips, bad, given_up = clips + 1, bad + len(loaded.bad), loaded.given_up
+    return OneCore(clips, time.perf_counter() - start, time.process_time() - cpu_start, stages, bad, given_up)
+
+
+def endless_requests(videos: int, recipe: Recipe, grid: Grid) -> Iterator[ClipRequest]:
+    """Requests for clips of one grid, in the order of training."""
+    return (ClipRequest(video_at(clip, videos, recipe.seed), clip, grid) for clip in count())
+
+
+def measure_loading(
+    recipe: Recipe, videos: Videos, world: World, shape: Shape, grid: Grid, seconds: float
+) -> dict[str, Any]:
+    """Clips of one shape: per second and core, milliseconds of each stage, and per second from the loader.
+
+    Raises:
+        DataError: no video can be read.
+    """
+    dataset, requests = RandomClips(videos, recipe), endless_requests(len(videos), recipe, grid)
+    core = cut_on_one_core(dataset, requests, seconds)
+    if core.given_up:
+        raise DataError(f"{videos.root}: none of the videos can be read; correct data.root or the annotations")
+    milliseconds = {stage: 1000 * core.stages.seconds[stage] / core.clips for stage in STAGES}
+    milliseconds["rest"] = 1000 * core.seconds / core.clips - sum(milliseconds.values())  # cutting, copying, Python
+
+    # Batches are small enough that several arrive within the time; the first three start the workers.
+    pieces = UNITS_PER_WORKER * max(1, worker_count(recipe, world))
+    batch = min(shape.clips, pieces * math.ceil(core.clips / core.seconds * seconds / 8))
+    steps = ([next(requests) for _ in range(batch)] for _ in count())
+    batches = batches_of(dataset, steps, recipe, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
+    for _ in range(3):
+        next(batches)
+    start, delivered = time.perf_counter(), 0
+    with Stages() as joining:
+        while delivered < 2 * batch or time.perf_counter() - start < seconds:
+            next(batches)
+            delivered += batch
+    rate = delivered / (time.perf_counter() - start)
+    milliseconds |= {stage: 1000 * joining.seconds[stage] / delivered for stage in IN_TRAINING_PROCESS}
+    return {
+        "clips": shape.clips, "frames": shape.frames, "crop": shape.crop,
+        "clips_per_second_per_core": core.clips / core.seconds, "milliseconds": milliseconds,
+        "core_seconds_per_step": shape.clips * core.cpu_seconds / core.clips,
+        "loader_clips_per_second": rate,
+    }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch has one thread, as in a worker of the loader: threads that wait for each other burn a core each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
