@@ -129,8 +129,9 @@ def split(
     """
     from mgtrain.console import counts_table
     from mgtrain.data import open_splits, open_videos
+    from mgtrain.data.groups import read_groups
     from mgtrain.data.listfile import write_lists
-    from mgtrain.data.split import count_classes, joined, make_split, read_groups
+    from mgtrain.data.split import count_classes, joined, make_split
 
     if (val is None) == (folds is None):
         raise UsageError("give --val SHARE or --folds NUMBER, one of them")
@@ -218,7 +219,7 @@ def check(
 
     from mgtrain.console import counts_table, progress
     from mgtrain.data import open_splits
-    from mgtrain.data.checked import STATUSES, USABLE
+    from mgtrain.data.manifest import STATUSES, USABLE
     from mgtrain.data.videos import printable
     from mgtrain.errors import DataError
     from mgtrain.preflight.check import check as look

@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("eval tiny --views 1x2", 2, "--views 1x2: write clips in time x crops"),
         ("eval tiny --views 0x1", 2, "--views 0x1: write clips in time x crops"),
         ("eval tiny --device cpu model.width=16", 4, "stem.conv.weight is (8, 3, 5, 7, 7), the model's is (16, "),
-        ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such list of videos"),
+        ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such file"),
         ("compare tiny none", 2, "none: no run directory (it would hold a recipe.yaml); runs here: begun, tiny"),
         ("compare tiny .", 2, ".: no run directory"),
         ("compare tiny", 2, "Missing argument 'RUN...'"),
