@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("plan none.yaml", 2, "none.yaml: no such recipe file"),
         ("plan tiny.yaml optim.lrr=1", 2, "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
         ("plan tiny.yaml optim.lr", 2, "override 'optim.lr': write it as section.key=value"),
-        ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it should be a valid number"),
+        ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it must be a valid number"),
         ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
         ("plan tiny.yaml --gpus 0", 2, "--gpus"),
         ("plan tiny.yaml data.root=nowhere", 3, "nowhere: no such folder of videos"),
