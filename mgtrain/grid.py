@@ -1,7 +1,7 @@
 """Shapes of mini-batches and grids of clips (Wu et al. 2020, section 3).
 
-A `Shape` says how large a mini-batch is, a `Grid` how each of its clips is cut from a video. Both are plain
-values; the arithmetic that makes a coarse shape out of the base shape lives here too.
+A `Shape` is the size of a mini-batch, a `Grid` is how each of its clips is cut from a video. The functions derive
+coarse shapes and their grids from the base shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Shape:
 
     @property
     def voxels(self) -> int:
-        """The volume `clips * frames * crop**2`, to which the cost of a step is roughly proportional."""
+        """The volume `clips * frames * crop**2`, roughly proportional to the cost of a step."""
         return self.clips * self.frames * self.crop**2
 
     def __str__(self) -> str:
@@ -29,9 +29,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How one clip is cut from one video: a range of spans and of strides in time and in space.
+    """How one clip is cut from one video: ranges of strides in time and of sizes in space.
 
-    `frames` frames, `stride` target-rate frames apart (drawn from `stride[0]..stride[1]`, both ends included); a
+    `frames` frames, `stride` frames apart at the recipe's rate (drawn from `stride[0]..stride[1]`, both included); a
     `crop` x `crop` window of the video resized to a short side drawn from `short_side[0]..short_side[1]` pixels.
     """
 
@@ -42,9 +42,9 @@ class Grid:
 
 
 def coarsen(base: Shape, time: float, space: float) -> Shape:
-    """The long-cycle shape with `time` of the base's frames, `space` of its crop, and more clips to make up for it.
+    """The long-cycle shape with `time` of the base's frames, `space` of its crop, and more clips in return.
 
-    The number of clips is a whole multiple of the base's, so that the volume is constant up to rounding.
+    The number of clips is the multiple of the base's that keeps the volume constant, up to rounding.
 
     >>> coarsen(Shape(clips=64, frames=32, crop=224), time=0.25, space=0.7071)
     Shape(clips=512, frames=8, crop=158)
@@ -56,10 +56,10 @@ def coarsen(base: Shape, time: float, space: float) -> Shape:
 
 
 def short_cycle(shape: Shape, base: Shape, factors: Sequence[float]) -> tuple[Shape, ...]:
-    """The shapes that take turns within a long-cycle shape, one per step, coarse first and `shape` itself last.
+    """The shapes that alternate within a long-cycle shape, one per step, coarse first and `shape` itself last.
 
-    `factors` are relative to the *baseline's* crop, not to that of `shape` (Wu et al. 2020, section 3.2); none of
-    the crops is larger than that of `shape`.
+    `factors` are relative to the *baseline's* crop, not to that of `shape` (Wu et al. 2020, section 3.2); no crop
+    is larger than that of `shape`.
 
     >>> base = Shape(clips=64, frames=32, crop=224)
     >>> short_cycle(Shape(512, 8, 158), base, (0.5, 0.7071))
@@ -72,9 +72,9 @@ def short_cycle(shape: Shape, base: Shape, factors: Sequence[float]) -> tuple[Sh
 def train_grid(shape: Shape, base: Shape, stride: int, short_side: tuple[int, int]) -> Grid:
     """The grid of a clip in a step of this `shape`, given the base's `stride` and range of short sides.
 
-    A clip of fewer frames spans between as many base strides as it has frames and the base's full span, so its stride
-    is drawn from `stride .. stride * base.frames / frames`. Of the short side only the lower end shrinks with the
-    crop; the upper end stays, so a smaller crop also sees parts of the image (Wu et al. 2020, section 3.3).
+    A clip of fewer frames spans up to the base's full span, so its stride is drawn from
+    `stride .. stride * base.frames / frames`. The lower end of the short side shrinks with the crop; the upper end
+    stays, so a smaller crop also sees smaller parts of the image (Wu et al. 2020, section 3.3).
 
     >>> train_grid(Shape(512, 8, 158), Shape(64, 32, 224), stride=2, short_side=(256, 320))
     Grid(frames=8, crop=158, stride=(2, 8), short_side=(181, 320))

@@ -1,7 +1,7 @@
 """The only place that makes random generators.
 
-Every draw is keyed by what it is for (the run's seed, a clip's position, a step's number), never by when or where it
-happens. So the same clip is cut whichever worker, rank or resumed process asks for it.
+Every draw is keyed by its purpose, the run's seed, and a clip's position or a step's number, never by when or where it
+happens. So every worker, rank or resumed process cuts the same clip.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import numpy as np
 
 
 class Draw(IntEnum):
-    """What a draw is for: draws with different purposes never share a key."""
+    """The purpose of a draw; draws with different purposes never share a key."""
 
     ORDER = 0  # the order of the videos in an epoch
     CUT = 1  # how a clip is cut
-    REPLACEMENT = 2  # which video stands in for one that cannot be decoded
-    STEP = 3  # dropout's mask in a step
-    INIT = 4  # the model's first weights
+    REPLACEMENT = 2  # which video replaces one that cannot be decoded
+    STEP = 3  # the dropout mask of a step
+    INIT = 4  # the model's initial weights
     RECALIBRATION = 5  # the clips that recalibrate BatchNorm
     SYNTHETIC = 6  # synthetic videos
-    RAND_AUGMENT = 7  # a clip's operations of RandAugment
+    RAND_AUGMENT = 7  # RandAugment operations of a clip
     COLOUR = 8  # brightness, contrast, saturation and hue of a step's clips
     ERASE = 9  # the boxes erased from a step's clips
     MIX = 10  # how the pairs of a step's clips are mixed
-    CHOICE = 11  # which videos are set apart for validation, or looked at as a sample
+    CHOICE = 11  # which videos are held out for validation, or sampled
     PREPARE = 12  # the order in which videos are prepared
-    NOISE = 13  # clips that an exported network is tried with
+    NOISE = 13  # clips that test an exported network
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

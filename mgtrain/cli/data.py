@@ -109,8 +109,9 @@ def split(
     |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
     """
     from mgtrain.data import open_splits, open_videos
+    from mgtrain.data.groups import read_groups
     from mgtrain.data.listfile import write_lists
-    from mgtrain.data.split import count_classes, joined, make_split, read_groups
+    from mgtrain.data.split import count_classes, joined, make_split
 
     if (val is None) == (folds is None):
         raise UsageError("give either --val SHARE or --folds NUMBER")
@@ -195,7 +196,7 @@ def check(
     from collections import Counter
 
     from mgtrain.data import open_splits
-    from mgtrain.data.checked import STATUSES, USABLE
+    from mgtrain.data.manifest import STATUSES, USABLE
     from mgtrain.data.videos import printable
     from mgtrain.preflight.check import check as check_videos
 

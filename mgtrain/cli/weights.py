@@ -85,6 +85,6 @@ def import_weights(
 
 
 def _read_names(file: Path) -> tuple[str, ...]:
-    from mgtrain.data.videos import read_lines
+    from mgtrain.data.reading import numbered_lines
 
-    return tuple(line.strip() for line in read_lines(file) if line.strip())
+    return tuple(text for _, text in numbered_lines(file))

@@ -1,16 +1,19 @@
-"""Which videos come from one source, as far as their names show it: these stay together when a set is split."""
+"""Which videos come from one source, according to their names or a CSV: these stay together when a set is split."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mgtrain.data.index import KINETICS_NAME
-from mgtrain.errors import UsageError
+from mgtrain.data.reading import read_table
+from mgtrain.data.videos import EXAMPLES, Videos
+from mgtrain.errors import DataError, UsageError
 
 LEAST_GROUPS = 5  # of every class, so that each part of a split gets its share of them
 LARGEST = 0.34  # of all videos in one group; a larger one says nothing about sources
@@ -23,7 +26,7 @@ PART = re.compile(r"(.+?)[-_. ]*(?:clip|part|seg|segment|shot|c|p)?[-_. ]*\(?\d+
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """`ids`, int64 (N,), is each video's group; `rule` says how the names show it, `example` what one name gives."""
+    """`ids`, int64 (N,), is each video's group; `rule` says how they were found, `example` shows it on one name."""
 
     ids: np.ndarray
     rule: str
@@ -31,25 +34,29 @@ class Groups:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of groups."""
         return len(np.unique(self.ids))
 
 
 def groups_of_names(names: Sequence[str], labels: Sequence[int]) -> Groups | None:
-    """The first of the known ways of naming that groups these videos; None if none does.
+    """The groups by the first known naming scheme that fits these videos; None if none fits.
 
-    A way counts if it puts several videos together, no large part of all into one group, and leaves each class enough
+    A scheme fits if it puts several videos together, no large part of all into one group, and leaves each class enough
     groups to be split.
 
     >>> names = [f"walk/person{n // 2:02d}_d{n % 2}.avi" for n in range(12)]
     >>> groups_of_names(names, [0] * 12).example
     'person00_d0.avi is of person00'
     """
-    for rule, key_of in (
-        ("the YouTube video of a Kinetics clip", _kinetics),
+    schemes: list[tuple[str, Callable[[str], str | None]]] = [
+        (
+            "the YouTube video of a Kinetics clip",
+            lambda name: clip[1] if (clip := KINETICS_NAME.fullmatch(name)) else None,
+        ),
         ("the words for a source in names", _source),
         ("names without their last number", _part),
-    ):
+    ]
+    for rule, key_of in schemes:
         keys = [key_of(name) for name in names]
         if None not in keys and (found := _grouped(rule, names, keys)) and _plausible(found.ids, labels):
             return found
@@ -57,21 +64,36 @@ def groups_of_names(names: Sequence[str], labels: Sequence[int]) -> Groups | Non
 
 
 def groups_by_pattern(names: Sequence[str], pattern: str) -> Groups:
-    """The groups that a regular expression finds in the names: its groups' text, or all that it matches.
+    """The groups that a regular expression finds in the names: the text of its own groups, or else of its match.
 
     Raises:
-        UsageError: it is no regular expression, or does not match a name.
+        UsageError: not a valid regular expression, or it does not match a name.
     """
     try:
         wanted = re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"--group-by {pattern}: no regular expression: {error}") from None
-    found = [wanted.search(name) for name in names]
-    for name, match in zip(names, found, strict=True):
+        raise UsageError(f"--group-by {pattern}: not a regular expression: {error}") from None
+    keys = []
+    for name in names:
+        match = wanted.search(name)
         if match is None:
-            raise UsageError(f"--group-by {pattern}: is nowhere in {name!r}; every video has to have a group")
-    keys = ["/".join(filter(None, match.groups())) or match[0] for match in found if match]
+            raise UsageError(f"--group-by {pattern}: does not match {name!r}; every video must have a group")
+        keys.append("/".join(filter(None, match.groups())) or match[0])
     return _grouped(f"{pattern} in names", names, keys)
+
+
+def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
+    """The group of each video, numbered from 0: int64 (N,), from a CSV with the columns `path` and `column`."""
+    rows = read_table(path, ("path", column), "name the columns in the first line, or choose one with --by")
+    group_of = {os.path.normpath(row["path"]): row[column] for _, row in rows if row["path"] and row[column]}
+    names = [videos.name(i) for i in range(len(videos))]
+    lacking = [name for name in names if name not in group_of]
+    if lacking:
+        raise DataError(
+            f"{path}: no group for {len(lacking)} of {len(names)} videos: {', '.join(lacking[:EXAMPLES])}"
+            f"{', ...' if len(lacking) > EXAMPLES else ''}; add a line with the path of each in {videos.root}"
+        )
+    return _grouped(column, names, [group_of[name] for name in names]).ids
 
 
 def _grouped(rule: str, names: Sequence[str], keys: Sequence[str | None]) -> Groups:
@@ -87,11 +109,6 @@ def _plausible(ids: np.ndarray, labels: Sequence[int]) -> bool:
     return all(len(np.unique(ids[of_class == label])) >= LEAST_GROUPS for label in np.unique(of_class))
 
 
-def _kinetics(name: str) -> str | None:
-    clip = KINETICS_NAME.fullmatch(name)
-    return clip[1] if clip else None
-
-
 def _source(name: str) -> str | None:
     """Such as `person15` or `seq03`; UCF101's `g07` counts within its class."""
     stem = os.path.splitext(os.path.basename(name))[0]
@@ -101,8 +118,8 @@ def _source(name: str) -> str | None:
     return stem[: found.end()] if found[1].lower() in ("g", "group") else found[0].lower()
 
 
-def _part(name: str) -> str | None:
-    """`holiday_part3.mp4` is of `holiday`, in whatever folder."""
+def _part(name: str) -> str:
+    """`holiday_part3.mp4` is of `holiday`, in any folder."""
     stem = os.path.splitext(os.path.basename(name))[0]
     found = PART.fullmatch(stem)
     return found[1] if found else stem

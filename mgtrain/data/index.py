@@ -1,9 +1,9 @@
-"""What is on the disk of the videos that the splits of a data set name, and what they share that they should not.
+"""Compare the splits of a data set with the files on disk, and find duplicates and leakage between splits.
 
-1. Every row's file is looked at: missing and empty files and AppleDouble files are left out of the index.
-2. Contents are compared: files of equal size by a few blocks, those that agree in these by all their bytes.
-3. Rows are compared within and between splits, by path, content and source (a Kinetics clip's YouTube video).
-4. The root is searched for videos that no split names.
+1. Look up every row's file; the index skips missing files, empty files and AppleDouble files.
+2. Compare contents: files of equal size by a few blocks, those with equal blocks by all their bytes.
+3. Compare rows within and between splits by path, content and source (a Kinetics clip's YouTube video).
+4. Search the root for videos that no split lists.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mgtrain.data.folder import SUFFIXES
+from mgtrain.data.folder import is_video
+from mgtrain.data.manifest import key_of
 from mgtrain.data.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError
 
 THREADS = 16  # they wait for the disk
-CHUNK = 1000  # rows that a thread looks at, at a time
+CHUNK = 1000  # rows that a thread looks up at a time
 BLOCK = 4096  # bytes of the first, middle and last block
 KINETICS_NAME = re.compile(r"(?:.*/)?(.{11})_\d{6}_\d{6}\.[^./]+", re.DOTALL)
 
-# What is known of each row; hashes of 64 bits stand for strings and bytes, so a million rows are one small array.
+# What is known of each row. 64-bit hashes stand for strings and contents, so a million rows are one small array.
 ROW = np.dtype(
     [("split", "i8"), ("row", "i8"), ("size", "i8"), ("apple_double", "?"), ("label", "u8"), ("path", "u8"),
      ("content", "u8"), ("source", "u8")]
@@ -37,30 +39,30 @@ ROW = np.dtype(
 
 WARNINGS = {
     "missing": "rows without a file",
-    "empty": "files without a byte, left out",
-    "apple_double": "AppleDouble files (._*), which are no videos, left out",
+    "empty": "empty files, skipped",
+    "apple_double": "AppleDouble files (._*), which are not videos, skipped",
     "repeated": "rows that repeat a path",
     "duplicates": "files with the content of another",
-    "conflicts": "files with the content of another, but not its label",
+    "conflicts": "files with the content of another but a different label",
     "same_path": "leakage, the same videos",
-    "same_content": "leakage, the same content under other names",
+    "same_content": "leakage, the same content under different names",
     "same_source": "leakage, clips of the same source",
 }
 NOTES = {
-    "extra": "under the root, videos that no split names",
-    "extra_apple_double": "under the root, AppleDouble files (._*) that no split names",
+    "extra": "under the root, videos that no split lists",
+    "extra_apple_double": "under the root, AppleDouble files (._*) that no split lists",
     "unreadable": "under the root, folders that cannot be read",
 }
 WITHIN_SPLIT = ("missing", "empty", "apple_double", "repeated", "duplicates")
 
-Progress = Callable[[str, int, int], None]  # told what is being done, how many are done, and of how many
+Progress = Callable[[str, int, int], None]  # is called with the task, the items done and their total
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know of one split, or of what several share: `kind` is a key of `WARNINGS` or `NOTES`."""
+    """A fact about one split or several together: `kind` is a key of `WARNINGS` or `NOTES`."""
 
     kind: str
     splits: tuple[str, ...]
@@ -69,7 +71,7 @@ class Finding:
 
     @property
     def warns(self) -> bool:
-        """Whether it is a matter of the splits, and not just of what else there is."""
+        """Whether it concerns the splits, and not just other files under the root."""
         return self.kind in WARNINGS
 
     def __str__(self) -> str:
@@ -80,9 +82,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """How many rows each split has, which of its videos can be used (int64, ascending), and what was found.
+    """The number of rows of each split, its usable videos (int64, ascending), and the findings.
 
-    `copies` are usable rows that an earlier row, or one of a later split, has the path or the content of.
+    `copies` are usable rows whose path or content an earlier row, or one of a later split, has too.
     """
 
     rows: dict[str, int]
@@ -91,7 +93,7 @@ class Index:
     findings: tuple[Finding, ...]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By split: its rows, those that match a usable file, and what is wrong within it."""
+        """By split: its rows, those with a usable file, and its problems."""
         wrong = {(found.kind, found.splits): found.count for found in self.findings}
         return {
             name: {
@@ -109,7 +111,7 @@ class Index:
 
 
 def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress: Progress | None = None) -> Index:
-    """Look at the files of all splits, which share their root; with `contents` also at what is in them.
+    """Index the files of all splits, which share a root; with `contents` compare their bytes, too.
 
     Raises:
         DataError: a file cannot be read.
@@ -129,22 +131,21 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
         for first in range(0, len(of), CHUNK)
     ]
     table = np.concatenate(
-        list(_each(lambda chunk: _look(videos[chunk[0]], *chunk), chunks, "thousand rows looked at", show))
+        list(_each(lambda chunk: _look_up(videos[chunk[0]], *chunk), chunks, "thousand rows looked up", show))
     )
     listed = set(table["path"].tolist())
+    problems = {
+        "missing": (table["size"] < 0) & ~table["apple_double"],
+        "empty": (table["size"] == 0) & ~table["apple_double"],
+        "apple_double": table["apple_double"],
+    }
     findings = []
-    for split, key in enumerate(names):
-        own = table[table["split"] == split]
-        problems = {
-            "missing": own[(own["size"] < 0) & ~own["apple_double"]],
-            "empty": own[(own["size"] == 0) & ~own["apple_double"]],
-            "apple_double": own[own["apple_double"]],
-        }
-        for kind, rows in problems.items():
-            of = videos[split]
+    for split, of in enumerate(videos):
+        for kind, where in problems.items():
+            rows = table[where & (table["split"] == split)]
             before = (of.missing, of.missing_names) if kind == "missing" else (0, ())
             examples = (*before[1], *map(name, rows[:EXAMPLES]))[:EXAMPLES]
-            findings.append(Finding(kind, (key,), len(rows) + before[0], examples))
+            findings.append(Finding(kind, (names[split],), len(rows) + before[0], examples))
 
     table = table[(table["size"] > 0) & ~table["apple_double"]]
     if contents:
@@ -166,10 +167,9 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
     )
 
 
-def _look(videos: Videos, split: int, rows: range) -> np.ndarray:
+def _look_up(videos: Videos, split: int, rows: range) -> np.ndarray:
     """What is known of some rows before any file is opened: `ROW` (rows,)."""
     table = np.zeros(len(rows), ROW)
-    table["split"], table["row"] = split, rows
     for place, row in enumerate(rows):
         name = videos.name(row)
         try:
@@ -177,26 +177,22 @@ def _look(videos: Videos, split: int, rows: range) -> np.ndarray:
             size = status.st_size if stat.S_ISREG(status.st_mode) else -1
         except OSError:
             size = -1
-        path = _hash(os.fsencode(name))
+        path, label = key_of(name), key_of(repr(videos.labels(row)))
         clip = KINETICS_NAME.fullmatch(name)
-        source = _hash(os.fsencode(clip[1])) if clip else path
-        label = _hash(repr(videos.labels(row)).encode())
+        source = key_of(clip[1]) if clip else path
         apple_double = os.path.basename(name).startswith("._")
         table[place] = (split, row, size, apple_double, label, path, path, source)
     return table
 
 
 def _compare_contents(table: np.ndarray, path: Callable[[np.void], str], show: Progress) -> None:
-    """Give rows whose files have equal bytes equal `content`: a hash of the bytes in place of that of the path."""
+    """Set `content`, at first the path's hash, to a hash of the bytes where several files have the same bytes."""
     _, first, inverse = np.unique(table["path"], return_index=True, return_inverse=True)
     files = table[first]  # every file once
     alike = np.flatnonzero(_shared(files["size"]))
-    for what, digest in (
-        ("files of equal size compared", _hash_of_blocks),
-        ("possible duplicates compared", _hash_of_file),
-    ):
+    for what, whole in (("files of equal size compared", False), ("possible duplicates compared", True)):
         paths = [path(file) for file in files[alike]]
-        digests = np.array(list(_each(digest, paths, what, show)), np.uint64)
+        digests = np.array(list(_each(partial(_hash, whole=whole), paths, what, show)), np.uint64)
         same = _shared(digests)
         alike, digests = alike[same], digests[same]
     files["content"][alike] = digests
@@ -206,7 +202,7 @@ def _compare_contents(table: np.ndarray, path: Callable[[np.void], str], show: P
 def _twins(
     kind: str, splits: tuple[str, ...], rows: np.ndarray, twins: np.ndarray, name: Callable[[np.void], str]
 ) -> Finding:
-    """Rows and what they are like: the examples are pairs, or one name where both have it."""
+    """Rows and their twins: the examples are pairs, or one name if both have the same."""
     pairs = [(name(row), name(twin)) for row, twin in zip(rows[:EXAMPLES], twins[:EXAMPLES], strict=True)]
     return Finding(kind, splits, len(rows), tuple(a if a == b else f"{a} = {b}" for a, b in pairs))
 
@@ -220,7 +216,7 @@ def _repeats(split: str, rows: np.ndarray, name: Callable[[np.void], str]) -> It
 
 
 def _conflicts(splits: tuple[str, ...], rows: np.ndarray, name: Callable[[np.void], str]) -> Finding:
-    """Rows with the content of an earlier one, but another label."""
+    """Rows with the content of an earlier one but a different label."""
     places, firsts = _repeated(rows["content"])
     differ = rows["label"][places] != rows["label"][firsts]
     return _twins("conflicts", splits, rows[places[differ]], rows[firsts[differ]], name)
@@ -229,7 +225,7 @@ def _conflicts(splits: tuple[str, ...], rows: np.ndarray, name: Callable[[np.voi
 def _leaks(
     splits: tuple[str, str], one: np.ndarray, other: np.ndarray, name: Callable[[np.void], str]
 ) -> Iterator[Finding]:
-    """Rows of the second split that the first has, too; each counts once, as the strongest kind."""
+    """Rows of the second split that the first has too; each counts once, as the strongest kind."""
     for kind, key in (("same_path", "path"), ("same_content", "content"), ("same_source", "source")):
         leaks = np.isin(other[key], one[key])
         twins = [np.argmax(one[key] == row[key]) for row in other[leaks][:EXAMPLES]]
@@ -238,7 +234,7 @@ def _leaks(
 
 
 def _extra(root: str, listed: set[int], show: Progress) -> Iterator[Finding]:
-    """What else is under the root: videos that are not listed, AppleDouble files, folders that cannot be read."""
+    """Other files under the root: unlisted videos, AppleDouble files, folders that cannot be read."""
     unreadable: list[str] = []
     found: dict[str, list[str]] = {"extra": [], "extra_apple_double": []}  # the first few names
     counts = dict.fromkeys(found, 0)
@@ -248,7 +244,7 @@ def _extra(root: str, listed: set[int], show: Progress) -> Iterator[Finding]:
         within = os.path.relpath(folder, root)
         for file in sorted(files):
             name = os.path.normpath(os.path.join(within, file))
-            if file.lower().endswith(SUFFIXES) and _hash(os.fsencode(name)) not in listed:
+            if is_video(file) and key_of(name) not in listed:
                 kind = "extra_apple_double" if file.startswith("._") else "extra"
                 counts[kind] += 1
                 found[kind] += [printable(name)] if len(found[kind]) < EXAMPLES else []
@@ -258,7 +254,7 @@ def _extra(root: str, listed: set[int], show: Progress) -> Iterator[Finding]:
 
 
 def _repeated(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of ids that stand at an earlier place, too, and the first place of each.
+    """The places of ids that occur earlier too, and the first place of each.
 
     >>> _repeated(np.array([7, 5, 7, 7]))
     (array([2, 3]), array([0, 0]))
@@ -269,49 +265,36 @@ def _repeated(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shared(ids: np.ndarray) -> np.ndarray:
-    """Which ids stand at several places: bool."""
+    """Which ids occur several times: bool."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     shared: np.ndarray = counts[inverse] > 1
     return shared
 
 
 def _each(function: Callable[[Item], Result], items: Sequence[Item], what: str, show: Progress) -> Iterator[Result]:
-    """The function's results in order, worked out in threads."""
+    """The function's results in order, computed in threads."""
     with ThreadPoolExecutor(THREADS) as pool:
         for done, result in enumerate(pool.map(function, items), start=1):
             show(what, done, len(items))
             yield result
 
 
-def _hash(data: bytes) -> int:
-    """64 bits: two different ones of a million collide once in 37 million data sets."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _hash_of_blocks(path: str) -> int:
-    """Of a file's size and its first, middle and last block."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            blocks = [size.to_bytes(8, "little")]
-            for start in (0, size // 2, max(0, size - BLOCK)):
-                file.seek(start)
-                blocks.append(file.read(BLOCK))
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return _hash(b"".join(blocks))
-
-
-def _hash_of_file(path: str) -> int:
+def _hash(path: str, whole: bool) -> int:
+    """64 bits of a file's bytes; unless `whole`, of its size and its first, middle and last block."""
     digest = hashlib.blake2b(digest_size=8)
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            if whole:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            else:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))
+                for start in (0, size // 2, max(0, size - BLOCK)):
+                    file.seek(start)
+                    digest.update(file.read(BLOCK))
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; correct its permissions, or do not compare contents"
+        ) from None
     return int.from_bytes(digest.digest(), "little")
-
-
-def _unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read: {error.strerror}; mend its permissions, or do not compare contents")

@@ -1,14 +1,12 @@
-"""Cut a labelled set into parts: training and validation, or folds."""
+"""Split a labelled set into training and validation videos, or into folds."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
-from mgtrain.data.videos import EXAMPLES, Table, Videos, check_exists
+from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 from mgtrain.rng import Draw, generator
 
@@ -26,36 +24,35 @@ def make_split(
 ) -> dict[str, np.ndarray]:
     """The rows of each list, int64, ascending: `train` and `val`, or `train_0`, `val_0`, ... of every fold.
 
-    `val` is the validation videos' share, above 0 and below 1; of `folds`, each validates once. Every class is shared
-    out alike and is in every part. Videos of one group, int64 (N,), stay together. The same seed, the same lists.
+    `val` is the share of validation videos, above 0 and below 1; of `folds`, each validates once. The split is
+    stratified: every part has its share of every class. Videos of one group, int64 (N,), stay together. The same seed
+    gives the same lists.
 
     >>> videos = Videos.of("", [(f"{n}.mp4", n % 2) for n in range(10)], ("cat", "dog"))
     >>> [len(rows) for rows in make_split(videos, val=0.2).values()]
     [8, 2]
 
     Raises:
-        DataError: the videos cannot be shared out like this.
+        DataError: the videos cannot be split so.
     """
     if val is not None:
         part = _parts(videos, np.array([val, 1 - val]), seed, groups)
         return {"train": np.flatnonzero(part == 1), "val": np.flatnonzero(part == 0)}
     assert folds, "give val or folds"
     part = _parts(videos, np.full(folds, 1 / folds), seed, groups)
-    names = [(f"train_{fold}", f"val_{fold}") for fold in range(folds)]
-    return {
-        name: np.flatnonzero(chosen)
-        for fold, (train, held_out) in enumerate(names)
-        for name, chosen in ((train, part != fold), (held_out, part == fold))
-    }
+    lists: dict[str, np.ndarray] = {}
+    for fold in range(folds):
+        lists |= {f"train_{fold}": np.flatnonzero(part != fold), f"val_{fold}": np.flatnonzero(part == fold)}
+    return lists
 
 
 def joined(sets: Iterable[Videos]) -> Videos:
-    """The videos of several sets of the same root and classes as one set, each path once: else parts could share it."""
+    """Several sets of the same root and classes as one, each path once, so that no two parts share a video."""
     sets = list(sets)
     label_of: dict[str, int] = {}
     for videos in sets:
         if videos.multi_label:
-            raise DataError(f"{videos.root}: videos with several labels cannot be split by class; one label is allowed")
+            raise DataError(f"{videos.root}: videos with several labels cannot be split by class; list one label each")
         for i in range(len(videos)):
             name, label = videos.name(i), videos.label(i)
             if label_of.setdefault(name, label) != label:
@@ -67,7 +64,7 @@ def joined(sets: Iterable[Videos]) -> Videos:
 
 
 def count_classes(videos: Videos, rows: np.ndarray) -> np.ndarray:
-    """How many of these rows each class has: int64 (classes,)."""
+    """The number of these rows in each class: int64 (classes,)."""
     return np.bincount([videos.label(int(row)) for row in rows], minlength=len(videos.classes))
 
 
@@ -80,31 +77,9 @@ def _parts(videos: Videos, shares: np.ndarray, seed: int, groups: np.ndarray | N
             what = "videos" if groups is None else "groups of videos"
             raise DataError(
                 f"{videos.root}: class {videos.classes[label]!r} has too few {what} for {len(shares)} parts, "
-                f"{members}; add videos, leave the class out, or make fewer parts"
+                f"{members}; add videos, drop the class, or make fewer parts"
             )
     return _deal(labels, shares, seed) if groups is None else _place(labels, groups, shares, seed, videos)
-
-
-def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
-    """The group of each video, numbered from 0: int64 (N,), out of a CSV with the columns `path` and `column`."""
-    check_exists(path, "CSV of groups")
-    table = Table(path)
-    for wanted, option in (("path", ""), (column, ", or name another with --by")):
-        if wanted not in table.columns:
-            there = ", ".join(map(repr, table.columns)) or "none"
-            raise DataError(
-                f"{path}:1: no column {wanted!r}, but {there}; give the columns names in the first line{option}"
-            )
-    group_of = {os.path.normpath(row["path"]): row[column] for _, row in table if row["path"] and row[column]}
-    names = [videos.name(i) for i in range(len(videos))]
-    lacking = [name for name in names if name not in group_of]
-    if lacking:
-        raise DataError(
-            f"{path}: no group for {len(lacking)} of {len(names)} videos: {', '.join(lacking[:EXAMPLES])}"
-            f"{', ...' if len(lacking) > EXAMPLES else ''}; add a line for each, with its path within {videos.root}"
-        )
-    groups: np.ndarray = np.unique([group_of[name] for name in names], return_inverse=True)[1].astype(np.int64)
-    return groups
 
 
 def _deal(labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
@@ -115,7 +90,7 @@ def _deal(labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
         members = generator(seed, Draw.CHOICE, 0, int(label)).permutation(np.flatnonzero(labels == label))
         counts = np.maximum(1, np.floor(shares * len(members)).astype(np.int64))
         while counts.sum() != len(members):
-            # One video more or less where that brings a part nearer to its share of this class and those before.
+            # Add or remove a video where that brings a part nearest to its share of this class and those before.
             step = 1 if counts.sum() < len(members) else -1
             off = step * (counts - shares * len(members) + ahead / len(labels))
             counts[np.argmin(np.where(counts + step > 0, off, np.inf))] += step
@@ -125,7 +100,7 @@ def _deal(labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _place(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int, videos: Videos) -> np.ndarray:
-    """Place one group after the other, large ones first, where it brings the classes nearest to their shares."""
+    """Place the groups one by one, large ones first, where each brings the classes nearest to their shares."""
     order = np.lexsort((labels, groups))
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     members = np.split(labels[order], starts[1:])  # the labels of each group
@@ -147,7 +122,7 @@ def _place(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int
             best, least = part_of, distance
     if best is None:
         raise DataError(
-            f"{videos.root}: no way was found to have every class in each of {len(shares)} parts with these groups; "
+            f"{videos.root}: found no way to put every class into each of {len(shares)} parts with these groups; "
             "use smaller groups, fewer parts or another --seed"
         )
     return best[np.unique(groups, return_inverse=True)[1]]

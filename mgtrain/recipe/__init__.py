@@ -1,7 +1,7 @@
-"""What the user wrote.
+"""Recipes: what the user wrote.
 
-In comes a YAML file with overrides, out goes a `Recipe`: typed, complete, validated and read-only. Nothing here looks
-at videos, devices or clocks, and nothing in YAML is executed.
+In comes a YAML file with overrides, out goes a `Recipe`: typed, complete, validated and read-only. A mistake is one
+line that starts with `file:line:`. Nothing here reads videos, devices or clocks, and nothing in YAML is executed.
 """
 
 from mgtrain.recipe.load import find_recipe, load_recipe, parse_recipe, recipe_differences, shipped_recipes

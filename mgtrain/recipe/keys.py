@@ -1,4 +1,4 @@
-"""The reference of recipes, written out of their types: docs/recipe.md, and `mgtrain recipes keys`."""
+"""The recipe reference, generated from the types: docs/recipe.md and `mgtrain recipes keys`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mgtrain.recipe import Recipe
 HEAD = """\
 # Recipe reference
 
-A recipe is a YAML file of these sections and keys; `mgtrain recipes show NAME` prints one that works. On the command
-line a key is changed as `section.key=value`. `mgtrain recipes keys` prints this page out of the program's own types.
+A recipe is a YAML file with these sections and keys; `mgtrain recipes show NAME` prints a shipped one. Change a key on
+the command line with `section.key=value`. `mgtrain recipes keys` generates this page.
 """
 
 
@@ -75,7 +75,7 @@ def _range(field: dict[str, Any]) -> str:
     low, over = field.get("minimum"), field.get("exclusiveMinimum")
     high, under = field.get("maximum"), field.get("exclusiveMaximum")
     parts = [f">= {low:g}"] if low is not None else [f"> {over:g}"] if over is not None else []
-    # Limits that are there to keep numbers finite are of no use to a reader.
+    # Limits that only keep numbers finite do not help a reader.
     if high is not None and high < 10**6:
         parts.append(f"<= {high:g}")
     elif under is not None and under < 10**6:

@@ -1,6 +1,6 @@
-"""Read a recipe: a file or a shipped one, with overrides; a mistake is one line that starts with `file:line:`.
+"""Read a recipe file or a shipped recipe, with overrides; a mistake is one line that starts with `file:line:`.
 
-YAML is data here: aliases and tags are refused, so a recipe cannot run code or explode.
+YAML is data only: aliases and tags are refused, so a recipe cannot run code or expand without bounds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from mgtrain.errors import RecipeError
 from mgtrain.recipe.sections import Recipe
 
-# Limits keep plans within what numbers, memory and patience hold; no run comes near them.
-MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe
+MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe; far above any real one
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -37,21 +36,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             content = opened.read(MOST_BYTES + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}:1: cannot be read: {error}; it has to be a text file in UTF-8") from None
+        raise RecipeError(f"{file}:1: cannot be read: {error}; it must be a UTF-8 text file") from None
     if len(content) > MOST_BYTES:
-        raise RecipeError(f"{file}:1: is larger than {MOST_BYTES:,} bytes, so it is no recipe")
+        raise RecipeError(f"{file}:1: larger than {MOST_BYTES:,} bytes, so not a recipe")
     return parse_recipe(text, str(file), overrides)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Make a recipe out of YAML text; `name` stands for the file in messages."""
+    """Make a recipe from YAML text; messages call the file `name`."""
     tree = _parse_yaml(text, name)
     origins: dict[tuple[str, ...], str] = {}
     for override in overrides:
         keys = _apply_override(tree, override)
         origins[keys] = f"override {override!r}"
     try:
-        # JSON is the strict dialect in which a list may still stand for a tuple.
+        # Pydantic's strict mode accepts a list for a tuple in JSON only.
         return Recipe.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
     except ValidationError as error:
         raise RecipeError(_explain(error, tree, name, origins)) from None
@@ -60,13 +59,13 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two recipes differ: dotted key -> (first's value, second's); None where a key is not there."""
+    """Keys that differ between two recipes: dotted key -> (first's value, second's); None for an absent key."""
     a, b = first.flat(), second.flat()
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with mgtrain: name -> file, in alphabetical order."""
+    """The recipes shipped with mgtrain: name -> file, in alphabetical order."""
     installed = Path(str(resources.files("mgtrain"))) / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parent.parent.parent / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
@@ -83,27 +82,24 @@ def find_recipe(path: str | Path) -> Path:
     if name in shipped and (str(path) == file.name or file.parent.name == "recipes"):
         return shipped[name]
     close = difflib.get_close_matches(name, shipped, n=1)
-    hint = (
-        f"did you mean the shipped recipe {close[0]!r}?" if close else "`mgtrain recipes` lists those that are shipped"
-    )
+    hint = f"did you mean the shipped recipe {close[0]!r}?" if close else "`mgtrain recipes` lists the shipped ones"
     raise RecipeError(f"{path}: no such recipe file; {hint}")
 
 
 def _parse_yaml(text: str, name: str) -> Any:
-    """The YAML document as ruamel's dicts and lists, which remember their lines."""
+    """The YAML document as ruamel's dicts and lists, which know their lines."""
     yaml = YAML(typ="rt", pure=True)
     depth = 0
     try:
-        for event in yaml.parse(text):  # as far as it goes: whatever is wrong ends it
+        for event in yaml.parse(text):  # parse errors end it
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            where = f"{name}:{event.start_mark.line + 1}"
             if depth > MOST_DEPTH:  # the parser takes minutes over thousands of brackets
-                raise RecipeError(f"{name}:{event.start_mark.line + 1}: nested more than {MOST_DEPTH} deep")
+                raise RecipeError(f"{where}: nested more than {MOST_DEPTH} deep")
             if getattr(event, "anchor", None) is not None:
-                raise RecipeError(
-                    f"{name}:{event.start_mark.line + 1}: anchors and aliases are not allowed in a recipe"
-                )
+                raise RecipeError(f"{where}: anchors and aliases are not allowed in a recipe")
             if getattr(event, "tag", None) is not None:
-                raise RecipeError(f"{name}:{event.start_mark.line + 1}: tags ({event.tag}) are not allowed in a recipe")
+                raise RecipeError(f"{where}: tags ({event.tag}) are not allowed in a recipe")
         tree = yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -111,7 +107,7 @@ def _parse_yaml(text: str, name: str) -> Any:
         raise RecipeError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
     except RecipeError:
         raise
-    except Exception as error:  # whatever ruamel trips over, such as an IndexError at `0x_`
+    except Exception as error:  # anything ruamel fails on, such as an IndexError at `0x_`
         raise RecipeError(f"{name}:1: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}:1: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
@@ -131,16 +127,15 @@ def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
         parent = parent[key]
     parsed = _parse_yaml(f"value: {value}\n", f"override {override!r}")
     if list(parsed) != ["value"]:
-        raise RecipeError(f"override {override!r}: is more than one value; give every key an override of its own")
+        raise RecipeError(f"override {override!r}: more than one value; give every key its own override")
     parent[keys[-1]] = parsed["value"]
     return keys
 
 
 def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[str, ...], str]) -> str:
-    """Pydantic's first complaint as one line: where, what, allowed, did you mean."""
-    first = min(
-        error.errors(), key=lambda item: item["type"] != "extra_forbidden"
-    )  # a misspelt key explains a missing one
+    """Pydantic's first error as one line: where, what, allowed, did you mean."""
+    # A misspelt key explains a missing one.
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     keys, line = _locate(first["loc"], tree)
     where = next((origin for keys_, origin in origins.items() if keys[: len(keys_)] == keys_), f"{name}:{line}")
     dotted = ".".join(keys) or "recipe"
@@ -162,11 +157,11 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
             return f"{where}: {dotted}: {first['ctx']['error']}"
         case _:
             message = first["msg"].removeprefix("Input should be ")
-            return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it should be {message}"
+            return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it must be {message}"
 
 
 def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]:
-    """Keys and line of a pydantic location; the tags that pydantic puts in for unions are passed over."""
+    """Keys and line of a pydantic location, without the tags that pydantic inserts for unions."""
     keys: list[str] = []
     node, line = tree, 1
     for part in loc:
@@ -181,13 +176,13 @@ def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int
 
 
 def _line(node: Any, key: int | str) -> int | None:
-    """The line on which a key of a dict or an item of a list stands; None for what an override has put there."""
+    """The line of a key of a dict or an item of a list; None if it comes from an override."""
     places: dict[int | str, list[int]] = getattr(getattr(node, "lc", None), "data", None) or {}
     return places[key][0] + 1 if key in places else None
 
 
 def _allowed_keys(section: str | None, tree: Any) -> list[str]:
-    """The keys that may stand in a section; at the top if it is None."""
+    """The keys allowed in a section; at the top if it is None."""
     if section not in Recipe.model_fields:
         return [] if section else list(Recipe.model_fields)
     annotation = Recipe.model_fields[section].annotation

@@ -1,4 +1,4 @@
-"""What a recipe may say under `model:`, without torch: the keyword arguments of the factories of the same names."""
+"""The `model` section of a recipe: keyword arguments of the factories of the same names, without torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=200)]
 Blocks = tuple[Count, Count, Count, Count]
-MEAN, STD = 0.45, 0.225  # of pixels in 0..1, all channels alike (Feichtenhofer et al. 2019)
+MEAN, STD = 0.45, 0.225  # of pixels in 0..1, the same for all channels (Feichtenhofer et al. 2019)
 Share = Annotated[float, Field(ge=0, le=1)]
 Colour = tuple[Share, Share, Share]
 Deviation = Annotated[float, Field(gt=0, le=10)]
 
 
-class _ResNetOptions(BaseModel):
-    """What all architectures have in common."""
-
+class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _ResNetOptions(_Options):
+    """Options of all our architectures."""
 
     width: int = Field(
         64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; later stages scale with it"
     )
-    depth: Literal[50, 101] | Blocks = Field(50, description="50, 101 or the number of blocks of res2 .. res5")
+    depth: Literal[50, 101] | Blocks = Field(50, description="50, 101, or the numbers of blocks of res2 to res5")
     dropout: float = Field(0.5, ge=0, lt=1, description="probability of dropping a feature before the classifier")
 
 
@@ -37,47 +39,43 @@ class I3DNonLocalOptions(_ResNetOptions):
 
     name: Literal["i3d_nln_r50"]
     attention: Literal["softmax", "dot_product"] = Field(
-        "softmax", description="of the non-local blocks; the paper's dot product has no softmax"
+        "softmax", description="normalization in the non-local blocks; the paper's dot product has no softmax"
     )
 
 
 class SlowFastOptions(_ResNetOptions):
-    """SlowFast: a wide pathway that sees few frames and a narrow one that sees all of them."""
+    """SlowFast: a wide pathway that sees few frames, and a narrow one that sees all of them."""
 
     name: Literal["slowfast_r50"]
     alpha: int = Field(4, ge=1, le=10_000, description="the slow pathway sees one frame in `alpha`")
     beta_inv: int = Field(8, ge=1, description="the fast pathway has 1/`beta_inv` of the slow one's channels")
-    fusion_kernel: Literal[1, 3, 5, 7, 9] = Field(7, description="frames of the lateral convolutions' kernel")
+    fusion_kernel: Literal[1, 3, 5, 7, 9] = Field(7, description="kernel size of the lateral convolutions, frames")
 
     @model_validator(mode="after")
     def _check_width(self) -> SlowFastOptions:
         if self.width % self.beta_inv:
-            raise ValueError(f"width {self.width} does not divide by beta_inv {self.beta_inv}; use a multiple of it")
+            raise ValueError(f"width {self.width} is not a multiple of beta_inv {self.beta_inv}; use a multiple")
         return self
 
 
-class TorchvisionOptions(BaseModel):
-    """A network of `torchvision.models.video`, as it is."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TorchvisionOptions(_Options):
+    """A network of `torchvision.models.video`, unchanged."""
 
     name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
 
 
-class OwnOptions(BaseModel):
-    """A network of one's own: `MODELS[network](classes, **options)` of a Python module."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class OwnOptions(_Options):
+    """Your own network: `MODELS[network](classes, **options)` of a Python module."""
 
     name: Literal["own"]
     module: str = Field(
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
-        description="a Python module, installed or in the current folder, with a dict MODELS",
+        description="Python module, installed or in the current folder, with a dict MODELS",
     )
-    network: str = Field(description="a key of MODELS")
-    options: dict[str, Any] = Field({}, description="keyword arguments, besides the number of classes")
-    mean: Colour = Field((MEAN, MEAN, MEAN), description="of pixels in 0..1, red, green and blue")
-    std: tuple[Deviation, Deviation, Deviation] = Field((STD, STD, STD), description="of the same")
+    network: str = Field(description="key in MODELS")
+    options: dict[str, Any] = Field({}, description="keyword arguments besides the number of classes")
+    mean: Colour = Field((MEAN, MEAN, MEAN), description="mean of red, green and blue, pixels in 0..1")
+    std: tuple[Deviation, Deviation, Deviation] = Field((STD, STD, STD), description="standard deviation of the same")
 
 
 ModelOptions = Annotated[
@@ -87,7 +85,7 @@ TORCHVISION_MEAN, TORCHVISION_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22
 
 
 def pixel_statistics(options: ModelOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation, of red, green and blue in 0..1, by which the network's input is normalized."""
+    """Mean and standard deviation of red, green and blue, in 0..1, that normalize the network's input."""
     match options:
         case OwnOptions():
             return options.mean, options.std

@@ -1,8 +1,4 @@
-"""What the user wrote: a recipe, typed, complete, validated and read-only.
-
-A recipe is a YAML 1.2 file. Every key is known, has a type and a range; what is wrong is reported as one line that
-starts with `file:line:`. YAML is data here: aliases and tags are refused, so a recipe cannot run code or explode.
-"""
+"""The sections of a recipe: every key with its type, range, default and meaning."""
 
 from __future__ import annotations
 
@@ -26,71 +22,78 @@ Crop = Annotated[int, Field(ge=8, le=10_000)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: its keys are typed, unknown ones are errors, and it never changes."""
+    """A part of a recipe: typed keys, no unknown keys, read-only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Data(Section):
-    """Which videos."""
+    """The videos and their labels."""
 
     format: Literal["list", "kinetics", "folder", "something_something", "charades", "ucf101", "hmdb51"] = Field(
-        description="how the annotations are written"
+        description="format of the annotations"
     )
-    root: str = Field(description="the folder that the videos' paths are relative to")
+    root: str = Field(description="folder that the videos' paths are relative to")
     train: str = Field(description="annotations of the training videos, relative to root")
     val: str = Field(description="annotations of the validation videos, relative to root")
     classes: Annotated[int, Field(ge=2, le=1_000_000)] = Field(description="number of classes")
-    outside_root: bool = Field(False, description="whether a list may name videos outside of root (format: list)")
-    videos: Count | None = Field(None, description="training videos to expect; `mgtrain plan` uses it without the data")
+    outside_root: bool = Field(False, description="allow paths outside of root (format: list)")
+    videos: Count | None = Field(
+        None, description="expected number of training videos; `mgtrain plan` uses it without the data"
+    )
     checked: str | None = Field(
-        None, description="file made by `mgtrain data check`: videos that it says cannot be used are left out"
+        None, description="file written by `mgtrain data check`; videos that cannot be used are skipped"
     )
     prepared: str | None = Field(
-        None, description="folder made by `mgtrain data prepare`, to read the clips from; none: from the originals"
+        None, description="folder written by `mgtrain data prepare` to read clips from; null: read the original videos"
     )
     enlarge: Annotated[float, Field(ge=1, le=1e9)] = Field(
-        1.0, description="by how much pixels of a prepared level may be enlarged where a larger level exists"
+        1.0, description="largest enlargement of a prepared level before the next larger level is read"
     )
     skip_loop_filter: Literal["default", "bidir", "all"] = Field(
         "default",
-        description="of H.264, where clips come from the originals: bidir decodes a tenth faster, 0.4/255 off",
+        description="H.264 frames decoded without the loop filter, from original videos; bidir: a tenth faster, off by 0.4/255",
     )
     mirrored: tuple[tuple[str | int, str | int], ...] = Field(
-        (), description="pairs of classes, by name or number, that a horizontal flip makes of one another"
+        (), description="pairs of classes, by name or number, that a horizontal flip swaps"
     )
     multi_label: bool = Field(
-        False, description="whether a video may have several classes, or none: sigmoid, mean average precision"
+        False,
+        description="videos may have several classes, or none: trains with sigmoids, reports mean average precision",
     )
-    max_bad_fraction: Fraction = Field(0.01, description="stop when more of the videos than this cannot be decoded")
+    max_bad_fraction: Fraction = Field(
+        0.01, description="stop if more than this fraction of the videos cannot be decoded"
+    )
 
     @model_validator(mode="after")
     def _outside_by_lists_only(self) -> Data:
         if self.outside_root and self.format != "list":
-            raise ValueError(f"outside_root is for format: list; annotations of format {self.format} name no paths")
+            raise ValueError(f"outside_root is for format: list; format {self.format} has no paths")
         return self
 
     @model_validator(mode="after")
     def _mirrored_once(self) -> Data:
         for name, count in Counter(name for pair in self.mirrored for name in pair).items():
             if count > 1:
-                raise ValueError(f"mirrored names the class {name!r} twice; name every class once at most")
+                raise ValueError(f"mirrored names the class {name!r} twice; name a class at most once")
         return self
 
 
 class Clip(Section):
     """The base grid: how the baseline cuts a clip from a video."""
 
-    frames: Length = Field(description="T, frames of a clip")
+    frames: Length = Field(description="T, frames per clip")
     sampling: Literal["dense", "segments"] = Field(
         "dense",
-        description="dense: frames `stride` apart; segments: one out of each of `frames` stretches of the whole video",
+        description="dense: frames `stride` apart; segments: one frame from each of `frames` equal parts of the video",
     )
     stride: Length = Field(
-        1, description="frames of the source, at `fps`, from one frame of a clip to the next; of no use with segments"
+        1, description="source frames, at `fps`, from one frame of a clip to the next; unused with segments"
     )
-    crop: Crop = Field(description="S, pixels")
-    short_side: tuple[Length, Length] = Field(description="range of the resized video's short side, pixels")
+    crop: Crop = Field(description="S, side of the square crop, pixels")
+    short_side: tuple[Length, Length] = Field(
+        description="range that the resized video's short side is drawn from, pixels"
+    )
     fps: Positive = Field(30.0, description="frame rate that `stride` refers to")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     inverse_uniform: bool = Field(False, description="draw the short side inverse-uniformly (Something-Something)")
@@ -98,7 +101,7 @@ class Clip(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Clip:
         if self.sampling == "dense" and "stride" not in self.model_fields_set:
-            raise ValueError("missing key 'stride'; only sampling: segments does without")
+            raise ValueError("missing key 'stride'; only sampling: segments can omit it")
         low, high = self.short_side
         if not self.crop <= low <= high:
             raise ValueError(f"short_side [{low}, {high}] must be ascending and not smaller than crop {self.crop}")
@@ -106,20 +109,25 @@ class Clip(Section):
 
 
 class Augment(Section):
-    """What happens to training clips, and to their labels, after they are cut. Everything is off unless asked for."""
+    """Augmentation of training clips and their labels after they are cut. All of it is off by default."""
 
-    rand_augment: Annotated[int, Field(ge=0, le=100)] = Field(0, description="operations of RandAugment on each clip")
-    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="of RandAugment's operations")
-    brightness: Fraction = Field(0.0, description="a clip's brightness is drawn from 1 - brightness .. 1 + brightness")
-    contrast: Fraction = Field(0.0, description="the same for contrast, about the clip's mean grey")
-    saturation: Fraction = Field(0.0, description="the same for saturation")
-    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.0, description="largest turn of the hue, in whole turns")
-    erase: Fraction = Field(0.0, description="probability that a box of a clip is erased")
+    rand_augment: Annotated[int, Field(ge=0, le=100)] = Field(0, description="RandAugment operations per clip")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="magnitude of the RandAugment operations")
+    brightness: Fraction = Field(0.0, description="brightness jitter: factors from 1 - brightness to 1 + brightness")
+    contrast: Fraction = Field(0.0, description="contrast jitter, about the clip's mean grey")
+    saturation: Fraction = Field(0.0, description="saturation jitter")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="hue jitter: largest rotation of the hue, in full turns"
+    )
+    erase: Fraction = Field(0.0, description="probability of erasing a random box of a clip")
     mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
     cutmix: NotNegative = Field(
-        0.0, description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair of clips draws one"
+        0.0,
+        description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair of clips draws one of them",
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of a label spread evenly")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the label spread over all classes"
+    )
 
     @property
     def jitters_colour(self) -> bool:
@@ -133,18 +141,16 @@ class Augment(Section):
 
 
 class Evaluation(Section):
-    """The one grid of every evaluation, and when evaluations happen."""
+    """The grid of every evaluation, and how often to evaluate."""
 
-    crop: Crop = Field(description="pixels")
+    crop: Crop = Field(description="side of the square crop, pixels")
     short_side: Length = Field(description="short side of the resized video, pixels")
     views: Literal["mean", "max"] = Field(
-        "mean", description="what becomes of a class's probabilities in several views of a video (Charades: max)"
+        "mean", description="how class probabilities of a video's views are combined (Charades: max)"
     )
-    per_phase: Annotated[int, Field(ge=1, le=1000)] = Field(
-        1, description="evaluations in each phase, the last one at its end"
-    )
+    per_phase: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="evaluations per phase, the last at its end")
     recalibration_batches: Annotated[int, Field(ge=0, le=10**9)] = Field(
-        200, description="batches that set BatchNorm's statistics before an evaluation; 0: running averages"
+        200, description="batches to recalibrate BatchNorm's statistics before an evaluation; 0: use running averages"
     )
 
     @model_validator(mode="after")
@@ -155,43 +161,43 @@ class Evaluation(Section):
 
 
 class Init(Section):
-    """What training starts from. Fine-tuning usually freezes nothing and takes a lower `optim.lr`."""
+    """The initial weights. Fine-tuning usually freezes nothing and uses a lower `optim.lr`."""
 
     weights: str | None = Field(
-        None, description="a file of weights, ours or another project's (see `mgtrain weights`); none: random ones"
+        None, description="weights file, of mgtrain or another project (see `mgtrain weights`); null: random weights"
     )
     at_least: Fraction = Field(
-        1.0, description="share of the model's tensors that the file must have, a resized classifier left aside"
+        1.0, description="share of the model's tensors that the file must have, not counting a resized classifier"
     )
     freeze: Literal["none", "stem", "res2", "res3", "res4", "backbone"] = Field(
-        "none", description="the last stage that stays as loaded; backbone: all but the classifier (linear probing)"
+        "none", description="last stage to freeze; backbone: all but the classifier (linear probing)"
     )
-    freeze_bn: bool = Field(False, description="keep BatchNorm's statistics as loaded, and normalize by them")
+    freeze_bn: bool = Field(False, description="freeze BatchNorm's statistics and normalize by them")
 
 
 class Batch(Section):
     """The baseline's mini-batch over all GPUs."""
 
-    clips: Count = Field(description="B, clips of a step of the base shape")
-    bn_clips: Count = Field(8, description="clips of the long-cycle batch that share BatchNorm's statistics")
+    clips: Count = Field(description="B, clips per step at the base shape")
+    bn_clips: Count = Field(8, description="clips per BatchNorm group of the long-cycle batch")
 
 
 class Optim(Section):
     """SGD and the baseline's learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(description="base learning rate, for a step of the base shape")
-    curve: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls")
+    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(description="base learning rate, for steps at the base shape")
+    curve: Literal["steps", "cosine"] = Field("steps", description="shape of the learning-rate decay")
     stages: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=100)] = Field(
-        description="epochs of each learning-rate stage of the baseline"
+        description="epochs of each of the baseline's learning-rate stages"
     )
     gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
     end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
     warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
-    warmup_lr: NotNegative = Field(0.0, description="learning rate at the first step of warm-up")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    nesterov: bool = Field(True, description="whether the momentum looks ahead")
-    weight_decay: NotNegative = Field(1e-4, description="of everything but BatchNorm")
-    head_lr: Positive = Field(1.0, description="learning rate of the classifier, relative to that of the rest")
+    warmup_lr: NotNegative = Field(0.0, description="learning rate at the start of warm-up")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    nesterov: bool = Field(True, description="use Nesterov momentum")
+    weight_decay: NotNegative = Field(1e-4, description="weight decay of all parameters but BatchNorm's")
+    head_lr: Positive = Field(1.0, description="learning rate of the classifier relative to the rest")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optim:
@@ -210,73 +216,77 @@ class MultigridSchedule(Section):
     """The long and the short cycle of Wu et al. 2020; the defaults are the paper's."""
 
     name: Literal["multigrid"]
-    epoch_factor: Positive = Field(1.5, description="epochs relative to the baseline's")
+    epoch_factor: Positive = Field(1.5, description="number of epochs relative to the baseline's")
     long_cycle: Annotated[tuple[tuple[Scale, Scale], ...], Field(max_length=20)] = Field(
         ((0.25, 0.7071), (0.5, 0.7071), (0.5, 1.0), (1.0, 1.0)),
         description="[frames, crop] relative to the base, coarse to fine; []: no long cycle",
     )
     short_cycle: Annotated[tuple[Scale, ...], Field(max_length=20)] = Field(
-        (0.5, 0.7071), description="crops relative to the base's that take turns with the long cycle's; []: none"
+        (0.5, 0.7071),
+        description="crops relative to the base's that alternate with the long cycle's; []: no short cycle",
     )
-    fine_tune_short_cycle: bool = Field(True, description="keep the short cycle in the last stage")
+    fine_tune_short_cycle: bool = Field(True, description="keep the short cycle in the last stage, which fine-tunes")
 
 
 Schedule = Annotated[BaselineSchedule | MultigridSchedule, Field(discriminator="name")]
 
 
 class Hardware(Section):
-    """How the work is done. Nothing here changes which clips a step sees; only `precision` changes rounding."""
+    """Speed and memory. Nothing here changes which clips a step sees; only `precision` changes rounding."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of convolutions, by autocast")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of convolutions, by autocast")
     micro_clips: Count | None = Field(
         None,
-        description="most clips of a forward pass on one GPU, at the base shape's volume; cut along BatchNorm groups",
+        description="most clips per forward pass on one GPU, at the base shape's volume; split along BatchNorm groups",
     )
     memory_gib: Positive | None = Field(
         None,
-        description="of one device; where a step would take more, micro_clips is lowered, then recompute set. None: "
-        "a GPU's own",
+        description="memory limit of one device; a step that needs more gets a lower micro_clips, then recompute. "
+        "null: the GPU's memory",
     )
     recompute: bool = Field(
-        False, description="keep only the blocks' inputs for the backward pass: less memory, a third more time"
+        False,
+        description="keep only the blocks' inputs for the backward pass (checkpointing): less memory, a third more time",
     )
     compile: Literal["no", "default", "graphs"] = Field(
         "no",
-        description="by torch.compile, each shape for itself where its steps win back the time; graphs: as CUDA graphs",
+        description="use torch.compile for each shape whose steps win back the compile time; graphs: with CUDA graphs",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None,
-        description="loader processes per rank; none given: the cores shared among the ranks, half of that on a CPU",
+        description="loader processes per rank; null: one per core, shared among the ranks, half of that on a CPU",
     )
-    channels_last: bool = Field(True, description="memory layout of clips and weights")
+    channels_last: bool = Field(True, description="use the channels-last memory format for clips and weights")
 
 
 class Logging(Section):
-    """What a run writes down, and how often."""
+    """What a run writes, and how often."""
 
-    steps: Count = Field(10, description="log every so many steps; 1 waits for the GPU at each step")
-    checkpoint_steps: Count = Field(1000, description="save every so many steps, besides at every evaluation")
-    keep_checkpoints: Count = Field(3, description="newest checkpoints to keep, apart from the last and the best")
+    steps: Count = Field(10, description="steps between log lines; 1 waits for the GPU at each step")
+    checkpoint_steps: Count = Field(1000, description="steps between checkpoints, besides one at every evaluation")
+    keep_checkpoints: Count = Field(3, description="newest checkpoints to keep, besides the last and the best")
 
 
 class Faults(Section):
-    """What is done when something goes wrong. Nothing here changes a run in which nothing does."""
+    """How a run responds to faults. Nothing here changes a run without faults."""
 
     non_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="a loss or gradient that is not finite: stop; leave the step's update out (skip); "
-        "or go back to the newest checkpoint's weights as well (rollback)",
+        description="response to a loss or gradient that is not finite: stop the run, skip the update, or skip it and "
+        "restore the weights of the newest checkpoint (rollback)",
     )
-    non_finite_steps: Count = Field(10, description="most such steps of a run that are left out or taken back")
+    non_finite_steps: Count = Field(10, description="most such steps that a run skips or rolls back")
     timeout_seconds: Positive = Field(
-        900.0, description="a process in which nothing has happened for so long says what it was doing, and ends"
+        900.0, description="end a process that has made no progress for so long, and report what it was doing"
     )
 
 
 class Recipe(Section):
-    """Everything that defines a run. Two runs of one recipe see the same clips in the same steps."""
+    """Everything that defines a run. Two runs of a recipe see the same clips in the same steps."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of the weights, clips and everything drawn")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of the weights, the clips and all other random draws"
+    )
     data: Data
     clip: Clip
     augment: Augment = Augment()
@@ -293,7 +303,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _smooth_one_label(self) -> Recipe:
         if self.data.multi_label and self.augment.label_smoothing:
-            raise ValueError("augment.label_smoothing is for one label per video; set it to 0 with data.multi_label")
+            raise ValueError("augment.label_smoothing needs one label per video; set it to 0 with data.multi_label")
         return self
 
     @property
@@ -307,11 +317,11 @@ class Recipe(Section):
         return Shape(1, self.clip.frames, self.evaluation.crop)
 
     def flat(self) -> dict[str, Any]:
-        """Every key with its section, such as `optim.lr`, and its value as plain data."""
+        """Every key with its section, such as `optim.lr`, and its plain value."""
         return _flat(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
-        """The complete recipe, defaults included, as YAML that `load_recipe` reads back."""
+        """The complete recipe with its defaults, as YAML that `load_recipe` reads back."""
         text = io.StringIO()
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = None

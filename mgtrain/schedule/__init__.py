@@ -1,4 +1,9 @@
-"""Schedules: which shape and learning rate each step has. To add one: a file, and a line in `SCHEDULES`."""
+"""The schedule: shape, grid and learning rate of each step.
+
+In comes a recipe and a number of training videos, out goes a `Plan`: an immutable sequence of steps, each computed
+from its number. Nothing here knows tensors, devices or video files. To add a schedule, add a file and a line in
+`SCHEDULES`.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,14 @@ __all__ = ["SCHEDULES", "Phase", "Plan", "Step", "Totals", "baseline_recipe", "c
 
 
 def make_plan(recipe: Recipe, videos: int) -> Plan:
-    """The plan of a recipe for a training set of `videos` videos.
+    """The plan of a recipe for `videos` training videos.
 
     Raises:
-        PlanError: the schedule cannot be carried out.
+        PlanError: the schedule is impossible.
     """
     return Plan(recipe, videos, SCHEDULES[recipe.schedule.name](recipe, videos))
 
 
 def baseline_recipe(recipe: Recipe) -> Recipe:
-    """The same recipe under the baseline schedule."""
+    """The same recipe with the baseline schedule."""
     return recipe.model_copy(update={"schedule": BaselineSchedule(name="baseline")})

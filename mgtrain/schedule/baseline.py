@@ -1,4 +1,4 @@
-"""The baseline schedule: the base shape throughout."""
+"""The baseline schedule: every step has the base shape."""
 
 from __future__ import annotations
 

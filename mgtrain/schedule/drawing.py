@@ -1,4 +1,4 @@
-"""A plan as a table and as a drawing, for the terminal."""
+"""A plan as a table and a drawing for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mgtrain.schedule import Plan
 
 
 def plan_table(plan: Plan, gpus: int | None) -> Table:
-    """The phases of a plan, a row for each."""
+    """The phases of a plan, one per row."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in ("phase", "clips", "frames", "crop", "steps", "to epoch", "lr", "stride", "bn clips"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -34,13 +34,11 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-
-
 COLUMNS = 72  # of a drawn schedule
 
 
 def schedule_drawing(plan: Plan) -> str:
-    """The long cycle and the learning rate over the steps of a run, a line for each, their heights on a log scale."""
+    """Clips, frames, crop and learning rate over the steps of a run, one line each, on a log scale."""
     steps = [plan[round(n * (len(plan) - 1) / (COLUMNS - 1))] for n in range(COLUMNS)]
     rows = (
         ("clips", [step.phase.shape.clips for step in steps], "d"),

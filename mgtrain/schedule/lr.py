@@ -1,4 +1,4 @@
-"""Learning rates: a base curve times the long cycle's batch factor (Wu et al. 2020, section 3.4), after a warm-up."""
+"""Learning-rate curves; the plan scales them by the long cycle's batch (Wu et al. 2020, section 3.4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cosine(base_lr: float, end_lr: float, progress: float) -> float:
 
 
 def warmup(start_lr: float, end_lr: float, epoch: float, epochs: float) -> float:
-    """A straight line from `start_lr` at epoch 0 to `end_lr` at epoch `epochs`.
+    """Linear warm-up from `start_lr` at epoch 0 to `end_lr` at epoch `epochs`.
 
     >>> warmup(0.01, 0.81, epoch=17, epochs=34)
     0.41000000000000003

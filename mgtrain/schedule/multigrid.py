@@ -12,8 +12,8 @@ def multigrid(recipe: Recipe, videos: int) -> list[Stretch]:
     """A full long cycle in every learning-rate stage but the last, which fine-tunes at the long cycle's finest shape.
 
     Within a stage the long cycle's shapes get equally many steps. Every stage keeps the same fraction of its baseline
-    steps, such that the run sees `epoch_factor` times the baseline's epochs of clips. Fine-tuning keeps the learning
-    rate of the stage before for its first half. Without a long cycle the stages stay as they are.
+    steps, chosen so that the run sees `epoch_factor` times the baseline's epochs of clips. The first half of
+    fine-tuning keeps the learning rate of the stage before. Without a long cycle the stages keep their shares.
     """
     schedule, stages, base = recipe.schedule, recipe.optim.stages, recipe.base
     assert isinstance(schedule, MultigridSchedule)
@@ -23,7 +23,7 @@ def multigrid(recipe: Recipe, videos: int) -> list[Stretch]:
         return [Stretch(k, k, cycle, kept * epochs * videos / base.clips) for k, epochs in enumerate(stages)]
     if len(stages) < 2:
         raise PlanError(
-            "a long cycle needs at least two learning-rate stages, since the last one fine-tunes; "
+            "a long cycle needs at least two learning-rate stages, because the last one fine-tunes; "
             "give optim.stages two or more, or set schedule.long_cycle=[]"
         )
 
@@ -49,5 +49,5 @@ def multigrid(recipe: Recipe, videos: int) -> list[Stretch]:
 
 
 def _mean_batch(cycle: tuple[Shape, ...], base: Shape) -> float:
-    """Clips of a step, on average over the cycle, in units of the base's clips."""
+    """Mean clips per step of the cycle, in units of the base's clips."""
     return sum(shape.clips for shape in cycle) / len(cycle) / base.clips

@@ -1,6 +1,6 @@
 """The plan of a run: an immutable sequence of steps, each looked up from its number.
 
-The step is the clock. Nothing about a step depends on how the run got there: its shape, learning rate, clips and
+The step is the clock. Nothing about a step depends on the run's history: its shape, learning rate, clips and
 BatchNorm groups follow from its number by a bisection over the phases.
 """
 
@@ -24,10 +24,10 @@ MOST_STEPS = 10**12
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What a schedule asks for: `steps` steps, not yet a whole number, that take turns with the shapes of `cycle`."""
+    """What a schedule asks for: `steps` steps, not yet a whole number, that alternate the shapes of `cycle`."""
 
     stage: int  # learning-rate stage of the baseline that it belongs to
-    lr_stage: int  # learning-rate stage that is in force
+    lr_stage: int  # learning-rate stage in force
     cycle: tuple[Shape, ...]  # coarse first; the last one is the long cycle's shape
     steps: float
 
@@ -69,7 +69,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """All that one optimizer step needs."""
+    """One optimizer step."""
 
     index: int
     phase: Phase
@@ -83,7 +83,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a whole run amounts to."""
+    """Totals of a whole run."""
 
     steps: int
     epochs: float
@@ -92,7 +92,7 @@ class Totals:
 
 
 class Plan(Sequence[Step]):
-    """The steps of a run. `plan[i]` is step `i`, `plan.steps(start)` walks from a step on."""
+    """The steps of a run: `plan[i]` is step `i`, `plan.steps(start)` iterates from a step on."""
 
     def __init__(self, recipe: Recipe, videos: int, stretches: Sequence[Stretch]) -> None:
         if videos < 1:
@@ -105,8 +105,8 @@ class Plan(Sequence[Step]):
         self.phases = _phases(recipe, stretches)
         if self.phases[-1].end_step > MOST_STEPS:
             raise PlanError(
-                f"a run of {self.phases[-1].end_step:.3g} steps for {videos:,} videos, and no more than "
-                f"{MOST_STEPS:.0g} are possible; lower optim.stages or schedule.epoch_factor, or raise batch.clips"
+                f"a run of {self.phases[-1].end_step:.3g} steps for {videos:,} videos, more than the possible "
+                f"{MOST_STEPS:.0g}; lower optim.stages or schedule.epoch_factor, or raise batch.clips"
             )
         self._first_steps = [phase.first_step for phase in self.phases]
         self._warmup_target = self._lr_after_warmup()
@@ -145,7 +145,7 @@ class Plan(Sequence[Step]):
         return (self[index] for index in range(start, len(self)))
 
     def first_steps(self) -> dict[Shape, Step]:
-        """The distinct shapes, in the order in which the run first meets them, with the first step of each."""
+        """The distinct shapes in order of their first step, with that step."""
         firsts: dict[Shape, int] = {}
         for phase in self.phases:
             for offset, shape in enumerate(phase.shapes[: phase.steps]):
@@ -153,40 +153,32 @@ class Plan(Sequence[Step]):
         return {shape: self[index] for shape, index in firsts.items()}
 
     def shapes(self) -> tuple[Shape, ...]:
-        """The distinct shapes, in the order in which the run first meets them."""
+        """The distinct shapes in order of their first step."""
         return tuple(self.first_steps())
 
     def milestones(self, per_phase: int) -> tuple[int, ...]:
-        """After how many steps the run is evaluated: `per_phase` times in each phase, the last time at its end."""
+        """The numbers of steps after which to evaluate: `per_phase` times in each phase, the last at its end."""
+        parts = range(1, per_phase + 1)
         return tuple(
-            sorted(
-                {
-                    p.first_step + max(1, round(p.steps * k / per_phase))
-                    for p in self.phases
-                    for k in range(1, per_phase + 1)
-                }
-            )
+            sorted({p.first_step + max(1, round(p.steps * k / per_phase)) for p in self.phases for k in parts})
         )
 
     def phase_lr(self, phase: Phase) -> float:
-        """The learning rate of a phase without warm-up; of its first step if it changes from step to step."""
+        """The learning rate of a phase without warm-up; that of its first step if it changes within the phase."""
         return self._scaled_lr(phase, phase.first_step)
 
     def totals(self) -> Totals:
         """Steps, epochs, clips and voxels of the whole run."""
         clips = self.phases[-1].end_clip
-        voxels = 0
-        for phase in self.phases:
-            cycles, rest = divmod(phase.steps, len(phase.shapes))
-            voxels += cycles * sum(s.voxels for s in phase.shapes) + sum(s.voxels for s in phase.shapes[:rest])
+        voxels = sum(_sum_of_steps([s.voxels for s in phase.shapes], phase.steps) for phase in self.phases)
         return Totals(len(self), clips / self.videos, clips, voxels)
 
     def fingerprint(self) -> str:
-        """A short hash that is equal for equal plans."""
+        """A short hash, equal for equal plans."""
         return hashlib.sha256(repr((self.videos, self.base, self.phases, self._optim)).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """The plan as plain values, for `plan.json` and `mgtrain plan --json`."""
+        """The plan as plain values for `plan.json` and `mgtrain plan --json`."""
         return {"videos": self.videos, "steps": len(self), "epochs": self.totals().epochs, "phases": self._rows}
 
     @cached_property
@@ -219,7 +211,7 @@ class Plan(Sequence[Step]):
         if optim.curve == "steps":
             lr = stepwise(optim.lr, optim.gamma, phase.lr_stage)
         else:
-            # Every stage keeps the same share of its baseline steps, so the share of steps done is the baseline's too.
+            # Every stage keeps the same share of its baseline steps, so progress in steps equals the baseline's.
             lr = cosine(optim.lr, optim.end_lr, index / len(self))
         # Linear scaling by the long cycle's batch, never the short cycle's (Wu et al. 2020, section 3.4).
         return lr * (phase.shape.clips / self.base.clips)
@@ -240,9 +232,9 @@ class Plan(Sequence[Step]):
 
 
 def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
-    """Give the stretches whole steps: each ends at the step that comes nearest to its exact end, counted in clips.
+    """Round the stretches to whole steps: each ends at the step nearest to its exact end, counted in clips.
 
-    Ends are rounded, not lengths, so the rounding does not add up. No stretch is left without a step.
+    Ends are rounded, not lengths, so rounding errors do not add up. Every stretch has at least one step.
     """
     phases: list[Phase] = []
     first_step = first_clip = 0
@@ -260,19 +252,24 @@ def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
 
 
 def clips_before(cycle: Sequence[Shape], steps: int) -> int:
-    """Clips of the first `steps` steps that take turns with the shapes of `cycle`."""
+    """Clips of the first `steps` steps that alternate the shapes of `cycle`."""
+    return _sum_of_steps([shape.clips for shape in cycle], steps)
+
+
+def _sum_of_steps(cycle: Sequence[int], steps: int) -> int:
+    """The sum over the first `steps` items of an endless repetition of `cycle`."""
     cycles, rest = divmod(steps, len(cycle))
-    return cycles * sum(shape.clips for shape in cycle) + sum(shape.clips for shape in cycle[:rest])
+    return cycles * sum(cycle) + sum(cycle[:rest])
 
 
 def _nearest_steps(cycle: Sequence[Shape], clips: float) -> int:
-    """The number of steps, at least 1, whose clips come nearest to `clips`."""
+    """The number of steps, at least 1, whose clips are nearest to `clips`."""
     whole = len(cycle) * max(0, int(clips // sum(shape.clips for shape in cycle)))
     return max(1, min(range(whole, whole + len(cycle) + 1), key=lambda steps: abs(clips_before(cycle, steps) - clips)))
 
 
 def bn_groups(shape: Shape, bn_clips: int) -> int:
-    """BatchNorm groups of the long-cycle `shape`: as many as it has `bn_clips`, whatever the number of GPUs.
+    """BatchNorm groups of the long-cycle `shape`, each of `bn_clips` clips, on any number of GPUs.
 
     >>> bn_groups(Shape(512, 8, 158), bn_clips=8)
     64
@@ -281,17 +278,17 @@ def bn_groups(shape: Shape, bn_clips: int) -> int:
         return 1
     if shape.clips % bn_clips:
         raise PlanError(
-            f"batches of {shape.clips} clips cannot be cut into BatchNorm groups of {bn_clips} clips; "
+            f"batches of {shape.clips} clips cannot be split into BatchNorm groups of {bn_clips} clips; "
             f"make batch.clips a multiple of {bn_clips}, or batch.bn_clips a divisor of {shape.clips}"
         )
     return shape.clips // bn_clips
 
 
 def check_world(plan: Plan, ranks: int) -> None:
-    """Every step must be shared equally, in whole pairs if they are mixed, and no BatchNorm group be cut unequally.
+    """Check that the ranks can share every step equally, with whole pairs if clips are mixed, and BatchNorm groups too.
 
     Raises:
-        PlanError: with the phase and what would divide.
+        PlanError: names the phase and a number that divides.
     """
     batches = [(f"phase {p.index + 1} has steps", shape, p.bn_groups) for p in plan.phases for shape in p.shapes]
     for what, shape, groups in [*batches, ("recalibration has batches", plan.base, plan.base_bn_groups)]:

@@ -110,21 +110,21 @@ def test_what_is_no_recipe_is_not_read_to_its_end(tmp_path: Path) -> None:
     ("format", "text", "message"),
     [
         ("list", "a.mp4 99999999999999999999\n", ":1: 'a.mp4 99999999999999999999' does not end in a label"),
-        ("list", "a.mp4 99999999\n", ":1: label 99999999 is out of range; it has to be 0 to 999999"),
+        ("list", "a.mp4 99999999\n", ":1: label 99999999 is out of range; it must be 0 to 999999"),
         ("list", "a.mp4 0\nb\0.mp4 0\n", ":2: has a zero byte"),
         ("list", "a.mp4 0\n/etc/passwd 0\n", ":2: '/etc/passwd' is outside of "),
-        ("kinetics", KINETICS + "a,b,1e400,2,train\n", ":2: the times '1e400' and '2' are no numbers of seconds"),
-        ("kinetics", KINETICS + "a,b,-1,1e9,train\n", ":2: the times '-1' and '1e9' are no numbers of seconds"),
-        ("kinetics", KINETICS + "a,b\n", ":2: the times '' and '' are no numbers of seconds"),
+        ("kinetics", KINETICS + "a,b,1e400,2,train\n", ":2: the times '1e400' and '2' are not numbers of seconds"),
+        ("kinetics", KINETICS + "a,b,-1,1e9,train\n", ":2: the times '-1' and '1e9' are not numbers of seconds"),
+        ("kinetics", KINETICS + "a,b\n", ":2: the times '' and '' are not numbers of seconds"),
         ("kinetics", KINETICS + "a,b,1,2\n", ": none of its 1 videos is there"),
         ("kinetics", KINETICS + "../..,b,1,2,train\n", ":2: '../..' leads out of "),
         ("kinetics", KINETICS + "a,b,1,2,/etc\n", ":2: '/etc' leads out of "),
         ("kinetics", KINETICS + f"{'a' * 300},b,1,2,train\n", ": none of its 1 videos is there"),
-        ("kinetics", KINETICS + f"a,{'b' * 200_000},1,2,train\n", ":1: not a valid CSV: field larger than"),
+        ("kinetics", KINETICS + f"a,{'b' * 200_000},1,2,train\n", ":1: not valid CSV: field larger than"),
         ("charades", f"id,actions\nx,c{'9' * 5000}\n", ":2: 'c99"),
-        ("charades", f"id,actions\n{'x' * 200_000},c001\n", ":1: not a valid CSV: field larger than"),
+        ("charades", f"id,actions\n{'x' * 200_000},c001\n", ":1: not valid CSV: field larger than"),
         ("something_something", "[" * 100_000, ": not valid JSON: "),
-        ("something_something", '[{"id": {}, "template": []}]', ": entry 1: '' is none of the 2 classes"),
+        ("something_something", '[{"id": {}, "template": []}]', ": entry 1: '' is not one of the 2 classes"),
         ("something_something", '[{"id": "../../etc/passwd", "template": "a"}]', ": none of its 1 videos is there"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_class_name_that_is_not_one_line_is_refused(tmp_path: Path) -> None:
         folder = os.path.join(os.fsencode(tmp_path), name, name)
         os.makedirs(folder)
         Path(os.fsdecode(folder), "a.mp4").touch()
-        assert "has to be one line of UTF-8" in refusal(
+        assert "must be one line of UTF-8" in refusal(
             lambda name=name: open_videos("folder", str(tmp_path), os.fsdecode(name))
         )
 
@@ -181,7 +181,7 @@ def test_a_list_leads_out_of_the_root_only_where_that_is_allowed(tmp_path: Path,
     (root / "train.csv").write_text("../a.mp4 0\n/b.mp4 1\n")
     message = refusal(lambda: open_videos("list", str(root), "train.csv"))
     assert message == (
-        f"{root}/train.csv:1: '../a.mp4' is outside of {root}; set data.root to a folder that holds all videos, "
+        f"{root}/train.csv:1: '../a.mp4' is outside of {root}; set data.root to a folder that contains all videos, "
         "or allow it with data.outside_root=true"
     )
     videos = open_videos("list", str(root), "train.csv", outside_root=True)

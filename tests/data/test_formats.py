@@ -146,13 +146,13 @@ def test_a_written_list_reads_back_the_same(tmp_path: Path, classes: list[str]):
 
 def test_lists_that_cannot_be_written_are_refused(tmp_path: Path):
     for name in ("a\nb.mp4", "\udcff.mp4", "a.mp4 ", "../a.mp4"):
-        with pytest.raises(DataError, match="a list cannot hold this path") as caught:
+        with pytest.raises(DataError, match="a list cannot contain this path") as caught:
             write_lists(tmp_path / "lists", {"train": (Videos.of("/r", [(name, 0)], ["x"]), [0])})
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "lists").exists()
     videos = Videos.of("/r", [("a.mp4", 0), ("b.mp4", 0)], ["x"])
     write_lists(tmp_path, {"train": (videos, [0])})
-    with pytest.raises(UsageError, match=r"train.csv: is there already and would change; remove it, or"):
+    with pytest.raises(UsageError, match=r"train.csv: exists with other contents; remove it, or"):
         write_lists(tmp_path, {"more": (videos, [0]), "train": (videos, [1])})
     assert not (tmp_path / "more.csv").exists()
     with pytest.raises(UsageError, match="cannot be written to"):
@@ -170,14 +170,12 @@ def test_a_bad_list_is_refused_with_file_and_line(tmp_path: Path):
     assert refusal(tmp_path, "a.mp4 0\nb.mp4 x\n").startswith("ROOT/train.csv:2: 'b.mp4 x' does not end in a label; ")
     assert refusal(tmp_path, "a.mp4 0\nb c.mp4\n").startswith("ROOT/train.csv:2: 'b c.mp4' does not end in a label; ")
     assert refusal(tmp_path, "a.mp4 0\n7\n").startswith("ROOT/train.csv:2: '7' does not end in a label; ")
-    assert (
-        refusal(tmp_path, "# x\na.mp4 -1\n") == "ROOT/train.csv:2: label -1 is out of range; it has to be 0 to 999999"
-    )
+    assert refusal(tmp_path, "# x\na.mp4 -1\n") == "ROOT/train.csv:2: label -1 is out of range; it must be 0 to 999999"
     assert (
         refusal(tmp_path, "a.mp4 0\nb.mp4 2\n", ["x", "y"])
-        == "ROOT/train.csv:2: label 2 is out of range; it has to be 0 to 1"
+        == "ROOT/train.csv:2: label 2 is out of range; it must be 0 to 1"
     )
-    assert refusal(tmp_path, "\n# nothing\n") == "ROOT/train.csv: no video in it; write one `path label` per line"
+    assert refusal(tmp_path, "\n# nothing\n") == "ROOT/train.csv: lists no video; write one `path label` per line"
     assert refusal(tmp_path, b"a.mp4 0\n\xff.mp4 1\n").startswith("ROOT/train.csv:2: not UTF-8 ")
     assert (
         refusal(tmp_path, "a.mp4 0\nb.mp4 1\nx/../a.mp4 1\n")
@@ -194,7 +192,7 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str):
 def test_a_missing_list_or_root_is_told_with_what_there_is(tmp_path: Path):
     write_list(tmp_path, "a.mp4 0\n", "train.csv")
     write_list(tmp_path, "a.mp4 0\n", "val.csv")
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/tran.csv: no such list of videos; {tmp_path} has 'tr")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/tran.csv: no such file; {tmp_path} has 'tr")):
         open_videos("list", str(tmp_path), "tran.csv")
     with pytest.raises(DataError, match=r"no such folder of videos; .* has 'train.csv', 'val.csv'$"):
         open_videos("list", str(tmp_path / "0000"), "train.csv")
@@ -207,7 +205,7 @@ def test_a_missing_list_or_root_is_told_with_what_there_is(tmp_path: Path):
 
 def test_classes_have_to_differ(tmp_path: Path):
     write_list(tmp_path, "a.mp4 0\n")
-    with pytest.raises(DataError, match="class 'x' is there twice"):
+    with pytest.raises(DataError, match="class 'x' is listed twice"):
         open_videos("list", str(tmp_path), "train.csv", ["x", "y", "x"])
 
 
@@ -259,13 +257,15 @@ def test_kinetics_errors_say_where_they_looked(tmp_path: Path):
     )
     for place in ("validate/riding, a bike", "val/riding, a bike", "validate", "val", "riding, a bike"):
         assert str(tmp_path / place) in message
-    with pytest.raises(DataError, match=r"val.csv:3: 'abseiling' is none of the 2 classes"):
+    with pytest.raises(DataError, match=r"val.csv:3: 'abseiling' is not one of the 2 classes"):
         open_videos("kinetics", str(tmp_path), "val.csv", ["zumba", "riding, a bike"])
     write_list(tmp_path, "a.mp4 0\n", "val.csv")
-    with pytest.raises(DataError, match=r"val.csv:1: no column 'label'; the first line has to be label,youtube_id,"):
+    with pytest.raises(
+        DataError, match=r"val.csv:1: no column 'label' among 'a.mp4 0'; the first line must be label,youtube_id,"
+    ):
         open_videos("kinetics", str(tmp_path), "val.csv")
     write_list(tmp_path, KINETICS.replace("300,310", "soon,310"), "val.csv")
-    with pytest.raises(DataError, match=r"val.csv:4: the times 'soon' and '310' are no numbers"):
+    with pytest.raises(DataError, match=r"val.csv:4: the times 'soon' and '310' are not numbers"):
         open_videos("kinetics", str(tmp_path), "val.csv")
 
 
@@ -277,12 +277,12 @@ def test_a_folder_per_class(tmp_path: Path):
     assert rows(videos) == [("train/cat/c d.avi", 0), ("train/dog/a.mkv", 1), ("train/dog/b.MP4", 1)]
     assert videos.classes == ("cat", "dog")
     assert rows(open_videos("folder", str(tmp_path), "train", ["dog", "cow", "cat"]))[0] == ("train/dog/a.mkv", 0)
-    with pytest.raises(DataError, match="'dog' is none of the 1 classes"):
+    with pytest.raises(DataError, match="'dog' is not one of the 1 classes"):
         open_videos("folder", str(tmp_path), "train", ["cat"])
     with pytest.raises(DataError, match=r"/trian: no such folder of classes; .* has 'train'"):
         open_videos("folder", str(tmp_path), "trian")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: no videos; they have to be at"):
+    with pytest.raises(DataError, match="empty: no videos; put them at"):
         open_videos("folder", str(tmp_path), "empty")
 
 
@@ -317,11 +317,11 @@ def test_bad_something_something_files_are_refused(tmp_path: Path):
         something(tmp_path, SOMETHING)
     with pytest.raises(DataError, match="entry 1 has no id or no template; use the list of training or validation"):
         something(tmp_path, [{"id": "1420"}])
-    with pytest.raises(DataError, match="entry 1: 'Eating something' is none of the 3 classes"):
+    with pytest.raises(DataError, match="entry 1: 'Eating something' is not one of the 3 classes"):
         something(tmp_path, [{"id": "1", "template": "Eating [something]"}])
-    with pytest.raises(DataError, match=r"labels.json: the classes are not numbered 0, 1, ...; it has to be"):
+    with pytest.raises(DataError, match=r"labels.json: the classes are not numbered 0, 1, ...; it must be"):
         something(tmp_path, SOMETHING, {"x": "1", "y": "2"})
-    with pytest.raises(DataError, match=r"train.json: no list of videos; it has to be \[{"):
+    with pytest.raises(DataError, match=r"train.json: not a list of videos; it must be \[{"):
         something(tmp_path, {})
     (tmp_path / "something-something-v2-train.json").write_text(json.dumps(SOMETHING))
     (tmp_path / "something-something-v2-labels.json").write_text("{")
@@ -378,17 +378,19 @@ def test_bad_charades_files_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"train.csv: none of its 3 videos is there; looked for 46GP8.\* and so on in "):
         open_videos("charades", str(tmp_path), "train.csv")
     write_list(tmp_path, CHARADES.replace("c147", "c157"))
-    with pytest.raises(DataError, match=r"train.csv:2: 'c157' is no class; it has to be c000 to c156"):
+    with pytest.raises(DataError, match=r"train.csv:2: 'c157' is not a class; it must be c000 to c156"):
         open_videos("charades", str(tmp_path), "train.csv")
     for times in ("21.20 11.90", "11.90", "a b"):
         write_list(tmp_path, CHARADES.replace("11.90 21.20", times))
-        with pytest.raises(DataError, match=r"train.csv:2: 'c092 .*': has to be a class, and the seconds of its start"):
+        with pytest.raises(
+            DataError, match=r"train.csv:2: 'c092 .*': must be a class, and its start and end in seconds"
+        ):
             open_videos("charades", str(tmp_path), "train.csv")
     write_list(tmp_path, "a.mp4 0\n")
-    with pytest.raises(DataError, match=r"train.csv:1: no column 'id'; use the Charades_v1_"):
+    with pytest.raises(DataError, match=r"train.csv:1: no column 'id' among 'a.mp4 0'; use the Charades_v1_"):
         open_videos("charades", str(tmp_path), "train.csv")
     write_list(tmp_path, "id,actions\n")
-    with pytest.raises(DataError, match=r"train.csv: no row in it"):
+    with pytest.raises(DataError, match=r"train.csv: lists no video"):
         open_videos("charades", str(tmp_path), "train.csv")
 
 
@@ -406,14 +408,14 @@ def test_ucf101s_own_lists(tmp_path: Path):
     test = open_videos("ucf101", str(tmp_path), "lists/testlist01.txt", train.classes)
     assert (test.classes, test.label(0), test.missing_names) == (("Archery", "Bowling"), 0, ("v_Archery_g09_c01",))
     for bad, words in (
-        ("x.avi 1\n", "trainlist01.txt:1: 'x.avi 1' is not in the folder of one of the 2"),
-        ("", "no vid"),
+        ("x.avi 1\n", "trainlist01.txt:1: 'x.avi 1' is not one of the 2 classes"),
+        ("", "lists no vid"),
     ):
         write_list(tmp_path, bad, "lists/trainlist01.txt")
         with pytest.raises(DataError, match=words):
             open_videos("ucf101", str(tmp_path), "lists/trainlist01.txt")
     write_list(tmp_path, "Archery\n", "lists/classInd.txt")
-    with pytest.raises(DataError, match=r"classInd.txt: has to have lines such as"):
+    with pytest.raises(DataError, match=r"classInd.txt: must have lines such as"):
         open_videos("ucf101", str(tmp_path), "lists/testlist01.txt")
 
 
@@ -429,7 +431,7 @@ def test_hmdb51s_own_splits(tmp_path: Path):
         ("hmdb51_org/run/on the run.avi", 0), ("hmdb51_org/wave/one.avi", 1)
     ]  # fmt: skip
     assert (train.classes, test.name(0), test.missing_names) == (("run", "wave"), "hmdb51_org/wave/two.avi", ("old",))
-    with pytest.raises(DataError, match="no split of HMDB51 is called 'val'; name train1 to"):
+    with pytest.raises(DataError, match="HMDB51 has no split 'val'; use train1 to"):
         open_videos("hmdb51", str(tmp_path), "val")
     with pytest.raises(DataError, match=r"no file <class>_test_split2.txt; put the data set's splits there"):
         open_videos("hmdb51", str(tmp_path), "train2")
@@ -442,7 +444,9 @@ def test_a_flip_turns_labels_into_those_of_the_mirrored_classes():
     classes = ("left", "up", "right", "7", "clockwise")
     assert mirrored_labels(classes, []) == (0, 1, 2, 3, 4)
     assert mirrored_labels(classes, [("right", "left"), (3, "clockwise")]) == (2, 1, 0, 4, 3)
-    with pytest.raises(DataError, match=r"^data.mirrored: 'rigth' is none of the 5 classes; did you mean 'right'\?$"):
+    with pytest.raises(
+        DataError, match=r"^data.mirrored: 'rigth' is not one of the 5 classes; did you mean 'right'\?$"
+    ):
         mirrored_labels(classes, [("left", "rigth")])
-    with pytest.raises(DataError, match=r"^data.mirrored: 5 is none of the 5 classes; use names or numbers 0 to 4$"):
+    with pytest.raises(DataError, match=r"^data.mirrored: 5 is not one of the 5 classes; use names or numbers 0 to 4$"):
         mirrored_labels(classes, [(5, "left")])

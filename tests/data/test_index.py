@@ -166,5 +166,5 @@ def test_a_file_that_cannot_be_read_is_named(root: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr("mgtrain.data.index.open", refuse, raising=False)
-    with pytest.raises(DataError, match=r"\.mp4: cannot be read: Permission denied; mend its permissions"):
+    with pytest.raises(DataError, match=r"\.mp4: cannot be read: Permission denied; correct its permissions"):
         index(root, train=[("a.mp4", 0), ("b.mp4", 0)])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgtrain.data import open_videos
-from mgtrain.data.split import count_classes, joined, make_split, read_groups
+from mgtrain.data.groups import read_groups
+from mgtrain.data.split import count_classes, joined, make_split
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
@@ -88,7 +89,7 @@ def test_uneven_groups_come_near_to_the_share():
 
 
 def test_what_cannot_be_shared_out_is_refused():
-    with pytest.raises(DataError, match="class 'class 1' has too few videos for 2 parts, 1; add videos, leave the"):
+    with pytest.raises(DataError, match="class 'class 1' has too few videos for 2 parts, 1; add videos, drop the"):
         make_split(labelled(5, 1), val=0.2)
     with pytest.raises(DataError, match="class 'class 0' has too few videos for 6 parts, 5"):
         make_split(labelled(5, 8), folds=6)
@@ -96,7 +97,7 @@ def test_what_cannot_be_shared_out_is_refused():
         make_split(labelled(5, 8), val=0.2, groups=np.array([0] * 5 + [1] * 4 + [2] * 4))
     # Each class is in two groups, but each two classes share one: no way to have all three in both parts.
     three = labelled(2, 2, 2)
-    with pytest.raises(DataError, match="no way was found to have every class in each of 2 parts with these groups"):
+    with pytest.raises(DataError, match="found no way to put every class into each of 2 parts with these groups"):
         make_split(three, val=0.5, groups=np.array([0, 1, 1, 2, 2, 0]))
     with pytest.raises(DataError, match="several labels cannot be split by class"):
         joined([Videos.of("/r", [("a.mp4", (0, 1)), ("b.mp4", 1)], ("x", "y"))])
@@ -118,13 +119,15 @@ def test_groups_are_read_by_path(tmp_path: Path):
     )
     assert read_groups(file, "scene", videos).tolist() == [1, 1, 0, 0]
     with pytest.raises(
-        DataError, match=r"groups.csv:1: no column 'group', but 'path', 'label', 'scene'; .* with --by$"
+        DataError, match=r"groups.csv:1: no column 'group' among 'path', 'label', 'scene'; .* with --by$"
     ):
         read_groups(file, "group", videos)
     file.write_text("path,group\n0/0.mp4,1\n1/0.mp4,\n")
-    with pytest.raises(DataError, match=r"no group for 3 of 4 videos: 0/1.mp4, 1/0.mp4, 1/1.mp4; add a line for each"):
+    with pytest.raises(
+        DataError, match=r"no group for 3 of 4 videos: 0/1.mp4, 1/0.mp4, 1/1.mp4; add a line with the path"
+    ):
         read_groups(file, "group", videos)
-    with pytest.raises(DataError, match=r"none.csv: no such CSV of groups; .* has 'groups.csv'"):
+    with pytest.raises(DataError, match=r"none.csv: no such file; .* has 'groups.csv'"):
         read_groups(tmp_path / "none.csv", "group", videos)
 
 

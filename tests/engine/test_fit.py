@@ -158,7 +158,7 @@ def test_an_augmented_run_too_is_the_one_that_was_not_cut(tiny: Callable[..., Re
 def test_a_mirrored_class_that_does_not_exist_stops_the_run_before_it_begins(
     tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"data.mirrored: 'rigth' is none of the 4 classes; did you mean 'right'\?"):
+    with pytest.raises(DataError, match=r"data.mirrored: 'rigth' is not one of the 4 classes; did you mean 'right'\?"):
         run_to_end(tiny("data.mirrored=[[left, rigth]]"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

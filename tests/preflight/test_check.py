@@ -13,8 +13,7 @@ import mgtrain.preflight.check as module
 from mgtrain.cli import app
 from mgtrain.clips.decode import VideoFile
 from mgtrain.data import open_splits, open_videos
-from mgtrain.data.checked import Checked
-from mgtrain.data.manifest import Manifest
+from mgtrain.data.manifest import Checked, Manifest
 from mgtrain.engine.fit import fit
 from mgtrain.errors import CheckpointError, DataError
 from mgtrain.preflight.check import check
@@ -143,10 +142,13 @@ def test_the_last_line_of_a_video_counts(tmp_path: Path):
     ("text", "problem"),
     [
         ('{"path": "a.mp4", "status": "ok"}\n', r"lacks 1 of 2 videos, the first is b\.mp4"),
-        ('{"path": "a.mp4", "status": "fine"}\n', "line 1 is not of a checked video"),
-        ('{"path": "a.mp4"}\n', "line 1 is not of a checked video"),
-        ('{"path": "a.', "holds no checked video"),
-        ('{"path": "a.mp4", "status": "crash"}\n{"path": "b.mp4", "status": "crash"}\n', "leaves none of 2 videos"),
+        ('{"path": "a.mp4", "status": "fine"}\n', "line 1 does not describe a checked video"),
+        ('{"path": "a.mp4"}\n', "line 1 does not describe a checked video"),
+        ('{"path": "a.', "has no checked video"),
+        (
+            '{"path": "a.mp4", "status": "crash"}\n{"path": "b.mp4", "status": "crash"}\n',
+            "none of its 2 videos can be used",
+        ),
     ],
 )
 def test_a_manifest_that_does_not_belong_is_refused(tmp_path: Path, text: str, problem: str):
@@ -160,13 +162,13 @@ def test_a_manifest_that_does_not_belong_is_refused(tmp_path: Path, text: str, p
 def test_another_file_is_neither_read_nor_written(tmp_path: Path, text: str):
     (tmp_path / "checked.jsonl").write_text(text)
     for use in (lambda: Checked(str(tmp_path / "checked.jsonl")), lambda: statuses(tmp_path, "v.mp4")):
-        with pytest.raises(DataError, match=r"checked\.jsonl:1: is no line of a manifest; choose another file"):
+        with pytest.raises(DataError, match=r"checked\.jsonl:1: not a line of a manifest; choose another file"):
             use()
     assert (tmp_path / "checked.jsonl").read_text() == text
 
 
 def test_a_manifest_that_is_not_there_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="holds no checked video"):
+    with pytest.raises(DataError, match="has no checked video"):
         Checked(str(tmp_path / "checked.jsonl"))
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         Checked(str(tmp_path))

@@ -191,7 +191,7 @@ def test_fingerprints_tell_plans_apart() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["batch.clips=12"], r"batches of 12 clips cannot be cut into BatchNorm groups of 8 clips; make batch.clips"),
+        (["batch.clips=12"], r"batches of 12 clips cannot be split into BatchNorm groups of 8 clips; make batch.clips"),
         (["optim.stages=[10]"], r"a long cycle needs at least two learning-rate stages"),
     ],
 )
