@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from mgtrain.data.synthetic import synthesize
+from mgtrain.engine.fit import fit
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe
+from mgtrain.runs.folder import RunDir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
@@ -64,11 +68,28 @@ def tiny(tiny_text: str) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end."""
+def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's run, never cut, with the checkpoints of all its steps. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    fit(tiny("logging.checkpoint_steps=1", "logging.keep_checkpoints=100"), RunDir(folder), World())
+    return folder
 
-    def start(folder: Path, *words: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *launcher, "-m", "mgtrain", *map(str, words)]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+
+@pytest.fixture(scope="session")
+def mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end.
+
+    In a process that is forked (see `warm`), unless there is a launcher or it has to be `really` started.
+    """
+
+    def start(
+        folder: Path, *words: object, launcher: tuple[str, ...] = (), really: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        command = [*launcher, "-m", "mgtrain", *map(str, words)]
+        if not launcher and not really:
+            return warm.run(command, folder)
+        return subprocess.run(
+            [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=240
+        )
 
     return start
