@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import warm
 
+import mgtrain.engine.fit
 from mgtrain.data.synthetic import synthesize
+from mgtrain.engine.checks import check_shapes
 from mgtrain.engine.fit import fit
+from mgtrain.grid import Shape
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe
 from mgtrain.runs.folder import RunDir
@@ -67,6 +70,22 @@ def tiny(tiny_text: str) -> Callable[..., Recipe]:
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shapes_tried_once() -> Iterator[None]:
+    """A run first tries its network at every shape; here runs of the same network and shapes take the same answer."""
+    known: dict[tuple[str, tuple[Shape, ...]], dict[Shape, int]] = {}
+
+    def check(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
+        key = f"{recipe.model!r} {recipe.data.classes} {recipe.hardware.recompute}", tuple(shapes)
+        if key not in known or recipe.model.name == "own":
+            known[key] = check_shapes(recipe, key[1])
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mgtrain.engine.fit, "check_shapes", check)
+        yield
+
+
 @pytest.fixture(scope="session")
 def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny recipe's run, never cut, with the checkpoints of all its steps. Not to be changed."""
@@ -75,8 +94,8 @@ def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.fixture(scope="session")
-def mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture(scope="session", name="mgtrain")
+def start_mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end.
 
     In a process that is forked (see `warm`), unless there is a launcher or it has to be `really` started.

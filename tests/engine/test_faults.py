@@ -122,13 +122,18 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(
 
 
 def test_one_rank_asked_to_stop_stops_all_at_one_step_and_they_go_on_bit_for_bit(folder: Path) -> None:
-    words = ("--procs", 2, "optim.stages=[30, 9]", "evaluation.recalibration_batches=0")  # 0: running averages count
-    straight = begin(folder, "--name", "straight", *words)
-    assert end(straight)[0] == 0
-    process = begin(folder, *words)
+    words = ("--procs", 2, "evaluation.recalibration_batches=0")  # 0: running averages count
+    assert end(begin(folder, "--name", "straight", *words))[0] == 0
+    code = (
+        "import pathlib, time, mgtrain.engine.fit as f\nstep = f.train_step\n"
+        "def train_step(*a):\n    while a[5].index == 9 and not pathlib.Path('asked').exists(): time.sleep(0.02)\n"
+        "    return step(*a)\nf.train_step = train_step"
+    )
+    process = begin_faulty(folder, code, *words[2:])
     run = RunDir(folder / "runs/tiny")
     wait_for_step(run, 4)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    (folder / "asked").touch()
     status, errors = end(process)
     assert status == 75, errors
     stopped = read_info(run.checkpoints()[-1]).step
@@ -156,7 +161,8 @@ def test_interrupted_twice_all_ranks_leave_at_once(folder: Path) -> None:
 def test_a_second_run_in_a_run_directory_is_refused(folder: Path) -> None:
     first = begin(folder, *LONG)
     wait_for_step(RunDir(folder / "runs/tiny"), 1)
-    second = begin(folder, *LONG, "--resume")
+    impatient = "import mgtrain.cli, mgtrain.runs.folder as f\nf.LOCK_SECONDS = 0.5\nmgtrain.cli.main()"
+    second = Warm(["-c", impatient, *FIT[2:], *LONG, "--resume"], folder)
     status, errors = end(second)
     first.kill()
     assert status == 4
@@ -181,7 +187,7 @@ def test_a_rank_that_fails_ends_the_others_and_its_traceback_comes_first(folder:
 
 
 def test_a_rank_that_is_killed_ends_the_others(folder: Path) -> None:
-    process = begin_really(folder, "--procs", 2, *LONG)
+    process = begin(folder, "--procs", 2, *LONG)
     wait_for_step(RunDir(folder / "runs/tiny"), 1)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     status, errors = end(process)
