@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
+import mgtrain.engine.fit
 from mgtrain.data.synthetic import synthesize
+from mgtrain.engine.checks import check_shapes
+from mgtrain.engine.fit import fit
+from mgtrain.grid import Shape
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe
+from mgtrain.runs.folder import RunDir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
@@ -63,12 +70,45 @@ def tiny(tiny_text: str) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture(scope="session")
-def mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end."""
+@pytest.fixture(scope="session", autouse=True)
+def shapes_tried_once() -> Iterator[None]:
+    """A run first tries its network at every shape; here runs of the same network and shapes take the same answer."""
+    known: dict[tuple[str, tuple[Shape, ...]], dict[Shape, int]] = {}
 
-    def start(folder: Path, *words: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *launcher, "-m", "mgtrain", *map(str, words)]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    def check(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
+        key = f"{recipe.model!r} {recipe.data.classes} {recipe.hardware.recompute}", tuple(shapes)
+        if key not in known or recipe.model.name == "own":
+            known[key] = check_shapes(recipe, key[1])
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mgtrain.engine.fit, "check_shapes", check)
+        yield
+
+
+@pytest.fixture(scope="session")
+def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's run, never cut, with the checkpoints of all its steps. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    fit(tiny("logging.checkpoint_steps=1", "logging.keep_checkpoints=100"), RunDir(folder), World())
+    return folder
+
+
+@pytest.fixture(scope="session", name="mgtrain")
+def start_mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end.
+
+    In a process that is forked (see `warm`), unless there is a launcher or it has to be `really` started.
+    """
+
+    def start(
+        folder: Path, *words: object, launcher: tuple[str, ...] = (), really: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        command = [*launcher, "-m", "mgtrain", *map(str, words)]
+        if not launcher and not really:
+            return warm.run(command, folder)
+        return subprocess.run(
+            [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=240
+        )
 
     return start

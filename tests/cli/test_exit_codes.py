@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 
 from mgtrain import errors
 from mgtrain.errors import MgtrainError
@@ -62,10 +63,10 @@ def test_what_was_asked_for_cannot_be_done(
 
 
 def test_a_mistake_of_ours_has_a_traceback_and_is_to_be_reported(folder: Path) -> None:
-    program = "import mgtrain.cli as c, mgtrain.cli.fit as r\nr.load_recipe = lambda *_: 1 / 0\nc.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "plan", "tiny.yaml"], cwd=folder, capture_output=True, text=True, check=False
+    program = (
+        "import mgtrain.cli, sys\nsys.modules['mgtrain.cli.plan'].load_recipe = lambda *_: 1 / 0\nmgtrain.cli.main()"
     )
+    done = warm.run(["-c", program, "plan", "tiny.yaml"], folder)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-1] == (

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ AUGMENTED = (
     *GENTLE, "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
     "augment.mixup=0.8", "augment.cutmix=1", "data.mirrored=[[left, right]]", "optim.stages=[2, 1]",
 )  # fmt: skip
-# Losses differ from those on one rank by the order in which float32 numbers are added up: 2e-7 where this was written.
-ROUNDING = 1e-5
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
 
 
@@ -58,6 +55,21 @@ def losses(run: RunDir) -> list[float]:
     return [row["loss"] for row in run.rows("steps.jsonl")]
 
 
+def rounding(step: int) -> float:
+    """How far a loss may be, relatively, from that on one rank: numbers are added up in another order.
+
+    Where this was measured the first ten steps differ by 3e-7 at most. Then an input of a ReLU that is zero but for
+    rounding may let a gradient through here and not there: 1.2e-5 at step 13. A mistake shows in the first steps, as
+    `test_a_small_mistake_would_be_seen` says.
+    """
+    return 2e-6 if step <= 4 else 2e-6 + (step - 4) * 7.5e-6
+
+
+def expected(losses: list[float]) -> list[Any]:
+    """The losses from the first step on, as they have to be but for rounding."""
+    return [pytest.approx(loss, rel=rounding(step)) for step, loss in enumerate(losses, 1)]
+
+
 def test_a_world_of_one_exchanges_nothing() -> None:
     world, x = World(), torch.arange(3.0)
     assert world.main
@@ -71,11 +83,11 @@ def test_a_world_of_one_exchanges_nothing() -> None:
 def assert_trained_alike(together: RunDir, alone: RunDir, ranks: int) -> None:
     assert together.read("env.json")["ranks"] == ranks
     assert together.read("plan.json") == alone.read("plan.json")
-    assert losses(together) == pytest.approx(losses(alone), rel=ROUNDING)
+    assert losses(together) == expected(losses(alone))
     for ours, theirs in zip(together.rows("evals.jsonl"), alone.rows("evals.jsonl"), strict=True):
         assert (ours["step"], ours["videos"], ours["counts"]) == (theirs["step"], 12, theirs["counts"])
         assert ours["correct"] == theirs["correct"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=ROUNDING)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=rounding(theirs["step"]))
 
 
 def cut(run: RunDir, folder: Path, step: int) -> RunDir:
@@ -100,11 +112,21 @@ def test_four_ranks_train_as_one_does(mgtrain: Start, tiny_text: str, alone: Run
     assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=4)
 
 
+@pytest.mark.parametrize("mistake", ["optim.lr=0.0002002", "batch.bn_clips=2"])
+def test_a_small_mistake_would_be_seen(
+    tiny: Callable[..., Recipe], alone: RunDir, tmp_path: Path, mistake: str
+) -> None:
+    run = RunDir(tmp_path / "mistaken")
+    fit(tiny(*GENTLE, mistake), run, World())  # a learning rate that is 0.1 % off; BatchNorm groups of another size
+    right = [ours == theirs for ours, theirs in zip(losses(run), expected(losses(alone)), strict=True)]
+    assert not all(right[:4])
+
+
 def test_two_ranks_augment_as_one_does(
     mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2)
+    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2, really=True)
     assert done.returncode == 0, done.stderr
     alone = RunDir(tmp_path / "alone")
     fit(tiny(*AUGMENTED), alone, World())
@@ -137,7 +159,7 @@ def test_a_run_may_go_on_with_another_number_of_ranks(
     resumed = cut(pair, tmp_path, step=7)
     fit(tiny(*EVERY_STEP), resumed, World(), resume=True)
     assert losses(resumed)[:7] == losses(pair)[:7]
-    assert losses(resumed) == pytest.approx(losses(alone), rel=ROUNDING)
+    assert losses(resumed) == expected(losses(alone))
 
 
 def test_one_ranks_run_may_go_on_with_four(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
@@ -146,7 +168,7 @@ def test_one_ranks_run_may_go_on_with_four(mgtrain: Start, tiny_text: str, alone
     done = mgtrain(tmp_path, *FIT, "--procs", 4, "--resume", *EVERY_STEP)
     assert done.returncode == 0, done.stderr
     assert losses(resumed)[:7] == losses(alone)[:7]
-    assert losses(resumed) == pytest.approx(losses(alone), rel=ROUNDING)
+    assert losses(resumed) == expected(losses(alone))
 
 
 def test_an_odd_number_of_videos_is_counted_once_each_on_two_ranks(
@@ -160,7 +182,7 @@ def test_an_odd_number_of_videos_is_counted_once_each_on_two_ranks(
     ours: dict[str, Any] = json.loads(two.stdout)
     theirs: dict[str, Any] = json.loads(one.stdout)
     assert ours["videos"] == 11
-    assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=ROUNDING)
+    assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=rounding(1))
     assert ours == theirs
 
 
@@ -172,10 +194,8 @@ def test_the_first_failure_of_a_rank_is_the_exit_code() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_waits_for_one_that_failed_is_ended(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgtrain.processes.distributed.SECONDS_TO_END", 0.5)
-    command = f"import os, sys, time; sys.exit(3) if os.environ['RANK'] == '{rank}' else time.sleep(60)"
-    begun = time.monotonic()
+    command = f"import os, sys, time; sys.exit(3) if os.environ['RANK'] == '{rank}' else time.sleep(600)"
     assert launch([sys.executable, "-c", command], procs=2) == 3
-    assert time.monotonic() - begun < 30
 
 
 def test_a_users_mistake_keeps_its_exit_code_on_several_ranks(mgtrain: Start, tiny_text: str, tmp_path: Path) -> None:
