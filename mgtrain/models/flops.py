@@ -15,9 +15,8 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
     One multiply-add counts as 1, as in the papers' tables.
     """
     clips, frames, crop = shape
-    there = next(model.parameters()).is_meta
-    meta = (model if there else copy.deepcopy(model).to("meta")).eval()
+    meta = model if next(model.parameters()).is_meta else copy.deepcopy(model).to("meta")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        meta(torch.empty(clips, 3, frames, crop, crop, device="meta"))
+        meta.eval()(torch.empty(clips, 3, frames, crop, crop, device="meta"))
     flops: int = counter.get_total_flops()  # torch counts a multiply-add as 2
     return flops // 2

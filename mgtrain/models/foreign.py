@@ -11,8 +11,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,25 +128,17 @@ def _tell_size(positions: Any) -> Callable[[nn.Module, Any, Tensor], None]:
 
 
 def _imported(module: str) -> ModuleType:
-    with _current_folder_first():
-        try:
-            return importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise UsageError(f"model.module {module}: needs {error.name}, which is not installed") from None
-            raise UsageError(
-                f"model.module {module}: no such Python module is installed or in {Path.cwd()}; start mgtrain where "
-                f"{module.partition('.')[0]}.py is"
-            ) from None
-        except Exception as error:
-            raise UsageError(f"model.module {module}: cannot be imported: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _current_folder_first() -> Iterator[None]:
-    before = sys.path.copy()
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: what lies there must not replace an installed module
     try:
-        yield
-    finally:
-        sys.path[:] = before
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UsageError(f"model.module {module}: needs {error.name}, which is not installed") from None
+        raise UsageError(
+            f"model.module {module}: no such Python module is installed or in {folder}; start mgtrain where "
+            f"{module.partition('.')[0]}.py is"
+        ) from None
+    except Exception as error:
+        raise UsageError(f"model.module {module}: cannot be imported: {type(error).__name__}: {error}") from error

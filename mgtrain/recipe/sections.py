@@ -52,7 +52,7 @@ class Data(Section):
     )
     skip_loop_filter: Literal["default", "bidir", "all"] = Field(
         "default",
-        description="H.264 frames decoded without the loop filter, from original videos; bidir: a tenth faster, off by 0.4/255",
+        description="H.264 frames decoded without the loop filter, from originals; bidir: 10 % faster, off by 0.4/255",
     )
     mirrored: tuple[tuple[str | int, str | int], ...] = Field(
         (), description="pairs of classes, by name or number, that a horizontal flip swaps"
@@ -123,7 +123,7 @@ class Augment(Section):
     mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
     cutmix: NotNegative = Field(
         0.0,
-        description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair of clips draws one of them",
+        description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair draws one of them",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the label spread over all classes"
@@ -246,7 +246,7 @@ class Hardware(Section):
     )
     recompute: bool = Field(
         False,
-        description="keep only the blocks' inputs for the backward pass (checkpointing): less memory, a third more time",
+        description="keep only the blocks' inputs for the backward pass: less memory, a third more time",
     )
     compile: Literal["no", "default", "graphs"] = Field(
         "no",

@@ -25,6 +25,7 @@ from mgtrain.engine.optim import make_optimizer
 from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.models import build_model
 from mgtrain.models.norm import GroupBatchNorm3d, reset_group_stats
+from mgtrain.models.weights.download import download
 from mgtrain.models.weights.files import read_tensors
 from mgtrain.models.weights.load import (
     Weights,
@@ -38,7 +39,6 @@ from mgtrain.models.weights.load import (
     start_from,
 )  # fmt: skip
 from mgtrain.models.weights.naming import OWN
-from mgtrain.models.weights.torchvision import download
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Init, Recipe, parse_recipe
 from mgtrain.runs.checkpoint import CheckpointInfo, save_checkpoint
@@ -406,7 +406,7 @@ def test_too_few_matches_have_an_exit_code_of_their_own_and_write_nothing(tmp_pa
         import_weights(tmp_path / "part.pyth", model="i3d_nln_r50", to=tmp_path / "x.safetensors")
     assert caught.value.exit_code == 6
     assert not (tmp_path / "x.safetensors").exists()
-    with pytest.raises(UsageError, match="give a FILE or --from"):
+    with pytest.raises(UsageError, match="give either a FILE or --from"):
         import_weights(None)
 
 

@@ -26,15 +26,10 @@ from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.resnet3d import STAGE_BLOCKS
 from mgtrain.models.slowfast import SlowFast
 from mgtrain.models.weights.files import read_tensors
-from mgtrain.models.weights.mmaction2 import MMACTION2
-from mgtrain.models.weights.naming import OWN, STAGES
-from mgtrain.models.weights.pyslowfast import CAFFE2, PYSLOWFAST
-from mgtrain.models.weights.pytorchvideo import PYTORCHVIDEO
-from mgtrain.models.weights.torchvision import TORCHVISION_2D
+from mgtrain.models.weights.naming import NAMINGS, OWN, STAGES
 from mgtrain.recipe import Init
 from mgtrain.recipe.model import ModelOptions
 
-NAMINGS = (OWN, PYSLOWFAST, CAFFE2, PYTORCHVIDEO, MMACTION2, TORCHVISION_2D)
 WRAPPERS = r"^(module\.|model\.)+"  # of DistributedDataParallel, of PySlowFast around PyTorchVideo, of checkpoints
 COUNTER = "num_batches_tracked"  # of BatchNorm; no weight, and not everywhere
 
@@ -126,7 +121,7 @@ def named(path: Path, tensors: Mapping[str, Tensor], common: bool) -> Weights:
         if not re.match(naming.ignored, name) and not _is_state(name)
     }
     notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
-    return Weights(naming.project, naming.mend(renamed), notes)
+    return Weights(naming.project, naming.convert(renamed), notes)
 
 
 def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The names of torchvision's 2-D ResNets, which timm's files share, and the weights that torchvision offers."""
+"""Download the weights that torchvision offers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ import torch
 
 from mgtrain.errors import MissingCapabilityError, UsageError
 from mgtrain.models import TORCHVISION
-from mgtrain.models.weights.naming import STAGES, Naming
-
-TORCHVISION_2D = Naming(
-    "torchvision",
-    sign=r"layer1\.0\.conv1\.weight",
-    rules=(
-        (r"^conv1\.", "slow.stem.conv."),
-        (r"^bn1\.", "slow.stem.norm."),
-        *((rf"^layer{index}\.", f"slow.{stage}.") for index, stage in enumerate(STAGES) if index),
-        (r"\.bn(\d)\.", r".norm\1."),
-        (r"\.downsample\.", ".shortcut."),
-        (r"^fc\.", "head.linear."),
-    ),
-    notes=((r"slow\.stem\.", "its inputs are normalized by ImageNet's mean and deviation, not by 0.45 and 0.225"),),
-)
 
 
 def download(source: str) -> tuple[Path, tuple[str, ...]]:
