@@ -69,6 +69,7 @@ def main() -> None:
     """Run the command line; a user's mistake gives one line and the documented exit code, never a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: the terminal may not encode all names
+    os.environ["PYTHONSAFEPATH"] = "1"  # a Python started from here does not import from the current folder
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
         if code == INTERRUPTED:  # Ctrl-C, which typer has taken

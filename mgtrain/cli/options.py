@@ -17,6 +17,9 @@ from mgtrain.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from mgtrain.processes.distributed import World
 
+# A rank must not import from the current folder, which `-m` and `-c` put on the path.
+RANK = "import sys; sys.path = [path for path in sys.path if path]; from mgtrain.cli import main; main()"
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
@@ -120,7 +123,7 @@ def start_ranks(procs: int | None, device: str | None) -> bool:
     wanted = procs or default_procs(device)
     if wanted == 1:
         return False
-    code = launch([sys.executable, "-m", "mgtrain", *sys.argv[1:]], wanted)
+    code = launch([sys.executable, "-c", RANK, *sys.argv[1:]], wanted)
     if code:
         sys.exit(code)
     return True

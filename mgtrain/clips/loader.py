@@ -19,10 +19,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -206,6 +207,13 @@ def _server() -> BaseContext:
     """Forks workers from a process that has done nothing but import this module."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    if sys.version_info < (3, 11):  # which has no PYTHONSAFEPATH: the server must not import from the current folder
+        here = os.getcwd()
+        os.chdir(os.sep)
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.chdir(here)
     return context
 
 

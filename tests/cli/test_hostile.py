@@ -9,6 +9,8 @@ import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +102,7 @@ def test_what_is_no_recipe_is_not_read_to_its_end(tmp_path: Path) -> None:
     large = tmp_path / "large.yaml"
     with large.open("wb") as file:
         file.truncate(1 << 40)  # a hole
-    assert f"is larger than {MOST_BYTES:,} bytes" in refusal(lambda: load_recipe(large), RecipeError)
+    assert f"larger than {MOST_BYTES:,} bytes" in refusal(lambda: load_recipe(large), RecipeError)
     os.mkfifo(tmp_path / "pipe.yaml")
     for name in ("pipe.yaml", ".", "x" * 5000, "a\0b"):
         assert "no such recipe file" in refusal(lambda name=name: load_recipe(tmp_path / name), RecipeError)
@@ -419,3 +421,17 @@ def test_manifests_of_something_else_are_refused(prepared: Path, tmp_path: Path)
         folder = Path(shutil.copytree(prepared, tmp_path / str(number)))
         (folder / "videos.jsonl").write_text(f"{line}\n")
         assert str(folder) in refusal(lambda folder=folder: PreparedManifest(folder))
+
+
+@pytest.mark.parametrize("words", [("--procs", 2), ("hardware.workers=1",)], ids=["ranks", "loader processes"])
+def test_no_process_imports_from_the_current_folder(words: tuple[object, ...], tiny_text: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    for name in ("random", "queue", "select", "calendar", "secrets", "torch"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()\n")
+    few = ("optim.stages=[1, 1]", "optim.warmup_epochs=0", "evaluation.recalibration_batches=0")
+    done = subprocess.run(
+        [sys.executable, "-m", "mgtrain", "fit", "tiny.yaml", "--device", "cpu", *map(str, words), *few],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists()

@@ -146,7 +146,7 @@ def test_warnings_go_to_stderr_and_fail_only_if_strict(mgtrain: Start, tiny_text
     assert (tmp_path / "lists/train.csv").read_text() == "a.mp4 0\n"
     done = mgtrain(tmp_path, *words, "strict", "--strict")
     assert done.returncode == 3
-    assert done.stderr.splitlines()[-1] == "mgtrain: warnings: 2, and --strict allows none; mend what they name"
+    assert done.stderr.splitlines()[-1] == "mgtrain: warnings: 2, and --strict allows none; fix what they name"
     (root / "val.csv").write_text("empty.mp4 0\n")
     done = mgtrain(tmp_path, *words, "none")
     assert done.returncode == 3

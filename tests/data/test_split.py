@@ -154,7 +154,7 @@ def test_a_folder_of_classes_is_split(mgtrain: Start, tmp_path: Path):
     done = mgtrain(tmp_path, "data", "split", "videos", "--val", 0.2, "--to", "lists")
     assert done.returncode == 0, done.stderr
     assert [line.split() for line in done.stdout.splitlines()[:4]] == [
-        ["class", "train", "val"], ["cat", "4", "1"], ["dog", "4", "1"], ["in", "all", "8", "2"]
+        ["class", "train", "val"], ["cat", "4", "1"], ["dog", "4", "1"], ["total", "8", "2"]
     ]  # fmt: skip
     lines = [line for part in ("train", "val") for line in (tmp_path / f"lists/{part}.csv").read_text().splitlines()]
     assert sorted(lines) == [f"{kind}/{n}.mp4 {label}" for label, kind in enumerate(("cat", "dog")) for n in range(5)]
@@ -165,7 +165,7 @@ def test_a_folder_of_classes_is_split(mgtrain: Start, tmp_path: Path):
     [
         ("--val 1", "--val 1: must be above 0 and below 1, such as 0.2"),
         ("--val 0.2 --folds 2", "give either --val SHARE or --folds NUMBER"),
-        ("--val 0.2 --all", "videos: a folder takes neither overrides nor --all; it is split as a whole"),
+        ("--val 0.2 --all", "videos: a folder takes neither overrides nor --all; all of it is split"),
     ],
 )
 def test_a_mistake_is_told(mgtrain: Start, tmp_path: Path, words: str, message: str):

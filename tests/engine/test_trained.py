@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import mgtrain.clips.loader
+import mgtrain.clips.units
 import mgtrain.engine.evaluate
 from mgtrain.clips.decode import VideoFile
 from mgtrain.engine.evaluate import evaluate
@@ -56,7 +56,7 @@ def test_every_video_is_opened_once_for_all_its_views(trained: Trained, monkeypa
             opened[str(path)] += 1
             super().__init__(path, *words)
 
-    monkeypatch.setattr(mgtrain.clips.loader, "VideoFile", Counted)
+    monkeypatch.setattr(mgtrain.clips.units, "VideoFile", Counted)
     evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE, (3, 3))
     assert opened == dict.fromkeys(videos_of(trained), 1)
 

@@ -183,6 +183,13 @@ def test_an_odd_number_of_videos_is_counted_once_each_on_two_ranks(
     theirs: dict[str, Any] = json.loads(one.stdout)
     assert ours["videos"] == 11
     assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=rounding(1))
+    assert ours.pop("calibration_error") == pytest.approx(theirs.pop("calibration_error"), rel=1e-5)
+    known, others = (
+        [(n, key, value) for n, row in enumerate(scores.pop("calibration")) for key, value in row.items() if value]
+        for scores in (ours, theirs)
+    )
+    assert [where for *where, _ in known] == [where for *where, _ in others]
+    assert [value for *_, value in known] == pytest.approx([value for *_, value in others], rel=1e-5)
     assert ours == theirs
 
 

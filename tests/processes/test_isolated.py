@@ -93,7 +93,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_idle_processes_end_with_the_one_that_started_them():
     code = (
-        "import os, signal\nfrom mgtrain import isolated as m\nm.ORPHAN_SECONDS = 0.1\n"
+        "import os, signal\nfrom mgtrain.processes import isolated as m\nm.ORPHAN_SECONDS = 0.1\n"
         "results = m.isolated(lambda _: os.getpid(), [0, 1], 1)\nprint(next(results)[1], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

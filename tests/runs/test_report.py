@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mgtrain.cli.compare import _parse_thresholds
+from mgtrain.cli.options import parse_thresholds
 from mgtrain.engine.fit import fit
 from mgtrain.engine.frames import example_frames
 from mgtrain.errors import CheckpointError, UsageError
@@ -152,4 +152,4 @@ def test_the_command_writes_the_file(
     assert (tmp_path / "c.html").exists()
     for text in ("x", "speedup=nan", "speedup=x"):
         with pytest.raises(UsageError, match="--fail-under"):
-            _parse_thresholds(text)
+            parse_thresholds(text)
