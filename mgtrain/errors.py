@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class MgtrainError(Exception):
-    """Something the user can mend. Subclasses say what kind and carry the exit code."""
+    """Something the user can fix. Subclasses say what kind and carry the exit code."""
 
     exit_code = 1
 

@@ -51,7 +51,7 @@ def compare(
     if csv:
         write_csv(found, csv)
     if html:
-        from mgtrain.engine.frames import example_frames
+        from mgtrain.engine.examples import example_frames
         from mgtrain.runs.report import write_report
 
         write_report(found, html, example_frames(found[-1]))
@@ -70,7 +70,7 @@ def report(
 
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
-    from mgtrain.engine.frames import example_frames
+    from mgtrain.engine.examples import example_frames
     from mgtrain.runs.folder import find_run
     from mgtrain.runs.report import write_report
 

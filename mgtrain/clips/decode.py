@@ -210,7 +210,7 @@ class VideoFile:
         self._open()
 
     def _from_start(self) -> Iterator[av.VideoFrame]:
-        """All frames from the first. Some formats cannot be wound back, so a second pass opens the file anew."""
+        """All frames from the first. Some formats cannot be rewound, so a second pass opens the file again."""
         if self._unread is None:
             self._reopen()
         frames, self._unread = self._unread, None
@@ -312,7 +312,7 @@ class VideoFile:
             self.damage = error.strerror or str(error)
 
     def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """Every frame that is wanted, with the rising numbers for which it stands; anew from the first if need be."""
+        """Every wanted frame, with the rising numbers that it stands for; starts again from the first if it must."""
         if self._timed and wanted:
             try:
                 yield from self._picked(wanted)

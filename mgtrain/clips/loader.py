@@ -65,7 +65,7 @@ class BadVideos:
         if loaded.given_up or len(self.causes) > self.max_fraction * self.videos:
             raise DataError(
                 f"{len(self.causes)} of {self.videos} videos cannot be decoded, more than data.max_bad_fraction "
-                f"{self.max_fraction:g} allows; mend the paths or files named in the log (the last: "
+                f"{self.max_fraction:g} allows; fix the paths or files named in the log (the last: "
                 f"{next(reversed(self.causes.values()))}), leave them out with `mgtrain data check`, or raise it"
             )
 
@@ -194,7 +194,7 @@ def _transfer(clips: Tensor, labels: Tensor, device: torch.device) -> tuple[Tens
         there = clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     working.wait_stream(copying)
     for tensor in there:
-        tensor.record_stream(working)  # so that its memory is not used anew before the step is through
+        tensor.record_stream(working)  # so that its memory is not reused before the step ends
     return there
 
 

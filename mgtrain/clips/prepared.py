@@ -70,11 +70,11 @@ def read_settings(folder: Path) -> Settings:
         raise DataError(f"{file}: cannot be read: {cause}; make the set with `mgtrain data prepare`") from None
     schema = facts.pop("schema", None) if isinstance(facts, dict) else None
     if schema != SCHEMA:
-        raise DataError(f"{file}: is {schema!r}, this mgtrain reads {SCHEMA!r}; prepare the set anew")
+        raise DataError(f"{file}: is {schema!r}, this mgtrain reads {SCHEMA!r}; prepare the set again")
     try:
         return TypeAdapter(Settings).validate_python(facts)
     except ValidationError as error:
-        raise DataError(f"{file}: is damaged: {error.errors()[0]['msg']}; prepare the set anew") from None
+        raise DataError(f"{file}: is damaged: {error.errors()[0]['msg']}; prepare the set again") from None
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -93,9 +93,9 @@ def read_index(folder: Path, settings: Settings) -> np.ndarray:
     try:
         rows = np.load(folder / "index.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
+        raise DataError(f"{folder}: is not finished; finish it with `mgtrain data prepare`") from None
     if not isinstance(rows, np.ndarray) or rows.dtype != row_type(len(settings.levels)) or rows.shape < (1,):
-        raise DataError(f"{folder / 'index.npy'}: is no index of these levels; prepare the set anew")
+        raise DataError(f"{folder / 'index.npy'}: not an index of these levels; prepare the set again")
     return rows
 
 
@@ -110,7 +110,7 @@ class PreparedSet:
         try:
             self._offsets = np.memmap(self.folder / "offsets.bin", np.uint32, mode="r")
         except (OSError, ValueError):
-            raise DataError(f"{folder}: is not finished; go on with `mgtrain data prepare`") from None
+            raise DataError(f"{folder}: is not finished; finish it with `mgtrain data prepare`") from None
 
     def __reduce__(self) -> tuple[type[PreparedSet], tuple[Path, float]]:
         # A process that is not forked maps the files itself: pickled, the index of a million videos has 60 MB.

@@ -104,7 +104,7 @@ class Source:
         paths = sorted(set(self.under_way([int(pid) for pid in dead[1].split(",")])))
         return DataError(
             f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
-            "`mgtrain data check` and leave them out with data.checked, or mend the lack of memory if there was any"
+            "`mgtrain data check` and leave them out with data.checked, or give the process more memory"
         )
 
 

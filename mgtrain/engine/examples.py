@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgtrain.clips.order import ClipRequest, video_at
 from mgtrain.clips.units import RandomClips
+from mgtrain.data import open_splits
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import augmented
-from mgtrain.errors import DataError
+from mgtrain.errors import DataError, MgtrainError
 from mgtrain.grid import Shape
 from mgtrain.models.part import Part
 from mgtrain.recipe import Recipe
 from mgtrain.recipe.model import pixel_statistics
-from mgtrain.schedule import Plan
+from mgtrain.runs.folder import RunDir
+from mgtrain.schedule import Plan, make_plan
+
+log = logging.getLogger(__name__)
 
 FRAMES = 4  # of a clip that are shown
 
@@ -41,3 +49,23 @@ def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape,
         pixels = (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[0]  # (3, T, S, S)
         chosen = sorted({round(n * (shape.frames - 1) / max(1, FRAMES - 1)) for n in range(FRAMES)})
         yield shape, pixels[:, chosen].permute(2, 1, 3, 0).flatten(1, 2)
+
+
+def example_frames(run: RunDir) -> list[dict[str, Any]]:
+    """The same clip at each shape, coarse to fine, some of its frames side by side; none without the data."""
+    from PIL import Image
+
+    found = []
+    try:
+        recipe = run.recipe()
+        train = open_splits(recipe.data)["train"]
+        for shape, strip in examples(train, recipe, make_plan(recipe, len(train))):
+            file = io.BytesIO()
+            Image.fromarray(strip.numpy()).save(file, "JPEG", quality=80)
+            height, width, _ = strip.shape
+            facts = {"shape": str(shape), "frames": width // height, "of": shape.frames}
+            data = base64.b64encode(file.getvalue()).decode()
+            found.append({**facts, "width": width, "height": height, "data": data})
+    except MgtrainError as error:
+        log.warning("no pictures of clips: %s", error)
+    return found

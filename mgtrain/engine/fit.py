@@ -119,7 +119,7 @@ def fit(
             if saves:
                 state = saved(replace(state, step=done, evaluated=False, recalibrated=False))
             if stops and done < len(plan):
-                raise StoppedError(f"stopped as asked after step {done} of {len(plan)}, saved; go on with --resume")
+                raise StoppedError(f"stopped as asked after step {done} of {len(plan)}, saved; resume with --resume")
             if done in milestones:
                 scores, state = evaluated(step)
     run.close()

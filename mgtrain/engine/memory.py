@@ -1,4 +1,4 @@
-"""How much memory a training step takes, reckoned without running it, and the micro-batches that a limit leaves."""
+"""How much memory a training step takes, estimated without running it, and the micro-batches that fit a limit."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
         hardware = changed.hardware
         log.info(
             f"micro-batches of {hardware.micro_clips or recipe.base.clips // world.size} clips of the base shape"
-            f"{', and blocks computed anew,' if hardware.recompute else ''} for {gib:.3g} GiB of memory"
+            f"{', and recomputed blocks,' if hardware.recompute else ''} for {gib:.3g} GiB of memory"
         )
     return changed
 

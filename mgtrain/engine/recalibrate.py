@@ -1,6 +1,6 @@
 """Recalibration of BatchNorm ("precise BN"): statistics of the evaluation's shape for the weights as they are.
 
-After steps of coarse shapes the running averages belong to coarse shapes, so they are measured anew before every
+After steps of coarse shapes the running averages belong to coarse shapes, so they are measured again before every
 reported accuracy (Wu et al. 2020, section 4; Wu and Johnson 2021).
 """
 

@@ -175,11 +175,14 @@ def environment(recipe: Recipe, world: World) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The revision of the folder that the run is started in, if git keeps one."""
+    """The commit of the folder that the run is started in, if git keeps one.
+
+    Whether files have changed is not asked: for that git runs programs that the folder's own configuration names.
+    """
     if shutil.which("git") is None:
         return None
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    result = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: Wor
 
 @contextmanager
 def compiled(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Within it the model's calls are compiled, for each shape of input anew; elsewhere they are what they were.
+    """Within it the model's calls are compiled, once per input shape; elsewhere they are not.
 
     Evaluations and recalibration stay as they are: these have shapes and settings of BatchNorm of their own.
     """

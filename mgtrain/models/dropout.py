@@ -50,7 +50,7 @@ class DropPath(Dropout):
     axes = 0
 
 
-# Traced, the seed would be a constant, and each step would compile anew.
+# Traced, the seed would be a constant, and each step would compile again.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def keep_mask(part: Part, features: int, p: float, stream: int) -> Tensor:
     """Which of the features (clips, features) of this part are kept: True with probability `1 - p`."""

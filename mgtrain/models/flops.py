@@ -14,9 +14,8 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
 
     One multiply-add counts as 1, as in the papers' tables.
     """
-    clips, frames, crop = shape
     meta = model if next(model.parameters()).is_meta else copy.deepcopy(model).to("meta")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        meta.eval()(torch.empty(clips, 3, frames, crop, crop, device="meta"))
+        meta.eval()(torch.empty(shape[0], 3, shape[1], shape[2], shape[2], device="meta"))
     flops: int = counter.get_total_flops()  # torch counts a multiply-add as 2
     return flops // 2

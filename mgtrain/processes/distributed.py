@@ -29,7 +29,7 @@ from mgtrain.processes.cores import keep_freed_memory
 from mgtrain.processes.watchdog import Watchdog
 
 Value = TypeVar("Value")
-MINUTES_TO_MEET = 30  # until all ranks of a run have to be there
+MINUTES_TO_MEET = 30  # until all ranks of a run must have joined
 LAUNCHER = "MGTRAIN_LAUNCHER"  # the variable that tells ranks its process id
 SECONDS_TO_END = 20.0  # that the ranks have once another one has failed
 

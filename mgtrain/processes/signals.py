@@ -25,7 +25,7 @@ class StopRequest:
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":
-            os.write(2, b"mgtrain: interrupted again, leaving at once; --resume goes on from the newest checkpoint\n")
+            os.write(2, b"mgtrain: interrupted again, exiting at once; --resume resumes from the newest checkpoint\n")
             os._exit(130)
         self.signal = self.signal or signal.Signals(number).name
         os.write(2, f"mgtrain: {self.signal}: stopping after the next step, saving\n".encode())

@@ -61,7 +61,7 @@ def summarize(run: RunDir) -> Summary:
         raise UsageError(f"{run.path}: no evaluation yet; wait until its first one, or continue it with --resume")
     last = evals[-1]
     if not all(is_number(row[key]) for row in evals for key in EVALUATED):
-        raise CheckpointError(f"{run.path}: evals.jsonl is damaged; each of {', '.join(EVALUATED)} has to be a number")
+        raise CheckpointError(f"{run.path}: evals.jsonl is damaged; each of {', '.join(EVALUATED)} must be a number")
     plan = make_plan(run.recipe(), plan_file["videos"])
     steps = [plan[index].shape for index in range(last["step"])]
     clips = sum(shape.clips for shape in steps)
@@ -107,13 +107,13 @@ def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
 
 @contextmanager
 def guarded(*runs: RunDir) -> Iterator[None]:
-    """What trips over a run's logs says that they are damaged."""
+    """Report an error while reading runs' logs as damage to them."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{' or '.join(str(run.path) for run in runs)}: its logs are damaged ({type(error).__name__}: {error}); "
-            "copy the run anew, or run it again"
+            "copy the run again, or repeat it"
         ) from None
 
 

@@ -67,7 +67,7 @@ class RunDir:
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path / name}: cannot be read: {error}") from None
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.path / name}: is damaged: it has to be a JSON object")
+            raise CheckpointError(f"{self.path / name}: is damaged: it must be a JSON object")
         return value
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ class RunDir:
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be written: {error}; the checkpoints there are as they were; "
-                "free some space or mend the permissions, then run again with --resume"
+                "free some space or fix the permissions, then run again with --resume"
             ) from None
 
     def checkpoint_path(self, step: int) -> Path:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -27,6 +28,7 @@ from mgtrain.clips.prepared import PreparedSet, Settings
 from mgtrain.data import open_videos
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.record import _git_revision
 from mgtrain.errors import CheckpointError, DataError, MgtrainError, PlanError, RecipeError, VideoError
 from mgtrain.preflight.prepare import PreparedManifest, prepare
 from mgtrain.preflight.prepare import verify as verify_prepared
@@ -435,3 +437,20 @@ def test_no_process_imports_from_the_current_folder(words: tuple[object, ...], t
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "imported").exists()
+
+
+def test_asking_git_for_the_commit_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.sh").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "evil.sh").chmod(0o755)
+    (tmp_path / ".gitattributes").write_text("* filter=evil\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "evil.sh"], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    for key in ("core.fsmonitor", "core.pager", "filter.evil.clean", "filter.evil.process"):
+        subprocess.run(["git", "config", key, str(tmp_path / "evil.sh")], check=True)
+    (tmp_path / "evil.sh").touch()
+    revision = _git_revision()
+    assert revision is not None
+    assert re.fullmatch("[0-9a-f]{12}", revision)
+    assert not (tmp_path / "ran").exists()

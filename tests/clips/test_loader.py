@@ -231,7 +231,7 @@ def test_too_many_broken_videos_stop_the_run(tiny: Callable[..., Recipe], broken
     with pytest.raises(DataError) as caught:
         trained_on(recipe)
     message = str(caught.value)
-    assert message.startswith("1 of 24 videos cannot be decoded, more than data.max_bad_fraction 0.04 allows; mend ")
+    assert message.startswith("1 of 24 videos cannot be decoded, more than data.max_bad_fraction 0.04 allows; fix ")
     assert str(broken / "videos/train/right_1.mp4") in message
     assert "\n" not in message
     assert caught.value.exit_code == 3

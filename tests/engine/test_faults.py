@@ -115,7 +115,7 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(
     process.send_signal(asked)
     status, errors = end(process)
     assert status == 75, errors
-    assert "saved; go on with --resume" in errors
+    assert "saved; resume with --resume" in errors
     assert "Traceback" not in errors
     saved = read_info(run.checkpoints()[-1]).step
     assert saved == run.rows("steps.jsonl")[-1]["step"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mgtrain.cli.options import parse_thresholds
+from mgtrain.engine.examples import example_frames
 from mgtrain.engine.fit import fit
-from mgtrain.engine.frames import example_frames
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe

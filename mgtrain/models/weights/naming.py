@@ -20,6 +20,7 @@ STAGES = ("stem", "res2", "res3", "res4", "res5")
 LETTERS = (("a", 1), ("b", 2), ("c", 3))  # of a bottleneck's convolutions
 PROJECTIONS = (("theta", "query"), ("phi", "key"), ("g", "value"), ("out", "out"))  # of a non-local block
 CAFFE2_NORM = (("s", "weight"), ("b", "bias"), ("rm", "running_mean"), ("riv", "running_var"))
+BRANCH1 = ((r"\.branch1_conv\.", ".shortcut.0."), (r"\.branch1_norm\.", ".shortcut.1."))
 I3D_BLOCKS = ((0, "stem"), (1, "res2"), (3, "res3"), (4, "res4"), (5, "res5"))  # the pooling is block 2
 IMAGENET_PIXELS = "its inputs are normalized by ImageNet's mean and deviation, not by 0.45 and 0.225"
 
@@ -106,8 +107,7 @@ CAFFE2 = Naming(
         (r"\.res(\d)_(\d+)_", r".res\1.\2."),
         (r"^nonlocal_conv(\d)_(\d+)_", r"slow.res\1.nonlocal\2."),
         # 3. Which one it is there.
-        (r"\.branch1_conv\.", ".shortcut.0."),
-        (r"\.branch1_norm\.", ".shortcut.1."),
+        *BRANCH1,
         *((rf"\.branch2{letter}_(conv|norm)\.", rf".\g<1>{number}.") for letter, number in LETTERS),
         *((rf"\.{theirs}_conv\.", f".{ours}.") for theirs, ours in PROJECTIONS),
         (r"^pred_conv\.", "head.linear."),
@@ -126,8 +126,7 @@ PYTORCHVIDEO = Naming(
         (r"^blocks\.\d+\.proj\.", "head.linear."),
         *((rf"^blocks\.{index}\.", f"slow.{stage}.") for index, stage in I3D_BLOCKS),
         (r"\.res_blocks\.", "."),
-        (r"\.branch1_conv\.", ".shortcut.0."),
-        (r"\.branch1_norm\.", ".shortcut.1."),
+        *BRANCH1,
         *((rf"\.branch2\.(conv|norm)_{letter}\.", rf".\g<1>{number}.") for letter, number in LETTERS),
         (r"\.conv_fast_to_slow\.", ".conv."),
     ),

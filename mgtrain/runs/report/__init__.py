@@ -21,7 +21,7 @@ MOST_CLASSES = 12  # that changed most, or are confused most
 def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
     """Write what `mgtrain report` shows; the first run is the others' baseline.
 
-    `frames` are pictures of clips, as `engine.frames.example_frames` gives them.
+    `frames` are pictures of clips, as `engine.examples.example_frames` gives them.
 
     Raises:
         CheckpointError: a run's logs are damaged, or the file cannot be written.
