@@ -63,7 +63,7 @@ def race(name: str, config: str, args: argparse.Namespace) -> None:
 
 
 class Racer:
-    """A process that makes a step when it is told to."""
+    """A process that runs a step on request."""
 
     def __init__(self, kind: str, network: str, args: argparse.Namespace, shape: tuple[int, int, int, int]) -> None:
         context = get_context("spawn")
