@@ -1,7 +1,7 @@
 """What a person sees: logs and progress on stderr, results on stdout.
 
-Names of classes, videos and runs come from others. So nothing that is printed or logged here is taken for markup, and
-whatever a terminal would act on is shown as its number: see `harmless`.
+Names of classes, videos and runs come from others. So nothing that is printed or logged here is read as markup, and
+characters that a terminal would act on are shown as numbers: see `harmless`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 # Control characters but the tab and the line feed; line and paragraph separators; marks, overrides and isolates that
-# turn the direction of reading; bytes that are no UTF-8.
+# change the direction of reading; bytes that are not UTF-8.
 ACTIVE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def harmless(text: str) -> str:
-    """The text with its number in place of each character that a terminal, or a reader of a log, would act on.
+    """Replace each character that a terminal or a log viewer would act on by its number.
 
-    The numbers are as JSON writes them, so JSON stays what it was.
+    Numbers are written as in JSON, so JSON keeps its meaning.
 
     >>> print(harmless("top-1 of \x1b[2Jcat\u202e: 7²"))
     top-1 of \\u001b[2Jcat\\u202e: 7²
@@ -38,23 +38,23 @@ def harmless(text: str) -> str:
 
 
 class HarmlessConsole(Console):
-    """A console that prints text as it is meant: no markup, no emoji codes, nothing that a terminal acts on."""
+    """A console that prints plain text: no markup, no emoji codes, nothing that a terminal acts on."""
 
     def __init__(self, stderr: bool = False, soft_wrap: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, soft_wrap=soft_wrap, width=width, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Strings come by here before they are measured, so that what is shown gets its room."""
+        """Make strings harmless before they are measured, so that they get enough room."""
         return super().render_str(harmless(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Everything that is printed comes by here; what rich itself says to the terminal is marked as control."""
+        """Make everything that is printed harmless, except rich's own control codes."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else harmless(text), style, control)
 
 
 class HarmlessFormatter(logging.Formatter):
-    """A formatter of log lines whose messages are one line and harmless each; tracebacks keep their lines."""
+    """A log formatter that makes each message one harmless line; tracebacks keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line, without a traceback."""
@@ -67,14 +67,14 @@ class HarmlessFormatter(logging.Formatter):
 
 
 class RunLog(logging.FileHandler):
-    """A log file in a folder that somebody else makes; lines that come earlier wait for it."""
+    """A log file in a folder that is created later; earlier lines are kept until then."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, encoding="utf-8", delay=True)
         self._folder, self._early = file.parent, list[logging.LogRecord]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line, or keep it until there is a folder."""
+        """Write the line, or keep it until the folder exists."""
         self._early.append(record)
         if self._folder.is_dir():
             for waiting in self._early:
@@ -89,17 +89,17 @@ err = HarmlessConsole(stderr=True)
 
 
 def note(text: str, style: str | None = None) -> None:
-    """Say something on stderr, in one line."""
+    """Print a line to stderr."""
     err.print(text, style=style, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """Say on stderr what may be wrong, though the command continues."""
+    """Print to stderr what may be wrong; the command continues."""
     note(f"warning: {text}", "yellow")
 
 
 def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
-    """Send the package's log to stderr (warnings only, except on the main rank) and to a file, once it has a folder."""
+    """Log to stderr (only warnings except on the main rank), and to a file when its folder exists."""
     log = logging.getLogger("mgtrain")
     for old in log.handlers[:]:
         log.removeHandler(old)
@@ -121,7 +121,7 @@ def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds for a reader.
 
     >>> duration(7), duration(75), duration(3 * 3600 + 120)
     ('7.0 s', '1:15 min', '3:02 h')
@@ -147,7 +147,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them.
+    """Bytes for a reader.
 
     >>> size(900), size(23_400_000), size(1.5e12)
     ('900 B', '23.4 MB', '1.5 TB')
@@ -160,7 +160,7 @@ def size(count: float) -> str:
 
 
 def counts_table(first: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
-    """Counts by row and column, under the columns' names; `first` says what the rows are."""
+    """A table of counts by row and column; `first` is the title of the row names."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(first, no_wrap=True)
     for column in next(iter(rows.values())):

@@ -1,14 +1,14 @@
 """The errors a user can cause, and the exit code of each.
 
-Every message says what was got, what is allowed and what to do, on one line. The command line prints it
-without a traceback and exits with `exit_code`.
+Every message is one line that says what was given, what is allowed and what to do. The command line prints it without
+a traceback and exits with `exit_code`.
 """
 
 from __future__ import annotations
 
 
 class MgtrainError(Exception):
-    """Something the user can fix. Subclasses say what kind and carry the exit code."""
+    """An error that the user can fix. Each subclass has an exit code."""
 
     exit_code = 1
 
@@ -20,7 +20,7 @@ class RecipeError(MgtrainError):
 
 
 class UsageError(MgtrainError):
-    """A command called with things that do not go together."""
+    """Arguments or options of a command that are invalid or contradict each other."""
 
     exit_code = 2
 
@@ -38,7 +38,7 @@ class DataError(MgtrainError):
 
 
 class VideoError(DataError):
-    """One video that cannot be decoded. The loader replaces it, counts it and names it in the log."""
+    """A video that cannot be decoded. The loader replaces it, counts it and names it in the log."""
 
 
 class CheckpointError(MgtrainError):
@@ -54,13 +54,13 @@ class NonFiniteError(MgtrainError):
 
 
 class ThresholdError(MgtrainError):
-    """A result below what was demanded of it."""
+    """A result below a required threshold."""
 
     exit_code = 6
 
 
 class StoppedError(MgtrainError):
-    """A run that was asked to stop and has saved its state; run again with --resume."""
+    """A run that was asked to stop and has saved its state; --resume continues it."""
 
     exit_code = 75
 

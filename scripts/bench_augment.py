@@ -3,10 +3,10 @@
 
     taskset -c 0 python scripts/bench_augment.py [--repeats 15] [--clips 8]
 
-Makes two videos of 340x256, 10 s, in a temporary folder. All rows take turns, so that a machine's good and bad moments
-fall on all of them; a row is the median over the turns. RandAugment runs in the loader's workers, the rest on the
-device, here the CPU, where `input` (to float, normalized) is what a step does anyway. The last two rows are
-torchvision's ColorJitter, which is not used.
+Makes two videos of 340x256, 10 s, in a temporary folder. All rows alternate, so that load on the
+machine affects all of them equally; a row is the median over the repeats. RandAugment runs in the loader's workers, the
+rest on the device, here the CPU, where `input` (to float, normalized) is part of every step. The last two rows are
+torchvision's ColorJitter, which mgtrain does not use.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Measure how fast training clips come out of video files: mgtrain against other readers, clips per second per core.
+"""Measure how fast mgtrain and other readers read training clips from video files: clips per second per core.
 
     python scripts/bench_decode.py [--pyslowfast CHECKOUT] [--loader] [--json]
 
 The videos are made once and kept: 340 x 256 pixels, 10 s at 30 frames/s, H.264 with B-frames, with a key frame every
-250 frames (what x264 does unless told) and every 12. Every contestant reads the same clips (video, start and, but for
-PySlowFast, region) in a process of its own with one thread on one core. They take turns within a round, so that good
-and bad moments of the machine fall on all; ratios are taken within a round. Files are in the page cache. What counts
-is CPU time, which busy neighbours disturb less than the clock; loaders (--loader) are measured by the clock.
+250 frames (the default of x264) and every 12. Every contestant reads the same clips (video, start and, except for
+PySlowFast, region) in its own process with one thread on one core. They alternate within a round, so that load on the
+machine affects all equally; ratios are taken within a round. Files are in the page cache. CPU time counts, because
+other processes disturb it less than wall-clock time; loaders (--loader) are measured by wall-clock time.
 
 Contestants, each as a training path of that library would be written:
 
@@ -15,22 +15,22 @@ Contestants, each as a training path of that library would be written:
     PySlowFast   `Kinetics.__getitem__` of a checkout in train mode, decoding with PyAV: normalised float32
     torchcodec   `get_frames_at` with approximate seeking, then torchvision's `resized_crop`, faster than its own: uint8
     decord       `get_batch`, then torchvision's `resized_crop`: uint8
-    plain        decoding every frame from the key frame before the clip to its last frame, with PyAV, and nothing else
+    plain        decoding, with PyAV, every frame from the key frame before the clip to its last frame, and nothing else
     floor        the same, but frames that no other frame needs are skipped unless they are sampled
 
-torchcodec and decord take part if they are installed (torchcodec needs FFmpeg's libraries). PySlowFast's modules are
-loaded one by one from the checkout, with stand-ins for what Kinetics clips never touch: fvcore's CfgNode and Registry,
-iopath, pandas, cv2, scipy. At its commit 287ec007, these changes are made in memory, to `decoder.py`, whose PyAV path
-stumbles over changes that were made for the torchvision path:
+torchcodec and decord are measured if they are installed (torchcodec needs FFmpeg's libraries). PySlowFast's modules are
+loaded one by one from the checkout, with stubs for what Kinetics clips do not use: fvcore's CfgNode and Registry,
+iopath, pandas, cv2, scipy. At its commit 287ec007, `decoder.py` is changed in memory, because its PyAV path fails on
+changes that were made for the torchvision path:
 
     1. The sampling rate and number of frames come as lists of one; `pyav_decode` takes them as numbers.
     2. `decode` looks for None among the clips that are decoded; `pyav_decode` gives it a list of one clip.
     3. `decode` returns the clips' times, which its PyAV path never sets; they are zeros.
     4. The start of a clip is not drawn; it is the one that all contestants use.
 
-Two things favour PySlowFast. Its PyAV path decodes (frames - 1) * stride + 2 frames from the clip's start on, up to a
-tenth fewer than the others, and repeats the last. And at 8 frames it took a fifth more CPU time where it could use two
-cores, with PyAV left to its defaults.
+Two things favour PySlowFast. Its PyAV path decodes (frames - 1) * stride + 2 frames from the clip's start, up to a
+tenth fewer than the others, and repeats the last. And with PyAV's defaults and two cores, it took a fifth more CPU time
+at 8 frames.
 """
 
 from __future__ import annotations
@@ -107,12 +107,12 @@ JOBS = (Job(8, 8, 112, batch=32), Job(8, 8, 158, batch=32), Job(16, 4, 224, batc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(tempfile.gettempdir()) / "mgtrain-bench-decode"
-    parser.add_argument("--videos", type=Path, default=default, help="folder of the videos, made if not there")
+    parser.add_argument("--videos", type=Path, default=default, help="folder of the videos, created if missing")
     parser.add_argument("--pyslowfast", type=Path, metavar="CHECKOUT", help="folder that holds slowfast/")
-    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--clips", type=int, default=40, help="clips of a job in a round")
-    parser.add_argument("--loader", action="store_true", help=f"whole loaders instead, of {WORKERS} workers")
+    parser.add_argument("--clips", type=int, default=40, help="clips per job and round")
+    parser.add_argument("--loader", action="store_true", help=f"measure whole loaders of {WORKERS} workers")
     parser.add_argument("--cores", type=int, nargs="+", help="cores to use: the first, or all by loaders; else 0 and 1")
     parser.add_argument("--smoke", action="store_true", help="one round of two clips of short videos")
     parser.add_argument("--json", action="store_true")
@@ -162,7 +162,7 @@ def compare(
     repeats: int,
     cores: Sequence[int],
 ) -> dict[str, ByJob]:
-    """The rates of all jobs on all sets of videos: contestants take turns, each in a process of its own.
+    """The rates of all jobs on all sets of videos: contestants alternate, each in its own process.
 
     One that cannot do the first job takes no part, and it is said why.
     """

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What the attention of a non-local block costs, written out and as mgtrain computes it, at maps of several sizes.
+"""Time the attention of a non-local block, written out and as mgtrain computes it, for several sizes of maps.
 
     python scripts/bench_nonlocal.py --threads 1 --repeats 5
 
 Softmax: matrix products with a softmax between, against `scaled_dot_product_attention`. Dot product: (query keyᵀ) value
-against `dot_product_attention`, which takes the cheaper order. Both ways take turns, forward and backward; medians of
-seconds, the median and range of their ratios, MiB that are kept for the backward pass, and the largest difference.
+against `dot_product_attention`, which chooses the cheaper order. Both ways alternate, forward and backward. Prints
+median seconds, the median and range of their ratios, MiB kept for the backward pass, and the largest difference.
 """
 
 from __future__ import annotations

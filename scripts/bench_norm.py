@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What BatchNorm over groups of clips costs a training step, against plain BatchNorm over all of them.
+"""Time a training step with BatchNorm over groups of clips against one with plain BatchNorm over all of them.
 
     python scripts/bench_norm.py --threads 1 --repeats 5
 
-Both are the same network in the same process, a step each in turns, in both memory layouts. Medians of the steps'
-seconds and of their ratios, with the range.
+Both are the same network in the same process; their steps alternate, in both memory layouts. Prints median seconds, and
+the median and range of the ratios.
 """
 
 from __future__ import annotations

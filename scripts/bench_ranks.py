@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Two ranks of one thread against one rank of two threads, and what their exchange of gradients costs.
+"""Compare two ranks of one thread with one rank of two threads, and time the exchange of gradients.
 
     python scripts/bench_ranks.py demo_multigrid --trace trace.json
 
-Both compute the same steps of a recipe's plan, without data to load; configurations take turns. With ranks, a step is
+Both compute the same steps of a recipe's plan without loading data; the configurations alternate. With ranks, a step is
 timed with and without the exchange (`no_sync`), and a trace of one step is written for chrome://tracing or
-perfetto.dev: its all-reduces lie beside the backward pass, not behind it, where they overlap.
+perfetto.dev: where they overlap, all-reduces lie beside the backward pass and not behind it.
 """
 
 from __future__ import annotations

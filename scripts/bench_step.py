@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Race a training step of mgtrain's networks against PySlowFast's, on the same shapes.
+"""Time a training step of mgtrain's networks against PySlowFast's, on the same shapes.
 
     python scripts/bench_step.py --pyslowfast CHECKOUT --threads 1 --repeats 5
 
-Each is a process of its own; they take turns step by step, so that a machine's good and bad moments fall on both.
+Each runs in its own process; their steps alternate, so that load on the machine affects both equally.
 A step is forward, loss, backward and SGD with Nesterov momentum, with BatchNorm over groups of one clip of the
-long-cycle batch, as mgtrain makes them and as PySlowFast's sub-batch BatchNorm does. Medians of the steps' seconds,
-the median and the range of their ratios, and each process's most memory. Needs what scripts/parity.py needs.
+long-cycle batch, as mgtrain makes them and as PySlowFast's sub-batch BatchNorm does. Prints median
+seconds, the median and range of their ratios, and the peak memory of each process. Needs what scripts/parity.py needs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def race(name: str, config: str, args: argparse.Namespace) -> None:
 
 
 class Racer:
-    """A process that makes a step when it is told to."""
+    """A process that runs a step on request."""
 
     def __init__(self, kind: str, network: str, args: argparse.Namespace, shape: tuple[int, int, int, int]) -> None:
         context = get_context("spawn")

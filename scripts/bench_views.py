@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What it saves to decode a video once for all its views, rather than once for each.
+"""Measure the gain from decoding a video once for all its views instead of once for each.
 
     python scripts/bench_views.py k400_slowfast_8x8_r50_baseline data.root=/data/k400 --views 10x3 --videos 20
 
-Both ways are run in turn on the same videos, in one process and on one thread; medians of the seconds per video. The
-clips are compared, too: they have to be the same.
+Both ways alternate on the same videos, in one process with one thread. Prints medians of the seconds per video, and
+checks that the clips are the same.
 """
 
 from __future__ import annotations

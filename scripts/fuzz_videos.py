@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""Read mutated videos as training does and count what comes of it: nothing may crash, hang or fill the memory.
+"""Read mutated videos as training does, and count the results: nothing may crash, hang or fill the memory.
 
     python scripts/fuzz_videos.py [--files 1000] [--seed 0] [--keep FOLDER] [VIDEO ...]
 
-Mutates the given videos, else small synthetic ones in several containers and codecs. Each file is read in a process
-that it may kill: it is opened, a coarse and a fine clip are cut at random, the views of an evaluation are read, and it
+Mutates the given videos, or small synthetic ones in several containers and codecs. Each file is read in a process that
+it may kill: it is opened, a coarse and a fine clip are cut at random, the views of an evaluation are read, and it
 is decoded to its end. A row of the table is a kind of mutation; a file is
 
-    ok        read, and left alone whatever else there is
-    refused   named as broken in one line
+    ok        read, and nothing else was opened
+    refused   reported as broken in one line
     memory    the process needed more than --memory GB for it
     hang      it took longer than --seconds
-    crash     the process died, or an error came that the loader does not expect
-    leak      something else was opened: a file beside it that it names, or a connection to this machine
+    crash     the process died, or raised an error that the loader does not expect
+    leak      something else was opened: a file that it names, or a connection to this machine
 
-Exits with 1 if there is any of the last four. The seconds and the memory are those of the worst file of the kind.
+Exits with 1 if any file is one of the last four. Seconds and memory are those of the worst file of a kind.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Kill runs at random moments, resume them, and compare what comes out with runs that were never killed.
+"""Kill runs at random moments, resume them, and compare the results with runs that were never killed.
 
     python scripts/kill.py --kills 100 --ranks 1 2
 
-Each victim is `mgtrain fit`, really started on a small synthetic set; it is killed with SIGKILL
+Each victim is a real `mgtrain fit` on a small synthetic data set; it is killed with SIGKILL
 
-    anywhere     at a random time, from its first instant on
+    anywhere     at a random time after its start
     saving       while a checkpoint is being written
     evaluating   in the recalibration or evaluation at the end of a phase
-    loader       one of its loader processes alone
-    rank         one of its ranks alone (on several ranks)
+    loader       only one of its loader processes
+    rank         only one of its ranks (with several ranks)
 
-and started again with `--resume`, until it has ended; then its weights, optimizer state, losses and scores have to be,
-bit for bit, those of the run that was left alone, and its logs and TensorBoard have to hold each step once. Linux only.
+and started again with `--resume` until it finishes. Its weights, optimizer state, losses and scores must then equal
+those of the undisturbed run bit for bit, and its logs and TensorBoard must hold each step once. Linux only.
 """
 
 from __future__ import annotations

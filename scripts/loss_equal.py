@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Compare the losses of two commits, step by step: what a change to the step's code has to leave as they are.
+"""Compare the losses of two commits, step by step: a change to the step's code must not change them.
 
     python scripts/loss_equal.py HEAD~1 HEAD demo_multigrid data.root=data/motions optim.lr=0.001 --steps 30
 
-Each commit is checked out into a folder of its own and trains the recipe from the same seed, in this environment, its
-stages shortened to about so many steps. Where sums are taken in another order the losses part, the faster the higher
-the learning rate; how fast, the first commit shows with weights and clips in its other memory layout. Ends with 1 if
-up to any step the two commits differ by more than ten times as much as the two layouts.
+Each commit is checked out to its own folder and trains the recipe from the same seed in this environment, with stages
+shortened to about that many steps. If sums are taken in another order the losses diverge, faster at higher learning
+rates; as a yardstick, the first commit also runs with the other memory layout. Exits with 1 if up to any step the two
+commits differ by more than ten times as much as the two layouts.
 """
 
 from __future__ import annotations

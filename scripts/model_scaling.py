@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""A model of a run on many GPUs: computing, exchange of gradients and data of every phase, and who waits for whom.
+"""Estimate a run on many GPUs: computing, exchange of gradients and loading in every phase, and which of them waits.
 
     python scripts/model_scaling.py k400_slowfast_8x8_r50_multigrid --gpus 8 128
 
-It reckons; it measures nothing. Its assumptions are options, and printed:
+It estimates and measures nothing. Its assumptions are options, and are printed:
 
     computing   3 x the forward pass's multiply-adds x 2, at --tflops per GPU, the same at every shape
     exchange    gradients in float32, ring all-reduce of 2 (n-1)/n of their bytes at --gbytes per second and GPU,
                 --latency per bucket and hop of the ring; it runs beside the backward pass, two thirds of the
                 computing, but for the last bucket
-    data        clips per second of one core, as `scripts/bench_decode.py` measured them (README, "Feed it"), fitted
+    data        clips per second of one core, as `scripts/bench_decode.py` measured them (see README), fitted
                 by seconds = a + b x frames + c x frames x crop²; --cores for each GPU; loading runs beside computing
 
-A step takes the longer of computing with what is visible of the exchange, and loading; within a short cycle the
-loader catches up, so phases are reckoned cycle by cycle.
+A step takes the longer of loading, and of computing plus the exchange that is not overlapped; within a short cycle the
+loader catches up, so each phase is estimated by its mean step over a cycle.
 """
 
 from __future__ import annotations
@@ -42,11 +42,15 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 128])
     parser.add_argument("--per-gpu", type=int, default=8, help="clips of the base shape (default: %(default)s)")
     parser.add_argument(
-        "--tflops", type=float, default=60, help="that a GPU reaches in training (default: %(default)s)"
+        "--tflops", type=float, default=60, help="speed that a GPU reaches in training (default: %(default)s)"
     )
-    parser.add_argument("--gbytes", type=float, default=20, help="of the exchange, per GPU (default: %(default)s)")
-    parser.add_argument("--latency", type=float, default=10e-6, help="seconds (default: %(default)s)")
-    parser.add_argument("--cores", type=int, default=8, help="that load for each GPU (default: %(default)s)")
+    parser.add_argument(
+        "--gbytes", type=float, default=20, help="bandwidth of the exchange per GPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=10e-6, help="seconds per bucket and hop (default: %(default)s)"
+    )
+    parser.add_argument("--cores", type=int, default=8, help="cores that load for each GPU (default: %(default)s)")
     options = parser.parse_intermixed_args()
     recipe = load_recipe(options.recipe, options.overrides)
     with torch.device("meta"):

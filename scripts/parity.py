@@ -1,13 +1,13 @@
-"""Compare our networks with the published ones on the same weights and clips, and write the golden of the tests.
+"""Compare our networks with the published ones on the same weights and clips, and write the tests' golden file.
 
     python scripts/parity.py --pyslowfast CHECKOUT             # full width, float32: a table
     python scripts/parity.py --pyslowfast CHECKOUT --golden F  # width 16, float64: also the golden
 
 Needs a checkout of facebookresearch/SlowFast and, installed, pytorchvideo 0.1.5, mmaction2 1.2 with mmengine and
-mmcv-lite, fvcore, iopath, yacs and simplejson (none of which mgtrain needs). What these import and a classifier does
-not use (detectron2, cv2 and the like) is replaced by empty modules, and the packages' __init__ files, which import
-everything, are passed over. Nothing else of theirs is changed, except that heads pool over whatever is there, as
-PySlowFast's do in multigrid training, and give logits.
+mmcv-lite, fvcore, iopath, yacs and simplejson (none of which mgtrain needs). Imports that a classifier does not use
+(detectron2, cv2 and the like) are replaced by empty modules, and the packages' __init__ files, which import everything,
+are skipped. Nothing else is changed, except that heads pool over the whole feature map, as PySlowFast's do in multigrid
+training, and return logits.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pyslowfast", type=Path, required=True, metavar="CHECKOUT")
     parser.add_argument("--golden", type=Path, metavar="FILE")
-    parser.add_argument("--only", default="", help="part of a network's title")
+    parser.add_argument("--only", default="", help="only networks whose title contains this")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     width, dtype = (16, torch.float64) if arguments.golden else (64, torch.float32)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Train a baseline and a multigrid recipe with several seeds, one after the other, and print means with their spread.
+"""Train a baseline and a multigrid recipe with several seeds, and print means with their spread.
 
     python scripts/study.py ut6_baseline ut6_multigrid --seeds 0 1 2 data.root=/path/to/ut6
 
-Every run is a process of its own, `mgtrain fit --resume`, so a study that was stopped goes on where it was. With
---fold, a seed comes with annotation files of its own: --fold 'data.train=train_{seed}.csv data.val=val_{seed}.csv'.
-Baseline and multigrid runs alternate, so that a machine's good and bad hours fall on both.
+Every run is a process of its own, `mgtrain fit --resume`, so an interrupted study resumes. With --fold, each seed has
+its own annotation files: --fold 'data.train=train_{seed}.csv data.val=val_{seed}.csv'. Baseline and multigrid runs
+alternate, so that load on the machine affects both equally.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("multigrid")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--fold", default="", help="overrides with {seed}, for a split for each seed")
+    parser.add_argument("--fold", default="", help="overrides with {seed}, for one split per seed")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--views", default="10x3", help="views of the final evaluation")
     options = parser.parse_intermixed_args()

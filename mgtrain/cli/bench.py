@@ -67,10 +67,10 @@ def bench_step(
 
     Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
     """
+    from mgtrain.data import count_training_videos
     from mgtrain.engine.checks import check_precision
     from mgtrain.preflight.bench_step import bench_step as bench
     from mgtrain.preflight.bench_step import render
-    from mgtrain.preflight.videos import count_training_videos
     from mgtrain.schedule import make_plan
 
     loaded = load_recipe(recipe, overrides or ())

@@ -37,7 +37,7 @@ def plan(
 
     Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8 --memory 40  |  mgtrain plan mine.yaml --measure 2
     """
-    from mgtrain.preflight.videos import count_training_videos
+    from mgtrain.data import count_training_videos
     from mgtrain.schedule import check_world
     from mgtrain.schedule.drawing import plan_table, schedule_drawing
     from mgtrain.schedule.totals import compare_totals, make_plans, render_totals

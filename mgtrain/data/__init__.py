@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mgtrain.console import note
 from mgtrain.data.charades import read_charades
 from mgtrain.data.folder import read_folder
 from mgtrain.data.kinetics import read_kinetics
@@ -23,7 +24,7 @@ from mgtrain.data.something_something import read_something_something
 from mgtrain.data.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
-from mgtrain.recipe import Data
+from mgtrain.recipe import Data, Recipe
 
 DATASETS: dict[str, Callable[..., Videos]] = {
     "list": read_list,
@@ -101,3 +102,22 @@ def usable(data: Data, *splits: Videos) -> list[Videos]:
         return [*splits]
     checked = Checked(data.checked)
     return [checked.usable(videos) for videos in splits]
+
+
+def count_training_videos(recipe: Recipe) -> int:
+    """How many usable training videos the data has, or `data.videos` says if the data is not on this machine.
+
+    Raises:
+        DataError: the data is not here and the recipe does not say how many videos there are.
+    """
+    data = recipe.data
+    try:
+        videos = open_videos(data.format, data.root, data.train, None, data.outside_root)
+    except DataError as error:
+        if data.videos is None:
+            raise DataError(f"{error}; give --videos to plan without the data") from None
+        return data.videos
+    (videos,) = usable(data, videos)
+    if videos.left_out:
+        note(f"training videos: {videos.left_out_words}, as {data.checked} says")
+    return len(videos)

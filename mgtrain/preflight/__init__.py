@@ -1,5 +1,5 @@
-"""What one asks before a run: can this machine train, are the videos usable, what will it cost.
+"""What to ask before a run: can this machine train, are the videos usable, what will training cost.
 
-In come a recipe, the videos and this machine, out go findings, measurements, estimates and proposed recipes. Nothing
+In come a recipe, its videos and this machine; out go findings, estimates, prepared sets and proposed recipes. Nothing
 here changes the videos or a run.
 """

@@ -19,12 +19,12 @@ from pathlib import Path
 import av
 import numpy as np
 
+from mgtrain.clips.encode import encode_video
 from mgtrain.clips.prepared import Settings, level_path, read_index, read_settings, row_type, write_settings
 from mgtrain.console import ShowProgress, no_progress
 from mgtrain.data.manifest import Manifest, Record, checksum, key_of
 from mgtrain.data.videos import leaves_root
 from mgtrain.errors import DataError, MissingCapabilityError
-from mgtrain.preflight.encode import encode_video
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.rng import Draw, generator
 

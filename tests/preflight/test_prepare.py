@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_loader import opened, trained_on
 from videos import number_of, numbered_picture, write_video
 
+from mgtrain.clips import encode
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo, Settings, decoder_of, level_path, stored_frame
@@ -25,7 +26,6 @@ from mgtrain.data.synthetic import synthesize
 from mgtrain.engine.fit import fit
 from mgtrain.errors import DataError, MissingCapabilityError, VideoError
 from mgtrain.grid import Grid
-from mgtrain.preflight import encode
 from mgtrain.preflight import prepare as module
 from mgtrain.preflight.prepare import Forecast, Summary, prepare, verify
 from mgtrain.processes.distributed import World
