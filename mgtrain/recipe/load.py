@@ -143,6 +143,8 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
         case "extra_forbidden":
             allowed = _allowed_keys(keys[-2] if len(keys) > 1 else None, tree)
             close = difflib.get_close_matches(keys[-1], allowed, n=1)
+            if len(keys) == 1 and not close:  # a key without its section, such as lr=0.1
+                close = [f"{section}.{keys[0]}" for section in _sections_with(keys[0])]
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
             return f"{where}: unknown key {dotted!r}; {hint}"
         case "missing" | "union_tag_not_found":
@@ -179,6 +181,12 @@ def _line(node: Any, key: int | str) -> int | None:
     """The line of a key of a dict or an item of a list; None if it comes from an override."""
     places: dict[int | str, list[int]] = getattr(getattr(node, "lc", None), "data", None) or {}
     return places[key][0] + 1 if key in places else None
+
+
+def _sections_with(key: str) -> list[str]:
+    """The sections that have a key of this name."""
+    kinds = {name: get_args(field.annotation) or (field.annotation,) for name, field in Recipe.model_fields.items()}
+    return [name for name, of in kinds.items() if any(key in getattr(kind, "model_fields", ()) for kind in of)]
 
 
 def _allowed_keys(section: str | None, tree: Any) -> list[str]:

@@ -104,6 +104,8 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(old: str, new: str, me
         ("optim.lr", "override 'optim.lr': write it as section.key=value"),
         ("optim.lr=x", "override 'optim.lr=x': optim.lr is \"x\"; it must be a valid number"),
         ("seed.lr=1", "override 'seed.lr=1': "),
+        ("lr=0.1", "override 'lr=0.1': unknown key 'lr'; did you mean 'optim.lr'?"),
+        ("crop=64", "override 'crop=64': unknown key 'crop'; did you mean 'clip.crop'?"),
         ("optim.lrr=1", "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
         ("optim.lr=[", "override 'optim.lr=[':2: not valid YAML"),
     ],
