@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 help:
 	@echo "make demo       train a baseline and a multigrid run on synthetic videos, and compare them"
-	@echo "make test       run the tests (6 minutes on two cores)"
+	@echo "make test       run the tests (7 minutes on two cores)"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint types wheel"
 
