@@ -10,7 +10,10 @@ from mgtrain.recipe import load_recipe, shipped_recipes
 from mgtrain.schedule import check_world, make_plan
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+# A multigrid recipe's shapes are those of its baseline and coarser ones.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_baseline")) for name in shipped_recipes()]
+)
 def test_a_shipped_recipe_plans_and_its_model_takes_all_its_shapes(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.data.videos is not None
