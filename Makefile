@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-slow lint types wheel clean
+.PHONY: help demo evidence test test-slow lint types docs wheel clean
 
 help:
-	@echo "make demo       train a baseline and a multigrid run on synthetic videos, and compare them"
-	@echo "make test       run the tests (7 minutes on two cores)"
+	@echo "make demo       train and compare a baseline and a multigrid run, two seeds each (10 minutes on two cores)"
+	@echo "make test       run the tests (10 minutes on two cores)"
 	@echo "make test-slow  run the slow tests"
-	@echo "make lint types wheel"
+	@echo "make lint       check style and formatting"
+	@echo "make types      check types"
+	@echo "make docs       build the documentation site in site/"
+	@echo "make wheel      build a wheel in dist/"
+	@echo "make evidence   update the README and docs/explanation/evidence.md from the results in studies/"
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("mgtrain needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -18,9 +22,11 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 demo: $(VENV)/installed
 	$(BIN)/mgtrain data synthesize data/motions
-	$(BIN)/mgtrain fit demo_baseline --resume
-	$(BIN)/mgtrain fit demo_multigrid --resume --baseline demo_baseline
-	$(BIN)/mgtrain compare demo_baseline demo_multigrid
+	$(BIN)/mgtrain study studies/demo.yaml --seeds 2 --jobs 2 --results runs/demo/results
+	@echo "open runs/demo/results/index.html"
+
+evidence: $(VENV)/installed
+	$(BIN)/python scripts/evidence.py
 
 test: $(VENV)/installed
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
@@ -35,9 +41,17 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html; its search needs a server: $(BIN)/mkdocs serve"
+
 wheel: $(VENV)/installed
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf build dist .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,11 +5,12 @@ The Python interface is the names in `__all__`; each is imported when it is firs
 >>> import mgtrain
 >>> recipe = mgtrain.load_recipe("demo_multigrid", ["optim.lr=0.05"])
 >>> plan = mgtrain.make_plan(recipe, videos=480)
->>> [str(shape) for shape in plan.phases[0].shapes]
-['128x4x40²', '64x4x57²', '64x4x57²']
+>>> [str(step.shape) for step in plan][:3], f"{plan[0].lr:.3g}", plan[0].bn_groups
+(['128x4x32²', '64x4x45²', '64x4x45²'], '0.01', 8)
 
-`fit(recipe, RunDir(Path("runs/mine")), World())` trains it and returns the final scores; `load_trained(file, None, [],
-World())` loads the network of a checkpoint. Errors that the user can fix are of the class `MgtrainError`.
+`fit(recipe, RunDir(Path("runs/mine")), World())` trains it and returns the final scores. `train_batches`, `at_step` and
+their like bring multigrid into a training loop of one's own. Errors that the user can fix are of the class
+`MgtrainError`.
 """
 
 from importlib import import_module
@@ -17,25 +18,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mgtrain.engine.fit import fit
+    from mgtrain.engine.loops import at_step, evaluate, group_batchnorm, make_model, recalibrate, train_batches
+    from mgtrain.engine.start import open_data
     from mgtrain.engine.trained import load_trained
+    from mgtrain.engine.update.optim import make_optimizer, set_lr
     from mgtrain.errors import MgtrainError
+    from mgtrain.grid import Shape
     from mgtrain.processes.distributed import World
-    from mgtrain.recipe import load_recipe
+    from mgtrain.recipe import Recipe, load_recipe
     from mgtrain.runs.folder import RunDir
-    from mgtrain.schedule import make_plan
+    from mgtrain.schedule import Plan, Step, make_plan
+    from mgtrain.schedule.plan import lr
 
 __version__ = "0.1.0"
-__all__ = ["MgtrainError", "RunDir", "World", "fit", "load_recipe", "load_trained", "make_plan"]
-
 HOME = {
     "MgtrainError": "errors",
+    "Plan": "schedule",
+    "Recipe": "recipe",
     "RunDir": "runs.folder",
+    "Shape": "grid",
+    "Step": "schedule",
     "World": "processes.distributed",
+    "at_step": "engine.loops",
+    "evaluate": "engine.loops",
     "fit": "engine.fit",
+    "group_batchnorm": "engine.loops",
     "load_recipe": "recipe",
     "load_trained": "engine.trained",
+    "lr": "schedule.plan",
+    "make_model": "engine.loops",
+    "make_optimizer": "engine.update.optim",
     "make_plan": "schedule",
+    "open_data": "engine.start",
+    "recalibrate": "engine.loops",
+    "set_lr": "engine.update.optim",
+    "train_batches": "engine.loops",
 }
+__all__ = ["MgtrainError", "Plan", "Recipe", "RunDir", "Shape", "Step", "World", "at_step", "evaluate", "fit",
+           "group_batchnorm", "load_recipe", "load_trained", "lr", "make_model", "make_optimizer", "make_plan",
+           "open_data", "recalibrate", "set_lr", "train_batches"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -43,3 +64,8 @@ def __getattr__(name: str) -> Any:
     if name not in HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

@@ -6,6 +6,10 @@ a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import errno
+import mmap
+import re
+
 
 class MgtrainError(Exception):
     """An error that the user can fix. Each subclass has an exit code."""
@@ -59,6 +63,12 @@ class ThresholdError(MgtrainError):
     exit_code = 6
 
 
+class LackError(MgtrainError):
+    """The machine has run out of memory, address space, shared memory, file descriptors, processes or disk space."""
+
+    exit_code = 71
+
+
 class StoppedError(MgtrainError):
     """A run that was asked to stop and has saved its state; --resume continues it."""
 
@@ -75,3 +85,55 @@ class MissingCapabilityError(MgtrainError):
     """The machine lacks something the command needs (a GPU, a library, a codec)."""
 
     exit_code = 69
+
+
+# What an exception of Python, torch, FFmpeg or the system says of a lack, and what to say of it: the first that fits.
+LACKS = (
+    (
+        r"shared memory|\bshm\b|</torch_|[Bb]us error",
+        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers",
+    ),
+    (
+        r"Too many open files|received 0 items of ancdata",
+        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers",
+    ),
+    (
+        r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file",
+        "no disk space left; free some, or choose another disk",
+    ),
+    (
+        r"can't start new thread|Resource temporarily unavailable",
+        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers",
+    ),
+    (
+        r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory",
+        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips",
+    ),
+)
+NUMBERS = {errno.ENOMEM: "out of memory", errno.EAGAIN: "Resource temporarily unavailable"}
+
+
+def lack_of(error: BaseException) -> LackError | None:
+    """What the machine has run out of, if that is why an exception was raised; else None.
+
+    >>> print(lack_of(OSError(24, "Too many open files")))
+    too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers ([Errno 24] Too many open files)
+    """
+    if isinstance(error, MgtrainError):
+        return None
+    words = (str(error).strip().splitlines() or [""])[-1]  # a loader process sends its traceback first
+    number = error.errno if isinstance(error, OSError) else None
+    text = f"{NUMBERS.get(number or 0, '')} {'out of memory' if isinstance(error, MemoryError) else ''} {words}"
+    for pattern, advice in LACKS:
+        if re.search(pattern, text):
+            return LackError(f"{advice} ({words[:200] or type(error).__name__})")
+    return None
+
+
+def short_of_memory() -> bool:
+    """Whether this process cannot have even 64 MiB more: damaged files make libraries ask for more than that."""
+    try:
+        mmap.mmap(-1, 1 << 26).close()
+    except OSError:
+        return True
+    return False

@@ -19,6 +19,16 @@ class Shape:
     crop: int
 
     @property
+    def height(self) -> int:
+        """Pixels of a clip's side: crops are square."""
+        return self.crop
+
+    @property
+    def width(self) -> int:
+        """Pixels of a clip's side: crops are square."""
+        return self.crop
+
+    @property
     def voxels(self) -> int:
         """The volume `clips * frames * crop**2`, roughly proportional to the cost of a step."""
         return self.clips * self.frames * self.crop**2

@@ -28,6 +28,7 @@ class Draw(IntEnum):
     CHOICE = 11  # which videos are held out for validation, or sampled
     PREPARE = 12  # the order in which videos are prepared
     NOISE = 13  # clips that test an exported network
+    BALANCE = 14  # the order of a class's videos where data.balance repeats them
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

@@ -21,17 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter
 
-from mgtrain.clips.augment import erase, jitter_colour, rand_augment
+from mgtrain.clips.augment import colour_rows, erase, erase_rows, jitter_colour, rand_augment, sent
 from mgtrain.clips.cut import cut_random
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.pixels import normalize
 from mgtrain.data.synthetic import synthesize
-from mgtrain.engine.mix import mix
+from mgtrain.engine.mix import mix, mix_rows
 from mgtrain.grid import Grid
 from mgtrain.models.part import Part
-from mgtrain.recipe import Augment, load_recipe
+from mgtrain.recipe import Augment
 from mgtrain.rng import Draw, generator
 
 GRIDS = [Grid(8, 158, (8, 8), (181, 320)), Grid(32, 224, (2, 2), (256, 320))]
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def work(grid: Grid, paths: list[Path], clips: int) -> Iterator[tuple[str, tuple[int, Callable[[], object]]]]:
-    """What is timed: name -> (clips of a call, call)."""
+    """The calls to time: name -> (clips of a call, call)."""
     numbers = count()
 
     def decode() -> np.ndarray:
@@ -68,17 +69,23 @@ def work(grid: Grid, paths: list[Path], clips: int) -> Iterator[tuple[str, tuple
     x = normalize(batch, torch.channels_last_3d)
     draws = np.random.default_rng(0).random((clips, 5))
     labels, part = torch.arange(clips) % 8, Part(0, clips, clips, 1)
-    mixup, cutmix = (load_recipe("demo_baseline", [f"augment.{name}=1"]) for name in ("mixup", "cutmix"))
+
+    def there(rows: np.ndarray) -> Tensor:
+        return sent({"rows": rows}, x.device)["rows"]
+
+    def mixed(mixup: float, cutmix: float) -> object:
+        return mix(x, labels, there(mix_rows(part, grid.crop, generator(0, Draw.MIX, 0), mixup, cutmix)), classes=8)
+
     hsv, grey = ColorJitter(0.4, 0.4, 0.4, 0.1), ColorJitter(0.4, 0.4, 0.4)
     two = Augment(rand_augment=2)
 
     yield "open, cut and decode", (1, decode)
     yield "RandAugment, 2 operations", (1, lambda: rand_augment(clip, two, 0, next(numbers)))
     yield "input", (clips, lambda: normalize(batch, torch.channels_last_3d))
-    yield "colour", (clips, lambda: jitter_colour(x, draws[:, :4], COLOURS))
-    yield "erasing, all clips", (clips, lambda: erase(x, draws, 1))
-    yield "MixUp", (clips, lambda: mix(x, labels, part, generator(0, Draw.MIX, 0), mixup))
-    yield "CutMix", (clips, lambda: mix(x, labels, part, generator(0, Draw.MIX, 0), cutmix))
+    yield "colour", (clips, lambda: jitter_colour(x, there(colour_rows(draws[:, :4], COLOURS))))
+    yield "erasing, all clips", (clips, lambda: erase(x, there(erase_rows(draws, 1, grid.crop))))
+    yield "MixUp", (clips, lambda: mixed(1, 0))
+    yield "CutMix", (clips, lambda: mixed(0, 1))
     pixels = torch.from_numpy(clip).permute(0, 3, 1, 2)  # (T, 3, S, S)
     yield "torchvision's ColorJitter", (1, lambda: hsv(pixels))
     yield "torchvision's, without hue", (1, lambda: grey(pixels))

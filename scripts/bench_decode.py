@@ -13,6 +13,10 @@ Contestants, each as a training path of that library would be written:
 
     mgtrain      `VideoFile` and `cut_random`, as the loader calls them: uint8
     PySlowFast   `Kinetics.__getitem__` of a checkout in train mode, decoding with PyAV: normalised float32
+    prepared     a prepared set of the same videos
+    frames       the same videos as folders of JPEGs (quality 90), decoded by Pillow
+    simplejpeg   the same folders, decoded by simplejpeg, if it is installed
+    stretches    the same videos as stretches of one long recording
     torchcodec   `get_frames_at` with approximate seeking, then torchvision's `resized_crop`, faster than its own: uint8
     decord       `get_batch`, then torchvision's `resized_crop`: uint8
     plain        decoding, with PyAV, every frame from the key frame before the clip to its last frame, and nothing else
@@ -68,7 +72,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset
 
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random
-from mgtrain.clips.order import ClipRequest, step_requests, video_at
+from mgtrain.clips.order import ClipRequest, Order, step_requests
 from mgtrain.grid import Grid
 from mgtrain.rng import Draw, generator
 
@@ -199,8 +203,8 @@ def settle(cores: Sequence[int]) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    packages = ("av", "torch", "torchcodec", "decord")
+    """The machine and versions, on which the figures depend."""
+    packages = ("av", "torch", "pillow", "simplejpeg", "torchcodec", "decord")
     installed = {name: metadata.version(name) for name in packages if importlib.util.find_spec(name)}
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
@@ -241,7 +245,7 @@ def decode_rate(clips: int, contestant: Contestant, paths: Sequence[str], job: J
 
 def request(position: int, videos: int, job: Job) -> ClipRequest:
     """The clip at a position of the stream, as a run of seed 0 would ask for it."""
-    return ClipRequest(video_at(position, videos, seed=0), position, job.grid)
+    return ClipRequest(Order(0, videos).at(position), position, job.grid)
 
 
 def cut(wanted: ClipRequest, info: VideoInfo) -> Cut:
@@ -282,6 +286,71 @@ def prepared(paths: Sequence[str], job: Job) -> Read:
     return read
 
 
+def frames(paths: Sequence[str], job: Job, decoder: str = "pillow") -> Read:
+    """The same pictures out of folders of JPEGs, made beside the videos when they are first asked for."""
+    from PIL import Image
+
+    import mgtrain.clips.frames as module
+    from mgtrain.clips.decode import VideoFile
+    from mgtrain.clips.sources import open_source
+
+    if decoder == "pillow":
+        module.decode_jpeg = None
+    elif module.decode_jpeg is None:
+        raise ImportError("simplejpeg is not installed")
+    folders = [Path(path).parents[1] / f"{Path(path).parent.name}-frames" / Path(path).stem for path in paths]
+    for folder, path in zip(folders, paths, strict=True):
+        if folder.exists():
+            continue
+        part = folder.with_name(f"{folder.name}.part")
+        part.mkdir(parents=True, exist_ok=True)
+        with VideoFile(path) as file:
+            for picture, numbers in file.pictures(range(file.info.frames)):
+                Image.fromarray(picture).save(part / f"img_{numbers[0] + 1:05}.jpg", quality=90)
+        part.rename(folder)
+
+    def read(wanted: ClipRequest) -> np.ndarray:
+        with open_source(folders[wanted.video], 30) as file:
+            return file.read([cut(wanted, file.info)])[0]  # (T, S, S, 3)
+
+    return read
+
+
+def stretches(paths: Sequence[str], job: Job) -> Read:
+    """The same pictures out of one long file, made beside the videos when it is first asked for."""
+    import av
+
+    from mgtrain.clips.decode import VideoFile
+    from mgtrain.clips.sources import open_source
+
+    long = Path(paths[0]).parents[1] / f"{Path(paths[0]).parent.name}-recording.mp4"
+    lengths = []
+    for path in paths:
+        with VideoFile(path) as file:
+            lengths.append(file.info.frames)
+    first = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    if not long.exists():
+        part = long.with_suffix(".part")
+        with av.open(str(part), "w", format="mp4") as joined:
+            for path, start in zip(paths, first, strict=False):
+                with av.open(path) as container:
+                    (source,) = container.streams.video
+                    if not joined.streams:
+                        stream = joined.add_stream_from_template(source)
+                    ticks = round(start / 30 / source.time_base)
+                    for packet in container.demux(source):
+                        if packet.size:
+                            packet.pts, packet.dts, packet.stream = packet.pts + ticks, packet.dts + ticks, stream
+                            joined.mux(packet)
+        part.rename(long)
+
+    def read(wanted: ClipRequest) -> np.ndarray:
+        with open_source(f"{long}#f={first[wanted.video]},{first[wanted.video + 1]}") as file:
+            return file.read([cut(wanted, file.info)])[0]  # (T, S, S, 3)
+
+    return read
+
+
 def torchcodec(paths: Sequence[str], job: Job) -> Read:
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
@@ -307,7 +376,7 @@ def decord(paths: Sequence[str], job: Job) -> Read:
 
 
 def resized_crop(frames: torch.Tensor, clip: Cut) -> torch.Tensor:
-    """What users of torchvision do: uint8 (T, 3, H, W) -> uint8 (T, 3, S, S)."""
+    """The way of torchvision's users: uint8 (T, 3, H, W) -> uint8 (T, 3, S, S)."""
     from torchvision.transforms.v2 import functional
 
     left, top, width, height = clip.region
@@ -431,6 +500,9 @@ def load_pyslowfast(checkout: Path) -> SimpleNamespace:
 CONTESTANTS: dict[str, Contestant] = {
     "mgtrain": mgtrain,
     "prepared": prepared,
+    "frames": frames,
+    "simplejpeg": partial(frames, decoder="simplejpeg"),
+    "stretches": stretches,
     "torchcodec": torchcodec,
     "decord": decord,
     "plain": plain,
@@ -470,7 +542,8 @@ def one_worker_rate(clips: int, paths: Sequence[str], job: Job) -> float:
 def loop_rate(clips: int, paths: Sequence[str], job: Job) -> float:
     """Clips per second of a plain loop over the same clips, in this process."""
     _, dataset, plan = mgtrain_loader(paths, job, workers=1)
-    batches = ([dataset[[wanted]] for wanted in step_requests(step, len(paths), seed=0)] for step in plan)
+    order = Order(0, len(paths))
+    batches = ([dataset[[wanted]] for wanted in step_requests(step, order)] for step in plan)
     return steady_rate(batches, job, 1, clips)
 
 
@@ -499,7 +572,7 @@ def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterab
     )
     videos = Videos.of("", [(path, 0) for path in paths], classes=("one", "other"))
     plan = make_plan(recipe, len(videos))
-    batches = train_batches(videos, recipe, plan, 0, World(), BadVideos(len(videos), max_fraction=0))
+    batches = train_batches(videos, recipe, plan, World(), BadVideos(len(videos), max_fraction=0))
     return batches, RandomClips(videos, recipe), plan
 
 

@@ -16,7 +16,7 @@ import time
 import torch
 from torch import nn
 
-from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.models import build_model
 from mgtrain.models.part import Part, set_part
 from mgtrain.recipe import Optim

@@ -25,8 +25,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mgtrain.engine.checks import make_model
-from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.step import to_device
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import connect, launch, no_sync, replicate
 from mgtrain.recipe import load_recipe
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def start(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the ranks measured, a row for each shape."""
+    """The ranks' measurements, a row for each shape."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         words = [sys.executable, __file__, options.recipe, *options.overrides, "--repeats", str(options.repeats)]

@@ -12,6 +12,7 @@ seconds, the median and range of their ratios, and the peak memory of each proce
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -24,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mgtrain.processes.cores import cpu_name, instructions
+
 # name of ours, of PySlowFast's configuration, and whether it takes two pathways
 MODELS = (("slowfast_r50", "SLOWFAST_8x8_R50"), ("i3d_r50", "I3D_8x8_R50"), ("i3d_nln_r50", "I3D_NLN_8x8_R50"))
 # clips, frames, crop, groups: the long cycle of 1 x 32 x 112, and two shapes of its short cycle
 SHAPES = ((8, 8, 79, 8), (4, 16, 79, 4), (2, 16, 112, 2), (1, 32, 112, 1), (16, 8, 56, 8), (4, 32, 56, 1))
 CLASSES = 400
+Ready = tuple[nn.Module, torch.optim.Optimizer, Any]  # the last is what the network is called with
 
 
 def main() -> None:
@@ -36,9 +40,15 @@ def main() -> None:
     parser.add_argument("--pyslowfast", type=Path, help="a checkout; without it, mgtrain alone is timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both, by autocast")
+    parser.add_argument("--fixed", action="store_true", help="compute convolutions in the forms chosen by rule")
     parser.add_argument("--models", nargs="+", default=[name for name, _ in MODELS])
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.threads} threads; seconds of a step, medians of {args.repeats}")
+    print(f"{cpu_name()}; {instructions()}")
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.precision}, convolutions "
+        f"{'by rule' if args.fixed else 'measured'}; seconds of a step, medians of {args.repeats}"
+    )
     print(f"{'model':14}{'shape':>12}{'mgtrain':>10}{'PySlowFast':>12}{'ratio':>8}{'range':>14}{'GiB':>6}{'theirs':>8}")
     for name, config in MODELS:
         if name in args.models:
@@ -68,7 +78,7 @@ class Racer:
     def __init__(self, kind: str, network: str, args: argparse.Namespace, shape: tuple[int, int, int, int]) -> None:
         context = get_context("spawn")
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=run, args=(theirs, kind, network, args.pyslowfast, args.threads, shape))
+        self._process = context.Process(target=run, args=(theirs, kind, network, args, shape))
         self._process.start()
         theirs.close()  # so that a process which fails is not waited for
         self._ours.recv()  # it has made a step that does not count
@@ -87,21 +97,23 @@ class Racer:
         return gib
 
 
-def run(pipe: Connection, kind: str, network: str, checkout: Path, threads: int, shape: tuple[int, ...]) -> None:
+def run(pipe: Connection, kind: str, network: str, args: argparse.Namespace, shape: tuple[int, ...]) -> None:
     """The process."""
     import resource
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     clips, frames, crop, groups = shape
     x = torch.randn(clips, 3, frames, crop, crop)
     labels = torch.randint(0, CLASSES, (clips,))
-    model, optimizer, given = (ours if kind == "mgtrain" else theirs)(network, checkout, x, groups)
+    model, optimizer, given = (ours if kind == "mgtrain" else theirs)(network, args, x, groups)
     while True:
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(given), labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            logits = model(given)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         pipe.send(time.perf_counter() - start)
         if pipe.recv() == "end":
@@ -109,27 +121,40 @@ def run(pipe: Connection, kind: str, network: str, checkout: Path, threads: int,
             return
 
 
-def ours(network: str, _: Path, x: Tensor, groups: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+def ours(
+    network: str, args: argparse.Namespace, x: Tensor, groups: int
+) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """Our network, as `fit` trains it."""
-    from mgtrain.engine.optim import make_optimizer
+    from mgtrain.engine.machine.tuning import add_uses, fastest
+    from mgtrain.engine.update.optim import make_optimizer
+    from mgtrain.grid import Shape
     from mgtrain.models import build_model
+    from mgtrain.models.conv import choose
     from mgtrain.models.part import Part, set_part
     from mgtrain.processes.cores import keep_freed_memory
     from mgtrain.recipe import Optim
 
     keep_freed_memory()
     model = build_model(network, classes=CLASSES).to(memory_format=torch.channels_last_3d).train()
+    if not args.fixed:
+        with torch.device("meta"):
+            meta = build_model(network, classes=CLASSES).train()
+        uses: dict[Any, Any] = {}
+        add_uses(uses, meta, Shape(len(x), x.shape[2], x.shape[3]), len(x), 1.0)
+        choose(model, fastest(uses, torch.bfloat16 if args.precision == "bf16" else torch.float32, least=math.inf))
     set_part(model, Part(0, len(x), len(x), groups))
     return model, make_optimizer(model, Optim(lr=1e-4, stages=(1,))), x.to(memory_format=torch.channels_last_3d)
 
 
-def theirs(config: str, checkout: Path, x: Tensor, groups: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+def theirs(
+    config: str, args: argparse.Namespace, x: Tensor, groups: int
+) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """PySlowFast's network, with its own optimizer's settings."""
     sys.path.insert(0, str(Path(__file__).parent))
     import parity
 
     sys.meta_path.insert(0, parity.Absent())  # type: ignore[arg-type]
-    found = dict(parity.pyslowfast(checkout))[config]
+    found = dict(parity.pyslowfast(args.pyslowfast))[config]
     kind = {"BN.NORM_TYPE": "sub_batchnorm", "BN.NUM_SPLITS": groups} if groups > 1 else {}
     model = found.make(64, **{"MODEL.NUM_CLASSES": CLASSES, "MODEL.DROPOUT_RATE": 0.5, **kind}).train()
     norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm3d) for p in m.parameters()]

@@ -71,7 +71,7 @@ CANARY = "canary.ts"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What came of one file."""
+    """The result of one file."""
 
     outcome: str
     cause: str
@@ -267,7 +267,7 @@ BYTES: dict[str, Callable[[bytes, bytes, np.random.Generator], bytes]] = {
 
 
 def _no_file(path: Path, rng: np.random.Generator) -> None:
-    """What is no video file: a folder, a pipe, a socket, an empty file, a link to itself, a device or nowhere."""
+    """Anything but a video file: a folder, a pipe, a socket, an empty file, a link to itself, a device or nowhere."""
     match int(rng.integers(8)):
         case 0:
             path.mkdir()

@@ -6,7 +6,7 @@ Each victim is a real `mgtrain fit` on a small synthetic data set; it is killed 
 
     anywhere     at a random time after its start
     saving       while a checkpoint is being written
-    evaluating   in the recalibration or evaluation at the end of a phase
+    evaluating   in a recalibration or evaluation
     loader       only one of its loader processes
     rank         only one of its ranks (with several ranks)
 
@@ -41,7 +41,7 @@ from mgtrain.runs.folder import RunDir
 RECIPE = """\
 data: {format: list, root: data, train: train.csv, val: val.csv, classes: 4}
 clip: {frames: 8, stride: 2, crop: 32, short_side: [32, 40]}
-evaluation: {crop: 32, short_side: 36, recalibration_batches: 8, per_phase: 1}
+evaluation: {crop: 32, short_side: 36, recalibration_batches: 8, times: 6}
 model: {name: i3d_r50, width: 8, depth: [1, 1, 1, 1], dropout: 0.5}
 batch: {clips: 4, bn_clips: 4}
 optim: {lr: 0.002, stages: [24, 12], warmup_epochs: 1, warmup_lr: 0.001}
@@ -49,7 +49,7 @@ schedule: {name: multigrid}
 hardware: {workers: 1}
 logging: {steps: 1, checkpoint_steps: 3}
 """
-TIMES = ("train_seconds", "data_seconds", "eval_seconds")
+TIMES = ("train_seconds", "data_seconds", "eval_seconds", "clock_seconds")
 POLL_SECONDS = 0.002
 
 

@@ -5,7 +5,10 @@
 
 It estimates and measures nothing. Its assumptions are options, and are printed:
 
-    computing   3 x the forward pass's multiply-adds x 2, at --tflops per GPU, the same at every shape
+    GPU         3 x the forward pass's multiply-adds x 2, at --tflops per GPU, the same at every shape, and after them
+                the activations that are kept for the backward pass, --traffic times through memory at --bandwidth
+    host        --launches of kernels a step, --launch-us of a core each, at any number of BatchNorm groups; the host
+                runs ahead of the GPU, so a step takes the longer of the two, which is `computing`
     exchange    gradients in float32, ring all-reduce of 2 (n-1)/n of their bytes at --gbytes per second and GPU,
                 --latency per bucket and hop of the ring; it runs beside the backward pass, two thirds of the
                 computing, but for the last bucket
@@ -26,6 +29,7 @@ import torch
 
 from mgtrain.console import duration
 from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.machine.memory import Memory
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe, load_recipe
 from mgtrain.schedule import baseline_recipe, check_world, make_plan
@@ -41,9 +45,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 128])
     parser.add_argument("--per-gpu", type=int, default=8, help="clips of the base shape (default: %(default)s)")
-    parser.add_argument(
-        "--tflops", type=float, default=60, help="speed that a GPU reaches in training (default: %(default)s)"
-    )
+    for name, value, what in (
+        ("tflops", 300.0, "speed of a GPU's convolutions"),
+        ("bandwidth", 2700.0, "of a GPU's memory, GB/s"),
+        ("traffic", 6.0, "times that an activation goes through memory"),
+        ("launches", 1500.0, "kernels of a step"),
+        ("launch-us", 25.0, "microseconds of the host for each of them"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=value, help=f"{what} (default: %(default)s)")
     parser.add_argument(
         "--gbytes", type=float, default=20, help="bandwidth of the exchange per GPU (default: %(default)s)"
     )
@@ -56,7 +65,9 @@ def main() -> None:
     with torch.device("meta"):
         gradients = 4 * sum(parameter.numel() for parameter in make_model(recipe).parameters())
     print(
-        f"assumed: {options.tflops:g} TFLOP/s and {options.cores} cores for each GPU, {options.gbytes:g} GB/s and "
+        f"assumed: {recipe.hardware.precision}; {options.tflops:g} TFLOP/s, {options.bandwidth:g} GB/s for "
+        f"{options.traffic:g} times the activations and {options.cores} cores for each GPU; "
+        f"{options.launches:g} launches of {options.launch_us:g} µs; {options.gbytes:g} GB/s and "
         f"{1e6 * options.latency:g} µs for the exchange of {gradients / 1e6:.0f} MB"
     )
     for gpus in options.gpus:
@@ -68,16 +79,22 @@ def report(recipe: Recipe, gradients: int, gpus: int, options: Any) -> None:
     """A line for each phase, and both runs' hours from either kind of files."""
     videos = recipe.data.videos or 240_000
     plan, baseline = make_plan(recipe, videos), make_plan(baseline_recipe(recipe), videos)
-    flops = check_shapes(recipe, [*plan.shapes(), recipe.base])
+    shapes = dict.fromkeys([*plan.shapes(), recipe.base])
+    flops, kept = check_shapes(recipe, shapes), Memory(recipe, shapes)
+    host = options.launches * options.launch_us * 1e-6
     check_world(plan, gpus)
     print(f"\n{gpus} GPUs, batch.clips={recipe.base.clips}, {len(plan):,} steps; seconds of a step of each phase")
-    print(f"{'phase':>6}{'clips':>15}{'computing':>11}{'exchange':>10}{'visible':>9}{'ordinary':>10}{'prepared':>10}")
+    print(
+        f"{'phase':>6}{'clips':>20}{'GPU':>8}{'host':>8}{'exchange':>10}{'visible':>9}{'ordinary':>10}{'prepared':>10}"
+    )
     hours: dict[str, list[float]] = {}
     for name, one in (("multigrid", plan), ("baseline", baseline)):
         totals = np.zeros(2)
         for phase in one.phases:
             cycle = phase.shapes
-            compute = float(np.mean([6 * flops[s] * s.clips for s in cycle])) / (options.tflops * 1e12 * gpus)
+            gpu = float(np.mean([s.clips * (6 * flops[s] / (options.tflops * 1e12) + options.traffic * kept.per_clip(s)
+                                            / (options.bandwidth * 1e9)) for s in cycle])) / gpus  # fmt: skip
+            compute = max(gpu, host)
             exchange, visible = exchanged(gradients, gpus, compute, options)
             load = [
                 float(np.mean([s.clips * seconds_of_clip(s, kind) for s in cycle])) / (options.cores * gpus)
@@ -87,7 +104,7 @@ def report(recipe: Recipe, gradients: int, gpus: int, options: Any) -> None:
             if name == "multigrid":
                 clips = "/".join(str(shape.clips) for shape in cycle)
                 marks = "".join(f"{t:>9.3f}{'*' if t > compute + visible else ' '}" for t in load)
-                print(f"{phase.index + 1:>6}{clips:>15}{compute:>11.3f}{exchange:>10.4f}{visible:>9.4f}{marks}")
+                print(f"{phase.index + 1:>6}{clips:>20}{gpu:>8.3f}{host:>8.3f}{exchange:>10.4f}{visible:>9.4f}{marks}")
         hours[name] = totals.tolist()
     for kind, files in enumerate(("ordinary", "prepared")):
         ours, theirs = hours["multigrid"][kind], hours["baseline"][kind]

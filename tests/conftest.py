@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import nullgpu
 import pytest
 import torch
 import warm
 
-import mgtrain.engine.fit
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on a CPU; read when it is imported
+
+import mgtrain.engine.start
 from mgtrain.data.synthetic import synthesize
 from mgtrain.engine.checks import check_shapes
 from mgtrain.engine.fit import fit
@@ -35,12 +39,12 @@ data:
   val: val.csv
   classes: 4
 clip: {{frames: 8, stride: 2, crop: 32, short_side: [32, 40]}}
-evaluation: {{crop: 32, short_side: 36, recalibration_batches: 2}}
+evaluation: {{crop: 32, short_side: 36, recalibration_batches: 2, times: 6}}
 model: {{name: i3d_r50, width: 8, depth: [1, 1, 1, 1], dropout: 0.5}}
 batch: {{clips: 4, bn_clips: 4}}
 optim: {{lr: 0.002, stages: [6, 3], warmup_epochs: 1, warmup_lr: 0.001}}
 schedule: {{name: multigrid}}
-hardware: {{workers: 0}}
+hardware: {{workers: 0, deterministic: true}}
 logging: {{steps: 1}}
 """
 
@@ -82,7 +86,7 @@ def shapes_tried_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mgtrain.engine.fit, "check_shapes", check)
+        patch.setattr(mgtrain.engine.start, "check_shapes", check)
         yield
 
 
@@ -112,3 +116,17 @@ def start_mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def null_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a program with a GPU that computes nothing; what it prints."""
+    environment = nullgpu.environment(tmp_path_factory.mktemp("null_gpu"))
+
+    def run(program: str, *words: str) -> str:
+        command = [sys.executable, "-c", program, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

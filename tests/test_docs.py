@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,14 +13,17 @@ from typing import Any
 
 import pytest
 import typer
+from ruamel.yaml import YAML
+from test_floors import FLOORS, PACKAGE
 from typer.testing import CliRunner
 
+import mgtrain
 from mgtrain.cli import app
 from mgtrain.recipe import Recipe, shipped_recipes
 from mgtrain.recipe.keys import reference
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What makes a command of the pages quick; every other word stays as it is.
 SMALL_DATA = ("--train", "3", "--val", "1")
 SMALL = ("model={name: i3d_r50, width: 8, depth: [1, 1, 1, 1], dropout: 0.0}", "clip.frames=8", "clip.stride=1",
@@ -80,7 +84,7 @@ def test_every_command_of_the_pages_exists_with_these_options(line: str) -> None
 def run_page(name: str, folder: Path, replaced: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a page's commands in a folder, one after the other, made quick."""
     monkeypatch.chdir(folder)
-    for line in commands(ROOT / "docs" / f"{name}.md"):
+    for line in commands(ROOT / "docs" / name):
         for old, new in replaced.items():
             line = line.replace(old, new)
         if not line.startswith("mgtrain"):
@@ -96,7 +100,7 @@ def run_page(name: str, folder: Path, replaced: dict[str, str], monkeypatch: pyt
 
 
 def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_page("quick-start", tmp_path, {}, monkeypatch)
+    run_page("tutorial/quick-start.md", tmp_path, {}, monkeypatch)
     assert "demo_multigrid" in (tmp_path / "demo.html").read_text()
 
 
@@ -106,7 +110,7 @@ def test_ones_own_data_run(motions: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "my_clips" / name).mkdir(parents=True)
         for n in range(12):
             shutil.copy(videos[12 * c + n], tmp_path / "my_clips" / name / f"person{n // 2}_take{n % 2}.mp4")
-    run_page("your-data", tmp_path, {}, monkeypatch)
+    run_page("tutorial/your-data.md", tmp_path, {}, monkeypatch)
     assert "my_clips_multigrid" in (tmp_path / "report.html").read_text()
     assert len((tmp_path / "scores.csv").read_text().splitlines()) > 2
 
@@ -123,18 +127,57 @@ def test_kinetics_runs(motions: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / f"k400/{split}.csv").write_text("\n".join(rows))
     replaced = {"/data/k400": str(tmp_path / "k400"), "/scratch/k400": str(tmp_path / "prepared")}
     replaced |= {"root: .*|": "classes: 400|classes: 2|; s|root: .*|", "--gpus 8": "--gpus 1"}
-    run_page("kinetics", tmp_path, replaced, monkeypatch)
+    run_page("how-to/kinetics.md", tmp_path, replaced, monkeypatch)
 
 
 def test_the_reference_is_that_of_the_program() -> None:
-    assert (ROOT / "docs/recipe.md").read_text(encoding="utf-8") == reference(), (
-        "run: mgtrain recipes keys > docs/recipe.md"
-    )
+    generated = {
+        "recipe.md": reference(),
+        "cli.md": runpy.run_path(str(ROOT / "scripts/reference.py"))["command_page"](),
+    }
+    for name, page in generated.items():
+        written = (ROOT / "docs/reference" / name).read_text(encoding="utf-8")
+        assert written == page, "run: python scripts/reference.py"
     assert "|  |" not in reference(), "a key without a description"
     for section, field in Recipe.model_fields.items():
         for kind in getattr(field.annotation, "__args__", (field.annotation,)):
             for key in getattr(kind, "model_fields", ()):
                 assert key == "name" or f"| `{key}` |" in reference(), f"{section}.{key}"
+
+
+def test_the_drawings_are_those_of_the_script_and_name_modules_that_exist() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/drawings.py"))
+    for name, drawn in script["drawings"]().items():
+        assert (ROOT / "docs/assets" / name).read_text(encoding="utf-8") == drawn, "run: python scripts/drawings.py"
+    boxes = [files for band in script["CLIP"] + script["STEP"] for _, files in band.boxes]
+    missing = [file for files in boxes for file in files.split() if not (PACKAGE / file).exists()]
+    assert not missing
+    assert [[name for name, _ in rooms] for rooms in reversed(script["ROOMS"])] == FLOORS
+
+
+def test_drawings_are_readable_on_light_and_on_dark_pages() -> None:
+    drawings = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.svg")}
+    assert len(drawings) > 4
+    for name, drawn in drawings.items():
+        twin = name.replace("-light.", "-dark.") if "-light." in name else name.replace("-dark.", "-light.")
+        assert "prefers-color-scheme: dark" in drawn or (twin != name and twin in drawings), name
+        assert 'fill: #ffffff"' not in drawn, f"{name} has a white background"
+
+
+def test_the_navigation_has_every_page_once_in_four_kinds() -> None:
+    site = YAML(typ="safe").load(ROOT / "mkdocs.yml")
+    kinds = {title: entry for part in site["nav"] for title, entry in part.items() if isinstance(entry, list)}
+    assert list(kinds) == ["Tutorial", "How to", "Reference", "Explanation"]
+    shown = ["index.md", *(page for entries in kinds.values() for entry in entries for page in entry.values())]
+    assert sorted(shown) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
+    for kind, entries in kinds.items():
+        folder = kind.lower().replace(" ", "-")
+        assert all(page.startswith(f"{folder}/") for entry in entries for page in entry.values()), kind
+
+
+def test_the_python_page_documents_the_public_names() -> None:
+    page = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: mgtrain\.(\w+)$", page, re.MULTILINE)) == sorted(mgtrain.__all__)
 
 
 def test_links_lead_somewhere() -> None:

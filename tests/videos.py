@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 BITS = 8
 SIZE = (128, 64)  # width, height: one block of 16 x 32 pixels per bit
@@ -61,3 +62,15 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_frames(
+    folder: Path, pictures: Sequence[np.ndarray] | int = 30, name: str = "img_{:05}.png", first: int = 1, **options: Any
+) -> Path:
+    """Write pictures, or that many numbered ones, as the files of a folder of frames."""
+    if isinstance(pictures, int):
+        pictures = [numbered_picture(number) for number in range(pictures)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures, first):
+        Image.fromarray(picture).save(folder / name.format(number), **options)
+    return folder

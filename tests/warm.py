@@ -167,7 +167,7 @@ def serve(connection: socket.socket) -> None:
     import mgtrain
 
     for module in pkgutil.walk_packages(mgtrain.__path__, "mgtrain."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "fused.kernels")):  # nor what needs Triton
             importlib.import_module(module.name)
     for name in LATE:
         importlib.import_module(name)

@@ -1,8 +1,7 @@
 """The command line.
 
-In come words, out go results on stdout, messages on stderr and an exit code: each command calls the rooms below and
-prints what they return. Nothing is computed here, and torch is imported only inside the commands that need it, so that
-the others answer at once.
+Each command calls the rooms below and prints what they return: results to stdout, messages to stderr. Nothing is
+computed here. Only the commands that need torch import it, so the others answer at once.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ from mgtrain.cli.fit import fit
 from mgtrain.cli.init import init
 from mgtrain.cli.plan import plan
 from mgtrain.cli.recipes import recipes_app
+from mgtrain.cli.study import study
 from mgtrain.cli.trained import evaluate, export, predict
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import err, out
-from mgtrain.errors import MgtrainError
+from mgtrain.data.formats.folder import is_video
+from mgtrain.errors import MgtrainError, lack_of
 
 INTERRUPTED = 130  # exit code
 
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "watch": watch,
     "doctor": doctor,
     "compare": compare,
+    "study": study,
     "plan": plan,
 }
 for name, command in COMMANDS.items():
@@ -66,20 +68,26 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the command line; a user's mistake gives one line and the documented exit code, never a traceback."""
+    """Run the command line. A user's mistake ends in one line and the documented exit code, never in a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: the terminal may not encode all names
     os.environ["PYTHONSAFEPATH"] = "1"  # a Python started from here does not import from the current folder
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
-        if code == INTERRUPTED:  # Ctrl-C, which typer has taken
+        if code == INTERRUPTED:  # Ctrl-C, caught by typer
             raise KeyboardInterrupt
         sys.stdout.flush()
     except MgtrainError as error:
         _say(str(error))
         code = error.exit_code
     except typer.TyperException as error:
-        _say(f"{error.format_message().rstrip('.')}; see `{' '.join(_command_words())} --help`")
+        dashed = next(
+            (word for word in sys.argv[1:] if word[0:1] == "-" and (is_video(word) or os.path.exists(word))), None
+        )
+        advice = f"see `{' '.join(_command_words())} --help`"
+        if dashed:  # such as a video named by its YouTube id
+            advice = f"write ./{dashed}, or -- before the names, for a file whose name starts with a dash"
+        _say(f"{error.format_message().rstrip('.')}; {advice}")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; `mgtrain fit ... --resume` continues from the newest checkpoint")
@@ -90,7 +98,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not write again when it exits
         code = 141
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        lack = lack_of(error)
+        if lack is not None:
+            _say(str(lack))
+            code = lack.exit_code
+        elif isinstance(error, OSError) and error.filename is not None:
             _say(f"{error.filename}: {error.strerror}; give another path, correct its permissions or free disk space")
             code = 2
         else:

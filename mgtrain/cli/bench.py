@@ -27,26 +27,27 @@ bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads 
 def bench_data(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="How long to measure each shape, twice.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time to measure each shape, twice.")] = 2.0,
     step_seconds: Annotated[
-        float | None, typer.Option(min=0.001, help="How long a training step takes. Default: measure it here.")
+        float | None, typer.Option(min=0.001, help="Time of a training step. Default: measure it.")
     ] = None,
     levels: Annotated[str, typer.Option(help="Short sides of the prepared set to try.")] = LEVELS,
     quality: Annotated[int, typer.Option(min=0, max=51, help="Quality of the prepared set to try.")] = QUALITY,
     device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Measure how fast clips of every shape load. Tells whether training will wait for data.
+    """Measure how fast clips of every shape load, and whether training will wait for data.
 
     Example:  mgtrain bench data k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --step-seconds 0.9
     """
+    check_finite(seconds=seconds, step_seconds=step_seconds)
+    loaded = load_recipe(recipe, overrides or ())
+
     from mgtrain.clips.prepared import Settings
-    from mgtrain.engine.fit import open_data
+    from mgtrain.engine.start import open_data
     from mgtrain.preflight.bench_data import bench_data as bench
     from mgtrain.preflight.bench_data import render
 
-    check_finite(seconds=seconds, step_seconds=step_seconds)
-    loaded = load_recipe(recipe, overrides or ())
     videos, _ = open_data(loaded)
     settings = Settings(parse_levels(levels), quality, None)
     with connected(device) as world, progress() as show:
@@ -59,22 +60,24 @@ def bench_step(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Videos = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How many steps of each shape to time.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of each shape to time.")] = 3,
     device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Time a training step at every shape of the plan. Compares it with its convolutions and a matrix product.
+    """Time a training step at every shape of the plan, and compare it with its convolutions and a matrix product.
 
     Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
     """
     from mgtrain.data import count_training_videos
-    from mgtrain.engine.checks import check_precision
-    from mgtrain.preflight.bench_step import bench_step as bench
-    from mgtrain.preflight.bench_step import render
     from mgtrain.schedule import make_plan
 
     loaded = load_recipe(recipe, overrides or ())
     plan = make_plan(loaded, videos or loaded.data.videos or count_training_videos(loaded))
+
+    from mgtrain.engine.checks import check_precision
+    from mgtrain.preflight.bench_step import bench_step as bench
+    from mgtrain.preflight.bench_step import render
+
     with connected(device) as world, progress() as show:
         check_precision(loaded, world.device)
         result = bench(loaded, plan, world, repeats, show)
@@ -93,10 +96,11 @@ def doctor(
     """
     from dataclasses import asdict
 
+    loaded = load_recipe(recipe, overrides or ()) if recipe else None
+
     from mgtrain.preflight.doctor import examine, refuse_missing
     from mgtrain.processes.distributed import connect
 
-    loaded = load_recipe(recipe, overrides or ()) if recipe else None
     found = []
     with connect(device) as world:
         for finding in examine(world.device, loaded):

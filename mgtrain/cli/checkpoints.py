@@ -39,7 +39,7 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         "tensors": len(shapes),
         "numbers": {
             part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
-            for part in ("model", "optimizer", "groups")
+            for part in ("model", "ema", "optimizer", "groups")
         },
         "training_videos": info.data,
         "validation_videos": info.val_data,
@@ -62,12 +62,14 @@ def verify_checkpoints(
 
     Example:  mgtrain ckpt verify demo_multigrid
     """
-    from mgtrain.runs.checkpoint import verify
     from mgtrain.runs.folder import find_run
 
     files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
     if not files:
         raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
+
+    from mgtrain.runs.checkpoint import verify
+
     damaged: dict[str, str] = {}
     for file in files:
         try:

@@ -17,7 +17,7 @@ def compare(
         str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
     ],
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="A run to compare, or several with several recipes and seeds.")
+        list[str], typer.Argument(metavar="RUN...", help="Runs to compare: one, or several recipes and seeds.")
     ],
     html: Annotated[Path | None, typer.Option(help="Also write the report of `mgtrain report` to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table with a line for each run to this file.")] = None,
@@ -25,31 +25,39 @@ def compare(
         str | None,
         typer.Option(
             metavar="KEY=LEAST,...",
-            help="Exit with 6 if the gain is smaller: speedup=3,steps=3,accuracy=-0.5 (points).",
+            help="Exit with 6 if the gain is smaller: speedup=3,clock=2,steps=3,accuracy=-0.5 (points).",
         ),
     ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower."),
+    ] = 1.0,
     json_: Json = False,
 ) -> None:
-    """Compare the cost and accuracy of a run with its baseline. Several runs are averaged over seeds.
+    """Compare the cost and accuracy of a run with its baseline. Several runs are averaged over seeds and folds.
+
+    Two runs on the same videos get the paired interval of their difference. Groups of runs are paired by seed and fold.
 
     Examples:  mgtrain compare demo_baseline demo_multigrid --fail-under speedup=2.5,accuracy=-2
     |  mgtrain compare b_0 b_1 b_2 m_0 m_1 m_2
     """
     from mgtrain.runs.compare import compare as compare_runs
-    from mgtrain.runs.compare import compare_groups, demand, render, render_groups, write_csv
+    from mgtrain.runs.compare import demand, render
     from mgtrain.runs.folder import find_run
+    from mgtrain.runs.groups import Outcome, compare_groups, grouped, render_groups, write_csv
 
+    check_finite(margin=margin)
     wanted = parse_thresholds(fail_under)
     found = [find_run(name) for name in (baseline, *runs)]
     if len(found) == 2:
-        result, shown = compare_runs(*found), render
+        result, shown = compare_runs(found[0], found[1], margin), render
     elif wanted:
         raise UsageError("--fail-under: needs a baseline and exactly one run")
     else:
-        result, shown = compare_groups(found), render_groups
+        result, shown = compare_groups(grouped(found), margin), render_groups
     out.print_json(data=result) if json_ else out.print(shown(result))
     if csv:
-        write_csv(found, csv)
+        write_csv(map(Outcome.of, found), csv)
     if html:
         from mgtrain.engine.examples import example_frames
         from mgtrain.runs.report import write_report
@@ -70,11 +78,13 @@ def report(
 
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
-    from mgtrain.engine.examples import example_frames
     from mgtrain.runs.folder import find_run
-    from mgtrain.runs.report import write_report
 
     found = [find_run(run) for run in runs]
+
+    from mgtrain.engine.examples import example_frames
+    from mgtrain.runs.report import write_report
+
     write_report(found, to, example_frames(found[-1]) if frames else [])
     note(f"wrote {to}")
 
@@ -83,10 +93,10 @@ def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A running or finished run.")],
     baseline: Annotated[str | None, typer.Option(metavar="RUN", help="A finished run to compare with.")] = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Print once and exit, as without a terminal.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit; the default without a terminal.")] = False,
     json_: Json = False,
 ) -> None:
-    """Show the progress of a run, from another terminal. Ends with the run.
+    """Show the progress of a run from another terminal, until the run ends.
 
     Example:  mgtrain watch demo_multigrid --baseline demo_baseline
     """

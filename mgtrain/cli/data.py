@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mgtrain.cli.options import Json, Overrides, RecipeArgument, Seed, check_share
+from mgtrain.cli.options import Json, Overrides, RecipeArgument, Seed, check_finite, check_share, opened_splits
 from mgtrain.console import counts_table, note, out, progress, warn
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
@@ -24,16 +24,38 @@ ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists 
 def synthesize(
     root: Annotated[Path, typer.Argument(help="Folder to create.")],
     train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
-    val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 20,
+    val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 40,
+    classes: Annotated[int, typer.Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
+    distractors: Annotated[int, typer.Option(min=0, max=100, help="Distracting discs in each video.")] = 1,
+    noise: Annotated[float, typer.Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 2.0,
+    camera: Annotated[float, typer.Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 0.3,
+    pace: Annotated[
+        float, typer.Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")
+    ] = 0.1,
+    frames: Annotated[int, typer.Option(min=8, max=10_000, help="Frames of each video.")] = 48,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
     seed: Seed = 0,
 ) -> None:
-    """Make a small data set of videos whose classes differ only by motion.
+    """Make a small data set of videos whose classes differ only by motion. Options make it easier or harder to see.
 
-    Example:  mgtrain data synthesize data/motions
+    Examples:  mgtrain data synthesize data/motions
+    |  mgtrain data synthesize data/hard --classes 18 --distractors 2 --noise 10 --camera 2 --pace 0.5
     """
+    from mgtrain.data.synthetic import ALL_MOTIONS, Difficulty
     from mgtrain.data.synthetic import synthesize as make
 
-    make(root, videos_per_class={"train": train, "val": val}, seed=seed)
+    check_finite(noise=noise, camera=camera, pace=pace)
+    width, _, height = size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and all(16 <= int(n) <= 4096 for n in (width, height))):
+        raise UsageError(f"--size {size}: write width and height of 16 to 4096 pixels, such as 112x84")
+    if int(width) % 2 or int(height) % 2:
+        raise UsageError(f"--size {size}: both must be even for the encoder")
+    hides = Difficulty(distractors, noise, camera, pace)
+    with progress() as show:
+        make(
+            root, videos_per_class={"train": train, "val": val}, classes=ALL_MOTIONS[:classes], seed=seed,
+            frames=frames, size=(int(width), int(height)), difficulty=hides, progress=show,
+        )  # fmt: skip
     out.print(f"{root}: ready")
 
 
@@ -46,7 +68,7 @@ def index(
     contents: Annotated[
         bool, typer.Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
     ] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is any warning.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 on any warning.")] = False,
     json_: Json = False,
 ) -> None:
     """Convert annotations to lists. Reports missing videos, duplicates and leakage between the splits.
@@ -56,11 +78,10 @@ def index(
 
     Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
     """
-    from mgtrain.data import open_splits
+    from mgtrain.data.formats.listfile import write_lists
     from mgtrain.data.index import make_index
-    from mgtrain.data.listfile import write_lists
 
-    splits = open_splits(load_recipe(recipe, overrides or ()).data)
+    splits = opened_splits(load_recipe(recipe, overrides or ()).data)
     with progress() as show:
         made = make_index(splits, contents=contents, progress=show)
     unusable = [name for name, rows in made.usable.items() if not len(rows)]
@@ -93,7 +114,8 @@ def split(
     to: ToFolder,
     val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="Make this many folds instead; each is the validation set once.")
+        int | None,
+        typer.Option(min=2, max=1000, help="Make this many folds instead; each validates one split."),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[
@@ -105,12 +127,14 @@ def split(
 ) -> None:
     """Split labelled videos for training and validation. Every class is split in the same proportion.
 
+    Stretches of one file stay together, unless --groups says otherwise.
+
     Examples:  mgtrain data split videos --to lists --val 0.2
     |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
     """
-    from mgtrain.data import open_splits, open_videos
-    from mgtrain.data.groups import read_groups
-    from mgtrain.data.listfile import write_lists
+    from mgtrain.data import open_videos
+    from mgtrain.data.formats.listfile import write_lists
+    from mgtrain.data.groups import groups_of_files, read_groups
     from mgtrain.data.split import count_classes, joined, make_split
 
     if (val is None) == (folds is None):
@@ -121,9 +145,10 @@ def split(
             raise UsageError(f"{source}: a folder takes neither overrides nor --all; all of it is split")
         videos = joined([open_videos("folder", source, ".")])
     else:
-        splits = open_splits(load_recipe(source, overrides or ()).data)
+        splits = opened_splits(load_recipe(source, overrides or ()).data)
         videos = joined(splits.values() if all_ else [splits["train"]])
-    grouping = read_groups(groups, by, videos) if groups else None
+    together = groups_of_files(videos.names())
+    grouping = read_groups(groups, by, videos) if groups else together.ids if together else None
     lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
     files = write_lists(to, {name: (videos, rows) for name, rows in lists.items()})
     counts = {name: count_classes(videos, rows) for name, rows in lists.items()}
@@ -155,14 +180,16 @@ def stats(
     if picture and picture.suffix.lower() != ".png":
         raise UsageError(f"--picture {picture}: must end in .png")
 
-    from mgtrain.data import open_splits
+    loaded = load_recipe(recipe, overrides or ())
+    videos = opened_splits(loaded.data)[split]
+
     from mgtrain.preflight.stats import draw_picture, make_stats, render
 
-    loaded = load_recipe(recipe, overrides or ())
-    videos = open_splits(loaded.data)[split]
     count = workers if workers is not None else min(16, usable_cores())
     with progress() as show:
-        made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, progress=show)
+        made = make_stats(
+            videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=loaded.data.fps, progress=show
+        )
     for cause in made.broken:
         warn(cause)
     if json_:
@@ -195,20 +222,21 @@ def check(
     """
     from collections import Counter
 
-    from mgtrain.data import open_splits
     from mgtrain.data.manifest import STATUSES, USABLE
     from mgtrain.data.videos import printable
-    from mgtrain.preflight.check import check as check_videos
 
     loaded = load_recipe(recipe, overrides or ())
     data = loaded.data
     file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
-    splits = open_splits(data.model_copy(update={"checked": None}))
-    names = {split: [videos.name(n) for n in range(len(videos))] for split, videos in splits.items()}
+    splits = opened_splits(data.model_copy(update={"checked": None}))
+    names = {split: videos.names() for split, videos in splits.items()}
+
+    from mgtrain.preflight.check import check as check_videos
+
     with progress() as show:
         records = check_videos(
             data.root, [name for split in names.values() for name in split], file, loaded.clip,
-            workers or usable_cores(), seconds=seconds, memory=round(memory * 1e9), progress=show,
+            workers or usable_cores(), seconds=seconds, memory=round(memory * 1e9), fps=data.fps, progress=show,
         )  # fmt: skip
     status = {record["path"]: record["status"] for record in records}
     counted = {split: Counter(status[name] for name in within) for split, within in names.items()}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mgtrain.cli.options import Device, Json, Overrides, Procs, RecipeArgument, connected, start_ranks
-from mgtrain.console import out
+from mgtrain.console import note, out
 from mgtrain.errors import UsageError
 from mgtrain.recipe import find_recipe, load_recipe
 
-SCORES = ("mean_ap", "top1", "top5", "loss", "videos")  # to print
+if TYPE_CHECKING:
+    from mgtrain.runs.scores import Scores
+
+SCORES = ("mean_ap", "top1", "mean_class", "top5", "loss", "videos")  # to print
 
 
 def fit(
@@ -29,36 +34,74 @@ def fit(
     baseline: Annotated[
         str | None, typer.Option(help="A run, by name or folder, to measure the speedup against during training.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Do all that a run does up to one step of each shape, show time and memory, keep nothing.",
+        ),
+    ] = False,
     procs: Procs = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
     """Train a recipe.
 
-    Examples:  mgtrain fit demo_multigrid  |  torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
+    Examples:  mgtrain fit demo_multigrid --dry-run  |  mgtrain fit demo_multigrid  |
+    torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
     """
-    from mgtrain.processes.distributed import is_restarted, rank_of_environment
+    began = time.perf_counter()
+    from mgtrain.data import count_training_videos
+    from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
     from mgtrain.runs.folder import RUNS, RunDir, find_run
+    from mgtrain.schedule import check_world, make_plan
 
     loaded = load_recipe(recipe, overrides or ())
     if name in (os.curdir, os.pardir):
         raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
+    if dry_run and resume:
+        raise UsageError("--dry-run --resume: a dry run starts from the first step; leave one of them out")
     folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
     run = RunDir(folder, writes=rank_of_environment() == 0)
-    resume = resume or is_restarted()
-    if run.rows("steps.jsonl") and not resume:
+    resume = not dry_run and (resume or restarts() > 0)
+    if not dry_run and run.rows("steps.jsonl") and not resume:
         raise UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
     rival = find_run(baseline) if baseline else None
+    if resume and run.rows("evals.jsonl"):
+        from mgtrain.engine.resume import finished
+
+        if scores := finished(run, loaded):
+            if run.writes:
+                note(f"{folder}: this run is finished; nothing is left to train")
+                _show(folder, scores, json_)
+            return
+    if not is_launched():  # report mistakes in the data, the plan or the processes before importing torch
+        check_world(make_plan(loaded, count_training_videos(loaded)), procs or 1)
     if start_ranks(procs, device):
         return
 
     from mgtrain.engine.fit import fit as train
+    from mgtrain.engine.rehearsal import rehearse, render
 
+    if dry_run:
+        with TemporaryDirectory() as kept_nowhere, connected(device, None, loaded.faults.timeout_seconds) as world:
+            found = rehearse(loaded, RunDir(Path(kept_nowhere), writes=world.main), world)
+            if world.main and json_:
+                out.print_json(data=found)
+            elif world.main:
+                out.print(render(found))
+        return
     with run.locked(), connected(device, folder / "log.txt", loaded.faults.timeout_seconds) as world:
-        scores = train(loaded, run, world, resume, rival, allow_changes)
-        if world.main and json_:
-            row = scores.row()
-            shown = {key: row[key] for key in row if key in SCORES}
-            out.print_json(data={"schema": "mgtrain.fit/1", "run": str(folder), **shown})
-        elif world.main:
-            out.print(scores.line(1))
+        scores = train(loaded, run, world, resume, rival, allow_changes, began)
+        if world.main:
+            _show(folder, scores, json_)
+
+
+def _show(folder: Path, scores: Scores, json_: bool) -> None:
+    """Print a run's final scores."""
+    if json_:
+        row = scores.row()
+        shown = {key: row[key] for key in SCORES if key in row}
+        out.print_json(data={"schema": "mgtrain.fit/1", "run": str(folder), **shown})
+    else:
+        out.print(scores.line(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from mgtrain.console import note, out, progress, warn
 
 
 def init(
-    data: Annotated[Path, typer.Option(help="A folder of videos, or a list of `path label` lines.")],
+    data: Annotated[Path, typer.Option(help="A folder of videos, or a list of them.")],
     to: Annotated[Path, typer.Option(help="Folder to write the recipes, the lists and classes.txt to.")] = Path(),
     name: Annotated[str | None, typer.Option(help="Name of the recipes. Default: the folder's name.")] = None,
     val: Annotated[
@@ -22,13 +22,23 @@ def init(
     group_by: Annotated[
         str | None,
         typer.Option(
-            metavar="REGEX|none", help="What in a path names the video's source. Default: guess from the file names."
+            metavar="REGEX|none",
+            help="The part of a path that names the video's source. Default: guess from the file names.",
         ),
     ] = None,
     hours: Annotated[
         float | None, typer.Option(min=0.01, help="Time for training the baseline. Default: 1 on a CPU, 12 on GPUs.")
     ] = None,
+    network: Annotated[
+        Literal["swin3d_t", "mvit_v2_s"] | None,
+        typer.Option(
+            help="Fine-tune this transformer from Kinetics weights. Default: train a network of fitting size."
+        ),
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="The folder that a list's paths are relative to.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, help="Frames per second of videos that are folders of frames.")
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     json_: Json = False,
@@ -37,15 +47,20 @@ def init(
 
     Examples:  mgtrain init --data clips --to work  |  mgtrain init --data clips --group-by 'person\\d+' --hours 8
     """
-    check_finite(hours=hours)
+    check_finite(hours=hours, fps=fps)
     check_share(val)
+
+    from mgtrain.data.found import find_videos
+
+    videos = find_videos(data, root)
 
     from mgtrain.preflight.init import make_project
 
     name = name or os.path.basename(os.path.abspath(data)).partition(".")[0]
     with progress() as show:
         made = make_project(
-            data, to, name, root=root, val=val, group_by=group_by, hours=hours, seed=seed, device=device,
+            data, videos, to, name, val=val, group_by=group_by, hours=hours, fps=fps, seed=seed, device=device,
+            network=network,
             report=lambda text, warns: warn(text) if warns else note(text), progress=show,
         )  # fmt: skip
     out.print_json(data=made.describe()) if json_ else out.print(made.render())

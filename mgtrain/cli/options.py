@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mgtrain.console import start_logging
+from mgtrain.console import note, start_logging
 from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.processes.environment import is_launched
 
 if TYPE_CHECKING:
+    from mgtrain.data.videos import Videos as Listed
     from mgtrain.processes.distributed import World
+    from mgtrain.recipe import Data
 
 # A rank must not import from the current folder, which `-m` and `-c` put on the path.
 RANK = "import sys; sys.path = [path for path in sys.path if path]; from mgtrain.cli import main; main()"
@@ -44,6 +48,16 @@ Videos = Annotated[
 ]
 
 
+def opened_splits(data: Data) -> dict[str, Listed]:
+    """The training and validation videos of a recipe, with remarks on how their lists were read."""
+    from mgtrain.data import open_splits
+
+    splits = open_splits(data)
+    for remark in [remark for videos in splits.values() for remark in videos.remarks]:
+        note(remark)
+    return splits
+
+
 def check_finite(**options: float | None) -> None:
     """Refuse infinite and undefined numbers, which typer lets pass."""
     for option, value in options.items():
@@ -52,7 +66,7 @@ def check_finite(**options: float | None) -> None:
 
 
 def check_share(val: float | None) -> None:
-    """Refuse a share of videos for validation that leaves one part empty."""
+    """Refuse a validation share that would leave one part empty."""
     if val is not None and not 0 < val < 1:
         raise UsageError(f"--val {val:g}: must be above 0 and below 1, such as 0.2")
 
@@ -66,6 +80,19 @@ def parse_levels(levels: str) -> tuple[int, ...]:
     if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
         raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
     return tuple(sides)
+
+
+def parse_size(option: str, text: str) -> int:
+    """`2GiB` as bytes; units are of 1000 (`GB`) or 1024 (`GiB`).
+
+    >>> parse_size("shards", "1.5 GiB"), parse_size("shards", "200MB")
+    (1610612736, 200000000)
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([kmgt])(i?)b", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match:
+        raise UsageError(f"--{option} {text}: write a size with its unit, such as 2GiB or 500MB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower()))
 
 
 def parse_views(views: str) -> tuple[int, int]:
@@ -91,13 +118,15 @@ def parse_thresholds(text: str | None) -> dict[str, float]:
 
 def checkpoint_path(checkpoint: str) -> Path:
     """The file of a checkpoint argument."""
-    from mgtrain.runs.checkpoint import newest_whole
     from mgtrain.runs.folder import find_run
 
     path = Path(checkpoint)
     if path.is_file():
         return path
     run = find_run(checkpoint)
+
+    from mgtrain.runs.checkpoint import newest_whole
+
     newest = newest_whole(run.checkpoints())
     if newest is None:
         raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
@@ -116,10 +145,11 @@ def connected(device: str | None, log: Path | None = None, timeout_seconds: floa
 
 def start_ranks(procs: int | None, device: str | None) -> bool:
     """Start this command once per rank, unless this process is one of them or the only one."""
-    from mgtrain.processes.distributed import default_procs, is_launched, launch
-
     if is_launched():
         return False
+
+    from mgtrain.processes.distributed import default_procs, launch
+
     wanted = procs or default_procs(device)
     if wanted == 1:
         return False

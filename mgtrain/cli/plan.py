@@ -1,4 +1,4 @@
-"""The command that shows what a recipe will do: plan."""
+"""The command that shows the steps and costs of a recipe: plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected
 from mgtrain.console import out, progress
@@ -20,12 +21,15 @@ def plan(
     measure: Annotated[
         float | None,
         typer.Option(
-            min=0.01, metavar="SECONDS", help="Time steps and loading here, loading this long for each shape."
+            min=0.01, metavar="SECONDS", help="Time steps and loading on this machine, for so long per shape."
         ),
     ] = None,
     costs: Annotated[
-        bool, typer.Option(help="Estimate multiply-adds and memory of each shape, which takes a few seconds.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Estimate multiply-adds and memory of each shape, which takes a few seconds. Default: not with --json."
+        ),
+    ] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.01, metavar="GIB", help="Choose micro-batches that fit a GPU of this memory.")
     ] = None,
@@ -47,34 +51,33 @@ def plan(
     made, baseline = make_plans(loaded, videos or count_training_videos(loaded)).values()
     if gpus:
         check_world(made, gpus)
-    spent, here, more = None, None, {}
-    if costs or memory:
+    totals = compare_totals(made, baseline)
+    found = {"schema": "mgtrain.plan/1", **made.describe(), **totals}
+
+    def show(*parts: RenderableType) -> None:
+        if not json_:
+            for part in parts:
+                out.print(part)
+
+    show(plan_table(made, gpus), schedule_drawing(made), render_totals(totals))
+    if costs or memory or (costs is None and not json_):
         from mgtrain.preflight.costs import costs as estimate
         from mgtrain.preflight.costs import render as render_costs
 
-        spent = estimate(loaded, made, baseline, gpus or 1, memory)
-        more = {"multiply_adds": (spent["multiply_adds"], spent["baseline_multiply_adds"])}
-    totals = compare_totals(made, baseline, **more)
+        found["costs"] = estimate(loaded, made, baseline, gpus or 1, memory)
+        show(render_costs(found["costs"], memory))
     if measure:
-        from mgtrain.engine.fit import open_data
+        from mgtrain.engine.start import open_data
         from mgtrain.preflight.forecast import forecast
         from mgtrain.preflight.forecast import render as render_forecast
 
-        train, _ = open_data(loaded)
-        with connected(device) as world, progress() as show:
-            here = forecast(loaded, train, world, measure, show)
+        train, val = open_data(loaded)
+        with connected(device) as world, progress() as shown:
+            found["forecast"] = forecast(loaded, train, val, world, measure, shown)
+        show(render_forecast(found["forecast"]))
     if picture:
         from mgtrain.runs.report.figures import save_schedule
 
         save_schedule(made.describe()["phases"], picture)
     if json_:
-        result = {"schema": "mgtrain.plan/1", **made.describe(), **totals}
-        out.print_json(data=result | ({"costs": spent} if spent else {}) | ({"forecast": here} if here else {}))
-        return
-    out.print(plan_table(made, gpus))
-    out.print(schedule_drawing(made))
-    if spent:
-        out.print(render_costs(spent, memory))
-    out.print(render_totals(totals))
-    if here:
-        out.print(render_forecast(here))
+        out.print_json(data=found)

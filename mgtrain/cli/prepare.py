@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from mgtrain.cli.data import data_app
-from mgtrain.cli.options import Json, Overrides, RecipeArgument, check_finite, parse_levels
+from mgtrain.cli.options import Json, Overrides, RecipeArgument, check_finite, opened_splits, parse_levels, parse_size
 from mgtrain.console import duration, note, out, progress, size
-from mgtrain.errors import DataError
+from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
 from mgtrain.recipe import load_recipe
 
 # Defaults of a prepared set: they suit the grids of Kinetics-400, with about 3 times the bytes.
 LEVELS, QUALITY = "256,160", 25
+LEAST_SHARD = 1_000_000  # bytes
 
 
 @data_app.command()
@@ -31,10 +32,17 @@ def prepare(
     fps: Annotated[
         float | None, typer.Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
     ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Write tar files of at most this size, such as 2GiB, instead of a file for each video and level.",
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
     forecast: Annotated[
         bool,
-        typer.Option("--forecast", help="Prepare a few videos, estimate time and disk space for the rest, and stop."),
+        typer.Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop."),
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -46,17 +54,20 @@ def prepare(
     """
     from dataclasses import asdict
 
+    check_finite(fps=fps)
+    shard_bytes = parse_size("shards", shards) if shards else None
+    if shard_bytes is not None and shard_bytes < LEAST_SHARD:
+        raise UsageError(f"--shards {shards}: must be at least {size(LEAST_SHARD)}, such as 2GiB")
+    data = load_recipe(recipe, overrides or ()).data
+    folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
+    paths = [name for videos in opened_splits(data).values() for name in videos.names()]
+
     from mgtrain.clips.prepared import Settings
-    from mgtrain.data import open_splits
     from mgtrain.preflight.prepare import Forecast
     from mgtrain.preflight.prepare import prepare as make
 
-    check_finite(fps=fps)
-    data = load_recipe(recipe, overrides or ()).data
-    folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
-    settings = Settings(parse_levels(levels), quality, fps)
+    settings = Settings(parse_levels(levels), quality, fps, shard_bytes)
     count = workers or usable_cores()
-    paths = [videos.name(n) for videos in open_splits(data).values() for n in range(len(videos))]
 
     def by_level(sizes: tuple[int, ...], originals: int) -> str:
         """The size of all levels and of each, in bytes and relative to the originals."""
@@ -74,7 +85,9 @@ def prepare(
         return not forecast
 
     with progress() as show:
-        done = make(Path(data.root), paths, folder, settings, count, forecast=show_forecast, progress=show)
+        done = make(
+            Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=show_forecast, progress=show
+        )
     for cause in done.broken.values():
         note(f"skipped: {cause}")
     if json_:
@@ -83,7 +96,7 @@ def prepare(
         out.print(
             f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
             f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
-            f"{duration(done.seconds)}",
+            f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}",
         )
 
 

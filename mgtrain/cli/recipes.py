@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mgtrain.cli.options import Json
-from mgtrain.console import harmless, out
+from mgtrain.console import harmless, note, out
+from mgtrain.errors import UsageError
 from mgtrain.recipe import find_recipe, shipped_recipes
 
-recipes_app = typer.Typer(name="recipes", help="List and show the shipped recipes.", no_args_is_help=True)
+recipes_app = typer.Typer(name="recipes", help="List, show and copy the shipped recipes.", no_args_is_help=True)
 
 
 @recipes_app.command("list")
@@ -35,6 +38,27 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped 
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
     """
     sys.stdout.write(harmless(find_recipe(name).read_text(encoding="utf-8")))
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe to a file of your own.
+
+    Example:  mgtrain recipes copy k400_slowfast_8x8_r50_multigrid my.yaml
+    """
+    source = find_recipe(name)
+    file = (target or Path()) / source.name if target is None or target.is_dir() else target
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UsageError(f"{file}: exists already; give another file, or delete this one") from None
+    note(f"{file}: train it with `mgtrain fit {shlex.quote(str(file))}`")
 
 
 @recipes_app.command("keys")

@@ -23,10 +23,14 @@ from mgtrain.cli.options import (
 from mgtrain.console import out
 from mgtrain.errors import DataError, UsageError
 
-FEW_VIDEOS = 16  # are decoded sooner than loader processes start
+FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
 Views = Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="The recipe that says how clips are cut, for weights of other projects.")
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable."),
 ]
 
 
@@ -41,6 +45,7 @@ def evaluate(
             "--csv", help="Write class probabilities of every video to this file. An interrupted evaluation resumes."
         ),
     ] = None,
+    trust: Trust = None,
     procs: Procs = None,
     device: Device = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the accuracy of every class.")] = False,
@@ -59,19 +64,20 @@ def evaluate(
         return
 
     from mgtrain.engine.evaluate import evaluate as evaluate_videos
-    from mgtrain.engine.fit import open_data
     from mgtrain.engine.recalibrate import recalibrate
+    from mgtrain.engine.start import open_data
     from mgtrain.engine.trained import evaluation_videos, load_trained
     from mgtrain.runs.journal import Journal
 
     with connected(device) as world:
-        trained = load_trained(path, recipe, overrides or (), world)
+        trained = load_trained(path, recipe, overrides or (), world, trust or ())
         videos = evaluation_videos(trained)
         journal = None
         if table is not None:
             journal = Journal(table, f"{trained.identity} {views} {videos.identity}", len(trained.classes))
         if not trained.recalibrated:
-            recalibrate(trained.model, open_data(trained.recipe)[0], trained.recipe, world)
+            count = trained.recipe.evaluation.recalibration_batches
+            recalibrate(trained.model, open_data(trained.recipe)[0], count, trained.recipe, world)
         predictions = evaluate_videos(trained.model, videos, trained.recipe, world, (times, crops), journal)
         if world.main:
             if table is not None and journal is not None:
@@ -79,23 +85,32 @@ def evaluate(
                 journal.remove()
             if json_:
                 facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
+                facts["weights"] = "ema" if trained.averaged else "model"
                 out.print_json(data={**facts, **predictions.describe(videos.classes)})
             else:
                 out.print(predictions.render(videos.classes, times * crops, per_class))
+                if trained.averaged:
+                    out.print("of the averaged weights (optim.ema)")
         world.barrier()
 
 
 def predict(
     checkpoint: CheckpointArgument,
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
+    videos: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."
+        ),
+    ],
     views: Views = "10x3",
     every: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Predict a clip every so many seconds of a long video, instead of views."),
+        typer.Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
     recipe: RecipeOption = None,
     changes: Changes = None,
+    trust: Trust = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -107,12 +122,12 @@ def predict(
     times, crops = parse_views(views)
     path = checkpoint_path(checkpoint)
 
-    from mgtrain.engine.predict import predict_videos
     from mgtrain.engine.trained import load_trained
+    from mgtrain.engine.trained.predict import predict_videos
 
     with connected(device) as world:
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
-        trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world)
+        trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust or ())
         answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
     if json_:
         found = [answer.describe(trained.classes, top) for answer in answers]
@@ -135,27 +150,34 @@ def export(
     ],
     recipe: RecipeOption = None,
     changes: Changes = None,
+    trust: Trust = None,
     json_: Json = False,
 ) -> None:
     """Export a trained network for other programs. Exits with 6 if the file's logits differ from the network's.
 
-    The input is clips (B, 3, T, S, S), normalized as the file's notes say; the output is logits (B, classes).
+    The input is clips (B, 3, T, S, S), normalized as the file's metadata says; the output is logits (B, classes).
 
     Examples:  mgtrain export demo_multigrid --to motions.onnx  |  mgtrain export runs/mine --to pt2
     """
     path = checkpoint_path(checkpoint)
     file = Path(to if "." in to else f"{path.parent.parent.name or path.stem}.{to}")
 
-    from mgtrain.engine.export import export as export_network
     from mgtrain.engine.trained import load_trained
+    from mgtrain.engine.trained.export import export as export_network
     from mgtrain.processes.distributed import World
 
-    trained = load_trained(path, recipe, changes or (), World())
+    trained = load_trained(path, recipe, changes or (), World(), trust or ())
     done = export_network(trained, file)
     if json_:
-        out.print_json(data={"schema": "mgtrain.export/1", "checkpoint": str(path), **done.describe()})
+        facts = {
+            "schema": "mgtrain.export/1",
+            "checkpoint": str(path),
+            "weights": "ema" if trained.averaged else "model",
+        }
+        out.print_json(data={**facts, **done.describe()})
         return
     for parity in done.parity:
         out.print(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest")
     sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation size only"
-    out.print(f"wrote {done.path}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}")
+    of = ", the averaged weights (optim.ema)" if trained.averaged else ""
+    out.print(f"wrote {done.path}{of}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}")

@@ -85,6 +85,6 @@ def import_weights(
 
 
 def _read_names(file: Path) -> tuple[str, ...]:
-    from mgtrain.data.reading import numbered_lines
+    from mgtrain.data.formats.reading import numbered_lines
 
     return tuple(text for _, text in numbered_lines(file))

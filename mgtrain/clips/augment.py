@@ -1,15 +1,15 @@
-"""Changes to training clips after they are cut: RandAugment, colour, erasing. All frames of a clip change alike.
+"""Augment training clips after they are cut: RandAugment, colour, erasing, the same in all frames of a clip.
 
-RandAugment works on pixels in the loader's workers, keyed by the clip's position: its operations differ from clip to
-clip, which on a GPU would be thousands of small kernels in a step. Colour and erasing are the same arithmetic for all
-clips, so they work on the whole batch on the device, where the loader's cores, the bottleneck of coarse phases, are not
-needed; their draws, and MixUp's (see `engine.mix`), are made for a step's global batch and sliced. Measured with
-scripts/bench_augment.py.
+RandAugment runs in the loader's workers, seeded by the clip's position: its operations differ from clip to clip, which
+on a GPU would take thousands of small kernels per step. Colour and erasing are the same arithmetic for all clips, so
+they run on the device for the whole batch; the loader's cores are the bottleneck of coarse phases. Their random
+numbers, and those of MixUp (see `engine.mix`), are drawn for a step's global batch, sliced, and copied to the device
+together (see `sent`). scripts/bench_augment.py measures all of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,7 +22,7 @@ from mgtrain.recipe import Augment
 from mgtrain.recipe.model import MEAN
 from mgtrain.rng import Draw, seed_of
 
-FRAMES = 4  # that RandAugment works on at a time: 1.5 times as fast as 32, which leave the processor's cache
+FRAMES = 4  # to apply RandAugment to at a time: 1.5 times as fast as 32, which do not fit into the processor's cache
 GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 YUV = np.array([GREY, [-0.147, -0.289, 0.436], [0.615, -0.515, -0.1]])
 ERASED_AREA = (0.02, 0.33)  # of the frame (Zhong et al. 2020)
@@ -30,9 +30,10 @@ ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
 
 
 def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -> np.ndarray:
-    """RandAugment (Cubuk et al. 2020) of the clip at a position of the run: uint8 (T, S, S, 3) to the same.
+    """Apply RandAugment (Cubuk et al. 2020) to the clip at a position of the run: uint8 (T, S, S, 3) to the same.
 
-    What an operation leaves empty is grey. Contrast, AutoContrast and Equalize alone go by each frame's own values.
+    Operations fill empty areas with grey. All frames get the same operations; only Contrast, AutoContrast and Equalize
+    depend on each frame's values.
     """
     if not augment.rand_augment:
         return clip
@@ -41,7 +42,7 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
     )
     changed = []
     for frames in torch.split(torch.from_numpy(clip).permute(0, 3, 1, 2), FRAMES):  # (FRAMES, 3, S, S)
-        with _seeded(seed_of(seed, Draw.RAND_AUGMENT, position)):  # all with the same operations
+        with _seeded(seed_of(seed, Draw.RAND_AUGMENT, position)):  # the same operations each time
             changed.append(change(frames))
     pixels: np.ndarray = torch.cat(changed).permute(0, 2, 3, 1).numpy()
     return pixels
@@ -49,7 +50,7 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's own CPU generator, the only one that torchvision draws from, with this seed for a while."""
+    """Within the block, seed torch's global CPU generator, the only one that torchvision uses."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -58,28 +59,48 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def jitter_colour(x: Tensor, draws: np.ndarray, augment: Augment) -> Tensor:
-    """Change brightness, contrast, saturation and hue of each clip: normalized (B, 3, T, S, S) to the same.
+def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Copy rows (B, n) of numbers to the device as float32, all at once and without waiting."""
+    if not rows:
+        return {}
+    together = torch.from_numpy(np.concatenate(list(rows.values()), axis=1, dtype=np.float32))
+    if device.type == "cuda":
+        together = together.pin_memory()  # a copy from other memory would wait for all work queued on the GPU
+    there = torch.split(together.to(device, non_blocking=True), [array.shape[1] for array in rows.values()], dim=1)
+    return dict(zip(rows, there, strict=True))
 
-    `draws` (B, 4), in 0..1, are where in their ranges they lie. The four, in this order, are one affine map of a
-    pixel's channels, so hue turns at constant luma (as in YUV), and contrast is about the mean grey of the whole clip.
-    torchvision's ColorJitter turns hue in HSV, which takes several times as long.
+
+def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
+    """The parameters of `jitter_colour` for each clip, (B, 14), from uniform `draws` (B, 4) in [0, 1).
+
+    The draws choose brightness, contrast, saturation and hue within their ranges. Applied in this order they are one
+    affine map of a pixel's channels: hue rotates at constant luma (as in YUV), and contrast is relative to the mean
+    grey of the whole clip. torchvision's ColorJitter rotates hue in HSV, which takes several times as long.
     """
     strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     brightness, contrast, saturation, turns = ((2 * draws - 1) * strengths + (1, 1, 1, 0)).T  # (B) each
     scale = (brightness * contrast)[:, None, None] * _hue(turns) @ _saturation(saturation)  # (B, 3, 3)
-    matrix = torch.from_numpy(scale).to(x.device, x.dtype)
-    # Neither hue nor saturation changes a grey, so the offset is the same for all channels.
-    offset = torch.from_numpy((brightness - 1) * -BLACK).to(x.device, x.dtype)  # (B)
-    grey = x.mean((2, 3, 4)) @ torch.from_numpy(GREY).to(x.device, x.dtype)  # (B)
-    offset += torch.from_numpy((1 - contrast) * brightness).to(x.device, x.dtype) * grey
+    # Hue and saturation do not change greys, so the offset is the same for all channels.
+    offset, of_grey = (brightness - 1) * -BLACK, (1 - contrast) * brightness  # (B)
+    grey = np.broadcast_to(GREY, (len(draws), 3))
+    return np.concatenate([scale.reshape(-1, 9), offset[:, None], of_grey[:, None], grey], axis=1)
+
+
+def jitter_colour(x: Tensor, rows: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of each clip: normalized (B, 3, T, S, S) to the same.
+
+    `rows` is the result of `colour_rows`, on the device.
+    """
+    matrix = rows[:, :9].contiguous().view(-1, 3, 3)
+    grey = x.mean((2, 3, 4)) @ rows[0, 11:]  # (B)
+    offset = rows[:, 9] + rows[:, 10] * grey
     pixels = x.movedim(1, -1).flatten(1, 3)  # (B, T * S * S, 3)
     pixels = torch.baddbmm(offset[:, None, None], pixels, matrix.mT).clamp_(BLACK, WHITE)
     return pixels.view(len(x), *x.shape[2:], 3).movedim(-1, 1)
 
 
 def _hue(turns: np.ndarray) -> np.ndarray:
-    """Maps of RGB (B, 3, 3) that turn the chroma by so many turns (B)."""
+    """Matrices on RGB (B, 3, 3) that rotate the chroma by a number of turns (B)."""
     cos, sin = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)
     turn = np.zeros((len(turns), 3, 3))
     turn[:, 0, 0] = 1
@@ -89,31 +110,44 @@ def _hue(turns: np.ndarray) -> np.ndarray:
 
 
 def _saturation(factor: np.ndarray) -> np.ndarray:
-    """Maps of RGB (B, 3, 3) that move colours away from their grey by a factor (B)."""
+    """Matrices on RGB (B, 3, 3) that scale the distance of colours from their grey by a factor (B)."""
     f = factor[:, None, None]
     maps: np.ndarray = f * np.eye(3) + (1 - f) * np.ones((3, 1)) * GREY
     return maps
 
 
-def erase(x: Tensor, draws: np.ndarray, probability: float) -> Tensor:
-    """Make a box of some clips grey, the same box in all frames: normalized (B, 3, T, S, S), changed in place.
+def erase_rows(draws: np.ndarray, probability: float, size: int) -> np.ndarray:
+    """The box that `erase` makes grey in each clip, (B, 4) as in `box_rows`, from uniform `draws` (B, 5) in [0, 1).
 
-    `draws` (B, 5), in 0..1: whether, area, ratio of height to width, place (Zhong et al. 2020).
+    The draws choose whether to erase, area, ratio of height to width, and place (Zhong et al. 2020).
     """
     erased = draws[:, 0] < probability
     area = ERASED_AREA[0] + draws[:, 1] * (ERASED_AREA[1] - ERASED_AREA[0])
     ratio = ERASED_RATIO[0] * (ERASED_RATIO[1] / ERASED_RATIO[0]) ** draws[:, 2]
-    size = np.minimum(1, np.sqrt([area * ratio, area / ratio])).T * erased[:, None]  # (B, 2): height, width
-    first = draws[:, 3:] * (1 - size)
-    return x.masked_fill_(inside(first, first + size, x.shape[-1]).to(x.device), 0)
+    extent = np.minimum(1, np.sqrt([area * ratio, area / ratio])).T * erased[:, None]  # (B, 2): height, width
+    first = draws[:, 3:] * (1 - extent)
+    return box_rows(first, first + extent, size)
 
 
-def inside(first: np.ndarray, last: np.ndarray, size: int) -> Tensor:
-    """Which pixels lie in a box: True in (B, 1, 1, size, size).
+def erase(x: Tensor, rows: Tensor) -> Tensor:
+    """Make each clip's box grey in all frames: normalized clips (B, 3, T, S, S), changed in place.
 
-    The boxes' corners (B, 2), top and left, bottom and right, are fractions of the frame; what is outside is cut off.
+    `rows` is the result of `erase_rows`, on the device.
     """
-    pixel = np.arange(size)
-    low, high = (np.round(size * corner)[:, :, None] for corner in (first, last))
-    rows, columns = ((low <= pixel) & (pixel < high)).transpose(1, 0, 2)  # (B, size) each
-    return torch.from_numpy(rows[:, None, None, :, None] & columns[:, None, None, None, :])
+    return x.masked_fill_(inside(rows, x.shape[-1]), 0)
+
+
+def box_rows(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
+    """Boxes in pixels (B, 4): first row, first column, and the row and column after the last.
+
+    `first` (top, left) and `last` (bottom, right), (B, 2) each, are fractions of the frame.
+    """
+    return np.round(size * np.concatenate([first, last], axis=1))
+
+
+def inside(rows: Tensor, size: int) -> Tensor:
+    """Whether each pixel is inside the boxes of `box_rows`, which are clipped to the frame: (B, 1, 1, size, size)."""
+    pixel = torch.arange(size, device=rows.device)
+    low, high = rows[:, :2, None], rows[:, 2:4, None]
+    across = (low <= pixel) & (pixel < high)  # (B, 2, size)
+    return across[:, 0, None, None, :, None] & across[:, 1, None, None, None, :]

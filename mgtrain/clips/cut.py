@@ -1,8 +1,8 @@
-"""How one clip is cut from one video: which frames, and which region of them (Wu et al. 2020, section 3.3).
+"""Choose the frames of a clip and the region of them that it shows (Wu et al. 2020, section 3.3).
 
-Cropping and resizing are one resampling step: a window of `crop` pixels of a frame resized to a short side is a
-region of the *source* frame, which the decoder resamples straight to `crop` x `crop`. Everything here is arithmetic on
-numbers; only `cut_random` draws.
+Cropping and resizing are one resampling step. A window of `crop` pixels in a frame resized to a short side is a region
+of the *source* frame, which the decoder resamples directly to `crop` x `crop`. This module computes numbers only, and
+only `cut_random` is random.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mgtrain.grid import Grid
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What must be known of a video to cut it: its length in frames, frames per second, and upright size in pixels."""
+    """A video's length in frames, frames per second, and upright size in pixels: all that cutting depends on."""
 
     frames: int
     fps: float
@@ -28,7 +28,7 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One clip: source frames, and the region (left, top, width, height) of them that becomes `crop` x `crop`."""
+    """One clip: its source frames, and their region (left, top, width, height), to be resized to `crop` x `crop`."""
 
     frames: tuple[int, ...]
     region: tuple[int, int, int, int]
@@ -39,21 +39,21 @@ class Cut:
 def frame_indices(start: float, frames: int, stride: float, video_frames: int) -> tuple[int, ...]:
     """Source frames of a clip that starts at `start`; the last frame repeats past the video's end.
 
-    The frames are spread evenly from the first to the last of the `frames * stride` source frames that the clip spans,
-    and truncated to whole frames, so the gaps are a little wider than `stride`.
+    The clip spans `frames * stride` source frames. Its frames are spread evenly from the first to the last of these and
+    rounded down to whole frames, so the gaps are a little wider than `stride`.
 
     >>> frame_indices(start=2, frames=4, stride=3, video_frames=9)
     (2, 5, 8, 8)
     >>> frame_indices(start=0, frames=8, stride=2, video_frames=300)
     (0, 2, 4, 6, 8, 10, 12, 15)
     """
-    # In single precision, in which a position that should be whole is whole, and as the reference does.
+    # In single precision, as in PySlowFast, positions that should be whole numbers are whole.
     positions = np.linspace(start, start + max(frames * stride - 1, 0), frames, dtype=np.float32)
     return tuple(np.minimum(positions, video_frames - 1).astype(int).tolist())
 
 
 def latest_start(frames: int, stride: float, video_frames: int) -> float:
-    """The last source frame (a fraction, too) at which a clip can start and still fit; 0 if it does not fit at all.
+    """The last source frame, possibly fractional, at which a clip can start and still fit; 0 if it never fits.
 
     >>> latest_start(frames=8, stride=2, video_frames=300)
     284
@@ -62,9 +62,10 @@ def latest_start(frames: int, stride: float, video_frames: int) -> float:
 
 
 def segment_bounds(frames: int, video_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and last source frame of each of `frames` equal stretches of a whole video: int64 (frames,) each.
+    """First and last source frame of each of `frames` equal segments of a whole video: int64 (frames,) each.
 
-    One frame is taken of each (Something-Something; Wang et al. 2016). As in the reference, neighbours share an end.
+    A clip has one frame of each segment (Something-Something; Wang et al. 2016). As in PySlowFast, the last frame of a
+    segment is the first of the next.
 
     >>> [bounds.tolist() for bounds in segment_bounds(frames=3, video_frames=31)]
     [[0, 10, 20], [10, 20, 30]]
@@ -74,9 +75,9 @@ def segment_bounds(frames: int, video_frames: int) -> tuple[np.ndarray, np.ndarr
 
 
 def short_side_at(u: float, low: int, high: int, inverse_uniform: bool = False) -> int:
-    """The short side, in pixels, that the uniform draw `u` in [0, 1) stands for.
+    """The short side, in pixels, for a uniform draw `u` in [0, 1).
 
-    With `inverse_uniform` it is the scale's reciprocal that is uniform (Something-Something, Charades), largest first.
+    With `inverse_uniform` its reciprocal is uniform, and u = 0 gives the largest (Something-Something, Charades).
 
     >>> short_side_at(0.5, 128, 320), short_side_at(0.5, 128, 320, inverse_uniform=True)
     (224, 183)
@@ -87,7 +88,7 @@ def short_side_at(u: float, low: int, high: int, inverse_uniform: bool = False) 
 
 
 def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height of a frame once its shorter side is `short_side` pixels; the longer is truncated.
+    """Width and height of a frame resized to a shorter side of `short_side` pixels; the longer side is rounded down.
 
     >>> resized(320, 240, short_side=128)
     (170, 128)
@@ -100,9 +101,9 @@ def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
 def source_region(
     info: VideoInfo, size: tuple[int, int], crop: int, left: float, top: float
 ) -> tuple[int, int, int, int]:
-    """The whole source pixels under a `crop` x `crop` window at (left, top) of the frame resized to `size`.
+    """The region of source pixels under a `crop` x `crop` window at (left, top) of the frame resized to `size`.
 
-    Never empty, never outside the frame.
+    It consists of whole pixels, has at least one, and is inside the frame.
 
     >>> source_region(VideoInfo(300, 30.0, 320, 240), size=(170, 128), crop=112, left=58, top=16)
     (109, 30, 211, 210)
@@ -118,7 +119,7 @@ def source_region(
 
 
 def uniform_windows(size: tuple[int, int], crop: int, crops: int) -> list[tuple[int, int]]:
-    """(left, top) of `crops` windows spread along the longer side and centred on the shorter; one is the centre.
+    """(left, top) of `crops` windows, spread along the longer side and centred on the shorter; one crop is the centre.
 
     >>> uniform_windows((341, 256), crop=256, crops=3)
     [(0, 0), (43, 0), (85, 0)]
@@ -139,13 +140,13 @@ def cut_random(
     inverse_uniform: bool = False,
     segments: bool = False,
 ) -> Cut:
-    """A clip for training: stride, start, short side, window and flip are drawn.
+    """Cut a clip for training, with random stride, start, short side, window and flip.
 
-    The stride counts frames at `fps`; for a video of another rate it is scaled, so that a clip lasts equally long.
-    With `segments` a clip spans the video: in place of stride and start, a frame of each `segment_bounds` is drawn.
-    A frame is never resized below the crop: where the grid asks for that, the short side is the crop.
+    The stride counts frames at `fps`. For a video of another rate it is scaled, so that all clips last equally long.
+    With `segments` a clip spans the video: it has a random frame of each of the `segment_bounds`, and no stride. The
+    short side is at least the crop, even if the grid allows less.
     """
-    # The order of the draws is part of what a seed means.
+    # Do not change the order of the draws: the clips of every seed depend on it.
     if segments:
         indices = tuple(rng.integers(*segment_bounds(grid.frames, info.frames), endpoint=True).tolist())  # 1., 2.
     else:
@@ -162,10 +163,11 @@ def cut_random(
 def cut_views(
     grid: Grid, info: VideoInfo, times: int, crops: int, *, fps: float = 30.0, segments: bool = False
 ) -> list[Cut]:
-    """The clips of an evaluation: `times` uniform in time, each with `crops` windows; one after the other in time.
+    """Cut the clips of an evaluation: at `times` uniform times, each with `crops` windows; in order of time.
 
-    One time is the video's middle, one crop the frame's centre. Stride and short side are the grid's lowest; no flip.
-    With `segments` the times are spread evenly within the `segment_bounds`, one being their middle.
+    A single time is the video's middle, a single crop the frame's centre. Stride and short side are the grid's
+    smallest, and nothing is flipped. With `segments` the times are spread evenly within the `segment_bounds`; a single
+    time is their middle.
 
     >>> grid = Grid(frames=2, crop=224, stride=(2, 2), short_side=(256, 256))
     >>> for cut in cut_views(grid, VideoInfo(44, 30.0, 340, 256), times=2, crops=2):
@@ -185,7 +187,7 @@ def cut_views(
 
 
 def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0) -> list[Cut]:
-    """Clips of the frame's centre that start `every` so many seconds, the last one at the latest place that it fits.
+    """Cut a clip of the frame's centre `every` so many seconds; the last starts at the latest frame where it fits.
 
     >>> grid = Grid(frames=2, crop=224, stride=(15, 15), short_side=(256, 256))
     >>> [cut.frames for cut in cut_windows(grid, VideoInfo(100, 30.0, 340, 256), every=1)]
@@ -203,7 +205,7 @@ def _clips_at(starts: Sequence[float], grid: Grid, info: VideoInfo, fps: float) 
 
 
 def _windows(clips: Sequence[tuple[int, ...]], grid: Grid, info: VideoInfo, crops: int) -> list[Cut]:
-    """Clips of these frames, each with `crops` windows. Nothing is drawn, nothing is flipped."""
+    """Clips of these frames, each with `crops` windows."""
     size = resized(info.width, info.height, max(grid.crop, grid.short_side[0]))
     regions = [source_region(info, size, grid.crop, *window) for window in uniform_windows(size, grid.crop, crops)]
     return [Cut(frames, region, grid.crop, flip=False) for frames in clips for region in regions]

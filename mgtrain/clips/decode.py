@@ -1,22 +1,22 @@
-"""Decode the frames of clips: only those wanted, only their region, straight to the clip's size.
+"""Decode the frames of clips: only the frames and the region that a clip shows, resampled directly to its size.
 
-What it costs. A coarse clip wants few frames, so packets are looked through first: decoding starts at the last key
-frame before a wanted frame, ends with the last wanted one, and passes over frames that are not wanted and that no other
-frame refers to. A file whose timestamps do not say which packet is which frame, or that is damaged, is decoded in one
-go.
+Cost. A coarse clip has few frames, so the packets are read first: decoding starts at the last key frame before a
+wanted frame, ends with the last wanted one, and skips frames that are neither wanted nor referenced. If a file is
+damaged, or its timestamps do not tell which packet is which frame, it is decoded from its start.
 
-What frame `k` is. Timestamps decide: it is the frame shown `(k + 0.5) / fps` seconds after the stream's start, which is
-exactly the k-th frame at a constant frame rate, and keeps the pace of things at a variable one. Where timestamps are
-missing or do not increase (avi, raw streams) it is the k-th frame that comes out of the decoder.
+Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the stream's start. At a constant frame rate
+that is exactly the k-th frame; at a variable frame rate it preserves the speed of motions. If timestamps are missing or
+do not increase (avi, raw streams), it is the k-th frame that the decoder returns.
 
-What is used of a damaged video: the frames from the key frame before the clip up to the damage; the last of them
-repeats. If there are none, the last frame before that decodes is used.
+Damaged videos. A clip uses the frames from the key frame before it up to the damage, and repeats the last of them. If
+there are none, it uses the last earlier frame that can be decoded.
 
-Quarter turns of the display matrix are carried out, other matrices and the shape of pixels are ignored.
+Rotation. Frames are rotated by the quarter turns of the display matrix. Other matrices and the pixel aspect ratio are
+ignored.
 
-What a file can do. FFmpeg is given the open file and no name, and may open nothing else, whatever a playlist or a
-reference in it says. A picture has at most `MAX_PIXELS`; a file has no more frames than bytes; of a clip's packets
-`MAX_HELD` bytes are kept in memory, and a clip of more is decoded in one go.
+Limits. FFmpeg gets the open file without its name, and cannot open other files, whatever playlists or references the
+file contains. A picture has at most `MAX_PIXELS`, and a file no more frames than bytes. At most `MAX_HELD` bytes of a
+clip's packets are kept in memory; a clip with more is decoded from the file's start.
 """
 
 from __future__ import annotations
@@ -41,29 +41,31 @@ from mgtrain.clips.stages import stage
 from mgtrain.clips.timing import needed_runs, shown
 from mgtrain.errors import VideoError
 
-# Demuxers of single files. Left out are those that open further files or URLs (concat, hls, dash, image2, sdp, ...).
+# Demuxers that read one file. Not allowed are those that open other files or URLs (concat, hls, dash, image2, ...).
 CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,h264,hevc,m4v,h263,obu,ivf,ogg,nut,gif,mjpeg,yuv4mpegpipe"
 
-MAX_PIXELS = 1 << 25  # of a picture: 7680 x 4320 and not much more
+MAX_PIXELS = 1 << 25  # in a picture: slightly more than 7680 x 4320
 MAX_HELD = 1 << 28  # bytes
-LATEST = (1 << 63) - 1  # moment that FFmpeg can be asked for
-LOOKS_BACK = 8  # key frames that are tried, one before the other, to find one shown before a clip
+LATEST = (1 << 63) - 1  # largest timestamp that FFmpeg accepts
+LOOKS_BACK = 8  # key frames to try, backwards, to find one shown before a clip
 
 
 class VideoFile:
-    """An open video: `info` tells its length and size, `read` decodes clips. Use as a context manager, in one thread.
+    """An open video: `info` has its length and size, `read` decodes clips. Use it as a context manager, in one thread.
 
-    Raises `VideoError` for anything but a local regular file with at least one frame that decodes. The audio is never
-    touched.
+    Audio is ignored.
 
-    `skip_loop_filter` is FFmpeg's: "bidir" (B-frames) decodes H.264 a tenth faster and 0.4 of 255 off on average, "all"
-    a sixth faster and 1.3 off.
+    Raises:
+        VideoError: not a local regular file with at least one frame that can be decoded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], skip_loop_filter: str = "default") -> None:
-        self.path, self._skip_loop_filter = os.fspath(path), skip_loop_filter
-        self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
-        self.damage = ""  # what ended the decoding of all frames before their end
+    first = 0  # number of its first frame in the file
+    lacking = ""  # which frames are missing although all can be decoded
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._reformatter = VideoReformatter()  # keeps swscale's tables between frames
+        self.damage = ""  # the error that ended the last pass before the end of the video
         self._opened = ExitStack()
         self._file = self._regular_file()
         try:
@@ -90,8 +92,13 @@ class VideoFile:
         """The codec's name, such as h264."""
         return str(self._stream.codec_context.name)
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return os.fstat(self._file).st_size
+
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
-        """The clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
+        """Decode clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
         assert self._container.input_was_opened, "read() after close()"
         box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
         clips = [Clip(cut, box[:2]) for cut in cuts]
@@ -101,14 +108,14 @@ class VideoFile:
         return [clip.pixels() for clip in clips]
 
     def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """Frames as uint8 (H, W, 3) RGB, upright, each with the numbers, rising, of those `wanted` that it stands for.
+        """Decode frames, uint8 (H, W, 3) RGB, upright, each with its ascending frame numbers among `wanted`.
 
-        Where damage is met on the way it may start again: numbers that came before then come once more.
+        If a video is damaged, it may start again and repeat numbers.
         """
         return self._pictures(wanted, (0, 0, *self._size))
 
     def _pictures(self, wanted: Sequence[int], box: Box) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """As `pictures`, of a box of the frames, in the coordinates of frames as they are stored."""
+        """As `pictures`, but only a box of the frames, in the coordinates of stored frames (before rotation)."""
         none = True
         try:
             for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):
@@ -119,12 +126,16 @@ class VideoFile:
         if wanted and none:
             raise self._error("no frame of it can be decoded any more")
 
-    def decodable(self) -> int:
-        """How many frames can be decoded from the first on: `damage` tells if there was more."""
-        return sum(1 for _ in self._from_start())
+    def decodable(self, wanted: range | None = None) -> int:
+        """Count the frames up to the end or the first damage, or those wanted; `damage` then says what it is."""
+        if wanted is None:
+            return sum(1 for _ in self._from_start())
+        self.damage = ""
+        shown = {indices[0] if frame.pts is None else frame.pts for frame, indices in self._shown(wanted) if indices}
+        return len(shown)
 
     def _regular_file(self) -> int:
-        """The file's descriptor. What is no file is not opened, and not waited for if it takes the name just then."""
+        """Open the file and return its descriptor; refuse anything but a regular file, without blocking."""
         try:
             if stat.S_ISREG(os.stat(self.path).st_mode):
                 file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -146,7 +157,7 @@ class VideoFile:
         try:
             self._container = self._opened.enter_context(av.open("fd:", options=limit, container_options=alone))
         except av.ArgumentError as error:
-            raise self._error("no container that is read (Invalid argument)") from error
+            raise self._error("not a container that mgtrain reads (Invalid argument)") from error
         except (OSError, ValueError, av.FFmpegError) as error:
             raise self._error(getattr(error, "strerror", None) or str(error)) from error
         pictures = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -155,8 +166,10 @@ class VideoFile:
         self._stream = pictures[0]
         codec = one_thread(self._stream.codec_context)
         if codec.width * codec.height > MAX_PIXELS:
-            raise self._error(f"pictures of {codec.width} x {codec.height} pixels, {MAX_PIXELS:,} are allowed")
-        codec.options = {"skip_loop_filter": self._skip_loop_filter, **limit}
+            raise self._error(
+                f"its pictures have {codec.width} x {codec.height} pixels, more than the allowed {MAX_PIXELS:,}"
+            )
+        codec.options = limit
         self._unread: Iterator[av.VideoFrame] | None = self._decode(self._container.demux(self._stream))
 
     def _error(self, cause: str) -> VideoError:
@@ -164,7 +177,7 @@ class VideoFile:
 
     @stage("open")
     def _probe(self) -> VideoInfo:
-        """Decode the first frame: sizes in headers may be wrong, and rotation comes with frames only."""
+        """Decode the first frame: sizes in headers may be wrong, and only frames have their rotation."""
         frames = self._from_start()
         first = next(frames, None)
         if first is None:
@@ -175,20 +188,20 @@ class VideoFile:
             raise self._error("no frame rate")
         self._fps, self._time_base = float(rate), float(self._stream.time_base)
         self._size = first.width, first.height
-        # Quarter turns anticlockwise; what is no multiple of a quarter turn is nonsense of a damaged header.
+        # Quarter turns anticlockwise. Other angles occur only in damaged headers.
         self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
         self._timed = self._container.format.name != "avi" and self._stream.start_time is not None
         width, height = self._size if self._turns % 2 == 0 else self._size[::-1]
         return VideoInfo(self._count(), self._fps, width, height)
 
     def _count(self) -> int:
-        """How many frames there should be: by the header as far as it agrees with itself, else packets are counted."""
+        """The expected number of frames: from the header if it is consistent, else by counting packets."""
         stream, container = self._stream, self._container
         if stream.duration:
             seconds = stream.duration * self._time_base
         else:
             seconds = (container.duration or 0) / av.time_base
-            if container.format.name.startswith("matroska"):  # there it is the time of the end
+            if container.format.name.startswith("matroska"):  # whose duration is the time of the end
                 seconds -= self._start * self._time_base
         expected = round(seconds * self._fps)
         if expected > 0:
@@ -205,12 +218,12 @@ class VideoFile:
         return max(1, packets)
 
     def _reopen(self) -> None:
-        # Streams of a closed container must not be touched again: PyAV would read memory that has been freed.
+        # Never use streams of a closed container: PyAV would read freed memory.
         self._container.close()
         self._open()
 
     def _from_start(self) -> Iterator[av.VideoFrame]:
-        """All frames from the first. Some formats cannot be rewound, so a second pass opens the file again."""
+        """All frames from the first. A second pass opens the file again, because some formats cannot seek."""
         if self._unread is None:
             self._reopen()
         frames, self._unread = self._unread, None
@@ -218,7 +231,7 @@ class VideoFile:
         return frames
 
     def _packets_from_key_frame(self, moment: int) -> Iterator[av.Packet[av.VideoStream]] | None:
-        """The packets from a key frame that is shown at or before `moment`; None if there is no such place to start."""
+        """The packets from a key frame shown at or before `moment` (in ticks); None if there is no such key frame."""
         self._unread = None
         target = moment
         for _ in range(LOOKS_BACK):
@@ -234,33 +247,33 @@ class VideoFile:
                 return None
             if packet.pts <= moment:
                 return chain([packet], packets)
-            # The container looks for decoding times, which are earlier: this key frame is shown after the moment, and
-            # what is shown before it may lean on the key frame before it (open GOP).
+            # The container compares decoding times, which are earlier, so this key frame is shown after the moment.
+            # Frames shown before it may reference the key frame before it (open GOP).
             target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
         return None
 
     def _from_key_frame(self, index: int) -> Iterator[av.VideoFrame] | None:
-        """All frames from a key frame at or before frame `index`; None if there is no such place to start from."""
+        """All frames from a key frame at or before frame `index`; None if there is no such key frame."""
         moment = self._moment(index)
         packets = self._packets_from_key_frame(moment)
         frames = iter(()) if packets is None else self._decode(packets)
         first = next(frames, None)
-        # Data may be missing from here on: then something before must serve.
+        # If data is missing here, the caller uses an earlier frame.
         return None if first is None or (first.pts or 0) > moment else chain([first], frames)
 
     def _picked(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """As `_shown`, decoding as little as will do.
+        """As `_shown`, decoding as little as possible.
 
         Raises:
-            _UntimedError: packets and frames do not tell by their timestamps which belong together, or some are
-                damaged. What has been yielded until then is to be thrown away.
+            _UntimedError: timestamps do not tell which packets and frames belong together, or some are damaged. The
+                caller must discard the frames that it has.
         """
         span = self._span(self._moment(wanted[0]), self._moment(wanted[-1]))
         times = sorted(time for time, _ in span)
         if not times or len(set(times)) < len(times):
             raise _UntimedError
         positions = (((time - self._start) * self._time_base * self._fps, time) for time in times)
-        frames = dict(shown(positions, wanted))  # time of the frame -> the numbers for which it stands
+        frames = dict(shown(positions, wanted))  # time of a frame -> its numbers
 
         codec = self._stream.codec_context
         for run in needed_runs([(packet.is_keyframe, time) for time, packet in span], set(frames)):
@@ -275,13 +288,13 @@ class VideoFile:
 
     @stage("demux")
     def _span(self, first: int, last: int) -> list[tuple[int, av.Packet[av.VideoStream]]]:
-        """Times of showing and packets, in the order of decoding, from a key frame shown at or before `first` on, with
-        all that are shown up to `last`; empty if there is no place to start from."""
+        """Display times and packets, in decoding order, from a key frame shown at or before `first` to the last packet
+        shown at or before `last`. Empty if there is no such key frame."""
         span: list[tuple[int, av.Packet[av.VideoStream]]] = []
         held = 0
         for packet in self._packets_from_key_frame(first) or ():
             if packet.size == 0 or (packet.dts is not None and packet.dts > last):
-                break  # the end, or what comes is shown later
+                break  # the end, or the next ones are shown later
             held += packet.size
             if packet.pts is None or packet.dts is None or held > MAX_HELD:
                 raise _UntimedError
@@ -292,7 +305,7 @@ class VideoFile:
     def _taken(
         come: Iterable[av.VideoFrame], frames: dict[int, Sequence[int]]
     ) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """Those frames that are wanted, which are taken out of `frames`."""
+        """Yield the wanted frames and remove them from `frames`."""
         for frame in come:
             if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
                 yield frame, frames.pop(frame.pts)
@@ -302,7 +315,7 @@ class VideoFile:
         return min(self._start + int((index + 0.5) / self._fps / self._time_base), LATEST)
 
     def _decode(self, packets: Iterable[av.Packet[av.VideoStream]]) -> Iterator[av.VideoFrame]:
-        """Frames in the order of showing, up to the end or the first damage."""
+        """Decode frames in display order, up to the end or the first damage, which it stores in `damage`."""
         codec = self._stream.codec_context
         self.damage = ""
         try:
@@ -312,7 +325,7 @@ class VideoFile:
             self.damage = error.strerror or str(error)
 
     def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """Every wanted frame, with the rising numbers that it stands for; starts again from the first if it must."""
+        """Every wanted frame, with its ascending numbers; starts again from the first if needed."""
         if self._timed and wanted:
             try:
                 yield from self._picked(wanted)
@@ -328,7 +341,7 @@ class VideoFile:
         yield from shown(enumerate(self._from_start()), wanted)
 
     def _clocked(self, frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
-        """The frames and when each is shown, in frames after the stream's start."""
+        """The frames, each with the time at which it is shown, in frames after the stream's start."""
         frames_per_tick = self._time_base * self._fps
         last = None
         for frame in frames:
@@ -339,13 +352,14 @@ class VideoFile:
 
 
 class _UntimedError(Exception):
-    """Timestamps are missing or do not increase, or the packets are too many to be held."""
+    """Timestamps are missing or do not increase, or the packets take too much memory."""
 
 
 def decode(path: str | os.PathLike[str], cut_of: Callable[[VideoInfo], Sequence[Cut]]) -> list[np.ndarray]:
-    """The clips that `cut_of` asks for when told what the video is: each uint8 (T, crop, crop, 3) RGB.
+    """Decode the clips that `cut_of` chooses, given the video's `VideoInfo`: each uint8 (T, crop, crop, 3) RGB.
 
-    Raises `VideoError`, which names the file and the cause.
+    Raises:
+        VideoError: the video cannot be read; names the file and the cause.
     """
     with VideoFile(path) as video:
         return video.read(cut_of(video.info))
@@ -353,12 +367,12 @@ def decode(path: str | os.PathLike[str], cut_of: Callable[[VideoInfo], Sequence[
 
 @stage("decode")
 def decoded(codec: av.VideoCodecContext, packet: av.Packet[Any] | None) -> list[av.VideoFrame]:
-    """The frames that come out of a decoder for a packet, or, for None, at its end."""
+    """The frames that a decoder returns for a packet, or for None the frames that it still holds."""
     return codec.decode(packet)
 
 
 def one_thread(decoder: av.VideoCodecContext) -> av.VideoCodecContext:
-    """The decoder, told to use no further threads: they cost a fifth more CPU time, and the loader has processes."""
+    """Limit the decoder to one thread: more threads take a fifth more CPU time, and the loader has processes."""
     decoder.thread_count = 1
     decoder.thread_type = ThreadType.NONE
     return decoder

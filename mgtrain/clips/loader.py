@@ -1,17 +1,16 @@
-"""The loader: clips decoded in worker processes, in the order of the plan.
+"""The loader: worker processes decode clips in the order of the plan.
 
-1. A step's clips are cut into units, several per worker and step, so that no worker holds a large batch alone.
-2. A worker opens each video, cuts and decodes the clip: uint8 (clips, T, S, S, 3).
-3. The units come back in order and are joined to this rank's share of the batch, pinned when it goes to a GPU.
+1. A step's clips are split into units, several per worker and step, so that no worker decodes a large batch alone.
+2. A worker opens each video of a unit, and cuts and decodes its clips: uint8 (clips, T, S, S, 3).
+3. The units return in order and are joined to this rank's share of the batch, in pinned memory for a GPU.
 
-Workers live as long as the run: a change of shape is just another request. Since every step has about the same volume,
-memory does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank. They are forked from a
-server process that has no threads, since a fork of a process that trains may hang; what they know of the videos is in
-shared memory.
+Workers live as long as the run; a new shape is only another request. All steps have about the same volume, so memory
+does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank. Workers are forked from a server
+process without threads, because a fork of the training process may hang. They share the list of videos in memory.
 
-A video that cannot be decoded is replaced. One that kills its worker, as a fault of FFmpeg's or a lack of memory may,
-ends the run with an error that names it: what a killed process had in hand is lost, and a step without it would not be
-the same step on another machine. `mgtrain data check` finds such videos beforehand.
+A video that cannot be decoded is replaced. A video that crashes its worker, by a bug in FFmpeg or a lack of memory,
+ends the run with an error that names it: the worker's clips are lost, and a step without them would not be
+reproducible. `mgtrain data check` finds such videos beforehand.
 """
 
 from __future__ import annotations
@@ -31,33 +30,36 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mgtrain.clips.order import ClipRequest, step_requests, video_at
+from mgtrain.clips.order import ClipRequest, Order, step_requests
 from mgtrain.clips.stages import stage
 from mgtrain.clips.units import Loaded, RandomClips, Source, ViewClips, evaluation_grid
 from mgtrain.data.videos import Videos
-from mgtrain.errors import DataError
-from mgtrain.processes.cores import usable_cores
+from mgtrain.errors import DataError, lack_of
 from mgtrain.processes.distributed import World
 from mgtrain.processes.signals import leave_signals_to_the_parent
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw
-from mgtrain.schedule import Plan
+from mgtrain.schedule import Step
 
 log = logging.getLogger(__name__)
 
-UNITS_PER_WORKER = 2  # units that a step is cut into, for each worker
-STEPS_AHEAD = 2  # steps that the workers may run ahead of training
+UNITS_PER_WORKER = 2  # units of a step per worker
+STEPS_AHEAD = 2  # steps that the workers may be ahead of training
 
 
 class BadVideos:
-    """Counts the videos that cannot be decoded, names each once in the log, stops the run when they are too many."""
+    """Counts the videos that cannot be decoded, logs each once, and stops the run if there are too many."""
 
     def __init__(self, videos: int, max_fraction: float) -> None:
         self.videos, self.max_fraction = videos, max_fraction
         self.causes: dict[str, str] = {}
 
     def add(self, loaded: Loaded) -> None:
-        """Take in what a worker reported."""
+        """Add the bad videos of a unit.
+
+        Raises:
+            DataError: more than `max_fraction` of the videos are bad, or a video has no usable replacement.
+        """
         for path, cause in loaded.bad:
             if path not in self.causes:
                 self.causes[path] = cause
@@ -71,58 +73,55 @@ class BadVideos:
 
 
 def train_batches(
-    videos: Videos, recipe: Recipe, plan: Plan, start: int, world: World, bad: BadVideos
+    videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of each step from `start` on: uint8 (b, 3, T, S, S) and the labels on the rank's device: int64
-    (b,), or with `data.multi_label` uint8 (b, classes)."""
-    steps = (step_requests(step, len(videos), recipe.seed, world.rank, world.size) for step in plan.steps(start))
-    return batches_of(RandomClips(videos, recipe), steps, recipe, world, bad)
+    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and the labels.
+
+    The labels are int64 (b,), or with `data.multi_label` uint8 (b, classes).
+    """
+    order = Order.of(videos, recipe)
+    requests = (step_requests(step, order, world.rank, world.size) for step in steps)
+    return batches_of(RandomClips(videos, recipe), requests, worker_count(recipe.hardware.workers, world), world, bad)
 
 
 def recalibration_batches(
-    videos: Videos, recipe: Recipe, world: World, bad: BadVideos
+    videos: Videos, count: int, recipe: Recipe, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training clips cut at random on the evaluation grid, the same ones each time; as `train_batches`."""
-    grid, share = evaluation_grid(recipe), recipe.batch.clips // world.size
-    steps = (
-        [
-            ClipRequest(video_at(position, len(videos), recipe.seed), position, grid)
-            for position in range(
-                batch * recipe.batch.clips + world.rank * share, batch * recipe.batch.clips + (world.rank + 1) * share
-            )
-        ]
-        for batch in range(recipe.evaluation.recalibration_batches)
-    )
-    return batches_of(RandomClips(videos, recipe, Draw.RECALIBRATION), steps, recipe, world, bad)
+    """`count` batches of random training clips on the evaluation grid, the same in every call; as `train_batches`."""
+    grid, share, order = evaluation_grid(recipe), recipe.batch.clips // world.size, Order.of(videos, recipe)
+    firsts = (batch * recipe.batch.clips + world.rank * share for batch in range(count))
+    steps = ([ClipRequest(order.at(c), c, grid) for c in range(first, first + share)] for first in firsts)
+    clips, workers = RandomClips(videos, recipe, Draw.RECALIBRATION), worker_count(recipe.hardware.workers, world)
+    return batches_of(clips, steps, workers, world, bad)
 
 
 def view_batches(
     videos: Videos, numbers: Sequence[int], recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All views of this rank's videos, which are opened once: uint8 (v * times * crops, 3, T, S, S), and their numbers,
-    int64 (v,)."""
+    """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,).
+
+    Each video is opened once.
+    """
     dataset = ViewClips(videos, recipe, times, crops)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (numbers[first : first + per_batch] for first in range(0, len(numbers), per_batch))
-    return batches_of(dataset, batches, recipe, world, bad)
+    return batches_of(dataset, batches, worker_count(recipe.hardware.workers, world), world, bad)
 
 
-def worker_count(recipe: Recipe, world: World) -> int:
-    """Loader processes of this rank: as the recipe says, or its share of the cores; half of them if it trains there."""
-    if recipe.hardware.workers is not None:
-        return recipe.hardware.workers
-    share = usable_cores() // world.local_size
-    return max(1, min(16, share // 2 if world.device.type == "cpu" else share))
+def worker_count(workers: int | None, world: World) -> int:
+    """Loader processes of this rank: `hardware.workers`, or if None its share of the cores, of which half on a CPU."""
+    if workers is not None:
+        return workers
+    return max(1, min(16, world.cores // 2 if world.device.type == "cpu" else world.cores))
 
 
 def batches_of(
-    dataset: RandomClips | ViewClips, steps: Iterable[Sequence[Any]], recipe: Recipe, world: World, bad: BadVideos
+    dataset: RandomClips | ViewClips, steps: Iterable[Sequence[Any]], workers: int, world: World, bad: BadVideos
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Load each step's items in units, and join the units again."""
-    workers = worker_count(recipe, world)
+    """Load each step's items with so many `workers`, in units, and join the units to batches on the device."""
     dataset.source.share(workers)
     pieces = UNITS_PER_WORKER * max(1, workers)
-    lengths: list[int] = []  # units of the steps that are under way, filled by `units` as the workers ask for more
+    lengths: list[int] = []  # units of the steps in progress; `units` adds to them as the workers ask for more
 
     def units() -> Iterator[Sequence[Any]]:
         for items in steps:
@@ -154,30 +153,34 @@ def batches_of(
 
 
 def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
-    """What the loader gives. Raises `DataError`, which names the video, if a worker dies."""
+    """The loader's items.
+
+    Raises:
+        DataError: a worker died; names the video that it was decoding.
+    """
     of_child = signal.getsignal(signal.SIGCHLD)
     units = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        # torch's handler would raise its error wherever the main thread happens to be; without it, it raises it here.
+        # torch's handler would raise its error anywhere in the main thread; without it, the loader raises it here.
         signal.signal(signal.SIGCHLD, of_child)
     try:
         yield from units
     except RuntimeError as error:
-        lost = source.lost(error)
+        lost = lack_of(error) or source.lost(error)
         if lost is None:
             raise
         raise lost from None
 
 
 def _join(units: list[Loaded], world: World) -> tuple[Tensor, Tensor]:
-    """One batch on the device, out of units."""
+    """Join units to a batch on the device."""
     clips, labels = _transfer(*_collate(units, pin=world.device.type == "cuda"), world.device)
-    return clips.permute(0, 4, 1, 2, 3), labels  # (b, 3, T, S, S), in memory as channels_last_3d has it
+    return clips.permute(0, 4, 1, 2, 3), labels  # (b, 3, T, S, S) in channels_last_3d
 
 
 @stage("collate")
 def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
-    """One batch out of units: uint8 (b, T, S, S, 3) and the labels."""
+    """Join units to a batch on the host: uint8 (b, T, S, S, 3) and the labels."""
     clips = torch.empty(sum(len(u.clips) for u in units), *units[0].clips.shape[1:], dtype=torch.uint8, pin_memory=pin)
     torch.cat([unit.clips for unit in units], out=clips)
     labels = torch.cat([unit.labels for unit in units])
@@ -186,7 +189,7 @@ def _collate(units: list[Loaded], pin: bool) -> tuple[Tensor, Tensor]:
 
 @stage("transfer")
 def _transfer(clips: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch on the device; on a GPU it is copied on a stream of its own, beside the step that is at work there."""
+    """Copy a batch to the device: on a GPU, in a separate stream, during the current step."""
     if device.type != "cuda":
         return clips.to(device), labels.to(device)
     copying, working = _copy_stream(device), torch.cuda.current_stream(device)
@@ -204,10 +207,10 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _server() -> BaseContext:
-    """Forks workers from a process that has done nothing but import this module."""
+    """A context that forks workers from a process that has only imported this module."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    if sys.version_info < (3, 11):  # which has no PYTHONSAFEPATH: the server must not import from the current folder
+    if sys.version_info < (3, 11):  # which lacks PYTHONSAFEPATH: the server must not import from the current folder
         here = os.getcwd()
         os.chdir(os.sep)
         try:
@@ -218,7 +221,7 @@ def _server() -> BaseContext:
 
 
 def _end_with_the_run() -> None:
-    """A killed run cannot end its workers, and the server that has forked them lives as long as they do."""
+    """End this worker when the run ends: a killed run cannot end its workers, and their server outlives it."""
     run = parent_process()
     assert run is not None, "a worker has a parent"
     run.join()

@@ -1,4 +1,4 @@
-"""From decoded frames to the pixels of a clip: only the region that the clip shows, straight to its size."""
+"""From decoded frames to the pixels of a clip: convert the region that the clip shows, and resample it once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from torch.nn.functional import interpolate
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.stages import stage
 
-TOGETHER = 8  # frames of a clip that are resampled in one go: half the time of one by one at small crops
-
-
-PIXELS_TOGETHER = 2**19  # of frames that are converted in one go: beyond, they leave the processor's cache
-
+TOGETHER = 8  # frames of a clip to resample at once: at small crops this takes half the time of one by one
+PIXELS_TOGETHER = 2**19  # to convert at once; more do not fit into the processor's cache
 
 Box = tuple[int, int, int, int]  # left, top, width, height
 
 
 class UnconvertibleError(Exception):
-    """The pixels of a frame cannot be made RGB."""
+    """The pixels of a frame cannot be converted to RGB."""
 
 
 def converted(
@@ -34,12 +31,12 @@ def converted(
     box: Box,
     reformatter: VideoReformatter,
 ) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-    """A box of each frame as uint8 (height, width, 3) RGB, a view; several frames are converted in one go.
+    """Convert a box of each frame to uint8 (height, width, 3) RGB, several frames at once; yields views.
 
-    Frames that are not of `size` (width, height) are made to fit first. A reformatter keeps its tables.
+    Frames of another size than `size` (width, height) are resized first. `reformatter` keeps its tables between calls.
 
     Raises:
-        UnconvertibleError: the pixels are of a format that cannot be made RGB.
+        UnconvertibleError: the pixels have a format that cannot be converted to RGB.
     """
     waiting, most = iter(frames), max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
     while group := list(islice(waiting, most)):
@@ -56,9 +53,9 @@ def converted(
 def rgb(
     frames: Sequence[av.VideoFrame], size: tuple[int, int], box: Box, reformatter: VideoReformatter
 ) -> Sequence[np.ndarray]:
-    """The box of each frame, as `converted` has it: cut out of whole frames, or, if it is small, converted alone."""
+    """The box of each frame, as `converted` returns it. A small box is copied first, so that only it is converted."""
     left, top, width, height = box
-    small = 4 * width * height <= 3 * size[0] * size[1]  # else it takes longer to copy its planes
+    small = 4 * width * height <= 3 * size[0] * size[1]  # copying a larger box takes longer than converting the frame
     if small and all(in_blocks(frame, frames[0], size) for frame in frames):
         return list(rgb_of_planes(frames, box, reformatter))
     whole = [reformatter.reformat(frame, *size, "rgb24", threads=1) for frame in frames]
@@ -66,9 +63,9 @@ def rgb(
 
 
 def in_blocks(frame: av.VideoFrame, first: av.VideoFrame, size: tuple[int, int]) -> bool:
-    """Whether each 2 x 2 pixels have their colour from one sample of each chroma plane, as in the `first` frame.
+    """Whether each block of 2 x 2 pixels has one sample in each chroma plane, in the same format as the `first` frame.
 
-    Else swscale interpolates, and pixels near the border of a box would differ from those of the whole frame.
+    Otherwise swscale interpolates, and pixels near the border of a box would differ from those of the whole frame.
     """
     return (
         frame.format.name in ("yuv420p", "yuvj420p")
@@ -81,7 +78,7 @@ def in_blocks(frame: av.VideoFrame, first: av.VideoFrame, size: tuple[int, int])
 
 
 def rgb_of_planes(frames: Sequence[av.VideoFrame], box: Box, reformatter: VideoReformatter) -> np.ndarray:
-    """The box of frames that are `in_blocks`, piled up and converted in one go: uint8 (n, height, width, 3) RGB."""
+    """The box of frames that are `in_blocks`, stacked to be converted at once: uint8 (n, height, width, 3) RGB."""
     left, top = box[0] // 2 * 2, box[1] // 2 * 2  # whole blocks
     width, height = -(-(box[0] + box[2]) // 2) * 2 - left, -(-(box[1] + box[3]) // 2) * 2 - top
     pile = av.VideoFrame(width, height * len(frames), frames[0].format.name)
@@ -98,13 +95,13 @@ def rgb_of_planes(frames: Sequence[av.VideoFrame], box: Box, reformatter: VideoR
 
 
 def plane(data: VideoPlane, *shape: int) -> np.ndarray:
-    """A plane of a frame without the padding of its rows: uint8 (height, width) or (height, width, 3), a view."""
+    """A view of a frame's plane without the padding of its rows: uint8 (height, width) or (height, width, 3)."""
     pixels: np.ndarray = np.ndarray(shape, np.uint8, memoryview(data), strides=(data.line_size, *shape[2:], 1))
     return pixels
 
 
 def box_around(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds all of them.
+    """The smallest box that contains all boxes.
 
     >>> box_around([(4, 0, 10, 20), (10, 30, 10, 5)])
     (4, 0, 16, 35)
@@ -115,9 +112,9 @@ def box_around(boxes: Sequence[Box]) -> Box:
 
 
 class Clip:
-    """A clip in the making: takes the pictures of its frames as they come, resamples its region of several at once.
+    """Collects the frames of a clip as they are decoded, and resamples several at once.
 
-    The pictures are of frames, or of a box of them that holds the region and has its upper left corner at `corner`.
+    The pictures are whole frames, or a box of them that contains the clip's region and whose top left is `corner`.
     """
 
     def __init__(self, cut: Cut, corner: tuple[int, int] = (0, 0)) -> None:
@@ -126,14 +123,17 @@ class Clip:
         self._rows = slice(top - corner[1], top - corner[1] + height)
         self._columns = slice(left - corner[0], left - corner[0] + width)
         self._pixels = np.empty((len(cut.frames), cut.crop, cut.crop, 3), np.uint8)
-        self._wanted: dict[int, list[int]] = {}  # source frame -> the frames of the clip that it becomes
+        self._wanted: dict[int, list[int]] = {}  # source frame -> its places in the clip
         for t, index in enumerate(cut.frames):
             self._wanted.setdefault(index, []).append(t)
-        self._parts: list[np.ndarray] = []  # regions that wait to be resampled, (h, w, 3)
-        self._places: list[list[int]] = []  # and the frames of the clip that each becomes
+        self._parts: list[np.ndarray] = []  # regions to resample, (h, w, 3)
+        self._places: list[list[int]] = []  # the places in the clip of each region
 
     def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
-        """Take uint8 (H, W, 3), if it is wanted here, as the source frames of these numbers; it is kept for a while."""
+        """Add a picture, uint8 (H, W, 3), of the source frames with these numbers, if the clip has one of them.
+
+        The caller must not change the picture until the clip is complete.
+        """
         places = [t for index in indices for t in self._wanted.get(index, ())]
         if places:
             self._parts.append(picture[self._rows, self._columns])
@@ -156,11 +156,11 @@ class Clip:
 
 @stage("resample")
 def resample(parts: np.ndarray, crop: int) -> np.ndarray:
-    """Pictures uint8 (n, H, W, 3) as uint8 (n, crop, crop, 3): antialiased bilinear."""
+    """Resample pictures uint8 (n, H, W, 3) to uint8 (n, crop, crop, 3), bilinear with antialiasing."""
     if parts.shape[1:3] == (crop, crop):
         return parts
-    # Channels last is the fastest path of torch, three times as fast as swscale or Pillow.
-    # (`part[None]` would have a stride of 0, which torch does not take for channels last.)
+    # torch is three times as fast in channels last as swscale or Pillow. (A stride of 0, as that of `part[None]`,
+    # does not count as channels last.)
     batch = torch.from_numpy(parts).permute(0, 3, 1, 2)  # (n, 3, H, W)
     resampled: np.ndarray = (
         interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
@@ -169,9 +169,9 @@ def resample(parts: np.ndarray, crop: int) -> np.ndarray:
 
 
 def copy(picture: np.ndarray, to: np.ndarray, flip: bool) -> None:
-    """Copy a picture (H, W, 3), mirrored if wanted."""
+    """Copy a picture (H, W, 3), mirrored if `flip`."""
     if flip:
-        for channel in range(3):  # a fifth of the time of all channels at once
+        for channel in range(3):  # five times as fast as all channels at once
             to[..., channel] = picture[:, ::-1, channel]
     else:
         to[:] = picture

@@ -1,4 +1,4 @@
-"""Where the time goes on the way from a video file to a batch: named stages, timed only while a `Stages` is open."""
+"""Time named stages of loading clips, from the video file to the batch, while a `Stages` is open."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 
 class Stages:
-    """Times the stages of one process and thread while it is open: `with Stages() as stages: ...`."""
+    """Times the stages of one thread while it is open: `with Stages() as stages: ...`."""
 
     _open: Stages | None = None
 
     def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # of each stage, without the stages within it
-        self._inner = 0.0  # seconds of the stages within the running one
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage, without nested stages
+        self._inner = 0.0  # seconds of the stages nested in the current one
 
     def __enter__(self) -> Stages:
         Stages._open = self
@@ -41,7 +41,7 @@ class Stages:
 
 
 def stage(name: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Make a function a stage. While no `Stages` is open, a call costs a tenth of a microsecond more."""
+    """Decorate a function as a stage. While no `Stages` is open, this costs a tenth of a microsecond per call."""
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @wraps(function)

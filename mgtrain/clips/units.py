@@ -1,4 +1,4 @@
-"""What a loader process does: it opens videos and cuts the clips of one unit of work."""
+"""The work of a loader process: open videos, and cut and decode the clips of a unit."""
 
 from __future__ import annotations
 
@@ -16,53 +16,56 @@ from torch.utils.data import Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import Cut, cut_random, cut_views
-from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.order import ClipRequest
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo
+from mgtrain.clips.sources import Reader, open_source
+from mgtrain.data.frames import holds_frames
 from mgtrain.data.videos import Videos, mirrored_labels
-from mgtrain.errors import DataError, VideoError
+from mgtrain.errors import DataError, VideoError, lack_of, short_of_memory
 from mgtrain.grid import Grid
 from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 
-REPLACEMENTS = 16  # videos to try in place of a broken one, before the data set is given up
+REPLACEMENTS = 16  # videos to try in place of a broken one before giving up on the data set
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What comes back for one unit of work."""
+    """The result of a unit."""
 
     clips: Tensor  # uint8 (clips, T, S, S, 3)
-    labels: Tensor  # int64 (clips,), or uint8 (clips, classes); in an evaluation the numbers of the videos, (videos,)
+    labels: Tensor  # int64 (clips,) or uint8 (clips, classes); in an evaluation, the numbers of the videos (videos,)
     bad: tuple[tuple[str, str], ...] = ()  # path and cause of each video that could not be decoded
-    given_up: bool = False
+    given_up: bool = False  # whether a video and all its replacements are bad
 
 
 class Source:
-    """Where the videos are read: their own files, or a prepared set. It tells which ones are being decoded."""
+    """Opens videos, from their own files or a prepared set, and records which ones are being decoded."""
 
     def __init__(self, videos: Videos, data: Data) -> None:
-        self.videos, self._skip_loop_filter = videos, data.skip_loop_filter
-        self._reading = torch.zeros(1, 2, dtype=torch.int64)  # of each process, its pid, and 1 + the video or 0
+        self.videos, self.fps = videos, data.fps
+        self._reading = torch.zeros(1, 2, dtype=torch.int64)  # per process: its pid, and 1 + the video's number or 0
         self._shared: list[Tensor] | None = None
         self._rows = np.empty(0, np.int32)  # of the videos, in the prepared set
-        self._prepared = PreparedSet(data.prepared, data.enlarge) if data.prepared else None
+        self._prepared = PreparedSet(data.prepared) if data.prepared else None
         if self._prepared:
-            self._rows = self._prepared.find(videos.name(n) for n in range(len(videos)))
+            self._rows = self._prepared.find(videos.names())
             missing = np.flatnonzero(self._rows < 0)
             if len(missing):
                 raise DataError(
                     f"{data.prepared}: lacks {len(missing)} of {len(videos)} videos, the first is "
                     f"{videos.name(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
                 )
+        elif len(videos) and data.fps is None and holds_frames(videos.file(0)):
+            raise DataError(f"{videos.file(0)}: is a folder of frames, so set data.fps to the frames' rate per second")
 
     def share(self, workers: int) -> None:
-        """Make ready to be used by so many processes, before they start."""
+        """Prepare for use by a number of processes, before they start."""
         self._reading = torch.zeros(max(1, workers), 2, dtype=torch.int64)
         self._reading.share_memory_()  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker is given: the arrays, which may tell of millions of videos, as shared memory."""
+        """The state that workers receive. The arrays, which may describe millions of videos, are in shared memory."""
         if self._shared is None:
             self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
             for tensor in self._shared:
@@ -75,21 +78,24 @@ class Source:
         self.videos = self.videos.with_arrays(arrays)
 
     @contextmanager
-    def open(self, video: int) -> Iterator[VideoFile | PreparedVideo]:
-        """A video to read. Raises `VideoError` if it cannot be read."""
+    def open(self, video: int) -> Iterator[Reader | PreparedVideo]:
+        """Open a video. Raises `VideoError` if it cannot be read."""
         worker = get_worker_info()
         mine = self._reading[worker.id if worker else 0]
         mine[0], mine[1] = os.getpid(), video + 1
         try:
             with self._reader(video) as file:
                 yield file
+        except VideoError as error:
+            refuse_lack(error)
+            raise
         finally:
             mine[1] = 0
 
-    def _reader(self, video: int) -> VideoFile | PreparedVideo:
+    def _reader(self, video: int) -> Reader | PreparedVideo:
         if self._prepared:
             return self._prepared.open(int(self._rows[video]), self.videos.name(video))
-        return VideoFile(self.videos.path(video), self._skip_loop_filter)
+        return open_source(self.videos.path(video), self.fps)
 
     def under_way(self, pids: Container[int] | None = None) -> list[str]:
         """The paths of the videos that are being decoded: by all processes, or by some of them."""
@@ -97,7 +103,7 @@ class Source:
         return [self.videos.path(video) for pid, video in reading if pids is None or pid in pids]
 
     def lost(self, error: RuntimeError) -> DataError | None:
-        """What to say if the error is torch's word of workers that died."""
+        """The message for torch's error about workers that died; None for any other error."""
         dead = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
         if dead is None:
             return None
@@ -108,15 +114,34 @@ class Source:
         )
 
 
+def refuse_lack(error: VideoError) -> None:
+    """Raise if a video could not be decoded because this process lacks memory, files or processes.
+
+    A damaged file can make FFmpeg request a huge amount of memory, so a lack of memory counts only if little is free.
+    """
+    if short_of_memory():
+        raise MemoryError from error
+    if isinstance(error.__cause__, OSError) and lack_of(error.__cause__):
+        raise error.__cause__
+
+
+def _sendable(loaded: Loaded) -> Loaded:
+    """The result, which a loader process moves to shared memory here, where it can report a lack of it."""
+    if get_worker_info():
+        loaded.clips.share_memory_()  # type: ignore[no-untyped-call]
+        loaded.labels.share_memory_()  # type: ignore[no-untyped-call]
+    return loaded
+
+
 class RandomClips(Dataset[Loaded]):
-    """Clips cut at random; an item is a unit, a list of requests. A clip depends on its request and the seed alone."""
+    """Random clips, by units (lists of requests). A clip depends only on its request and the seed."""
 
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
         self.source = Source(videos, recipe.data)
         self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
-        self.multi_label = recipe.data.multi_label
+        self.multi_label, self.balanced = recipe.data.multi_label, recipe.data.balance != "none"
         self.mirrored = np.array(mirrored_labels(videos.classes, recipe.data.mirrored))
-        # BatchNorm's statistics are to be those of clips as evaluations see them.
+        # Recalibrated statistics must describe clips as in evaluations.
         self.augment = recipe.augment if draw is Draw.CUT else Augment()
 
     def __getitem__(self, unit: Sequence[ClipRequest]) -> Loaded:
@@ -136,14 +161,21 @@ class RandomClips(Dataset[Loaded]):
                     break
             else:
                 return Loaded(clips, torch.empty(0), tuple(bad), given_up=True)
-        return Loaded(clips, torch.from_numpy(np.stack(labels)), tuple(bad))
+        return _sendable(Loaded(clips, torch.from_numpy(np.stack(labels)), tuple(bad)))
 
     def _candidates(self, request: ClipRequest) -> Iterator[int]:
-        """The video asked for, then those that stand in for it, the same ones wherever the clip is made."""
+        """The requested video, then its replacements, the same ones in every process.
+
+        Where classes are balanced, the first half of them is of the same class.
+        """
         yield request.video
+        videos = self.source.videos
         for attempt in range(REPLACEMENTS):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
-            yield int(rng.integers(len(self.source.videos)))
+            if self.balanced and attempt < REPLACEMENTS // 2:
+                yield int(rng.choice(videos.of_class(videos.label(request.video))))
+            else:
+                yield int(rng.integers(len(videos)))
 
     def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, np.ndarray]:
         """The clip, uint8 (T, S, S, 3), and its class, int64 (), or its classes, uint8 (classes,)."""
@@ -170,7 +202,7 @@ class RandomClips(Dataset[Loaded]):
 
 
 class ViewClips(Dataset[Loaded]):
-    """All views of each video, for evaluation; an item is a unit, a list of video numbers. Broken ones are left out."""
+    """All views of each video, by units (lists of video numbers), for evaluation. Bad videos are left out."""
 
     def __init__(self, videos: Videos, recipe: Recipe, times: int, crops: int) -> None:
         self.source = Source(videos, recipe.data)
@@ -191,11 +223,11 @@ class ViewClips(Dataset[Loaded]):
                 bad.append((self.source.videos.path(video), str(error)))
         shape = (self.grid.frames, self.grid.crop, self.grid.crop, 3)
         clips = np.stack(views) if views else np.zeros((0, *shape), np.uint8)  # (videos * times * crops, T, S, S, 3)
-        return Loaded(torch.from_numpy(clips), torch.tensor(numbers, dtype=torch.int64), tuple(bad))
+        return _sendable(Loaded(torch.from_numpy(clips), torch.tensor(numbers, dtype=torch.int64), tuple(bad)))
 
 
 def evaluation_grid(recipe: Recipe) -> Grid:
-    """The one grid of every evaluation."""
+    """The grid of all evaluations of a run."""
     clip, evaluation = recipe.clip, recipe.evaluation
     return Grid(
         clip.frames, evaluation.crop, (clip.stride, clip.stride), (evaluation.short_side, evaluation.short_side)

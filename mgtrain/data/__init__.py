@@ -1,8 +1,7 @@
 """The videos of a data set and their labels.
 
-In comes the `data` section of a recipe or a file of annotations in one of the formats in use, out goes `Videos`: paths
-and labels in a fixed order; this room also splits, indexes, checks and makes data sets. To add a format, add a function
-and a line in `DATASETS`. Nothing here decodes a video or imports torch.
+The input is the `data` section of a recipe, or annotations in a known format. The output is `Videos` (paths and labels
+in a fixed order), splits, an index of the files, and a synthetic set. Nothing here decodes a video or imports torch.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mgtrain.console import note
-from mgtrain.data.charades import read_charades
-from mgtrain.data.folder import read_folder
-from mgtrain.data.kinetics import read_kinetics
-from mgtrain.data.listfile import read_list
+from mgtrain.data.formats.charades import read_charades
+from mgtrain.data.formats.folder import read_folder
+from mgtrain.data.formats.kinetics import read_kinetics
+from mgtrain.data.formats.listfile import read_list
+from mgtrain.data.formats.reading import check_exists, numbered_lines
+from mgtrain.data.formats.something_something import read_something_something
+from mgtrain.data.formats.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.data.manifest import Checked
-from mgtrain.data.reading import check_exists, numbered_lines
-from mgtrain.data.something_something import read_something_something
-from mgtrain.data.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 from mgtrain.recipe import Data, Recipe
@@ -40,10 +39,13 @@ DATASETS: dict[str, Callable[..., Videos]] = {
 def open_videos(
     format: str, root: str, source: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> Videos:
-    """The videos of one split: `source` (a file or a folder, relative to `root` or absolute) in one of `DATASETS`.
+    """Read the videos of a split from `source`, a file or folder in a format of `DATASETS`.
 
-    Without `classes` they are the lines of a `classes.txt` beside `source` or in the root if there is one, and
-    otherwise what the format defines. With `outside_root` a list may name videos outside of the root.
+    `source` is absolute or relative to `root`. `classes` defaults to the lines of a `classes.txt` next to `source` or
+    in the root, or else to the format's default. With `outside_root`, a list may have videos outside of the root.
+
+    Raises:
+        DataError: the annotations cannot be read, or are not valid.
     """
     if format not in DATASETS:
         near = difflib.get_close_matches(format, DATASETS, n=1)
@@ -69,19 +71,20 @@ def open_videos(
 
 
 def listed_classes(root: str, source: str) -> list[str] | None:
-    """The lines of the `classes.txt` beside `source` or in the root; None if there is none."""
-    beside = (folder / "classes.txt" for folder in (Path(root, source).parent, Path(root)))
-    names = next((file for file in beside if file.is_file()), None)
-    return None if names is None else [text for _, text in numbered_lines(names)]
+    """The lines of `classes.txt` next to `source` or in the root; None if there is no such file."""
+    for folder in (Path(root, source).parent, Path(root)):
+        if (folder / "classes.txt").is_file():
+            return [text for _, text in numbered_lines(folder / "classes.txt")]
+    return None
 
 
 def open_splits(data: Data) -> dict[str, Videos]:
-    """The videos of a recipe, `train` and `val`, with the same classes, without those that `data.checked` rules out."""
+    """Read the usable videos of a recipe, `train` and `val`, with the same classes."""
     train = open_videos(data.format, data.root, data.train, None, data.outside_root)
     if len(train.classes) != data.classes:
         raise DataError(
             f"{data.root}: the training videos have {len(train.classes)} classes, data.classes says {data.classes}; "
-            f"set data.classes={len(train.classes)}, or correct {data.train}"
+            + "; ".join(train.remarks or (f"set data.classes={len(train.classes)}, or correct {data.train}",))
         )
     val = open_videos(data.format, data.root, data.val, train.classes, data.outside_root)
     return dict(zip(("train", "val"), usable(data, train, val), strict=True))
@@ -97,7 +100,7 @@ def check_labels(data: Data, name: str, videos: Videos) -> None:
 
 
 def usable(data: Data, *splits: Videos) -> list[Videos]:
-    """Of each split the videos that can be used, according to `data.checked`; without it, all."""
+    """The videos of each split that `data.checked` says can be used; all videos if it is not set."""
     if data.checked is None:
         return [*splits]
     checked = Checked(data.checked)
@@ -105,10 +108,10 @@ def usable(data: Data, *splits: Videos) -> list[Videos]:
 
 
 def count_training_videos(recipe: Recipe) -> int:
-    """How many usable training videos the data has, or `data.videos` says if the data is not on this machine.
+    """The number of usable training videos, or `data.videos` if the data is not on this machine.
 
     Raises:
-        DataError: the data is not here and the recipe does not say how many videos there are.
+        DataError: the data is not here and `data.videos` is not set.
     """
     data = recipe.data
     try:

@@ -1,4 +1,4 @@
-"""Find the labelled videos in a folder, in any usual layout: the start of `mgtrain init`."""
+"""Find the labelled videos in a folder of any common layout, and split them, for `mgtrain init`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mgtrain.data import open_videos
-from mgtrain.data.folder import class_folders, is_video
+from mgtrain.data.formats.folder import class_folders, videos_in
 from mgtrain.data.groups import groups_by_pattern, groups_of_names
 from mgtrain.data.index import Index
 from mgtrain.data.split import make_split
@@ -18,11 +18,11 @@ from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
 LISTS = (".csv", ".txt")
-VALIDATION = ("val", "valid", "validation", "test")  # names of a validation split, the first one that is there
+VALIDATION = ("val", "valid", "validation", "test")  # names of a validation split, in this order
 
 
 def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
-    """The videos at `place` by split, `train` and `val` with the same classes, or `all` if they are not split.
+    """Find the videos at `place`: the splits `train` and `val` with the same classes, or `all` if there are no splits.
 
     `place` is a list of `path label` lines, relative to `root` or else to the list's folder, or a folder that contains
 
@@ -31,7 +31,7 @@ def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
     3. a folder for each class, or just one folder that does.
 
     Raises:
-        DataError: none of these is there.
+        DataError: `place` has none of these.
     """
     if place.is_file():
         return {"all": open_videos("list", str(root or place.parent), os.path.abspath(place))}
@@ -41,15 +41,15 @@ def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
         train = place / f"train{suffix}"
         val = next((file for name in VALIDATION if (file := place / f"{name}{suffix}").is_file()), None)
         if train.is_file() and val:
-            return _splits("list", root or place, os.path.abspath(train), os.path.abspath(val))
-    other = next((name for name in VALIDATION if _has_classes(place / name)), None)
-    if other and _has_classes(place / "train"):
-        return _splits("folder", place, "train", other)
+            return _open_both("list", root or place, os.path.abspath(train), os.path.abspath(val))
+    validation = next((name for name in VALIDATION if _has_classes(place / name)), None)
+    if validation and _has_classes(place / "train"):
+        return _open_both("folder", place, "train", validation)
     if _has_classes(place):
         return {"all": open_videos("folder", str(place), ".")}
-    within = class_folders(place)
-    if len(within) == 1:
-        return find_videos(place / within[0])
+    folders = class_folders(place)
+    if len(folders) == 1:
+        return find_videos(place / folders[0])
     raise DataError(
         f"{place}: no labelled videos; expected {place}/<class>/<video>, {place}/train/<class>/<video> with "
         f"{place}/val/<class>/<video>, or lists {place}/train.csv and {place}/val.csv of `path label` lines"
@@ -58,15 +58,15 @@ def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The training and validation videos, `train` and `val`, and the rule by which they were split."""
+    """The training and validation videos, `train` and `val`, and the rule that split them."""
 
     splits: dict[str, Videos]
     rule: str
-    groups: int | None  # of videos that stay together; None: not split by groups, or split already
+    groups: int | None = None  # number of groups of videos that stay together; None: not split by groups
 
 
-def make_parts(found: Mapping[str, Videos], index: Index, *, val: float, group_by: str | None, seed: int) -> Parts:
-    """Split what `find_videos` found unless it is split already, without duplicates and files that cannot be used.
+def make_parts(splits: Mapping[str, Videos], index: Index, *, val: float, group_by: str | None, seed: int) -> Parts:
+    """Split the videos of `find_videos`, unless they are already split, and drop duplicates and unusable files.
 
     `group_by` is a regular expression for the source in a path, `none` for no groups, or None to guess from the names.
 
@@ -74,34 +74,29 @@ def make_parts(found: Mapping[str, Videos], index: Index, *, val: float, group_b
         DataError: a part has no usable video, or a video has several labels.
     """
     usable = {}
-    for part, videos in found.items():
+    for part, videos in splits.items():
         if videos.multi_label:
             raise DataError(f"{videos.root}: videos have several labels; start from one of the charades recipes")
-        kept = np.isin(index.usable[part], index.copies[part], invert=True)
-        if not kept.any():
+        rows = np.setdiff1d(index.usable[part], index.copies[part])
+        if not len(rows):
             raise DataError(f"{videos.root}: no video of the {part} part can be used; see above, or give --root")
-        usable[part] = _only(videos, index.usable[part][kept])
+        usable[part] = videos.only(rows)
     if "all" not in usable:
-        return Parts(usable, "the existing lists or folders", None)
-    every = usable["all"]
-    names = [every.name(n) for n in range(len(every))]
+        return Parts(usable, "the existing lists or folders")
+    videos = usable["all"]
     if group_by is None:
-        groups = groups_of_names(names, [every.label(n) for n in range(len(every))])
+        groups = groups_of_names(videos.names(), [videos.label(n) for n in range(len(videos))])
     else:
-        groups = None if group_by == "none" else groups_by_pattern(names, group_by)
-    ids, count, rule = None, None, "class only: the names show no sources; if videos share sources, give --group-by"
-    if groups:
-        ids, count = groups.ids, groups.count
-        rule = f"{groups.rule}: {count} groups, each in one part ({groups.example})"
-    lists = make_split(every, val=val, seed=seed, groups=ids)
-    return Parts({part: _only(every, rows) for part, rows in lists.items()}, rule, count)
+        groups = None if group_by == "none" else groups_by_pattern(videos.names(), group_by)
+    lists = make_split(videos, val=val, seed=seed, groups=groups.ids if groups else None)
+    parts = {part: videos.only(rows) for part, rows in lists.items()}
+    if groups is None:
+        return Parts(parts, "class only: the names show no sources; if videos share sources, give --group-by")
+    count = len(np.unique(groups.ids))
+    return Parts(parts, f"{groups.rule}: {count} groups, each in one part ({groups.example})", count)
 
 
-def _only(videos: Videos, rows: np.ndarray) -> Videos:
-    return videos.only(np.isin(np.arange(len(videos)), rows), ())
-
-
-def _splits(format: str, root: Path, train: str, val: str) -> dict[str, Videos]:
+def _open_both(format: str, root: Path, train: str, val: str) -> dict[str, Videos]:
     videos = open_videos(format, str(root), train)
     return {"train": videos, "val": open_videos(format, str(root), val, videos.classes)}
 
@@ -109,4 +104,4 @@ def _splits(format: str, root: Path, train: str, val: str) -> dict[str, Videos]:
 def _has_classes(place: Path) -> bool:
     """Whether there are at least two folders with videos."""
     folders = class_folders(place) if place.is_dir() else []
-    return sum(any(map(is_video, os.listdir(place / folder))) for folder in folders) > 1
+    return sum(bool(videos_in(place / folder)) for folder in folders) > 1

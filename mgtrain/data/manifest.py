@@ -1,7 +1,7 @@
-"""A file of JSON lines, one per video, that is written while the work runs and survives crashes.
+"""Manifests: files of JSON lines, one per video, that are written during long work and survive crashes.
 
-`mgtrain data check` writes one that says which videos can be used, and `Checked` reads it; `mgtrain data prepare` keeps
-another.
+`mgtrain data check` writes the status of each video, which `Checked` reads. `mgtrain data prepare` writes the prepared
+files of each video.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,18 @@ Record = dict[str, Any]  # a line: `path` is the video's, relative to the data's
 
 
 class Manifest:
-    """Lines are only ever added, and the last one for a video counts; a line cut short by a crash does not.
+    """The records of a manifest, the last one of each video. Incomplete lines, from a crash, are ignored.
 
-    Use it as a context manager to add lines, in one process at a time.
+    Use it as a context manager to add records, in one process at a time.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.records: dict[str, Record] = {}
-        self._whole = 0  # bytes up to the last whole line
+        self._end = 0  # of the last complete line, bytes
         for record, end in read_records(file):
             self.records[record["path"]] = record
-            self._whole = end
+            self._end = end
 
     def __enter__(self) -> Manifest:
         """Raises `DataError` if another process is adding lines."""
@@ -53,42 +54,36 @@ class Manifest:
             raise DataError(
                 f"{self.file}: another process is writing to it; wait for it, or choose another place"
             ) from None
-        self._lines.truncate(self._whole)
+        self._lines.truncate(self._end)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lines.close()
 
     def add(self, record: Record) -> None:
-        """Add a line."""
+        """Add a record."""
         self._lines.write(json.dumps(record).encode() + b"\n")
         self._lines.flush()
         self.records[record["path"]] = record
 
     def of(self, paths: Iterable[str]) -> list[Record]:
-        """The records of those of the videos that have one."""
+        """The records of those of these videos that have one."""
         return [self.records[path] for path in paths if path in self.records]
 
 
 class Checked:
-    """Which videos can be used, as `mgtrain data check` found: its manifest in 9 bytes per video."""
+    """The videos that `mgtrain data check` found usable."""
 
     def __init__(self, file: str) -> None:
-        """Raises `DataError` if it is not such a manifest."""
+        """Raises `DataError` if `file` is not a manifest of `mgtrain data check`."""
         self.file = file
-        keys: list[int] = []
-        statuses = bytearray()
-        try:
-            for record, _ in read_records(Path(file)):
-                keys.append(key_of(record["path"]))
-                statuses.append(STATUSES.index(record["status"]))
-        except (KeyError, ValueError):
-            raise self._error(f"line {len(keys)} does not describe a checked video") from None
-        if not keys:
+        self._statuses: dict[str, str] = {}  # by path; the last line of a video counts
+        for number, (record, _) in enumerate(read_records(Path(file)), start=1):
+            if record.get("status") not in STATUSES:
+                raise self._error(f"line {number} does not describe a checked video")
+            self._statuses[record["path"]] = sys.intern(record["status"])
+        if not self._statuses:
             raise self._error("has no checked video")
-        latest = np.array(keys[::-1], np.uint64)  # the last line of a video counts
-        self._keys, places = np.unique(latest, return_index=True)
-        self._statuses = np.frombuffer(statuses, np.uint8)[::-1][places]
 
     def usable(self, videos: Videos) -> Videos:
         """The videos that can be used; their `left_out` counts the others by status.
@@ -96,29 +91,26 @@ class Checked:
         Raises:
             DataError: some have not been checked, or none can be used.
         """
-        keys = np.fromiter((key_of(videos.name(n)) for n in range(len(videos))), np.uint64)
-        places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-        unknown = np.flatnonzero(self._keys[places] != keys)
-        if len(unknown):
-            first = videos.name(int(unknown[0]))
-            raise self._error(f"lacks {len(unknown)} of {len(videos)} videos, the first is {first}")
-        statuses = self._statuses[places]
-        counts = np.bincount(statuses, minlength=len(STATUSES))
-        left_out = tuple((name, int(n)) for name, n in zip(STATUSES, counts, strict=True) if n and name not in USABLE)
-        usable = statuses < len(USABLE)
-        if not usable.any():
-            raise self._error(f"none of its {len(videos)} videos can be used")
-        return videos.only(usable, left_out) if left_out else videos
+        names = videos.names()
+        unknown = [name for name in names if name not in self._statuses]
+        if unknown:
+            raise self._error(f"lacks {len(unknown)} of {len(names)} videos, the first is {unknown[0]}")
+        statuses = [self._statuses[name] for name in names]
+        rows = [row for row, status in enumerate(statuses) if status in USABLE]
+        if not rows:
+            raise self._error(f"none of its {len(names)} videos can be used")
+        left_out = tuple((status, n) for status in STATUSES if (n := statuses.count(status)) and status not in USABLE)
+        return videos.only(np.array(rows), left_out)
 
     def _error(self, problem: str) -> DataError:
         return DataError(f"{self.file}: {problem}; run `mgtrain data check` with this recipe, or drop data.checked")
 
 
 def read_records(file: Path) -> Iterator[tuple[Record, int]]:
-    """The whole lines of a manifest, if it exists, and the byte where each ends.
+    """Read the complete lines of a manifest: records, and the byte offsets of their ends. Nothing if there is no file.
 
     Raises:
-        DataError: it is another kind of file, or cannot be read.
+        DataError: not a manifest, or it cannot be read.
     """
     end = 0
     try:
@@ -141,7 +133,7 @@ def read_records(file: Path) -> Iterator[tuple[Record, int]]:
 
 
 def key_of(text: str) -> int:
-    """64 bits that stand for a path or another text; of a million, two collide once in 37 million sets."""
+    """A 64-bit hash of a path or another text. The probability of a collision among a million is 1 in 37 million."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
 

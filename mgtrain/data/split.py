@@ -10,8 +10,8 @@ from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 from mgtrain.rng import Draw, generator
 
-TRIES = 16  # orders of the groups that are tried
-MOST_PLACED = 200_000  # groups to place in all tries together, some seconds
+TRIES = 16  # orders of the groups to try
+MOST_PLACED = 200_000  # groups to place in all tries together, which takes a few seconds
 
 
 def make_split(
@@ -22,18 +22,18 @@ def make_split(
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """The rows of each list, int64, ascending: `train` and `val`, or `train_0`, `val_0`, ... of every fold.
+    """Split videos into `train` and `val`, or `train_0`, `val_0`, ... for folds: rows of each list, int64, ascending.
 
-    `val` is the share of validation videos, above 0 and below 1; of `folds`, each validates once. The split is
-    stratified: every part has its share of every class. Videos of one group, int64 (N,), stay together. The same seed
-    gives the same lists.
+    `val` is the share of validation videos, above 0 and below 1; with `folds`, each video is in one validation list.
+    The split is stratified: every list has its share of every class. Videos with the same number in `groups`, int64
+    (N,), stay together. The same seed gives the same lists.
 
     >>> videos = Videos.of("", [(f"{n}.mp4", n % 2) for n in range(10)], ("cat", "dog"))
     >>> [len(rows) for rows in make_split(videos, val=0.2).values()]
     [8, 2]
 
     Raises:
-        DataError: the videos cannot be split so.
+        DataError: the videos cannot be split this way.
     """
     if val is not None:
         part = _parts(videos, np.array([val, 1 - val]), seed, groups)
@@ -47,7 +47,11 @@ def make_split(
 
 
 def joined(sets: Iterable[Videos]) -> Videos:
-    """Several sets of the same root and classes as one, each path once, so that no two parts share a video."""
+    """Join sets with the same root and classes; each path occurs once.
+
+    Raises:
+        DataError: a path has two different labels, or a set is multi-label.
+    """
     sets = list(sets)
     label_of: dict[str, int] = {}
     for videos in sets:
@@ -90,7 +94,7 @@ def _deal(labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
         members = generator(seed, Draw.CHOICE, 0, int(label)).permutation(np.flatnonzero(labels == label))
         counts = np.maximum(1, np.floor(shares * len(members)).astype(np.int64))
         while counts.sum() != len(members):
-            # Add or remove a video where that brings a part nearest to its share of this class and those before.
+            # Add or remove a video where a part then is nearest to its share of this class and the previous ones.
             step = 1 if counts.sum() < len(members) else -1
             off = step * (counts - shares * len(members) + ahead / len(labels))
             counts[np.argmin(np.where(counts + step > 0, off, np.inf))] += step
@@ -100,7 +104,7 @@ def _deal(labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _place(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int, videos: Videos) -> np.ndarray:
-    """Place the groups one by one, large ones first, where each brings the classes nearest to their shares."""
+    """Place groups one by one, large ones first, each in the part that keeps all classes nearest to their shares."""
     order = np.lexsort((labels, groups))
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     members = np.split(labels[order], starts[1:])  # the labels of each group

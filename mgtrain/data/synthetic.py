@@ -1,27 +1,29 @@
-"""A data set to try things with: real videos, made in seconds, whose classes differ in nothing but motion.
+"""A synthetic data set: encoded videos whose classes differ only by motion, written in seconds.
 
-Every video shows soft coloured waves. In one class they drift to the left, in another to the right, they grow, or turn;
-colours, contrast, directions, sizes and speed are drawn alike for all classes. So a single frame says nothing about the
-class, and reversing a video in time turns it into a draw of the opposite class.
+Every video shows soft coloured waves that drift, grow, shrink or turn, depending on the class. Colours, contrast,
+directions, sizes and speed have the same distribution in all classes. So a single frame does not show the class, and a
+video played backwards is a sample of the opposite class. `Difficulty` makes the motion harder to see in all classes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
+from mgtrain.console import ShowProgress, no_progress
 from mgtrain.errors import DataError
 from mgtrain.rng import Draw, generator
 
-# What a motion does to the picture per frame at full speed: shift right and down (pixels), log of growth, turn (radians
-# clockwise). Each moves the borders by about half a pixel per frame, little enough that every 8th frame still shows it.
+# Motions per frame at full speed: shift right and down (pixels), log of growth, turn (radians clockwise). Each moves
+# the borders by about half a pixel per frame, slow enough to be visible in every 8th frame.
 MOTIONS: dict[str, tuple[float, float, float, float]] = {
     "left": (-0.6, 0, 0, 0),
     "right": (0.6, 0, 0, 0),
@@ -31,40 +33,71 @@ MOTIONS: dict[str, tuple[float, float, float, float]] = {
     "contract": (0, 0, -0.011, 0),
     "clockwise": (0, 0, 0, 0.014),
     "anticlockwise": (0, 0, 0, -0.014),
+    "up_left": (-0.42, -0.42, 0, 0),
+    "up_right": (0.42, -0.42, 0, 0),
+    "down_left": (-0.42, 0.42, 0, 0),
+    "down_right": (0.42, 0.42, 0, 0),
+    # These return about half-way through: the order of the two halves is the class.
+    "left_right": (-0.6, 0, 0, 0),
+    "right_left": (0.6, 0, 0, 0),
+    "up_down": (0, -0.6, 0, 0),
+    "down_up": (0, 0.6, 0, 0),
+    "clockwise_back": (0, 0, 0, 0.014),
+    "anticlockwise_back": (0, 0, 0, -0.014),
 }
 ALL_MOTIONS = tuple(MOTIONS)
+BASIC_MOTIONS = ALL_MOTIONS[:8]
+RETURNING = ALL_MOTIONS[12:]
 
 WAVES = 24  # per video
-WAVELENGTHS = (14.0, 40.0)  # pixels; the least that growth makes of them is still twice the shift in 8 frames
+WAVELENGTHS = (14.0, 40.0)  # pixels; the smallest, after contraction, is still twice the shift in 8 frames
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """Disturbances that make the motion harder to see, the same in all classes. The default is none."""
+
+    distractors: int = 0  # discs that cross the picture in straight lines
+    noise: float = 0.0  # standard deviation of each pixel in each frame, of 255
+    camera: float = 0.0  # standard deviation, in pixels, of the camera's smooth random path
+    pace: float = 0.0  # 0..1: the speed varies within a video between 1 - pace and 1 + pace times its mean
+
+
+PLAIN = Difficulty()
 
 
 def synthesize(
     root: Path,
     *,
     videos_per_class: Mapping[str, int] | None = None,
-    classes: Sequence[str] = ALL_MOTIONS,
+    classes: Sequence[str] = BASIC_MOTIONS,
     seed: int = 0,
     frames: int = 48,
     size: tuple[int, int] = (112, 84),
-    progress: Callable[[int, int], None] | None = None,
+    difficulty: Difficulty = PLAIN,
+    progress: ShowProgress = no_progress,
 ) -> None:
     """Write `root/videos/<split>/<class>_<n>.mp4`, a list `root/<split>.csv` per split, and `root/classes.txt`.
 
-    `videos_per_class` is by split, 60 train and 20 val unless told; videos have `frames` frames of `size` (width,
-    height) pixels at 30 frames/s, a key frame every 12 frames and no B-frames, so they are quick to decode. `progress`
-    is called with the videos done and their total. A set that is complete and the same is kept.
+    `videos_per_class` is by split, by default 60 for train and 20 for val. Videos have `frames` frames of `size`
+    (width, height) pixels at 30 frames/s, a key frame every 12 frames and no B-frames, so they are fast to decode. A
+    complete set with the same settings is kept.
+
+    Raises:
+        DataError: a class is unknown, or the folder contains a set with other settings.
     """
     counts = dict(videos_per_class or {"train": 60, "val": 20})
     for name in classes:
         if name not in MOTIONS:
-            raise DataError(f"no motion {name!r}; choose among {', '.join(ALL_MOTIONS)}")
-    made = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
-    record = root / "synthetic.json"  # written last: it says that the set is complete
+            raise DataError(f"no motion {name!r}; choose from {', '.join(ALL_MOTIONS)}")
+    settings = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
+    settings |= {} if difficulty == PLAIN else {"difficulty": asdict(difficulty)}
+    record = root / "synthetic.json"  # written last, so it shows that the set is complete
     if record.exists():
         with suppress(ValueError, RecursionError):
-            if json.loads(record.read_text()) == made:
+            if json.loads(record.read_text()) == settings:
                 return
-        raise DataError(f"{root}: holds another synthetic set; remove it or choose another folder")
+        raise DataError(f"{root}: contains another synthetic set; remove it or choose another folder")
 
     done, total = 0, sum(counts.values()) * len(classes)
     for s, (split, count) in enumerate(counts.items()):
@@ -75,39 +108,45 @@ def synthesize(
             for n in range(count):
                 rng = generator(seed, Draw.SYNTHETIC, s, ALL_MOTIONS.index(name), n)
                 path = folder / f"{name}_{n}.mp4"
-                _write(path, draw_motion(name, rng, frames=frames, size=size))
+                _write(path, draw_motion(name, rng, frames=frames, size=size, difficulty=difficulty))
                 lines.append(f"{path.relative_to(root).as_posix()} {label}\n")
                 done += 1
-                if progress:
-                    progress(done, total)
+                progress("videos written", done, total)
         (root / f"{split}.csv").write_text("".join(lines))
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-    record.write_text(json.dumps(made, indent=1) + "\n")
+    record.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def draw_motion(motion: str, rng: np.random.Generator, *, frames: int, size: tuple[int, int]) -> np.ndarray:
-    """One video, uint8 (T, H, W, 3), of a field of plane waves that moves.
+def draw_motion(
+    motion: str, rng: np.random.Generator, *, frames: int, size: tuple[int, int], difficulty: Difficulty = PLAIN
+) -> np.ndarray:
+    """Draw a video, uint8 (T, H, W, 3), of a moving field of plane waves.
 
-    Moving plane waves needs no resampling: turning, growing and shifting the plane turns, shrinks and shifts the wave
-    vectors and phases. Whatever is drawn does not depend on the motion, so with the same `rng` the opposite motion is
-    the same video backwards.
+    Plane waves move without resampling: turning, growing and shifting the plane turns, shrinks and shifts the wave
+    vectors and phases. Random numbers do not depend on the motion, so with the same `rng` the opposite motion is the
+    same video backwards, unless `difficulty` disturbs it.
     """
     right, down, growth, turn = (rng.uniform(0.5, 1) * velocity for velocity in MOTIONS[motion])
     width, height = size
-    # 1. Waves: every direction and phase alike, so that no shift or turn can be told from a single frame.
+    # 1. Waves: all directions and phases are equally likely, so a single frame shows no shift or turn.
     direction, phase = rng.uniform(0, 2 * np.pi, (2, WAVES))
     number = 2 * np.pi / rng.uniform(*WAVELENGTHS, WAVES)  # radians per pixel
     colour = rng.normal(0, rng.uniform(30, 50), (WAVES, 3)) * math.sqrt(2 / WAVES)  # amplitude in each channel
     mean = rng.uniform(96, 160, 3)
-    # 2. Size: the classes that do not grow have that of some moment of a video that does.
+    # 2. Size: a class that does not grow has the size of some moment of a video that does.
     time = np.arange(frames) - (frames - 1) / 2
     moment = MOTIONS["expand"][2] * rng.uniform(0.5, 1) * rng.choice(time)
-    log_size = rng.uniform(-0.1, 0.1) + (growth * time if growth else np.full(frames, moment))
+    zoom = rng.uniform(-0.1, 0.1)
+    progress = _progress(time, motion in RETURNING, rng, difficulty)  # frames at the mean speed: (T,)
+    log_size = zoom + (growth * progress if growth else np.full(frames, moment))
     # 3. Wave vectors and phases of every frame, about the centre of the picture.
-    angle = direction + turn * time[:, None]  # (T, K)
+    camera_x, camera_y = (
+        _smooth_path(frames, 2, rng) * difficulty.camera if difficulty.camera else np.zeros((2, frames))
+    )
+    angle = direction + turn * progress[:, None]  # (T, K)
     k = number * np.exp(-log_size[:, None])  # (T, K)
     kx, ky = k * np.cos(angle), k * np.sin(angle)
-    shift = phase - time[:, None] * (kx * right + ky * down)
+    shift = phase - kx * (right * progress + camera_x)[:, None] - ky * (down * progress + camera_y)[:, None]
     x, y = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
     # 4. cos(kx x + ky y + shift) is a product of x and y parts, so their sum over waves is a matrix product.
     across = np.exp(1j * kx[:, :, None] * x)  # (T, K, W)
@@ -117,14 +156,50 @@ def draw_motion(motion: str, rng: np.random.Generator, *, frames: int, size: tup
     weighted = parts[:, None] * np.tile(colour, (2, 1)).T[None, :, :, None].astype(np.float32)  # (T, 3, 2K, H)
     picture = weighted.transpose(0, 1, 3, 2) @ real[:, None]  # (T, 3, H, W)
     picture += mean[:, None, None].astype(np.float32)
+    # 5. Disturbances: discs, and noise in every frame.
+    for _ in range(difficulty.distractors):
+        _cross(picture, time, x, y, rng)
+    if difficulty.noise:
+        picture += rng.normal(0, difficulty.noise, picture.shape).astype(np.float32)
     pixels: np.ndarray = picture.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     return pixels
 
 
-def _write(path: Path, pictures: np.ndarray) -> None:
-    """Write uint8 (T, H, W, 3) as an mp4: H.264 where PyAV has an encoder for it, else MPEG-4.
+def _progress(time: np.ndarray, returns: bool, rng: np.random.Generator, difficulty: Difficulty) -> np.ndarray:
+    """The position of the motion in each frame, in frames at its mean speed: (T,)."""
+    progress = time.astype(float)
+    if difficulty.pace:  # the speed is a wave of one to two periods, with a mean of 1 over a period
+        length = len(time) / rng.uniform(1, 2)
+        at = rng.uniform(0, 2 * np.pi)
+        progress = time + difficulty.pace * length / (2 * np.pi) * np.sin(2 * np.pi * time / length + at)
+    if returns:
+        progress = -np.abs(progress - len(time) * rng.uniform(-0.1, 0.1))
+    return progress
 
-    x264's macroblock tree stays off: on pictures this small its output is not the same in every process.
+
+def _smooth_path(frames: int, ways: int, rng: np.random.Generator) -> np.ndarray:
+    """Random paths that change within about 8 frames, with a standard deviation of 1: (ways, T)."""
+    steps = rng.normal(0, 1, (ways, frames + 16))
+    window = np.hanning(17)
+    return np.stack([np.convolve(row, window / np.linalg.norm(window), "valid") for row in steps])
+
+
+def _cross(picture: np.ndarray, time: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> None:
+    """Draw a soft disc that crosses the picture, float32 (T, 3, H, W), in a straight line."""
+    colour = rng.uniform(60, 200, 3)
+    radius, speed, direction = rng.uniform(5, 12), rng.uniform(0.3, 1.2), rng.uniform(0, 2 * np.pi)
+    middle_x, middle_y = rng.uniform(x[0], x[-1]), rng.uniform(y[0], y[-1])
+    from_x = x - middle_x - (speed * math.cos(direction) * time)[:, None]  # (T, W)
+    from_y = y - middle_y - (speed * math.sin(direction) * time)[:, None]  # (T, H)
+    distance = np.hypot(from_y[:, :, None], from_x[:, None, :])  # (T, H, W)
+    cover = np.clip(radius + 0.5 - distance, 0, 1)[:, None].astype(np.float32)
+    picture += cover * (colour[:, None, None].astype(np.float32) - picture)
+
+
+def _write(path: Path, pictures: np.ndarray) -> None:
+    """Write uint8 (T, H, W, 3) as an mp4: H.264 if PyAV has an encoder for it, else MPEG-4.
+
+    x264's macroblock tree is off, because with small pictures its output differs between processes.
     """
     h264 = "libx264" in av.codecs_available
     options = {"preset": "veryfast", "tune": "fastdecode", "crf": "18", "mbtree": "0"} if h264 else {"qscale": "2"}

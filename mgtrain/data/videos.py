@@ -5,24 +5,27 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mgtrain.data.stretch import file_of
 from mgtrain.errors import DataError
 
-EXAMPLES = 3  # names that a report gives of what it counts
+EXAMPLES = 3  # names to give with each count in a report
+SIDES = (("left", "right"), ("leftward", "rightward"), ("clockwise", "anticlockwise"),
+         ("clockwise", "counterclockwise"))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Videos:
     """Videos and their labels, in a fixed order. `missing` counts the rows of the list whose video was not found.
 
-    A million videos are one block of bytes and two arrays, not millions of Python objects: worker processes share
-    them, and reading copies no memory pages (reference counts would). A set is multi-label if any video came with a
-    sequence of labels.
+    A million videos are one block of bytes and two arrays, not millions of Python objects, so worker processes share
+    them without copies. A set is multi-label if any video has a sequence of labels.
 
     >>> videos = Videos.of("/data", [("a b.mp4", 1), ("c.mp4", 0)], classes=("cat", "dog"))
     >>> len(videos), videos.path(0), videos.label(0)
@@ -36,12 +39,13 @@ class Videos:
     classes: tuple[str, ...]
     missing: int
     missing_names: tuple[str, ...]  # the first few
-    _paths: np.ndarray = field(repr=False)  # uint8: bytes, relative to the root, one after the other
-    _ends: np.ndarray = field(repr=False)  # int64 (N,): where each path ends in `_paths`
-    _labels: np.ndarray = field(repr=False)  # int32 (N,), or all labels of all videos, one after the other
-    _label_ends: np.ndarray | None = field(repr=False)  # int64 (N,): where each video's end; None: one label each
-    _spans: np.ndarray | None = field(default=None, repr=False)  # float64 (labels, 2): seconds; None: always
-    left_out: tuple[tuple[str, int], ...] = ()  # why videos were left out, and how many
+    _paths: np.ndarray = field(repr=False)  # uint8: all paths, relative to the root, concatenated
+    _ends: np.ndarray = field(repr=False)  # int64 (N,): the end of each path in `_paths`
+    _labels: np.ndarray = field(repr=False)  # int32 (N,), or the labels of all videos, concatenated
+    _label_ends: np.ndarray | None = field(repr=False)  # int64 (N,): the end of each video's labels; None: one each
+    _spans: np.ndarray | None = field(default=None, repr=False)  # float64 (labels, 2): seconds; None: whole video
+    left_out: tuple[tuple[str, int], ...] = ()  # reasons why videos were left out, with their counts
+    remarks: tuple[str, ...] = ()  # how the list was read, if that may be wrong
 
     @classmethod
     def of(
@@ -53,7 +57,7 @@ class Videos:
         missing_names: Sequence[str] = (),
         spans: Sequence[tuple[float, float]] | None = None,
     ) -> Videos:
-        """From (path relative to `root`, label or labels) pairs; `spans` are each label's start and end in seconds."""
+        """Make a set of (path relative to `root`, label or labels) pairs; `spans` are each label's times in seconds."""
         paths, ends, labels, label_ends, multi = bytearray(), array("q"), array("i"), array("q"), False
         for path, label in entries:
             paths += os.fsencode(path)
@@ -77,17 +81,16 @@ class Videos:
         )
 
     def arrays(self) -> list[np.ndarray]:
-        """The arrays that grow with the number of videos."""
+        """The arrays, whose size depends on the number of videos."""
         arrays = (self._paths, self._ends, self._labels, self._label_ends, self._spans)
         return [array for array in arrays if array is not None]
 
     def without_arrays(self) -> Videos:
-        """All but `arrays()`, which `with_arrays` puts back."""
-        none = np.empty(0, np.uint8)
-        return replace(self, _paths=none, _ends=none, _labels=none, _label_ends=None, _spans=None)
+        """The set without `arrays()`, which `with_arrays` restores."""
+        return self.with_arrays([np.empty(0, np.uint8)] * 3)
 
     def with_arrays(self, arrays: Sequence[np.ndarray]) -> Videos:
-        """The same videos in other arrays of the same contents, such as shared memory."""
+        """The same videos with other arrays, such as copies in shared memory."""
         paths, ends, labels, *others = arrays
         label_ends, spans = (*others, None, None)[:2]
         return replace(self, _paths=paths, _ends=ends, _labels=labels, _label_ends=label_ends, _spans=spans)
@@ -96,14 +99,22 @@ class Videos:
         return len(self._ends)
 
     def name(self, index: int) -> str:
-        """The path of a video, relative to the root."""
+        """The path of a video, relative to the root, with its stretch if it is one (see data/stretch.py)."""
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._paths[start : int(self._ends[index])].tobytes())
 
+    def names(self) -> list[str]:
+        """The paths of all videos, relative to the root."""
+        return [self.name(index) for index in range(len(self))]
+
     def path(self, index: int) -> str:
         """The path of a video, including the root."""
         return os.path.join(self.root, self.name(index))
+
+    def file(self, index: int) -> str:
+        """The file or folder of frames that a video is or is a stretch of, including the root."""
+        return file_of(self.path(index))
 
     @property
     def multi_label(self) -> bool:
@@ -115,6 +126,11 @@ class Videos:
         assert self._label_ends is None, "a multi-label set has labels(), not label()"
         return int(self._labels[index])
 
+    def of_class(self, label: int) -> np.ndarray:
+        """The videos of a class: int64 (n,), for sets with one label per video."""
+        assert self._label_ends is None, "a multi-label set has no videos of one class"
+        return np.flatnonzero(self._labels == label)
+
     def labels(self, index: int, start: float = 0.0, end: float = np.inf) -> tuple[int, ...]:
         """The classes of a video, or of its seconds `start` to `end`: indices into `classes`, ascending.
 
@@ -125,37 +141,38 @@ class Videos:
         if self._label_ends is None:
             return (int(self._labels[index]),)
         index = range(len(self))[index]
-        mine = slice(int(self._label_ends[index - 1]) if index else 0, int(self._label_ends[index]))
-        labels = self._labels[mine]
+        own = slice(int(self._label_ends[index - 1]) if index else 0, int(self._label_ends[index]))
+        labels = self._labels[own]
         if self._spans is not None:
-            labels = labels[(self._spans[mine, 0] <= end) & (self._spans[mine, 1] >= start)]
+            labels = labels[(self._spans[own, 0] <= end) & (self._spans[own, 1] >= start)]
         return tuple(np.unique(labels).tolist())
 
     def targets(self, index: int, start: float = 0.0, end: float = np.inf) -> np.ndarray:
-        """The labels as a multi-hot row: uint8 (classes,)."""
+        """The result of `labels` as a multi-hot row: uint8 (classes,)."""
         row = np.zeros(len(self.classes), np.uint8)
         row[[*self.labels(index, start, end)]] = 1
         return row
 
-    def only(self, chosen: np.ndarray, left_out: tuple[tuple[str, int], ...]) -> Videos:
-        """The videos where `chosen`, bool (N,), is true; `left_out` counts the others by reason.
+    def only(self, rows: np.ndarray, left_out: tuple[tuple[str, int], ...] = ()) -> Videos:
+        """Select the videos in these rows, in the order of the list; `left_out` counts the others by reason.
 
         >>> videos = Videos.of("", [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 1)], classes=("cat", "dog"))
-        >>> few = videos.only(np.array([True, False, True]), left_out=(("corrupt", 1),))
-        >>> [(few.name(n), few.label(n)) for n in range(len(few))]
-        [('a.mp4', 1), ('c.mp4', 1)]
+        >>> videos.only(np.array([2, 0]), left_out=(("corrupt", 1),)).names()
+        ['a.mp4', 'c.mp4']
         """
+        chosen = np.zeros(len(self), bool)
+        chosen[rows] = True
 
-        def picked(data: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def select(data: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             lengths = np.diff(ends, prepend=0)
             return data[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen])
 
-        arrays = [*picked(self._paths, self._ends)]
+        arrays = [*select(self._paths, self._ends)]
         if self._label_ends is None:
             arrays.append(self._labels[chosen])
         else:
-            arrays += picked(self._labels, self._label_ends)
-            arrays += [] if self._spans is None else [picked(self._spans, self._label_ends)[0]]
+            arrays += select(self._labels, self._label_ends)
+            arrays += [] if self._spans is None else [select(self._spans, self._label_ends)[0]]
         return replace(self.with_arrays(arrays), left_out=left_out)
 
     @property
@@ -165,7 +182,7 @@ class Videos:
 
     @property
     def videos_per_class(self) -> np.ndarray:
-        """How many videos have each class: int64 (classes,)."""
+        """The number of videos of each class: int64 (classes,)."""
         if self._label_ends is None:
             return np.bincount(self._labels, minlength=len(self.classes))
         videos = np.repeat(np.arange(len(self)), np.diff(self._label_ends, prepend=0))
@@ -174,7 +191,7 @@ class Videos:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any path (relative to the root), label, class, or their order."""
+        """16 hex digits that depend on all paths (relative to the root), labels, classes, and their order."""
         digest = hashlib.sha256(self._paths.data)
         for data in self.arrays()[1:]:
             digest.update(data.astype(data.dtype.newbyteorder("<")).tobytes())
@@ -183,7 +200,7 @@ class Videos:
 
     @property
     def identity(self) -> str:
-        """How many videos there are, and their fingerprint."""
+        """The number of videos and their fingerprint."""
         return f"{len(self)} ({self.fingerprint})"
 
 
@@ -224,3 +241,27 @@ def _label_of(name: str | int, classes: Sequence[str]) -> int:
     near = difflib.get_close_matches(str(name), classes, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use names or numbers 0 to {len(classes) - 1}"
     raise DataError(f"data.mirrored: {name!r} is not one of the {len(classes)} classes; {hint}")
+
+
+def mirrored_pairs(classes: Sequence[str]) -> tuple[list[tuple[str, str]], bool]:
+    """Pairs of classes that a flip swaps, by their names, and whether a class names a side but has no mirror image.
+
+    >>> mirrored_pairs(["turn left", "turn right", "stop"])
+    ([('turn left', 'turn right')], False)
+    >>> mirrored_pairs(["look left", "stop"])
+    ([], True)
+    """
+    pairs: list[tuple[str, str]] = []
+    paired: set[str] = set()
+    sided = set()
+    for one, other in SIDES:
+        for name in classes:
+            if not re.search(rf"(?<![a-z]){one}(?![a-z])", name, re.IGNORECASE):
+                continue
+            twin = re.sub(rf"(?<![a-z]){one}(?![a-z])", other, name, flags=re.IGNORECASE)
+            found = next((known for known in classes if known.lower() == twin.lower()), None)
+            if found and not {name, found} & paired:
+                pairs.append((name, found))
+                paired |= {name, found}
+        sided |= {name for name in classes if re.search(rf"(?<![a-z])({one}|{other})(?![a-z])", name, re.IGNORECASE)}
+    return pairs, bool(sided - paired)

@@ -1,5 +1,5 @@
-"""The loop, and everything that a step of it does: set-up, step, evaluation, recalibration, resuming.
+"""The training loop and its parts: set-up, step, evaluation, recalibration, resuming.
 
-In come a recipe, a run's folder and a place among the ranks, out go a trained network and its scores. The step's number
-is the clock: nothing here may depend on the time, on the number of workers, or on anything that a resumed run lacks.
+It takes a recipe, a run's folder and this process's rank, and returns a trained network and its scores. Results must
+not depend on the time, on the number of workers, or on state that a resumed run does not have.
 """

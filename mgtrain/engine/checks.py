@@ -1,4 +1,4 @@
-"""What is checked before a video is opened, so that no run stops at its first change of shape."""
+"""Checks before the first step, so that a run does not fail when the shape first changes."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from torch import nn
 from mgtrain.errors import MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
+from mgtrain.models.conv import Conv3d
 from mgtrain.models.flops import count_flops
+from mgtrain.models.norm import group_slots
 from mgtrain.models.recompute import recompute
 from mgtrain.recipe import Recipe
-from mgtrain.schedule import Phase, Plan
+from mgtrain.schedule import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model with the weights that torch's current seed gives."""
+    """The recipe's model, initialized from torch's random state."""
     options = recipe.model.model_dump(exclude={"name", "mean", "std"})
     model = build_model(recipe.model.name, classes=recipe.data.classes, **options)
     if recipe.hardware.recompute and not recompute(model):
-        raise PlanError(f"hardware.recompute: {recipe.model.name} repeats no block that could be; set it to false")
+        raise PlanError(f"hardware.recompute: {recipe.model.name} has no repeated blocks to recompute; set it to false")
     return model
 
 
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
-    """Try every shape on the meta device; returns the multiply-adds of one clip's forward pass for each.
+    """Run every shape on the meta device; returns the multiply-adds of one clip's forward pass for each.
 
     Raises:
-        PlanError: the model cannot take one of the shapes; it names the layer, why, and what shapes fit.
+        PlanError: the model does not accept one of the shapes; names the layer, the reason and shapes that fit.
     """
     with torch.device("meta"):
         model = make_model(recipe)
@@ -42,20 +44,20 @@ def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
         problem = misfit(model, shape.frames, shape.crop, recipe.data.classes)
         if problem:
             sizes = [f"{n}x{size}²" for n, size in fitting(model, shape.frames, shape.crop, recipe.data.classes)]
-            remedy = "no other size was found to fit: average over time and space before the classifier"
+            remedy = "found no other size that fits: average over time and space before the classifier"
             if sizes:
-                remedy = f"clips of {', '.join(sizes)} fit: choose clip, evaluation.crop and schedule's factors so"
+                remedy = f"clips of {', '.join(sizes)} fit: choose clip, evaluation.crop and schedule accordingly"
             raise PlanError(
-                f"{recipe.model.name} cannot take clips of {shape.frames} frames of {shape.crop}² pixels: {problem}; "
-                f"{remedy}"
+                f"{recipe.model.name} does not accept clips of {shape.frames} frames of {shape.crop}² pixels: "
+                f"{problem}; {remedy}"
             )
         flops[shape] = count_flops(model, (1, shape.frames, shape.crop))
     return flops
 
 
 def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None:
-    """Why a model on the meta device makes no logits of clips of that size, with the layer's name; None: it does."""
-    within: list[str] = []  # the layers that are at work, from the outermost
+    """Why a model on the meta device does not accept clips of that size, with the layer's name; None if it does."""
+    within: list[str] = []  # the running layers, the outermost first
     hooks = []
     for name, layer in model.named_modules():
         hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: within.append(name)))
@@ -73,25 +75,25 @@ def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None
             hook.remove()
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (2, classes):
-        return f"of 2 such clips it makes {shape or type(logits).__name__}, not logits (2, {classes})"
+        return f"for 2 such clips it returns {shape or type(logits).__name__}, not logits (2, {classes})"
     return None
 
 
 def _reason(layer: nn.Module, cause: str) -> str:
-    """What is fixed in a layer that fails so."""
+    """How a layer depends on the clip's size, guessed from its error."""
     if isinstance(layer, nn.Linear):
-        return f"takes {layer.in_features} features, however many the clip has: flattened features depend on its size"
+        return f"expects {layer.in_features} features, but flattened features depend on the clip's size"
     if "ernel size" in cause or "too small" in cause or "smaller than" in cause:
-        return "has a window larger than what is left of the clip"
+        return "has a kernel larger than its input"
     if "must match" in cause or "broadcast" in cause:
-        return "adds or joins a table of fixed size, such as one of positions"
+        return "adds or joins a tensor of fixed size, such as position embeddings"
     if "invalid for input" in cause or "view size" in cause or "reshape" in cause:
-        return "cuts its features into pieces of a fixed size, which do not divide them"
+        return "splits its features into parts of a fixed size, which do not divide them"
     return "depends on the clip's size"
 
 
 def fitting(model: nn.Module, frames: int, crop: int, classes: int, most: int = 4) -> list[tuple[int, int]]:
-    """Sizes near to (frames, crop) that a model on the meta device takes, the nearest first, as (frames, crop)."""
+    """Sizes near (frames, crop) that a model on the meta device accepts, the nearest first, as (frames, crop)."""
     lengths = sorted({frames + 1, *(2**n for n in range(7))}, key=lambda n: abs(math.log(n / frames)))
     crops = {size for step in (7, 16, 32) for size in range(step, 2 * crop + 33, step) if size >= 8}
     near = sorted(crops, key=lambda size: abs(math.log(size / crop)))[:24]
@@ -104,14 +106,14 @@ def fitting(model: nn.Module, frames: int, crop: int, classes: int, most: int = 
 
 
 def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
-    """A micro-batch holds at least one whole BatchNorm group, or one rank's share of it, and whole pairs to be mixed.
+    """Check that micro-batches hold whole BatchNorm groups (or a rank's share of one) and whole pairs to mix.
 
     Raises:
-        PlanError: hardware.micro_clips is smaller than that, or cuts pairs.
+        PlanError: hardware.micro_clips does not allow that.
     """
     for phase in plan.phases:
         for shape in phase.shapes:
-            smallest, limit = smallest_pass(phase, shape, ranks), micro_limit(recipe, shape)
+            smallest, limit = _smallest_pass(shape, phase.bn_groups, ranks), micro_limit(recipe, shape)
             if limit is not None and limit < smallest:
                 raise PlanError(
                     f"hardware.micro_clips {recipe.hardware.micro_clips} allows {limit} clips of "
@@ -123,21 +125,34 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
                 raise PlanError(
                     f"hardware.micro_clips {recipe.hardware.micro_clips} makes micro-batches of {clips} clips in phase "
                     f"{phase.index + 1}, but augment.mixup and augment.cutmix mix pairs; use another "
-                    "hardware.micro_clips or an even batch.bn_clips, or set both to 0"
+                    "hardware.micro_clips or an even batch.bn_clips, or set mixup and cutmix to 0"
                 )
 
 
-def check_precision(recipe: Recipe, device: torch.device) -> None:
-    """Compare the gradients of a convolution over a short clip with those in float32.
-
-    Some builds of torch get them wrong on a CPU in bf16 when a clip has fewer frames than a kernel (oneDNN 3.12), as
-    the clips of coarse shapes do.
+def check_average(model: nn.Module, recipe: Recipe) -> None:
+    """Check that BatchNorm's statistics can be measured for averaged weights: the running ones are other weights'.
 
     Raises:
-        MissingCapabilityError: this machine cannot train in `hardware.precision`.
+        PlanError: recalibration is off.
+    """
+    if recipe.optim.ema is not None and recipe.evaluation.recalibration_batches == 0 and group_slots(model):
+        raise PlanError(
+            "optim.ema: BatchNorm's running statistics belong to the weights, not to their average; set "
+            "evaluation.recalibration_batches above 0, or init.freeze_bn=true"
+        )
+
+
+def check_precision(recipe: Recipe, device: torch.device) -> None:
+    """Check that this machine computes right gradients in `hardware.precision`.
+
+    Some builds of torch (oneDNN 3.12) compute wrong ones on a CPU in bf16 for clips with fewer frames than a kernel,
+    which coarse shapes have. The built-in networks compute these convolutions in another way.
+
+    Raises:
+        MissingCapabilityError: the gradients differ from those in float32.
     """
     precision = recipe.hardware.precision
-    if precision == "fp32":
+    if precision == "fp32" or (device.type == "cpu" and _ours(recipe)):
         return
     layout = torch.channels_last_3d if recipe.hardware.channels_last else torch.contiguous_format
     conv = nn.Conv3d(16, 32, kernel_size=(5, 1, 1), padding=(2, 0, 0), device=device)
@@ -151,27 +166,34 @@ def check_precision(recipe: Recipe, device: torch.device) -> None:
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     if not error < 0.05:
         raise MissingCapabilityError(
-            f"hardware.precision {precision}: torch {torch.__version__} computes wrong gradients in it on this "
-            f"{device.type} for clips shorter than a kernel; use hardware.precision=fp32, or another build of torch"
+            f"hardware.precision {precision}: torch {torch.__version__} computes wrong gradients on this "
+            f"{device.type} for clips shorter than a kernel; use hardware.precision=fp32 or another build of torch"
         )
 
 
+def _ours(recipe: Recipe) -> bool:
+    """Whether all 3-D convolutions of the network are our own, which are right on any CPU."""
+    with torch.device("meta"):
+        model = make_model(recipe)
+    return all(isinstance(layer, Conv3d) for layer in model.modules() if isinstance(layer, nn.Conv3d))
+
+
 def micro_limit(recipe: Recipe, shape: Shape) -> int | None:
-    """The most clips of this shape in one forward pass: `hardware.micro_clips` clips of the base shape in volume."""
+    """The limit of clips of this shape in one forward pass, with the volume of `hardware.micro_clips` base clips."""
     if recipe.hardware.micro_clips is None:
         return None
     base = recipe.base
-    # Up to 2 % over the volume, which rounding puts into coarse shapes, is no reason to halve a micro-batch.
+    # Rounding makes coarse shapes up to 2 % larger, which must not halve a micro-batch.
     return int(1.02 * recipe.hardware.micro_clips * base.frames * base.crop**2 / (shape.frames * shape.crop**2))
 
 
 def pass_clips(recipe: Recipe, shape: Shape, bn_groups: int, ranks: int) -> int:
     """Clips of a micro-batch: as many whole BatchNorm groups as `hardware.micro_clips` allows."""
-    share = shape.clips // ranks
-    unit = min(share, shape.clips // bn_groups)  # a whole group, or this rank's piece of one
+    share, unit = shape.clips // ranks, _smallest_pass(shape, bn_groups, ranks)
     limit = micro_limit(recipe, shape) or share
     return min(share, max(unit, limit // unit * unit))
 
 
-def smallest_pass(phase: Phase, shape: Shape, ranks: int) -> int:
-    return min(shape.clips // ranks, shape.clips // phase.bn_groups)
+def _smallest_pass(shape: Shape, bn_groups: int, ranks: int) -> int:
+    """Clips of one BatchNorm group, or of a rank's share of one."""
+    return min(shape.clips // ranks, shape.clips // bn_groups)

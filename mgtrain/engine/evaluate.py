@@ -1,8 +1,8 @@
-"""What the network says of each video, averaged over its views and gathered from all ranks."""
+"""Evaluation: class probabilities of each video, averaged over its views and gathered from all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mgtrain.clips.loader import BadVideos, view_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
+from mgtrain.errors import NonFiniteError
 from mgtrain.models.norm import merge_group_stats
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -27,9 +28,12 @@ def evaluate(
     views: tuple[int, int] = (1, 1),
     journal: Journal | None = None,
 ) -> Predictions:
-    """What the model says of all videos that can be decoded, over `views` (times, crops) of each; on every rank all.
+    """The predictions for all decodable videos, on every rank, with `views` (times, crops) of each video.
 
-    With a `journal` the videos that it has are not evaluated again, and every batch is added to it.
+    Videos in the `journal` are not evaluated again, and every batch is added to it.
+
+    Raises:
+        NonFiniteError: a class probability is NaN.
     """
     merge_group_stats(model, world.gather)
     classes, (times, crops) = recipe.data.classes, views
@@ -46,6 +50,7 @@ def evaluate(
             journal.append(world.rank, chosen.cpu().numpy(), rows.cpu().numpy())
     new_numbers, new_probabilities = gathered(mine, -(-len(left) // world.size), classes, world)
     numbers, probabilities = np.append(numbers, new_numbers), np.append(probabilities, new_probabilities, axis=0)
+    refuse_non_finite(probabilities, [videos.name(number) for number in numbers.tolist()])
     order = np.argsort(numbers)
     label = videos.targets if recipe.data.multi_label else videos.label
     labels = np.array([label(number) for number in numbers[order].tolist()])
@@ -56,11 +61,11 @@ def evaluate(
 def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], views: int, recipe: Recipe, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each batch the numbers of its videos, int64 (v,), and their class probabilities, float32 (v, classes).
+    """For each batch, the numbers of its videos, int64 (v,), and their class probabilities, float32 (v, classes).
 
-    `batches` are clips uint8 (v * views, 3, T, S, S), `views` consecutive ones of each video, and int64 (v,). The
-    softmax (the sigmoid, with several labels) is averaged over the views (the paper tests 10 x 3), or, if
-    `evaluation.views` says so, its largest is taken. A pass takes no more clips than one of training.
+    `batches` are clips uint8 (v * views, 3, T, S, S), `views` consecutive ones per video, and numbers int64 (v,).
+    Probabilities are softmax, or sigmoid with several labels; their mean or maximum over the views is taken as
+    `evaluation.views` says (the paper uses 10 x 3 views). A forward pass has at most as many clips as in training.
     """
     model.eval()
     most = max(1, recipe.batch.clips // world.size)
@@ -74,16 +79,26 @@ def predict(
         yield numbers, (scores.amax(1) if recipe.evaluation.views == "max" else scores.mean(1)).float()
 
 
+def refuse_non_finite(probabilities: np.ndarray, names: Sequence[str]) -> None:
+    """Raise `NonFiniteError` if class probabilities, (videos, classes), are not finite."""
+    bad = [name for name, row in zip(names, probabilities, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        raise NonFiniteError(
+            f"the network's class probabilities of {len(bad)} of {len(names)} videos are not finite, such as those of "
+            f"{bad[0]}; use an earlier checkpoint, or hardware.precision=fp32 if half precision overflows"
+        )
+
+
 def gathered(
     parts: list[tuple[Tensor, Tensor]], most: int, classes: int, world: World
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All ranks' rows: numbers, int64 (V,), and probabilities, float32 (V, classes); a rank has at most `most`."""
+    """The rows of all ranks, at most `most` each: numbers, int64 (V,), and probabilities, float32 (V, classes)."""
     numbers = torch.full((most,), -1, device=world.device)
     rows = torch.zeros(most, classes, device=world.device)
     if parts:
         mine = torch.cat([chosen for chosen, _ in parts])
         numbers[: len(mine)] = mine
         rows[: len(mine)] = torch.cat([row for _, row in parts])
-    everyones, all_rows = world.gather(numbers).flatten(), world.gather(rows).flatten(0, 1)
-    there = everyones >= 0
-    return everyones[there].cpu().numpy(), all_rows[there].cpu().numpy()
+    all_numbers, all_rows = world.gather(numbers).flatten(), world.gather(rows).flatten(0, 1)
+    used = all_numbers >= 0
+    return all_numbers[used].cpu().numpy(), all_rows[used].cpu().numpy()

@@ -1,4 +1,4 @@
-"""What the network sees: one video's clip at every shape of a plan, as it comes out of the loader and augmentation."""
+"""Pictures of the network's input: a clip of one video at every shape of a plan, after loading and augmentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgtrain.clips.order import ClipRequest, video_at
+from mgtrain.clips.order import ClipRequest, Order
 from mgtrain.clips.units import RandomClips
 from mgtrain.data import open_splits
 from mgtrain.data.videos import Videos
@@ -26,22 +26,22 @@ from mgtrain.schedule import Plan, make_plan
 
 log = logging.getLogger(__name__)
 
-FRAMES = 4  # of a clip that are shown
+FRAMES = 4  # frames of a clip to show
 
 
 def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape, Tensor]]:
-    """Each shape and frames of its clip side by side, uint8 (S, n * S, 3), `FRAMES` of them or all.
+    """Each shape and up to `FRAMES` frames of its clip side by side, uint8 (S, n * S, 3).
 
-    The clip is that of the run's first video, so that shapes can be compared; it is not mixed with another.
+    All shapes show the run's first video, without mixing.
 
     Raises:
-        DataError: the video cannot be decoded, nor those that stand in for it.
+        DataError: neither the video nor its replacements can be decoded.
     """
     unmixed = recipe.model_copy(update={"augment": recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})})
-    loader = RandomClips(train, recipe)
+    loader, first = RandomClips(train, recipe), Order.of(train, recipe).at(0)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in pixel_statistics(recipe.model))
     for shape, step in plan.first_steps().items():
-        loaded = loader[[ClipRequest(video_at(0, len(train), recipe.seed), 0, step.grid)]]
+        loaded = loader[[ClipRequest(first, 0, step.grid)]]
         if loaded.given_up:
             raise DataError(f"{train.root}: no video can be decoded, the first: {loaded.bad[0][1]}")
         alone = Part(0, 1, shape.clips, shape.clips)
@@ -52,7 +52,7 @@ def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape,
 
 
 def example_frames(run: RunDir) -> list[dict[str, Any]]:
-    """The same clip at each shape, coarse to fine, some of its frames side by side; none without the data."""
+    """The pictures of `examples` as JPEGs in base64 with their sizes, for a report; empty if there are no videos."""
     from PIL import Image
 
     found = []

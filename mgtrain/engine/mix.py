@@ -1,9 +1,8 @@
-"""MixUp and CutMix: pairs of clips, and their labels, are mixed (Zhang et al. 2018; Yun et al. 2019).
+"""MixUp and CutMix: mix pairs of clips and their labels (Zhang et al. 2018; Yun et al. 2019).
 
-Clip 2i of the global batch is mixed with clip 2i + 1 and the reverse, and the draws are made for all pairs of the
-global batch, so neither the number of ranks nor the micro-batch has a say in it: each holds whole pairs, which
-`check_world` and `check_micro_batches` see to. torchvision's MixUp and CutMix cannot do that: they mix each clip with
-the one before it in whatever batch they are given.
+Clips 2i and 2i + 1 of the global batch are mixed with each other, and random numbers are drawn for all pairs of the
+global batch. So the result does not depend on the number of ranks or micro-batches, which hold whole pairs
+(`check_world`, `check_micro_batches`). torchvision mixes each clip with the previous one of the local batch instead.
 """
 
 from __future__ import annotations
@@ -12,34 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgtrain.clips.augment import inside
+from mgtrain.clips.augment import box_rows, inside
 from mgtrain.models.part import Part
-from mgtrain.recipe import Recipe
 
 
-def mix(x: Tensor, labels: Tensor, part: Part, rng: np.random.Generator, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The pairs of one pass mixed: (B, 3, T, S, S) and labels to the same and targets, float32 (B, classes).
+def mix(x: Tensor, labels: Tensor, rows: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Mix the pairs of a micro-batch: returns mixed clips (B, 3, T, S, S) and targets, float32 (B, classes).
 
-    A clip keeps a share of itself, drawn from Beta(alpha, alpha) for each pair: the weight of its pixels (MixUp), or
-    the part of every frame outside a box, in which the partner shows (CutMix). Its target keeps as much, by pixels.
+    Each pair draws a share from Beta(alpha, alpha): the weight of a clip's own pixels (MixUp), or the area of its
+    frames that a box of its partner's pixels does not cover (CutMix). The target has the same share.
+    `rows` are those of `mix_rows`, on the device.
     """
-    weight = kept(part, x.shape[-1], rng, recipe.augment.mixup, recipe.augment.cutmix).to(x.device, x.dtype)
+    boxed, share = rows[::2, 0].bool(), rows[::2, 1]  # (B / 2)
+    spread = (slice(None), None, None, None, None)
+    weight = torch.where(boxed[spread], ~inside(rows[::2, 2:], x.shape[-1]), share[spread])  # (B / 2, 1, 1, S, S)
     pairs = x.view(-1, 2, *x.shape[1:])  # (B / 2, 2, 3, T, S, S)
     mixed = pairs.flip(1).lerp_(pairs, weight[:, None]).flatten(0, 1)
-    rows = labels  # (B, classes)
-    if labels.ndim == 1:  # not by `one_hot`, which looks at the labels first
-        rows = labels[:, None] == torch.arange(recipe.data.classes, device=labels.device)
-    own = rows.to(x.dtype).view(-1, 2, recipe.data.classes)  # (B / 2, 2, classes)
+    targets = labels  # (B, classes)
+    if labels.ndim == 1:  # `one_hot` would wait for the GPU
+        targets = labels[:, None] == torch.arange(classes, device=labels.device)
+    own = targets.to(x.dtype).view(-1, 2, classes)  # (B / 2, 2, classes)
     targets = own.flip(1).lerp_(own, weight.mean((1, 2, 3, 4))[:, None, None]).flatten(0, 1)
     return mixed, targets
 
 
-def kept(part: Part, size: int, rng: np.random.Generator, mixup: float, cutmix: float) -> Tensor:
-    """How much of itself each pixel of a pair's clips keeps: (pairs of this part, 1, 1, size, size), in 0..1."""
+def mix_rows(part: Part, size: int, rng: np.random.Generator, mixup: float, cutmix: float) -> np.ndarray:
+    """A row for each clip of a micro-batch, (B, 6): 1 for CutMix, the share of MixUp, the box of CutMix."""
     pairs, mine = part.total // 2, slice(part.first // 2, (part.first + part.clips) // 2)
     boxed = rng.random(pairs) < (0.5 if mixup and cutmix else bool(cutmix))
     share = np.where(boxed, rng.beta(cutmix or 1, cutmix or 1, pairs), rng.beta(mixup or 1, mixup or 1, pairs))
     centre, half = rng.random((pairs, 2)), np.sqrt(1 - share)[:, None] / 2
-    blend = torch.from_numpy(share[mine])[:, None, None, None, None]
-    box = inside((centre - half)[mine], (centre + half)[mine], size)
-    return torch.where(torch.from_numpy(boxed[mine])[:, None, None, None, None], ~box, blend)
+    boxes = box_rows(centre - half, centre + half, size)
+    return np.concatenate([boxed[:, None], share[:, None], boxes], axis=1)[mine].repeat(2, axis=0)

@@ -12,13 +12,13 @@ from mgtrain.schedule import Plan, Step
 
 
 class TrainProgress:
-    """The line at the bottom of the terminal: where the run is in its cycles, how it does, when it ends."""
+    """The line at the bottom of the terminal: phase, shape, loss, accuracy and time left."""
 
     def __init__(self, plan: Plan, start: int, shown: bool) -> None:
         self.plan = plan
-        self.judged = ""  # what the last evaluation said
-        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of the steps since `take_times`
-        self._speed: dict[Shape, float] = {}  # seconds of a step, by shape, smoothed
+        self.evaluation = ""  # the last evaluation
+        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since `take_times`
+        self._speed: dict[Shape, float] = {}  # seconds per step, a moving average
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=20),
@@ -32,15 +32,16 @@ class TrainProgress:
         )
         self._task = self._progress.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
 
-    def __enter__(self) -> TrainProgress:
+    def start(self) -> None:
+        """Show the line on a terminal."""
         self._progress.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Remove the line."""
         self._progress.stop()
 
     def time(self, step: Step, seconds: float) -> None:
-        """Take in how long a step took."""
+        """Add the time of a step."""
         old = self._speed.get(step.shape, seconds)
         self._speed[step.shape] = 0.8 * old + 0.2 * seconds
         self._times[step.shape].append(seconds)
@@ -60,13 +61,13 @@ class TrainProgress:
             phase=f"phase {phase.index + 1}/{len(self.plan.phases)}  {step.shape}",
             facts=(
                 f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {clips_per_second}  "
-                f"data wait {100 * waiting:.0f} %{self.judged}"
+                f"data wait {100 * waiting:.0f} %{self.evaluation}"
             ),
             eta=f"{duration(self.remaining(step.index + 1))} left",
         )
 
     def remaining(self, done: int) -> float:
-        """Seconds until the end: the coming shapes at their measured speed, unmeasured ones at that of the others."""
+        """Estimated seconds until the end; shapes without measured steps get the others' mean time per voxel."""
         if not self._speed:
             return 0.0
         per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)

@@ -1,7 +1,8 @@
-"""Recalibration of BatchNorm ("precise BN"): statistics of the evaluation's shape for the weights as they are.
+"""Recalibration of BatchNorm ("precise BN"): compute its statistics at the evaluation's shape.
 
-After steps of coarse shapes the running averages belong to coarse shapes, so they are measured again before every
-reported accuracy (Wu et al. 2020, section 4; Wu and Johnson 2021).
+After steps at coarse shapes the running averages are those of coarse shapes, so an evaluation first computes them again
+(Wu et al. 2020, section 4; Wu and Johnson 2021). If all recent steps had the evaluation's shape, as in a baseline, the
+running averages are good.
 """
 
 from __future__ import annotations
@@ -14,27 +15,51 @@ from torch import Tensor, nn
 from mgtrain.clips.loader import BadVideos, recalibration_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
-from mgtrain.models.norm import merge_group_stats, reset_group_stats, set_momentum
+from mgtrain.models.norm import group_slots, merge_group_stats, reset_group_stats, set_momentum
 from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
+from mgtrain.schedule import Plan
 from mgtrain.schedule.plan import bn_groups
 
+REMEMBERED = 50  # steps; with a momentum of 0.1, earlier ones make up 0.5 % of a running average
+SHARE = 1 / 7  # of the steps: the limit of the batches to recalibrate on
+LEAST = 5  # batches that useful statistics need
 
-def recalibrate(model: nn.Module, train: Videos, recipe: Recipe, world: World) -> bool:
-    """Recalibrate on training clips of the evaluation's grid, as many batches as the recipe says; whether it does."""
-    if recipe.evaluation.recalibration_batches == 0:
-        return False
-    bad = BadVideos(len(train), recipe.data.max_bad_fraction)
-    recalibrate_bn(model, recalibration_batches(train, recipe, world, bad), recipe, world)
-    return True
+
+def recalibrate(model: nn.Module, train: Videos, count: int, recipe: Recipe, world: World) -> None:
+    """Recalibrate on `count` batches of training clips, cut with the evaluation's grid; 0: keep the statistics.
+
+    Without BatchNorm, or with frozen statistics only, there is nothing to do.
+    """
+    if count and group_slots(model):
+        bad = BadVideos(len(train), recipe.data.max_bad_fraction)
+        recalibrate_bn(model, recalibration_batches(train, count, recipe, world, bad), recipe, world)
+
+
+def batches_needed(recipe: Recipe, plan: Plan, step: int) -> int:
+    """The number of batches to recalibrate on after `step` steps.
+
+    0 if the last `REMEMBERED` steps, which determine the running averages, all had the evaluation's shape, and if the
+    weights themselves are evaluated, not their average. Otherwise at most `SHARE` of the steps since the last
+    evaluation, or of all steps at the end of the run: a batch takes about a third of the time of a base step, so
+    recalibration takes about 5 % of the training time.
+    """
+    most = recipe.evaluation.recalibration_batches
+    shape = recipe.evaluation_shape
+    recent = plan[max(0, step - REMEMBERED) : step]
+    if recipe.optim.ema is None and all((s.shape.frames, s.shape.crop) == (shape.frames, shape.crop) for s in recent):
+        return 0
+    earlier = [milestone for milestone in plan.milestones(recipe.evaluation.times) if milestone < step]
+    since = step if step == len(plan) else step - (earlier[-1] if earlier else 0)
+    return min(most, max(LEAST, int(SHARE * since)))
 
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, world: World) -> int:
-    """Set BatchNorm's running statistics to the mean over `batches`, of all ranks; returns how many batches there were.
+    """Set BatchNorm's running statistics to their mean over the `batches` of all ranks; returns their number.
 
-    Weights do not change. Each batch is this rank's share of a batch of the base shape's clips.
+    Weights do not change. Each batch is this rank's share of as many clips as a base step has.
     """
     model.train()
     groups = bn_groups(recipe.base, recipe.batch.bn_clips)
@@ -43,7 +68,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], r
         if count == 0:
             reset_group_stats(model)
         count += 1
-        set_momentum(model, 1 / count, pool=True)  # the running statistics become those of all batches together
+        set_momentum(model, 1 / count, pool=True)  # a running mean over all batches
         share = len(clips)
         set_part(model, Part(world.rank * share, share, share * world.size, groups, world.size, 0, world.gather))
         with autocast(recipe, world):

@@ -1,4 +1,4 @@
-"""What a run writes down: what it is, its steps, its evaluations."""
+"""Write a run's records: its description, steps and evaluations."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import av
@@ -27,15 +25,18 @@ from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.step import StepResult
 from mgtrain.errors import DataError
 from mgtrain.grid import Shape
+from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
-from mgtrain.runs.folder import RunDir, accuracy, best_until, speedup_at_equal_accuracy
+from mgtrain.runs.checkpoint import CheckpointInfo
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.history import History, accuracy, best_until, speedup_at_equal_accuracy
 from mgtrain.runs.scores import Predictions, Scores
 from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
 
-TOLD = ("seed", "schedule", "optim", "batch", "clip", "model")  # sections in TensorBoard's table of runs
+TABLED = ("seed", "schedule", "optim", "batch", "clip", "model")  # sections in TensorBoard's table of runs
 STEP_TAGS = {
     "train/loss": "loss",
     "train/top1": "top1",
@@ -52,7 +53,7 @@ STEP_TAGS = {
 def describe_run(
     run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int], train: Videos, val: Videos, world: World
 ) -> None:
-    """Write down what the run is: recipe, plan, data and environment."""
+    """Write the description of the run: recipe, plan, data and environment."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
     files: dict[str, dict[str, Any] | str] = {
         "recipe.yaml": recipe.to_yaml(),
@@ -67,117 +68,159 @@ def describe_run(
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
     )
     for name, videos in (("training", train), ("validation", val)):
+        for remark in videos.remarks:
+            log.info(remark)
         if videos.left_out:
-            log.info(f"{name} videos: {videos.left_out_words}, as {recipe.data.checked} says")
-
-
-def log_step(run: RunDir, step: Step, result: StepResult, clock: Clock, progress: TrainProgress, world: World) -> None:
-    """Write a step down, over all ranks."""
-    loss, top1 = (world.sum(torch.stack([result.loss, result.correct])) / world.size).tolist()
-    seconds = clock.train_seconds + clock.since_lap()
-    row = {
-        "step": step.index + 1,
-        "phase": step.phase.index,
-        "epoch": step.epoch,
-        "clips": step.shape.clips,
-        "frames": step.shape.frames,
-        "crop": step.shape.crop,
-        "lr": step.lr,
-        "loss": loss if math.isfinite(loss) else None,
-        "top1": top1,
-        "train_seconds": seconds,
-        "data_seconds": clock.data_seconds,
-    }
-    run.append("steps.jsonl", row)
-    show_step(run, row)
-    progress.show(step, loss, top1, clock.data_seconds / seconds)
+            log.info(f"{name} videos: {videos.left_out_words}, according to {recipe.data.checked}")
 
 
 def show_step(run: RunDir, row: dict[str, Any]) -> None:
-    """Add a step's line to TensorBoard's curves."""
+    """Show a row of `steps.jsonl` on the boards."""
     run.scalars(row["step"], {tag: row[key] for tag, key in STEP_TAGS.items() if row[key] is not None})
 
 
 def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
-    """Enter a new run into TensorBoard's table of runs, with what the network sees at every shape."""
-    told = {key: value for key, value in recipe.flat().items() if key.partition(".")[0] in TOLD}
-    run.parameters(told, ["val/top1", "time/train", "time/data"])
+    """Show a new run on the boards, with pictures of a clip at every shape."""
+    keys = {key: value for key, value in recipe.flat().items() if key.partition(".")[0] in TABLED}
+    run.parameters(keys, ["val/top1", "time/train", "time/data"])
     if run.writes:
         try:
             for shape, pixels in examples(train, recipe, plan):
                 run.image(0, f"clips/{shape}", pixels.numpy())
         except DataError as error:
-            log.warning("no pictures of clips in TensorBoard: %s", error)
+            log.warning("no pictures of clips on the boards: %s", error)
 
 
-def log_evaluation(
-    run: RunDir, step: Step, plan: Plan, predictions: Predictions, clock: Clock, baseline: RunDir | None,
-    progress: TrainProgress,
-) -> None:  # fmt: skip
-    """Write an evaluation down, and how it and the time to it compare with the baseline's."""
-    scores = predictions.scores()
-    row = {
-        "step": step.index + 1,
-        "phase": step.phase.index,
-        "epoch": (step.first_clip + step.shape.clips) / plan.videos,
-        "train_seconds": clock.train_seconds,
-        "data_seconds": clock.data_seconds,
-        "eval_seconds": clock.other_seconds,
-        **scores.row(),
-        "mistakes": [] if predictions.multi_label else predictions.mistakes(),
-    }
-    run.append("evals.jsonl", row)
-    scalars = {"val/top1": scores.top1, "val/top5": scores.top5, "val/loss": scores.loss}
-    if scores.mean_ap is not None:
-        scalars["val/mean_ap"] = scores.mean_ap
-    gained, judged = "", f"val {100 * accuracy(row):.1f} %"
-    if baseline is not None and run.writes:
-        for key, name in (("train_seconds", "time"), ("step", "step")):
-            theirs = best_until(baseline.rows("evals.jsonl"), key, row[key])
+class Record:
+    """Logs the steps and evaluations of a run, shows them on the terminal, and keeps the time."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        plan: Plan,
+        state: CheckpointInfo,
+        videos: int,
+        world: World,
+        baseline: RunDir | None,
+        began: float,
+    ) -> None:
+        # Checkpoints of earlier versions have no wall-clock time, which is at least the training time.
+        clock_seconds = max(state.clock_seconds, state.train_seconds)
+        self.clock = Clock(state.train_seconds, state.data_seconds, clock_seconds, began)
+        self._run, self._plan, self._videos, self._world, self._baseline = run, plan, videos, world, baseline
+        self._progress = TrainProgress(plan, state.step, shown=world.main)
+
+    def __enter__(self) -> Record:
+        self._progress.start()
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self._progress.stop()
+        self._run.close(failed=failure is not None)
+
+    def lap(self, step: Step) -> None:
+        """Record the time of a finished step and report progress to the watchdog."""
+        self._progress.time(step, self.clock.lap())
+        self._world.watchdog.beat()
+
+    def step(self, step: Step, result: StepResult) -> None:
+        """Log a step, with loss and accuracy over all ranks."""
+        loss, top1 = (self._world.sum(torch.stack([result.loss, result.correct])) / self._world.size).tolist()
+        row = {
+            "step": step.index + 1,
+            "phase": step.phase.index,
+            "epoch": step.epoch,
+            "clips": step.shape.clips,
+            "frames": step.shape.frames,
+            "crop": step.shape.crop,
+            "lr": step.lr,
+            "loss": loss if math.isfinite(loss) else None,
+            "top1": top1,
+            **self.clock.seconds(),
+        }
+        self._run.append("steps.jsonl", row)
+        show_step(self._run, row)
+        self._progress.show(step, loss, top1, row["data_seconds"] / row["train_seconds"])
+
+    def evaluation(self, step: Step, predictions: Predictions, weights: str) -> None:
+        """Log the evaluation of the `model` or `ema` weights after a step, and compare it with the baseline's."""
+        scores, run, plan, phase = predictions.scores(), self._run, self._plan, step.phase
+        row = {
+            "step": step.index + 1,
+            "phase": phase.index,
+            "epoch": (step.first_clip + step.shape.clips) / plan.videos,
+            **self.clock.seconds(),
+            "eval_seconds": self.clock.other_seconds,
+            "weights": weights,
+            **scores.row(),
+            **predictions.right_row(self._videos),
+            "mistakes": [] if predictions.multi_label else predictions.mistakes(),
+        }
+        run.append("evals.jsonl", row)
+        compared, beside, speedup = self._compared(row)
+        self._progress.evaluation = f"  val {100 * accuracy(row):.1f} %{beside}"
+        values = {
+            "val/top1": scores.top1,
+            "val/mean_class": scores.mean_class,
+            "val/top5": scores.top5,
+            "val/loss": scores.loss,
+            "val/mean_ap": scores.mean_ap,
+        }
+        run.scalars(step.index + 1, {tag: value for tag, value in values.items() if value is not None} | compared)
+        times = self._progress.take_times().items()
+        run.scalars(step.index + 1, {f"step_seconds/{shape}": float(np.median(seconds)) for shape, seconds in times})
+        of = " of the averaged weights" if weights == "ema" else ""
+        log.info(
+            f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
+            f"({phase.name}), lr {step.lr:.3g}: {_accuracy(scores)}{of}, {duration(row['train_seconds'])} of training "
+            f"({100 * row['data_seconds'] / row['train_seconds']:.0f} % waiting for data), "
+            f"{duration(row['clock_seconds'])} by the clock{speedup}"
+        )
+
+    def _compared(self, row: dict[str, Any]) -> tuple[dict[str, float], str, str]:
+        """Compare an evaluation with the baseline's: values for TensorBoard, text for the progress line and the log."""
+        if self._baseline is None or not self._run.writes:
+            return {}, "", ""
+        values, beside, gained = {}, "", ""
+        rival, name = History(self._baseline).evals, self._baseline.name
+        for key, what in (("train_seconds", "time"), ("step", "step")):
+            theirs = best_until(rival, key, row[key])
             if theirs is not None:
-                scalars[f"compare/baseline_at_same_{name}"] = theirs
-                judged += f", {baseline.name} {100 * theirs:.1f} % at this {name}"
-        speedup = speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl"))
+                values[f"compare/baseline_at_same_{what}"] = theirs
+                beside += f", {name} {100 * theirs:.1f} % at this {what}"
+        speedup = speedup_at_equal_accuracy(rival, History(self._run).evals)
         if speedup is not None:
-            scalars["compare/speedup"] = speedup
-            gained = f", {speedup:.2f}x faster than {baseline.name} at equal accuracy"
-    progress.judged = f"  {judged}"
-    run.scalars(step.index + 1, scalars)
-    for shape, times in progress.take_times().items():
-        run.histogram(step.index + 1, f"step_seconds/{shape}", np.array(times))
-    phase, seconds = step.phase, clock.train_seconds
-    log.info(
-        f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
-        f"({phase.name}), lr {step.lr:.3g}: {_accuracy(scores)}, "
-        f"{duration(seconds)} of training ({100 * clock.data_seconds / seconds:.0f} % waiting for data){gained}"
-    )
+            values["compare/speedup"] = speedup
+            gained = f", {speedup:.2f}x faster than {name} at equal accuracy"
+        return values, beside, gained
 
 
 def _accuracy(scores: Scores) -> str:
     mean_ap = "" if scores.mean_ap is None else f"mAP {100 * scores.mean_ap:.1f} %, "
-    return f"{mean_ap}top-1 {100 * scores.top1:.1f} %, top-5 {100 * scores.top5:.1f} %"
+    mean_class = "" if scores.mean_class is None else f"mean class {100 * scores.mean_class:.1f} %, "
+    return f"{mean_ap}top-1 {100 * scores.top1:.1f} %, {mean_class}top-5 {100 * scores.top5:.1f} %"
 
 
 def environment(recipe: Recipe, world: World) -> dict[str, Any]:
-    """Versions, device and ranks: what a time depends on."""
+    """The contents of `env.json`: versions, device and ranks."""
     return {
         "mgtrain": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "av": av.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
         "ranks": world.size,
         "threads": torch.get_num_threads(),
-        "workers": worker_count(recipe, world),
+        "workers": worker_count(recipe.hardware.workers, world),
         "git": _git_revision(),
     }
 
 
 def _git_revision() -> str | None:
-    """The commit of the folder that the run is started in, if git keeps one.
+    """The commit of the current folder; None outside of a git repository.
 
-    Whether files have changed is not asked: for that git runs programs that the folder's own configuration names.
+    It does not check for changed files: git may then run programs that the folder's configuration names.
     """
     if shutil.which("git") is None:
         return None
@@ -187,15 +230,3 @@ def _git_revision() -> str | None:
 
 def _data_facts(videos: Videos) -> dict[str, Any]:
     return {"videos": len(videos), "fingerprint": videos.fingerprint, "left_out": dict(videos.left_out)}
-
-
-def _cpu_name() -> str:
-    lines = _lines(Path("/proc/cpuinfo"))
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.is_file():
-        yield from path.read_text(encoding="utf-8").splitlines()

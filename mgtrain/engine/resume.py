@@ -1,107 +1,143 @@
-"""A run's state, written down and put back."""
+"""Save and restore the state of a run."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from mgtrain.engine.update.average import Average
 from mgtrain.errors import CheckpointError
 from mgtrain.models.norm import group_stats, merge_group_stats
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
+from mgtrain.recipe import Recipe, affects_results, parse_recipe, recipe_differences
 from mgtrain.runs.checkpoint import (
     CheckpointInfo,
+    load_average,
     load_model,
     load_optimizer,
     newest_whole,
     read_info,
     save_checkpoint,
 )
-from mgtrain.runs.folder import RunDir, accuracy
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.history import accuracy
+from mgtrain.runs.scores import Scores
 
 log = logging.getLogger(__name__)
 
-# What may change on resuming, as it decides neither which clips a step sees nor what becomes of them.
-FREE_SECTIONS = ("hardware", "logging", "faults")
-FREE_KEYS = ("data.root", "data.train", "data.val", "data.format", "data.videos", "data.max_bad_fraction")
-BOUND_KEYS = ("hardware.precision",)
+# Keys that may change when a run is resumed: fingerprints tell whether the videos are the same.
+PLACES = ("data.root", "data.train", "data.val", "data.format", "data.videos", "data.max_bad_fraction")
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """What a step changes."""
+    """The state that a step changes."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: Average | None = None  # of the weights
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The context in which the model has the average's weights, if there is one."""
+        return self.average.in_place() if self.average is not None else nullcontext()
 
 
-def save(run: RunDir, state: CheckpointInfo, learner: Learner, recipe: Recipe, world: World) -> None:
-    """Write a checkpoint, by all ranks together, and delete those that are neither new nor the best evaluated."""
+def save(run: RunDir, state: CheckpointInfo, learner: Learner, keep: int, world: World) -> None:
+    """Write a checkpoint and delete all others except the newest `keep` and the best; all ranks must call this."""
     merge_group_stats(learner.model, world.gather)
     groups = group_stats(learner.model, world.gather)
     if run.writes:
         state = replace(state, scaler=learner.scaler.state_dict())
-        save_checkpoint(run.checkpoint_path(state.step), learner.model, learner.optimizer, state, groups)
+        average = learner.average.weights if learner.average is not None else {}
+        save_checkpoint(run.checkpoint_path(state.step), learner.model, learner.optimizer, state, groups, average)
         best = max(run.rows("evals.jsonl"), key=accuracy, default={"step": 0})
-        run.prune(recipe.logging.keep_checkpoints, also=[run.checkpoint_path(best["step"])])
+        run.prune(keep, also=[run.checkpoint_path(best["step"])])
     world.barrier()
 
 
-def put_back(path: Path, learner: Learner) -> CheckpointInfo:
-    """Load a checkpoint's model, optimizer and scaler; returns what it belongs to."""
-    info = read_info(path)
+def restore(path: Path, learner: Learner) -> None:
+    """Load a checkpoint's model, optimizer, average and scaler."""
     load_model(path, learner.model)
     load_optimizer(path, learner.model, learner.optimizer)
-    learner.scaler.load_state_dict(info.scaler)
-    return info
+    if learner.average is not None:
+        learner.average.restart()  # from the model's weights, if the checkpoint has no average
+        load_average(path, learner.average.weights)
+    learner.scaler.load_state_dict(read_info(path).scaler)
+
+
+def roll_back(run: RunDir, learner: Learner, world: World) -> None:
+    """Restore the newest checkpoint, if there is one."""
+    if path := newest_checkpoint(run, world):
+        restore(path, learner)
 
 
 def newest_checkpoint(run: RunDir, world: World) -> Path | None:
-    """The newest checkpoint that is whole, the same on all ranks; None if the run has none."""
+    """The newest undamaged checkpoint, the same on all ranks; None if the run has none."""
     return world.from_main(newest_whole(run.checkpoints()) if world.main else None)
 
 
-def resume(
+def resume_run(
     run: RunDir, fresh: CheckpointInfo, learner: Learner, recipe: Recipe, world: World, allow_changes: bool
 ) -> CheckpointInfo:
-    """Put the newest checkpoint's state back; `fresh` is where a run without one starts.
+    """Restore the newest checkpoint and return its description, or `fresh`, that of a new run, if there is none.
 
     Raises:
-        CheckpointError: it was made from another recipe or other videos, and that is not allowed.
+        CheckpointError: the recipe or the videos have changed, and `allow_changes` is not set.
     """
     path = newest_checkpoint(run, world)
     if path is None:
         return fresh
     saved = read_info(path)
-    changes = changes_since(saved, fresh, parse_recipe(saved.recipe, str(path)), recipe)
+    changes = changes_since(saved, fresh, parse_recipe(saved.recipe, str(path), saved=True), recipe)
     if changes and not allow_changes:
         raise CheckpointError(
-            f"{path}: what it was trained with has changed since: {'; '.join(changes)}; "
-            "resume as it was, or with --allow-changes, or start a new run with --name"
+            f"{path}: the recipe or the data has changed since: {'; '.join(changes)}; "
+            "undo the changes, resume with --allow-changes, or start a new run with --name"
         )
     for change in changes:
         log.warning("changed since the checkpoint: %s", change)
-    put_back(path, learner)
+    restore(path, learner)
     log.info("resumed after step %d from %s", saved.step, path)
     return replace(saved, recipe=fresh.recipe, plan=fresh.plan, data=fresh.data, val_data=fresh.val_data)
 
 
 def changes_since(saved: CheckpointInfo, fresh: CheckpointInfo, before: Recipe, now: Recipe) -> list[str]:
-    """What a resumed run would do differently, each as `what: before -> now`."""
-    changes = [
-        f"{key} {a} -> {b}"
-        for key, (a, b) in recipe_differences(before, now).items()
-        if key in BOUND_KEYS or not (key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS)
-    ]
+    """The changes that affect a resumed run, such as `optim.lr 0.1 -> 0.2`."""
+    changes = changed_keys(before, now)
     if saved.data != fresh.data:
         changes.append(f"training videos {saved.data} -> {fresh.data}")
     if saved.val_data != fresh.val_data:
         changes.append(f"validation videos {saved.val_data} -> {fresh.val_data}")
     if saved.plan != fresh.plan and not changes:
-        changes.append("the schedule that mgtrain makes of the recipe")
+        changes.append("this version of mgtrain makes another schedule from the recipe")
     return changes
+
+
+def changed_keys(before: Recipe, now: Recipe) -> list[str]:
+    """The changed keys that affect a resumed run, such as `optim.lr 0.1 -> 0.2`."""
+    return [
+        f"{key} {a} -> {b}"
+        for key, (a, b) in recipe_differences(before, now).items()
+        if affects_results(key) and key not in PLACES
+    ]
+
+
+def finished(run: RunDir, recipe: Recipe) -> Scores | None:
+    """The final scores of a finished run of this recipe, read without its data; None if it is not finished."""
+    rows = run.rows("evals.jsonl")
+    if not rows or not (path := newest_whole(run.checkpoints())):
+        return None
+    info, last = read_info(path), rows[-1]
+    if not info.step == last["step"] == run.read("plan.json").get("steps") or not info.evaluated:
+        return None
+    if changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe):
+        return None
+    known: dict[str, Any] = {field.name: last.get(field.name) for field in fields(Scores)}
+    return Scores(**known)

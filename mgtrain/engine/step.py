@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward in micro-batches along BatchNorm groups, then the update."""
+"""One optimizer step: forward and backward passes in micro-batches of BatchNorm groups, then the update."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgtrain.clips.augment import erase, jitter_colour
+from mgtrain.clips.augment import colour_rows, erase, erase_rows, jitter_colour, sent
 from mgtrain.clips.pixels import normalize, restandardize
 from mgtrain.engine.checks import DTYPES, pass_clips
-from mgtrain.engine.finite import not_finite
-from mgtrain.engine.mix import mix
+from mgtrain.engine.finite import Statistics, not_finite
+from mgtrain.engine.mix import mix, mix_rows
+from mgtrain.engine.update.optim import set_lr
 from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World, no_sync, unwrap
 from mgtrain.recipe import Recipe
@@ -25,12 +26,11 @@ from mgtrain.schedule import Step
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A step's outcome over this rank's clips, still on the device: reading it would wait for the GPU."""
+    """The result of a step for this rank's clips, on the device: reading it waits for the GPU."""
 
-    loss: Tensor  # () mean
-    correct: Tensor  # () share of clips whose most probable class is right; of a mixed clip, the class it is most of;
-    # of a clip with several labels, one of them
-    bad: Tensor  # () 1 if the loss or a gradient was not finite on any rank; the update was then left out
+    loss: Tensor  # () mean over the clips
+    correct: Tensor  # () share of clips with a correct prediction (see `hits`)
+    bad: Tensor  # () 1 if the loss or a gradient was not finite on any rank, so that the update was skipped
 
 
 def train_step(
@@ -45,15 +45,16 @@ def train_step(
 ) -> StepResult:
     """Train on this rank's share of one step: clips uint8 (b, 3, T, S, S), labels int64 (b,) or uint8 (b, classes)."""
     model.train()
-    for group in optimizer.param_groups:
-        group["lr"] = step.lr * group["lr_factor"]
+    set_lr(optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), device=world.device)
     correct = torch.zeros((), device=world.device)
     first_of_rank = world.rank * len(clips)
+    statistics = None
     for part in parts(step, recipe, world):
         mine = slice(part.first - first_of_rank, part.first - first_of_rank + part.clips)
         set_part(unwrap(model), part)
+        statistics = statistics or Statistics(unwrap(model))  # the first part creates the groups' statistics
         x, targets = augmented(clips[mine], labels[mine], part, step, recipe)
         with no_sync(model, last=mine.stop == len(clips)):
             with autocast(recipe, world):
@@ -62,18 +63,38 @@ def train_step(
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
         correct += hits(logits.detach(), targets).sum() / len(clips)
-    bad = not_finite(loss_sum, unwrap(model).parameters(), scaler.is_enabled(), world)
-    if not scaler.is_enabled():  # an enabled one tells the optimizer itself
+    assert statistics is not None, "a step without clips"
+    now = statistics.now()
+    scaled, most = scaler.is_enabled(), recipe.optim.clip_norm
+    if scaled and most is not None:
+        scaler.unscale_(optimizer)
+    norm = clipped(model, most) if most is not None or not scaled else None
+    bad = not_finite(loss_sum, None if scaled else norm, now, world)
+    statistics.restore_if(bad, now)
+    if not scaled:  # an enabled scaler tells the optimizer itself
         optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
     return StepResult(loss_sum, correct, bad)
 
 
-def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
-    """The clips' losses added up: cross entropy, or, with several labels, binary cross entropy averaged over classes.
+def clipped(model: nn.Module, most: float | None) -> Tensor:
+    """The norm of the whole gradient, float32 (), which is scaled down to the norm `most` where it is larger.
 
-    Logits (B, classes); targets are as `augmented` gives them.
+    All micro-batches have been added up and all ranks' gradients averaged, so it is the global batch's, the same on
+    every rank.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if most is not None:
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
+    return norm
+
+
+def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """The sum of the clips' losses: cross entropy, or, with several labels, the mean binary cross entropy of classes.
+
+    Logits (B, classes); targets as `augmented` returns them.
     """
     if recipe.data.multi_label:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
@@ -81,7 +102,10 @@ def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Which clips' most probable class no other surpasses in the target: bool (B,)."""
+    """Whether each clip's most probable class is correct, bool (B,).
+
+    For a mixed clip that is the class with the largest share, for a clip with several labels any of them.
+    """
     first = logits.argmax(1)
     if targets.ndim == 1:
         return first == targets
@@ -90,7 +114,7 @@ def hits(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
-    """The micro-batches of this rank's share: as many whole BatchNorm groups as `hardware.micro_clips` allows."""
+    """The micro-batches of this rank's share of a step (see `pass_clips`)."""
     total, groups = step.shape.clips, step.bn_groups
     share, size = total // world.size, pass_clips(recipe, step.shape, groups, world.size)
     seed = seed_of(recipe.seed, Draw.STEP, step.index)
@@ -100,42 +124,54 @@ def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
 
 
 def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """One pass's input, float32 (B, 3, T, S, S), and targets: int64 (B,), or float32 (B, classes) where clips are mixed
-    or have several labels."""
-    x, augment = normalize(clips, memory_format(recipe)), recipe.augment
+    """The network's input, float32 (B, 3, T, S, S), and targets for one micro-batch.
+
+    Targets are int64 (B,), or float32 (B, classes) if clips are mixed or have several labels.
+    """
+    augment, size = recipe.augment, clips.shape[-1]
 
     def draws(purpose: Draw, numbers: int) -> np.ndarray:
-        everyone = generator(recipe.seed, purpose, step.index).random((part.total, numbers))
-        mine: np.ndarray = everyone[part.first : part.first + part.clips]
+        of_batch = generator(recipe.seed, purpose, step.index).random((part.total, numbers))
+        mine: np.ndarray = of_batch[part.first : part.first + part.clips]
         return mine  # (B, numbers), uniform in [0, 1)
 
+    rows: dict[str, np.ndarray] = {}
     if augment.jitters_colour:
-        x = jitter_colour(x, draws(Draw.COLOUR, 4), augment)
+        rows["colour"] = colour_rows(draws(Draw.COLOUR, 4), augment)
     if augment.erase:
-        x = erase(x, draws(Draw.ERASE, 5), augment.erase)
+        rows["erase"] = erase_rows(draws(Draw.ERASE, 5), augment.erase, size)
+    if augment.mixes:
+        rng = generator(recipe.seed, Draw.MIX, step.index)
+        rows["mix"] = mix_rows(part, size, rng, augment.mixup, augment.cutmix)
+    there = sent(rows, clips.device)
+
+    x = normalize(clips, memory_format(recipe))
+    if augment.jitters_colour:
+        x = jitter_colour(x, there["colour"])
+    if augment.erase:
+        x = erase(x, there["erase"])
     x = restandardize(x, *pixel_statistics(recipe.model))
     if augment.mixes:
-        return mix(x, labels, part, generator(recipe.seed, Draw.MIX, step.index), recipe)
+        return mix(x, labels, there["mix"], recipe.data.classes)
     return x, labels if labels.ndim == 1 else labels.to(x.dtype)
 
 
 def to_input(clips: Tensor, recipe: Recipe) -> Tensor:
-    """The network's input on its device: uint8 (B, 3, T, S, S) -> float32 (B, 3, T, S, S)."""
+    """The network's input without augmentation: uint8 (B, 3, T, S, S) -> float32 (B, 3, T, S, S)."""
     return restandardize(normalize(clips, memory_format(recipe)), *pixel_statistics(recipe.model))
 
 
 def to_device(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     """The model on this rank's device, in the memory format of its inputs."""
-    model.to(world.device)
-    return model.to(memory_format=memory_format(recipe))
+    return model.to(world.device).to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
-    """Channels last, as the loader lays out pixels, unless the recipe says otherwise."""
+    """The memory format of clips and weights: channels last, as the loader returns pixels, if the recipe allows it."""
     return torch.channels_last_3d if recipe.hardware.channels_last else torch.contiguous_format
 
 
 def autocast(recipe: Recipe, world: World) -> torch.autocast:
-    """Convolutions in the recipe's precision; the rest stays in float32 where it must."""
+    """The autocast context of the recipe's precision."""
     precision = recipe.hardware.precision
     return torch.autocast(world.device.type, DTYPES[precision], enabled=precision != "fp32")

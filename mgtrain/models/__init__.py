@@ -1,7 +1,7 @@
 """Networks, their convolutions and their BatchNorm.
 
-In come normalized clips, float (B, 3, T, S, S), out go logits (B, classes), for any B, T and S. A network never learns
-which shape a step has, and nothing here reads files but `weights/`.
+A network takes normalized clips, float (B, 3, T, S, S), and returns logits (B, classes), for any B, T and S. It does
+not depend on the shape of a step. Only `weights/` reads and writes files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(name: str, *, classes: int, **options: Any) -> nn.Module:
-    """The named model: normalized clips, float (B, 3, T, S, S), to logits (B, classes), for any B, T and S."""
+    """Build the named network, from normalized clips, float (B, 3, T, S, S), to logits (B, classes).
+
+    Raises:
+        UsageError: no network has that name, or it is the user's own and cannot be built.
+    """
     if name not in MODELS:
         raise UsageError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}")
     return MODELS[name](classes, **options)

@@ -1,4 +1,4 @@
-"""Dropout whose mask belongs to the global batch."""
+"""Dropout with one mask for the global batch, whatever the number of ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -8,30 +8,39 @@ from torch import Tensor, nn
 from mgtrain.models.part import Part
 
 STREAMS = 0x9E3779B97F4A7C15  # odd, so that the seeds of all streams differ
+MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shifts and factors of splitmix64 (Steele et al. 2014)
 
 
 class Dropout(nn.Module):
-    """Dropout of features (B, ...) with probability `p`; each layer of a network is a `stream` of its own.
+    """Dropout of features (B, ...) with probability `p`; each layer of a network has its own random `stream`.
 
-    Given a `part`, the mask is drawn for all clips of the global batch and sliced, so that neither the number of ranks
-    nor the micro-batch has a say in it.
+    Given a `part`, the mask is a slice of the global batch's.
     """
 
     part: Part | None = None
-    axes: int | None = None  # of the features, how many tell apart what is dropped; None: all
+    seed: Tensor  # () of the current step, on the layer's device, where a compiled pass and a CUDA graph read it
+    axes: int | None = None  # the mask has this many axes after B and is the same along the others; None: all axes
 
     def __init__(self, p: float, stream: int = 0) -> None:
         super().__init__()
         self.p, self.stream = p, stream
+        self.register_buffer("seed", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def begin(self, part: Part) -> None:
+        """Set the seed of the mask to that of the part's step."""
+        if self.p:
+            self.seed.fill_((part.seed + self.stream * STREAMS) % (1 << 63))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         drawn = x.shape[1:][: self.axes]
-        if self.part is None:
+        part = self.part
+        if part is None:
             keep = torch.rand(len(x), drawn.numel(), device=x.device) >= self.p
         else:
-            keep = keep_mask(self.part, drawn.numel(), self.p, self.stream).to(x.device)
+            make = keep_mask if x.device.type == "cpu" else hashed_mask
+            keep = make(self.seed, part.first, part.clips, part.total, drawn.numel(), self.p)
         return x * keep.view(len(x), *drawn, *[1] * (x.ndim - 1 - len(drawn))) / (1 - self.p)
 
     def extra_repr(self) -> str:
@@ -50,11 +59,36 @@ class DropPath(Dropout):
     axes = 0
 
 
-# Traced, the seed would be a constant, and each step would compile again.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def keep_mask(part: Part, features: int, p: float, stream: int) -> Tensor:
-    """Which of the features (clips, features) of this part are kept: True with probability `1 - p`."""
-    # The one generator not made in rng.py, which knows no torch. On the CPU, because devices draw differently.
-    generator = torch.Generator().manual_seed((part.seed + stream * STREAMS) % (1 << 63))
-    keep = torch.rand(part.total, features, generator=generator) >= p  # (total, features)
-    return keep[part.first : part.first + part.clips]  # (clips, features)
+# A custom operation, because tracing would stop at the generator.
+@torch.library.custom_op("mgtrain::keep_mask", mutates_args=())
+def keep_mask(seed: Tensor, first: int, clips: int, total: int, features: int, p: float) -> Tensor:
+    """The features to keep of clips `first .. first + clips` of `total`: bool (clips, features).
+
+    Each is True with probability `1 - p`. The mask of the global batch is drawn on the CPU.
+    """
+    # The one generator not made in rng.py, which knows no torch.
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.rand(total, features, generator=generator)[first : first + clips] >= p
+
+
+@keep_mask.register_fake
+def _(seed: Tensor, first: int, clips: int, total: int, features: int, p: float) -> Tensor:
+    return torch.empty(clips, features, dtype=torch.bool, device=seed.device)
+
+
+def hashed_mask(seed: Tensor, first: int, clips: int, total: int, features: int, p: float) -> Tensor:
+    """The features to keep, as `keep_mask` but from a hash of the seed and each feature's position.
+
+    A GPU computes only its part of the mask, and nothing is copied from the host. The hash uses integers only, so all
+    devices compute the same mask.
+    """
+    place = torch.arange(first * features, (first + clips) * features, device=seed.device)
+    number = place * _signed(STREAMS) + seed
+    for shift, factor in MIXING:
+        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return (number >= int(p * 2**64) - 2**63).view(clips, features)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the same 64 bits."""
+    return number - (1 << 64 if number >> 63 else 0)

@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted without running it."""
+"""Multiply-adds of a forward pass, counted without computing it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of the convolutions and matrix products of a forward pass at shape (B, T, S), on the meta device.
+    """Multiply-adds of the convolutions and matrix products of a forward pass at `shape` (B, T, S).
 
-    One multiply-add counts as 1, as in the papers' tables.
+    One multiply-add counts as 1, as in the papers' tables. The pass runs on the meta device, so it takes no memory.
     """
     meta = model if next(model.parameters()).is_meta else copy.deepcopy(model).to("meta")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

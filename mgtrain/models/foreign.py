@@ -1,8 +1,7 @@
-"""Networks that are not ours: torchvision's and one's own, made to keep the laws of training.
+"""torchvision's networks and the user's own, with BatchNorm groups and dropout masks of the global batch.
 
-A network fits the method if its output does not depend on a fixed number of frames or pixels: convolution, recurrence
-and self-attention, and an average over time and space before the classifier. `engine.checks.check_shapes` tries that.
-Here BatchNorm is given its groups and dropout its mask of the global batch, under the names that the layers had.
+A network suits multigrid training if it accepts any number of frames and pixels: convolution, recurrence and
+self-attention, and an average over time and space before the classifier. `engine.checks.check_shapes` tests that.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import video
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
 
 from mgtrain.errors import UsageError
@@ -27,29 +27,38 @@ from mgtrain.models.dropout import DropFeatures, Dropout, DropPath
 from mgtrain.models.norm import GroupBatchNorm3d
 
 
-def torchvision_video(classes: int, *, name: str) -> nn.Module:
-    """torchvision's network of that name, at any size: where it fixes one, it is told the clip's.
+def torchvision_video(classes: int, *, name: str, drop_path: float | None = None) -> nn.Module:
+    """Build torchvision's video network of that name, changed to accept clips of any size.
 
-    S3D's last average is over 2 x 7 x 7 features, or over all of them where there are fewer. MViT scales its relative
-    positions to the clip, as its authors' code does.
+    S3D averages over 2 x 7 x 7 features, or over all along an axis with fewer. MViT scales its relative positions to
+    the clip, as its authors' code does; Swin's stay those of its windows. `drop_path` is the last block's probability
+    of stochastic depth, which rises linearly from 0.
     """
     network: Any = getattr(video, name)(num_classes=classes)
     if name == "s3d":
         network.avgpool = LocalAverage(network.avgpool.kernel_size)
     elif name == "mvit_v2_s":
         network.conv_proj.register_forward_hook(_tell_size(network.pos_encoding))
+    elif name == "swin3d_t":
+        for layer in [m for m in network.modules() if type(m) is ShiftedWindowAttention3d]:
+            layer.__class__ = WindowAttention
+    if drop_path is not None:
+        paths = [layer for layer in network.modules() if isinstance(layer, StochasticDepth)]
+        most = max(layer.p for layer in paths)
+        for layer in paths:
+            layer.p *= drop_path / most
     return fitted(network)
 
 
 def own_network(classes: int, *, module: str, network: str, options: Mapping[str, Any]) -> nn.Module:
-    """`MODELS[network](classes, **options)` of a Python module, installed or in the current folder.
+    """Build `MODELS[network](classes, **options)` of a Python module, installed or in the current folder.
 
     Raises:
-        UsageError: there is no such module, network or option, or the network cannot be trained so.
+        UsageError: the module, network or option does not exist, or the network mixes clips of a rank (see `fitted`).
     """
     factories = getattr(_imported(module), "MODELS", None)
     if not isinstance(factories, dict):
-        raise UsageError(f"model.module {module}: has no MODELS, a dict from names to functions that make networks")
+        raise UsageError(f"model.module {module}: has no MODELS, a dict from names to functions that return networks")
     if network not in factories:
         near = difflib.get_close_matches(network, factories, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, factories)) or 'none'}"
@@ -61,15 +70,17 @@ def own_network(classes: int, *, module: str, network: str, options: Mapping[str
         raise UsageError(f"model.options: {module}.MODELS[{network!r}](classes, **options): {error}") from None
     made = factory(classes, **options)
     if not isinstance(made, nn.Module):
-        raise UsageError(f"model.network: {module}.MODELS[{network!r}] makes a {type(made).__name__}, no nn.Module")
+        raise UsageError(
+            f"model.network: {module}.MODELS[{network!r}] returns {type(made).__name__}, which is not an nn.Module"
+        )
     return fitted(made)
 
 
 def fitted(model: nn.Module) -> nn.Module:
-    """The network, in which BatchNorm and dropout know of the global batch, in place; the names of tensors stay.
+    """Replace BatchNorm and dropout, in place, by layers that use the `part`; all tensors keep their names.
 
     Raises:
-        UsageError: a layer normalizes over the clips of a rank, which no group can be made of.
+        UsageError: a layer normalizes over the clips of a rank and cannot be split into groups.
     """
     streams = iter(range(1, 1 << 30))  # ours, which has one dropout, is stream 0
     for parent_name, parent in list(model.named_modules()):
@@ -85,27 +96,43 @@ def fitted(model: nn.Module) -> nn.Module:
                 setattr(parent, name, DropFeatures(layer.p, next(streams)))
             elif isinstance(layer, StochasticDepth) and layer.p:
                 if layer.mode != "row":
-                    raise UsageError(f"{path}: StochasticDepth of whole batches depends on the ranks; use mode 'row'")
+                    raise UsageError(
+                        f"{path}: StochasticDepth of whole batches depends on the number of ranks; use mode 'row'"
+                    )
                 setattr(parent, name, DropPath(layer.p, next(streams)))
             elif isinstance(layer, _BatchNorm) and not isinstance(layer, GroupBatchNorm3d):
                 raise UsageError(
-                    f"{path}: {type(layer).__name__} normalizes over the clips that a rank happens to have; use "
-                    "BatchNorm3d as it is, which mgtrain gives its groups, or LayerNorm or GroupNorm"
+                    f"{path}: {type(layer).__name__} normalizes over the clips of a rank; use BatchNorm3d with its "
+                    "default options, which mgtrain splits into groups, or LayerNorm or GroupNorm"
                 )
     return model
 
 
 def classifier_of(model: nn.Module) -> str:
-    """The name of the layer that gives the logits: the model's `classifier_name`, or its last `Linear` or `Conv3d`."""
-    said = getattr(model, "classifier_name", None)
-    if isinstance(said, str):
-        return said
+    """The name of the layer that computes the logits: `model.classifier_name`, or the last `Linear` or `Conv3d`."""
+    name = getattr(model, "classifier_name", None)
+    if isinstance(name, str):
+        return name
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv3d)]
     return layers[-1] if layers else ""
 
 
+class WindowAttention(ShiftedWindowAttention3d):  # type: ignore[misc]
+    """Video Swin's attention, with the right relative positions in windows that are cut to a small clip.
+
+    Each pair of tokens takes the table's bias for its distance, at every size; nothing is interpolated. torchvision
+    takes those of the first tokens of a full window, which are at other distances if a window is less high or wide.
+    """
+
+    def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
+        (d, h, w), full = window_size, self.window_size
+        index = self.relative_position_index.view(*full, *full)[:d, :h, :w, :d, :h, :w]
+        bias: Tensor = self.relative_position_bias_table[index.flatten()].view(d * h * w, d * h * w, -1)
+        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)  # (1, heads, tokens, tokens)
+
+
 class LocalAverage(nn.Module):
-    """Average over windows (stride 1) of features (B, C, T, H, W), or over all along an axis that has fewer."""
+    """Average features (B, C, T, H, W) over windows with stride 1, cut to the features' size where they are smaller."""
 
     def __init__(self, window: tuple[int, int, int]) -> None:
         super().__init__()
@@ -130,7 +157,7 @@ def _tell_size(positions: Any) -> Callable[[nn.Module, Any, Tensor], None]:
 def _imported(module: str) -> ModuleType:
     folder = str(Path.cwd())
     if folder not in sys.path:
-        sys.path.append(folder)  # last: what lies there must not replace an installed module
+        sys.path.append(folder)  # last, so that files there do not replace installed modules
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -13,10 +13,10 @@ from mgtrain.models.resnet3d import EXPANSION, Head, Stem, init_weights, stage, 
 
 
 class I3D(nn.Module):
-    """Clips (B, 3, T, S, S), normalized, to logits (B, classes).
+    """I3D network: normalized clips (B, 3, T, S, S) to logits (B, classes).
 
-    `nonlocal_after` says which blocks (from 0) of res3 and of res4 a non-local block follows; those that a shortened
-    network does not have are left out.
+    `nonlocal_after` lists the blocks (from 0) of res3 and of res4 that a non-local block follows. Blocks that a
+    shortened network does not have are ignored.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class I3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.res2(self.stem(x))  # (B, 4 * width, T, S/4, S/4)
-        # An odd frame at the end is left out, as in the published networks; a single one passes.
+        # Drops an odd frame at the end, as in the published networks, but keeps a single frame.
         x = F.max_pool3d(x, (min(2, x.shape[2]), 1, 1))  # (B, 4 * width, T/2, S/4, S/4)
         x = self.res5(self.res4(self.res3(x)))  # (B, 32 * width, T/2, S/32, S/32)
         logits: Tensor = self.head(x)
@@ -53,7 +53,7 @@ class I3D(nn.Module):
 
 
 def i3d_r50(classes: int, *, width: int = 64, depth: int | Sequence[int] = 50, dropout: float = 0.5) -> I3D:
-    """I3D on a ResNet: `width` channels in the stem, `depth` 50, 101 or the blocks of res2 .. res5."""
+    """I3D on a ResNet: `width` channels in the stem; `depth` is 50, 101 or the numbers of blocks of res2 .. res5."""
     return I3D(classes, width, depth, dropout, nonlocal_after=((), ()))
 
 
@@ -70,7 +70,7 @@ def i3d_nln_r50(
 
 
 def _with_nonlocal(blocks: nn.Sequential, channels: int, after: Collection[int], attention: str) -> nn.Sequential:
-    """The stage with non-local blocks under names of their own, so that the others keep theirs."""
+    """Insert non-local blocks under their own names, so that the names of the other blocks do not change."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for index, block in enumerate(blocks):
         layers[str(index)] = block

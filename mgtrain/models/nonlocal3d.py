@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,10 +11,10 @@ from mgtrain.models.norm import GroupBatchNorm3d
 
 
 class NonLocal3d(nn.Module):
-    """Adds to each place what it attends to in the whole clip; (B, C, T, H, W) to the same shape.
+    """Add to each position its attention over the whole clip; features (B, C, T, H, W) to the same shape.
 
-    Half the channels inside, keys and values pooled by 2 in space. `attention` is the paper's embedded Gaussian
-    ("softmax") or its dot product, without a softmax, whose two matrix products are taken in the cheaper order.
+    The block has C/2 inner channels and pools keys and values by 2 in space. `attention` is the paper's embedded
+    Gaussian ("softmax") or its dot product without a softmax ("dot_product").
     """
 
     def __init__(self, channels: int, attention: str = "softmax") -> None:
@@ -25,10 +26,10 @@ class NonLocal3d(nn.Module):
         self.value = Conv3d(channels, inner, 1)  # g
         self.out = Conv3d(inner, channels, 1)
         self.norm = GroupBatchNorm3d(channels)
-        nn.init.zeros_(self.norm.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.norm.weight)  # the block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
-        pool = (1, min(2, x.shape[3]), min(2, x.shape[4]))  # a map one pixel wide cannot be halved
+        pool = (1, min(2, x.shape[3]), min(2, x.shape[4]))  # a side of one pixel stays as it is
         pooled = F.max_pool3d(x, pool)  # (B, C, T, H/2, W/2)
         attend = F.scaled_dot_product_attention if self.attention == "softmax" else dot_product_attention
         attended = attend(
@@ -40,9 +41,9 @@ class NonLocal3d(nn.Module):
 
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Values weighed by the products of queries and keys, over the number of keys: (B, 1, N, C) and (B, 1, M, C) twice.
+    """query keyᵀ value / M for a query (B, 1, N, C) and key and value (B, 1, M, C), without a softmax: (B, 1, N, C).
 
-    (query keyᵀ) value = query (keyᵀ value): the second is linear in N and M, and cheaper unless C is larger than these.
+    The products are computed in the cheaper order: query (keyᵀ value), which is linear in N and M, unless C is large.
     """
     queries, keys, channels = query.shape[2], key.shape[2], key.shape[3]
     if queries * keys < channels * (queries + keys) / 2:
@@ -52,4 +53,6 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _tokens(x: Tensor) -> Tensor:
     """Features (B, C, T, H, W) as one head of attention (B, 1, T*H*W, C)."""
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+    tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+    # A view of a single position has strides with gaps, which attention kernels on GPUs refuse.
+    return tokens if tokens.shape[2] > 1 else tokens.clone(memory_format=torch.contiguous_format)

@@ -1,13 +1,12 @@
 """BatchNorm over groups of the global batch (Wu et al. 2020, section 3.4; "sub-BN" in the authors' code).
 
-A coarse step has many more clips than the base shape. Its statistics are taken over groups of as many clips as a GPU
-had at the base shape, so that their noise, which regularizes, stays what it was.
+A coarse step has many more clips than the base shape. Its statistics are computed over groups of as many clips as one
+GPU has at the base shape, because the noise of these statistics regularizes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,158 +14,196 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgtrain.models import fused
 from mgtrain.models.part import Part
+from mgtrain.models.spanning import AXES, NormSpanningGpus, NormSpanningRanks, by_rows, combined, flat
 
-AXES = (0, 2, 3, 4)  # all but the channels of (B, C, T, H, W)
-ROW = 512  # numbers side by side, from which a loop over them costs little
-TINY_EPS = 1e-12  # where a variance is wanted and nothing is divided by it
-_seen_before = False  # see `seen_before`
+_tracking = True  # see `without_tracking`
 
 
 @contextmanager
-def seen_before() -> Iterator[None]:
-    """Within it a training step's clips leave running statistics as they are, because they have come by already."""
-    global _seen_before
-    _seen_before = True
+def without_tracking() -> Iterator[None]:
+    """Leave running statistics as they are: for a second forward pass of the same clips."""
+    global _tracking
+    _tracking = False
     try:
         yield
     finally:
-        _seen_before = False
+        _tracking = True
 
 
 class GroupBatchNorm3d(nn.BatchNorm3d):
-    """BatchNorm of (B, C, T, H, W) that in training, given a `part`, normalizes each group by itself.
+    """BatchNorm of (B, C, T, H, W) that in training, given a `part`, normalizes each group separately.
 
-    At evaluation, or without a part, it is `nn.BatchNorm3d`, whose `state_dict` it shares. Each group has a slot of
-    running statistics of its own; `merge_group_stats` makes one of them. When the number of groups of the global batch
-    changes, all slots start from the merged statistics (of all ranks if the part can gather).
+    In evaluation, or without a part, it computes what `nn.BatchNorm3d` does; its `state_dict` is always the same.
+    Each group has its own running statistics, in a slot, and `merge_group_stats` merges them. When the number of groups
+    of the global batch changes, all slots start from the merged statistics (of all ranks if the part can gather).
     """
 
     part: Part | None = None
-    frozen: bool = False  # whether the running statistics stay as they are, and normalize in training, too
+    frozen: bool = False  # whether running statistics are constant and normalize in training, too
     momentum: float
     running_mean: Tensor  # (C)
     running_var: Tensor  # (C)
     group_mean: Tensor  # (slots, C)
-    group_var: Tensor  # (slots, C); unbiased, as in torch, but for pooled ones
+    group_var: Tensor  # (slots, C); unbiased, as in torch, unless pooled
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(channels, eps, momentum)
         self.usual_momentum = momentum
         self.pool = False  # see `set_momentum`
-        self.groups = 0  # BatchNorm groups of the global batch that the slots are for; 0: for none yet
-        self.everyones = False  # whether the slots are those of all ranks, as `put_group_stats` leaves them
+        self.groups = 0  # groups of the global batch that the slots belong to; 0: no slots yet
+        self.gathered = False  # whether the slots are those of all ranks, as after `put_group_stats`
+        self._storage: dict[int, tuple[Tensor, Tensor]] = {}  # see `_set_slots`
         self.register_buffer("group_mean", torch.empty(0, channels), persistent=False)
         self.register_buffer("group_var", torch.empty(0, channels), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Normalize; with `relu`, apply ReLU in the same kernel where the GPU kernels of `fused` work."""
         part = self.part
         if part is None or not self.training:
+            normed = self._norm_ungrouped(x)
+        else:
+            assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
+            self.begin(part)
+            if part.span == 1 and not self.pool and fused.usable(x):
+                means, variances = self._slots_of(part)
+                momentum = self._momentum_now()
+                return fused.norm_groups(x, self.weight, self.bias, means, variances, momentum, self.eps, relu)
+            normed = self._norm_piece(x, part) if part.span > 1 else self._norm_by_groups(x, part)
+        # Not in place on a GPU, where `normed` may be a view.
+        return F.relu(normed, inplace=x.device.type == "cpu") if relu else normed
+
+    def begin(self, part: Part) -> None:
+        """Prepare the slots for the part's groups, if their number has changed."""
+        if self.training and self.groups != part.bn_groups:
+            self._restart_slots(part)
+        elif self.training and self.gathered:
+            self._keep_own_slots(part)
+
+    def train(self, mode: bool = True) -> GroupBatchNorm3d:
+        return super().train(mode and not self.frozen)
+
+    def _norm_ungrouped(self, x: Tensor) -> Tensor:
+        if self.training:
             return super().forward(x)
-        assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
-        self.begin(part)
-        if part.span > 1:
-            return self._norm_piece(x, part)
+        return _batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _norm_by_groups(self, x: Tensor, part: Part) -> Tensor:
         groups = part.clips // part.group_clips
         if groups == 1:
             return self._norm_group(x, part.slot)
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
         plain = self.pool or x.device.type != "cpu" or x.dtype != self.weight.dtype or torch.compiler.is_compiling()
         if dense and not plain:
-            mine = slice(part.slot, part.slot + groups)
-            means, variances = self.group_mean[mine], self.group_var[mine]  # views, which are written to
-            normed: Tensor = _NormGroups.apply(x, self.weight, self.bias, means, variances, self._weight(), self.eps)
+            slots = self._slots_of(part)
+            normed: Tensor = _NormGroups.apply(x, self.weight, self.bias, *slots, self._momentum_now(), self.eps)
             return normed
         return torch.cat([self._norm_group(clips, slot) for slot, clips in enumerate(x.chunk(groups), part.slot)])
 
-    def begin(self, part: Part) -> None:
-        """Make room for the statistics of a part's groups, if its step is the first with so many of them."""
-        if self.training and self.groups != part.bn_groups:
-            self._restart_slots(part)
-        elif self.training and self.everyones:
-            self._keep_own_slots(part)
-
-    def train(self, mode: bool = True) -> GroupBatchNorm3d:
-        return super().train(mode and not self.frozen)
+    def _slots_of(self, part: Part) -> tuple[Tensor, Tensor]:
+        """The running means and variances of the part's groups, (groups, C) each: views to write to."""
+        slots = slice(part.slot, part.slot + part.clips // part.group_clips)
+        return self.group_mean[slots], self.group_var[slots]
 
     def _norm_piece(self, x: Tensor, part: Part) -> Tensor:
         output: Tensor
-        output, mean, var = _NormSpanningRanks.apply(x, self.weight, self.bias, self.eps, part)
+        norm = NormSpanningGpus if x.device.type == "cuda" else NormSpanningRanks
+        output, mean, var = norm.apply(x, self.weight, self.bias, self.eps, part)
         self._track(0, mean, var, x.numel() // x.shape[1] * part.span)
         return output
 
     def _norm_group(self, clips: Tensor, slot: int) -> Tensor:
-        mean, var = self.group_mean[slot], self.group_var[slot]  # views, which batch_norm writes to
+        mean, var = self.group_mean[slot], self.group_var[slot]  # views that batch_norm updates
         if not self.pool:
-            return F.batch_norm(clips, mean, var, self.weight, self.bias, True, self._weight(), self.eps)
+            return _batch_norm(clips, mean, var, self.weight, self.bias, True, self._momentum_now(), self.eps)
         var, mean = torch.var_mean(clips.to(self.weight.dtype), AXES, correction=0)
         self._track(slot, mean, var, clips.numel() // clips.shape[1])
-        return F.batch_norm(clips, None, None, self.weight, self.bias, True, eps=self.eps)
+        return _batch_norm(clips, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
     @torch.no_grad()
     def _track(self, slot: int, mean: Tensor, var: Tensor, count: int) -> None:
-        """Let a group's mean and (population) variance over `count` values weigh `momentum` in its slot."""
-        momentum = self._weight()
+        """Update a slot with a group's mean and population variance, of `count` values per channel."""
+        momentum = self._momentum_now()
         shift = mean - self.group_mean[slot]
         self.group_mean[slot].add_(shift, alpha=momentum)
-        # Pooled, the variance is that of all values together, which the means' drift is part of.
+        # The pooled variance is that of all values together, so it includes the difference of the means.
         var = var + (1 - momentum) * shift.square() if self.pool else var * count / (count - 1)
         self.group_var[slot].lerp_(var, momentum)
 
-    def _weight(self) -> float:
-        """Of what is seen now, in the running statistics."""
-        return 0.0 if _seen_before else self.momentum
+    def _momentum_now(self) -> float:
+        return self.momentum if _tracking else 0.0
 
     def _restart_slots(self, part: Part) -> None:
         gather = part.gather
         self.merge(None if gather is None else lambda stats: gather(stats, part.ranks))
-        self.groups, self.everyones = part.bn_groups, False
-        self.group_mean = self.running_mean.repeat(part.slots, 1)
-        self.group_var = self.running_var.repeat(part.slots, 1)
+        self.groups, self.gathered = part.bn_groups, False
+        self._set_slots(self.running_mean.expand(part.slots, -1), self.running_var.expand(part.slots, -1))
 
     def _keep_own_slots(self, part: Part) -> None:
         first = part.first // part.share * part.share // part.group_clips
         own = slice(first, first + part.slots)
-        self.group_mean, self.group_var = self.group_mean[own].clone(), self.group_var[own].clone()
-        self.everyones = False
+        self._set_slots(self.group_mean[own], self.group_var[own])
+        self.gathered = False
+
+    def _set_slots(self, means: Tensor, variances: Tensor) -> None:
+        """Copy (slots, C) into the slots. Each number of slots has fixed memory, because CUDA graphs hold addresses."""
+        storage = self._storage.get(len(means))
+        if storage is None or (storage[0].device, storage[0].dtype) != (means.device, means.dtype):
+            storage = self._storage[len(means)] = means.new_empty(means.shape), means.new_empty(means.shape)
+        for slots, values in zip(storage, (means, variances), strict=True):
+            slots.copy_(values)
+        self.group_mean, self.group_var = storage
 
     def group_stats(self, gather_all: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """The slots' statistics, of all ranks if `gather_all` is given: (groups, 2, C), no groups if there are none."""
+        """The statistics of each group, of all ranks if `gather_all` is given: (groups, 2, C), possibly 0 groups."""
         stats = torch.stack([self.group_mean, self.group_var], dim=1)  # (slots, 2, C)
         if self.groups == 0:
             return stats[:0]
-        if gather_all is None or self.everyones:
+        if gather_all is None or self.gathered:
             return stats
-        everyones = gather_all(stats).flatten(0, 1)  # (ranks * slots, 2, C)
-        return everyones[:: max(1, len(everyones) // self.groups)]  # ranks that share a group have the same
+        of_all = gather_all(stats).flatten(0, 1)  # (ranks * slots, 2, C)
+        return of_all[:: max(1, len(of_all) // self.groups)]  # ranks that share a group have equal statistics
 
     @torch.no_grad()
     def merge(self, gather_all: Callable[[Tensor], Tensor] | None) -> None:
-        """Make one running mean and variance out of the slots': see `merge_group_stats`."""
+        """Merge the slots into one running mean and variance: see `merge_group_stats`."""
         means, variances = self.group_stats(gather_all).unbind(dim=1)  # (groups, C)
         if len(means):
             self.running_mean.copy_(means.mean(dim=0))
             self.running_var.copy_(variances.mean(dim=0) + means.var(dim=0, correction=0))
 
     def put_group_stats(self, stats: Tensor) -> None:
-        """Take over all ranks' slots, (groups, 2, C), as `group_stats` gave them; each rank keeps its own."""
-        self.groups, self.everyones = len(stats), True
-        self.group_mean, self.group_var = (part.to(self.running_mean.device) for part in stats.unbind(dim=1))
+        """Set the slots of all ranks, (groups, 2, C), as `group_stats` returns them; the next step keeps its rank's."""
+        self.groups, self.gathered = len(stats), True
+        self._set_slots(*stats.to(self.running_mean.device).unbind(dim=1))
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        self.groups, self.everyones = 0, False
+        self.groups, self.gathered = 0, False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.groups, self.everyones = 0, False  # the slots belong to the statistics that were there before
+        self.groups, self.gathered = 0, False  # the slots belong to the replaced statistics
+
+
+def _batch_norm(x: Tensor, *args: Any) -> Tensor:
+    """`torch.nn.functional.batch_norm` of (B, C, T, H, W), in the layout with the fastest kernels."""
+    if by_rows(x):
+        y = F.batch_norm(x.movedim(1, 4).reshape(-1, x.shape[1]), *args)
+        return y.view(*(x.shape[n] for n in (0, 2, 3, 4, 1))).movedim(4, 1)
+    return F.batch_norm(flat(x), *args).view(x.shape)
+
+
+def _groups(x: Tensor, groups: int, by_rows: bool) -> Sequence[Tensor]:
+    """The groups of (B, C, T, H, W): (B / groups, C, T, H, W) each, or as rows, (M, C)."""
+    return x.movedim(1, 4).reshape(groups, -1, x.shape[1]).contiguous().unbind() if by_rows else x.chunk(groups)
 
 
 class _NormGroups(torch.autograd.Function):
-    """Normalize each group of (B, C, T, H, W) by itself, into one tensor and, backwards, out of one.
+    """Normalize each group of (B, C, T, H, W) separately, without concatenating copies of the results.
 
-    Statistics and sums are those of plain BatchNorm's kernels, group by group; no results are joined by copies. A
-    CPU's: a GPU has better ones, which only `torch.batch_norm` knows to choose.
+    For CPUs only: it calls their BatchNorm kernels for each group. On GPUs `torch.batch_norm` chooses faster ones.
     """
 
     @staticmethod
@@ -174,13 +211,14 @@ class _NormGroups(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float, eps: float
     ) -> Tensor:
         y, groups = torch.empty_like(x), len(means)
+        ctx.by_rows = by_rows(x)
         saved = torch.empty(2, groups, len(weight), dtype=weight.dtype)  # each group's mean and 1 / deviation
-        for clips, out, mean, var, mean_of, inv_std in zip(
-            x.chunk(groups), y.chunk(groups), means.unbind(), variances.unbind(), *(of.unbind() for of in saved),
-            strict=True,
+        for clips, out, running_mean, running_var, mean, inv_std in zip(
+            *(_groups(tensor, groups, ctx.by_rows) for tensor in (x, y)), means.unbind(), variances.unbind(),
+            *(tensor.unbind() for tensor in saved), strict=True,
         ):  # fmt: skip
             torch.native_batch_norm(
-                clips, weight, bias, mean, var, True, momentum, eps, out=(out, mean_of, inv_std)
+                clips, weight, bias, running_mean, running_var, True, momentum, eps, out=(out, mean, inv_std)
             )  # fmt: skip
         ctx.save_for_backward(x, weight, *saved)
         return y
@@ -191,113 +229,45 @@ class _NormGroups(torch.autograd.Function):
         groups = len(mean)
         sums = [
             torch.ops.aten.native_batch_norm_backward(
-                above, clips, weight, None, None, group_mean, group_inv_std, True, 0.0, (False, True, True)
+                group_grad, clips, weight, None, None, group_mean, group_inv_std, True, 0.0, (False, True, True)
             )[1:]
-            for clips, above, group_mean, group_inv_std in zip(
-                x.chunk(groups), grad.chunk(groups), mean.unbind(), inv_std.unbind(), strict=True
+            for clips, group_grad, group_mean, group_inv_std in zip(
+                *(_groups(tensor, groups, ctx.by_rows) for tensor in (x, grad)), mean.unbind(), inv_std.unbind(),
+                strict=True,
             )
-        ]
-        of_products, of_grad = (torch.stack(column) for column in zip(*sums, strict=True))  # (groups, C)
-        # (grad - of_grad / n - (x - mean) * inv_std * of_products / n) * weight * inv_std, of n values
+        ]  # fmt: skip
+        grad_weight, grad_bias = (torch.stack(column) for column in zip(*sums, strict=True))  # (groups, C)
+        # (grad - grad_bias / n - (x - mean) * inv_std * grad_weight / n) * weight * inv_std, with n values per channel
         scale, count = weight * inv_std, x.numel() // inv_std.numel()
-        slope = scale * inv_std * of_products / -count
-        shift = scale * of_grad / -count - slope * mean
-        grad_x = _combined(x, slope, grad, scale, shift)
-        return grad_x, of_products.sum(0), of_grad.sum(0), None, None, None, None
-
-
-class _NormSpanningRanks(torch.autograd.Function):
-    """Normalize this rank's piece of a group by the statistics of the whole group, exchanged among its ranks.
-
-    Forward and backward each gather once, two numbers per channel. All ranks have equally many clips, so the mean of a
-    group is the mean of its pieces' means, and its variance the mean of their variances plus the variance of their
-    means: nothing is lost to cancellation, as it would be in E[x²] - E[x]².
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert part.gather is not None, "a group that spans ranks needs `gather`"
-        stats = torch.stack(_var_mean(x, weight.dtype))  # (2, C)
-        variances, means = part.gather(stats, part.span).unbind(dim=1)  # (span, C)
-        mean, var = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)  # (C)
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
-        ctx.part = part
-        ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, weight, mean, inv_std = ctx.saved_tensors
-        grad, x_ = grad.to(weight.dtype), x.to(weight.dtype)  # (B, C, T, H, W)
-        sums = torch.stack(_sums(grad, x_, mean, inv_std))  # (2, C)
-        count = x.numel() // x.shape[1] * ctx.part.span
-        mean_grad, mean_grad_x = (ctx.part.gather(sums, ctx.part.span).sum(dim=0) / count).unbind()  # (C)
-        # (grad - mean_grad - (x - mean) * inv_std * mean_grad_x) * weight * inv_std
-        scale = weight * inv_std
-        slope = -scale * inv_std * mean_grad_x
-        shift = -scale * mean_grad - slope * mean
-        grad_x = _combined(x_, slope.unsqueeze(0), grad, scale.unsqueeze(0), shift.unsqueeze(0))
-        return grad_x.to(x.dtype), sums[1], sums[0], None, None
-
-
-# On a CPU the kernels of plain BatchNorm take these sums several times faster than reductions do.
-
-
-def _var_mean(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Population variance and mean of (B, C, T, H, W) over all but the channels: (C) each."""
-    x = x.to(dtype)
-    if x.device.type != "cpu":
-        return torch.var_mean(x, AXES, correction=0)
-    _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.0, TINY_EPS)
-    return inv_std.pow(-2) - TINY_EPS, mean
-
-
-def _sums(grad: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Tensor, Tensor]:
-    """Over all but the channels, the sums of the gradient and of the gradient times the normalized clips: (C) each."""
-    if x.device.type != "cpu":
-        return grad.sum(AXES), (grad * (x - _spread(mean))).sum(AXES) * inv_std
-    _, of_products, of_grad = torch.ops.aten.native_batch_norm_backward(
-        grad, x, None, mean, inv_std.pow(-2), None, None, False, 0.0, [False, True, True]
-    )
-    return of_grad, of_products
-
-
-def _combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * slope + grad * scale + shift of (B, C, T, H, W) in two passes; for each group of clips, (groups, C)."""
-    groups, channels = shift.shape
-    last = x.is_contiguous(memory_format=torch.channels_last_3d)
-    made = torch.empty_like(x, memory_format=torch.channels_last_3d if last else torch.contiguous_format)
-    if last:
-        times = math.gcd(x.numel() // shift.numel(), max(1, ROW // channels))
-        x, grad, out = (of.movedim(1, 4).reshape(groups, -1, times * channels) for of in (x, grad, made))
-        slope, scale, shift = (of.repeat(1, times).unsqueeze(1) for of in (slope, scale, shift))
-    else:
-        x, grad, out = (of.reshape(groups, -1, channels, of[0, 0].numel()) for of in (x, grad, made))
-        slope, scale, shift = (of[:, None, :, None] for of in (slope, scale, shift))
-    torch.addcmul(shift, x, slope, out=out).addcmul_(grad, scale)
-    return made
+        slope = scale * inv_std * grad_weight / -count
+        shift = scale * grad_bias / -count - slope * mean
+        grad_x = combined(x, slope, grad, scale, shift)
+        return grad_x, grad_weight.sum(0), grad_bias.sum(0), None, None, None, None
 
 
 def merge_group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Make each BatchNorm's running statistics out of those of its groups, for evaluation and for checkpoints.
+    """Set each BatchNorm's running statistics from those of its groups, for evaluation and checkpoints.
 
-    The mean of the means, and the mean of the variances plus the variance of the means: over this rank's groups, or
-    those of all ranks if `gather_all` (tensor -> (ranks, *shape)) is given. The groups' own stay as they are.
+    The mean is the mean of the groups' means; the variance is the mean of their variances plus the variance of their
+    means. All ranks' groups count if `gather_all` (tensor -> (ranks, *shape)) is given. The slots do not change.
     """
     for norm in _group_norms(model):
         norm.merge(gather_all)
 
 
 def group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """Each BatchNorm's statistics of its groups, (groups, 2, C), of all ranks if `gather_all` is given; by its name."""
+    """The statistics of each BatchNorm's groups, (groups, 2, C) by its name, of all ranks if `gather_all` is given."""
     named = {name: m.group_stats(gather_all) for name, m in model.named_modules() if isinstance(m, GroupBatchNorm3d)}
     return {name: stats for name, stats in named.items() if len(stats)}
 
 
+def group_slots(model: nn.Module) -> list[Tensor]:
+    """All running means and variances of groups, (slots, C) each: tensors that a training step updates in place."""
+    return [slots for norm in _group_norms(model) for slots in (norm.group_mean, norm.group_var)]
+
+
 def put_group_stats(model: nn.Module, stats: dict[str, Tensor]) -> None:
-    """Put back what `group_stats` gave, on any number of ranks."""
+    """Restore the result of `group_stats`, on any number of ranks."""
     for name, tensor in stats.items():
         norm = model.get_submodule(name)
         assert isinstance(norm, GroupBatchNorm3d), f"{name} has no groups"
@@ -305,42 +275,37 @@ def put_group_stats(model: nn.Module, stats: dict[str, Tensor]) -> None:
 
 
 def reset_group_stats(model: nn.Module) -> None:
-    """Forget all running statistics but frozen ones, as before recalibration."""
+    """Reset all running statistics that are not frozen, before recalibration."""
     for norm in _group_norms(model):
         norm.reset_running_stats()
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever the model sees within, its BatchNorms' statistics are afterwards what they were."""
+    """Restore the statistics of all BatchNorms on leaving, whatever the model is used for in between."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [
-        ({name: buffer.clone() for name, buffer in norm.named_buffers()}, getattr(norm, "groups", 0),
-         getattr(norm, "everyones", False)) for norm in norms
+        ({name: (buffer, buffer.clone()) for name, buffer in norm.named_buffers()}, getattr(norm, "groups", 0),
+         getattr(norm, "gathered", False)) for norm in norms
     ]  # fmt: skip
     try:
         yield
     finally:
-        for norm, (buffers, groups, everyones) in zip(norms, before, strict=True):
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer)
+        for norm, (buffers, groups, gathered) in zip(norms, before, strict=True):
+            for name, (buffer, values) in buffers.items():
+                setattr(norm, name, buffer.copy_(values))
             if isinstance(norm, GroupBatchNorm3d):
-                norm.groups, norm.everyones = groups, everyones
+                norm.groups, norm.gathered = groups, gathered
 
 
 def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:
-    """Let the statistics of the coming step weigh `momentum` in the groups' running ones; None: as before.
+    """Set the momentum of the groups' running statistics; None restores the usual one.
 
-    With `pool`, and 1/k at the k-th step since `reset_group_stats`, these become the mean and the variance of all
-    values of these steps together ("precise BN"), rather than averages of each step's.
+    With `pool` and a momentum of 1/k at step k after `reset_group_stats`, the running statistics are the mean and
+    variance of all values of these steps together ("precise BN") instead of averages over the steps.
     """
     for norm in _group_norms(model):
         norm.momentum, norm.pool = norm.usual_momentum if momentum is None else momentum, pool
-
-
-def _spread(x: Tensor) -> Tensor:
-    """One number per channel (C) as (C, 1, 1, 1), to go with (B, C, T, H, W)."""
-    return x.view(-1, 1, 1, 1)
 
 
 def _group_norms(model: nn.Module) -> Iterator[GroupBatchNorm3d]:

@@ -1,4 +1,4 @@
-"""Which clips of the global batch a forward pass sees: all that BatchNorm and dropout need to know of the step."""
+"""The clips of the global batch in one forward pass: all that BatchNorm and dropout need to know about the step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The stretch of the global batch that one forward pass sees: clips `first .. first + clips` of `total`.
+    """Clips `first .. first + clips` of the `total` clips of the global batch, in one forward pass.
 
-    The global batch falls into `bn_groups` BatchNorm groups and into the shares of `ranks` ranks, both contiguous and
-    of equal size. A pass sees whole groups or, where a group spans several ranks, this rank's whole share of one group.
+    The global batch consists of `bn_groups` BatchNorm groups, and of the shares of `ranks` ranks; both are contiguous
+    and of equal size. A pass gets whole groups or, where a group spans several ranks, this rank's share of one group.
 
     >>> part = Part(first=16, clips=8, total=32, bn_groups=4, ranks=2)  # the second rank's first micro-batch
     >>> part.group_clips, part.span, part.slots, part.slot
@@ -28,7 +28,7 @@ class Part:
     bn_groups: int  # BatchNorm groups of the global batch
     ranks: int = 1
     seed: int = 0  # keys this step's dropout mask
-    # (tensor, n) -> (n, *tensor.shape): the tensors of that block of n consecutive ranks which holds this one; detached
+    # (tensor, n) -> (n, *tensor.shape): gathers from this rank's block of n consecutive ranks, without gradients
     gather: Callable[[Tensor, int], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -40,34 +40,34 @@ class Part:
 
     @property
     def share(self) -> int:
-        """Clips of the global batch that each rank has."""
+        """Clips per rank."""
         return self.total // self.ranks
 
     @property
     def group_clips(self) -> int:
-        """Clips of one BatchNorm group."""
+        """Clips per BatchNorm group."""
         return self.total // self.bn_groups
 
     @property
     def span(self) -> int:
-        """Ranks that share one group; 1 if each holds whole groups."""
+        """Ranks per group; 1 if each rank has whole groups."""
         return max(1, self.group_clips // self.share)
 
     @property
     def slots(self) -> int:
-        """Groups that a rank's share holds, at least 1."""
+        """Groups per rank, at least 1."""
         return max(1, self.share // self.group_clips)
 
     @property
     def slot(self) -> int:
-        """The first slot, of this rank's, that this pass sees."""
+        """This pass's first group, counted from this rank's first."""
         return self.first % self.share // self.group_clips
 
 
 def set_part(model: nn.Module, part: Part | None) -> None:
-    """Tell every module that has an attribute `part` which clips the next forward pass sees."""
+    """Set the `part` of every module that has one to that of the next forward pass."""
     for module in model.modules():
         if hasattr(module, "part"):
             module.part = part  # type: ignore[assignment]
         if part is not None and hasattr(module, "begin"):
-            module.begin(part)  # type: ignore[operator]  # here, so that a compiled forward pass need not
+            module.begin(part)  # type: ignore[operator]  # here, because a compiled forward pass cannot

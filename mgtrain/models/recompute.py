@@ -1,4 +1,4 @@
-"""Blocks whose activations the backward pass computes once more, rather than keeping them (Chen et al. 2016)."""
+"""Recompute the activations of blocks in the backward pass instead of keeping them (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mgtrain.models.norm import seen_before
+from mgtrain.models.norm import without_tracking
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts that a network repeats: modules with layers within, of types that occur more than once, outermost ones.
+    """The blocks that a network repeats: its outermost modules that contain layers and whose type occurs twice or more.
 
     >>> from mgtrain.models import build_model
     >>> from collections import Counter
@@ -39,9 +39,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute(model: nn.Module) -> int:
-    """Let training keep only the inputs of the network's blocks, in place; returns how many there are.
+    """Change the network, in place, to keep only its blocks' inputs for the backward pass; return the number of blocks.
 
-    Gradients and BatchNorm's running statistics stay what they were, bit for bit.
+    Gradients and BatchNorm's running statistics are the same, bit for bit.
     """
     found = blocks(model)
     kinds = {kind: _recomputed(kind) for kind in {type(block) for block in found}}
@@ -51,16 +51,19 @@ def recompute(model: nn.Module) -> int:
 
 
 def _recomputed(kind: Any) -> type[nn.Module]:
-    """The same module, but for what it keeps: a class, so that copies of a module are as it is."""
+    """A subclass that recomputes its activations. A class, not a hook, so that copies of a module behave the same."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         usual = partial(kind.forward, self)
+        if torch.compiler.is_compiling() and self.training and torch.is_grad_enabled():
+            # A compiled pass updates running statistics once although it recomputes.
+            return checkpoint(usual, *args, use_reentrant=False, **kwargs)
         if self.training and torch.is_grad_enabled():
-            return checkpoint(usual, *args, use_reentrant=False, context_fn=_first_and_second_time, **kwargs)
+            return checkpoint(usual, *args, use_reentrant=False, context_fn=_forward_and_recomputation, **kwargs)
         return usual(*args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
-def _first_and_second_time() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), seen_before()
+def _forward_and_recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), without_tracking()

@@ -1,7 +1,4 @@
-"""The parts that the 3-D residual networks are made of (He et al. 2016; Feichtenhofer et al. 2019, table 1).
-
-None of them depends on the number of frames or pixels.
-"""
+"""The parts of the 3-D residual networks (He et al. 2016; Feichtenhofer et al. 2019, table 1), for any T, H and W."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ EXPANSION = 4  # a bottleneck's output channels per inner channel
 
 
 def stage_blocks(depth: int | Sequence[int]) -> tuple[int, ...]:
-    """Blocks of res2 .. res5: those of the ResNet of this depth, or as given.
+    """The numbers of blocks of res2 .. res5, from the depth of a ResNet or as given.
 
     >>> stage_blocks(50), stage_blocks([1, 1, 1, 1])
     ((3, 4, 6, 3), (1, 1, 1, 1))
@@ -30,7 +27,7 @@ def stage_blocks(depth: int | Sequence[int]) -> tuple[int, ...]:
 
 
 class Stem(nn.Module):
-    """Clips (B, 3, T, S, S) to features (B, channels, T, S/4, S/4): `frames` x 7 x 7 convolution and max pooling."""
+    """A `frames` x 7 x 7 convolution and max pooling: clips (B, 3, T, S, S) to features (B, channels, T, S/4, S/4)."""
 
     def __init__(self, channels: int, frames: int) -> None:
         super().__init__()
@@ -38,12 +35,15 @@ class Stem(nn.Module):
         self.norm = GroupBatchNorm3d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.norm(self.conv(x)))  # (B, C, T, S/2, S/2)
+        x = self.norm(self.conv(x), relu=True)  # (B, C, T, S/2, S/2)
         return F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1))  # (B, C, T, S/4, S/4)
 
 
 class Bottleneck(nn.Module):
-    """Residual block: convolutions `frames`x1x1, 1x3x3 (with the spatial stride), 1x1x1 (to 4 * `inner` channels)."""
+    """Residual block of three convolutions: `frames`x1x1, 1x3x3 (strided in space), 1x1x1 (to 4 * `inner` channels).
+
+    Features (B, channels, T, H, W) to (B, 4 * inner, T, H/stride, W/stride).
+    """
 
     def __init__(self, channels: int, inner: int, frames: int, stride: int) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class Bottleneck(nn.Module):
             self.shortcut = nn.Sequential(conv, GroupBatchNorm3d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu_(self.norm1(self.conv1(x)))
-        y = F.relu_(self.norm2(self.conv2(y)))
+        y = self.norm1(self.conv1(x), relu=True)
+        y = self.norm2(self.conv2(y), relu=True)
         return F.relu_(self.norm3(self.conv3(y)) + self.shortcut(x))
 
 
 def stage(channels: int, inner: int, blocks: int, frames: Sequence[int], stride: int) -> nn.Sequential:
-    """`blocks` bottlenecks, the first of which strides; their temporal kernels go through `frames` in turn."""
+    """`blocks` bottlenecks, the first with the `stride`; their temporal kernel sizes cycle through `frames`."""
     kernels = islice(cycle(frames), blocks)
     return nn.Sequential(
         *[
@@ -78,7 +78,7 @@ def stage(channels: int, inner: int, blocks: int, frames: Sequence[int], stride:
 
 
 class Head(nn.Module):
-    """Features (B, C, T, H, W) of one or more pathways, averaged over time and space, to logits (B, classes)."""
+    """Average features (B, C, T, H, W) of one or more pathways over time and space; classify: logits (B, classes)."""
 
     def __init__(self, channels: int, classes: int, dropout: float) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Head(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Start convolutions from He et al.'s normal distribution and the classifier near zero."""
+    """Initialize convolutions from He et al.'s normal distribution and the classifier near zero."""
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

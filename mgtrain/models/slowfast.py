@@ -1,24 +1,23 @@
-"""SlowFast (Feichtenhofer et al. 2019): a wide pathway that sees few frames and a narrow one that sees all of them."""
+"""SlowFast (Feichtenhofer et al. 2019): a wide pathway over few frames and a narrow pathway over all frames."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.resnet3d import EXPANSION, Head, Stem, init_weights, stage, stage_blocks
 
-LATERAL_RATIO = 2  # channels that a lateral connection makes of each channel of the fast pathway
+LATERAL_RATIO = 2  # output channels of a lateral connection per channel of the fast pathway
 
 
 def slow_frames(frames: int, alpha: int) -> Sequence[int] | Tensor:
-    """The frames that the slow pathway sees: one in `alpha`, spread evenly from the first to the last.
+    """Indices of the frames of the slow pathway: one in `alpha`, spread evenly from the first to the last.
 
-    Of a graph that is traced for any number of frames, they are a tensor, int64 (frames / alpha,).
+    While a graph is traced for any number of frames, they are a tensor, int64 (frames / alpha,).
 
     >>> slow_frames(16, alpha=4), slow_frames(3, alpha=4)
     ((0, 5, 10, 15), (0,))
@@ -31,10 +30,10 @@ def slow_frames(frames: int, alpha: int) -> Sequence[int] | Tensor:
 
 
 class Lateral(nn.Module):
-    """Features of the fast pathway (B, C, T, H, W), at the frames of the slow one: (B, 2 * C, T/alpha, H, W).
+    """Lateral connection: features of the fast pathway (B, C, T, H, W) to the slow one's (B, 2 * C, T/alpha, H, W).
 
-    The convolution has stride `alpha` in time, so it makes one feature of each `alpha` fast frames (fewer at the end).
-    Each slow frame takes the feature of those fast frames among which it lies: if `alpha` divides T, all, in order.
+    The convolution has stride `alpha` in time, so each of its outputs covers `alpha` fast frames (fewer at the end).
+    Each slow frame takes the output that covers it. If `alpha` divides T, these are all outputs, in order.
     """
 
     def __init__(self, channels: int, alpha: int, kernel: int) -> None:
@@ -48,11 +47,12 @@ class Lateral(nn.Module):
         frames = slow_frames(fast.shape[2], self.alpha)
         places = frames // self.alpha if isinstance(frames, Tensor) else [frame // self.alpha for frame in frames]
         x = take_frames(self.conv(fast), places)  # (B, 2 * C, T/alpha, H, W)
-        return F.relu_(self.norm(x))
+        features: Tensor = self.norm(x, relu=True)
+        return features
 
 
 def take_frames(x: Tensor, frames: Sequence[int] | Tensor) -> Tensor:
-    """The given frames of (B, C, T, H, W), in its memory format; numbers need no tensor of indices on the device."""
+    """Select frames of (B, C, T, H, W), keeping its memory format. Python numbers are not copied to the device."""
     if isinstance(frames, Tensor):
         return x.index_select(2, frames.to(x.device))
     if list(frames) == list(range(x.shape[2])):
@@ -61,7 +61,7 @@ def take_frames(x: Tensor, frames: Sequence[int] | Tensor) -> Tensor:
 
 
 class SlowFast(nn.Module):
-    """Clips (B, 3, T, S, S), normalized, to logits (B, classes); the slow pathway takes its own frames out of them."""
+    """SlowFast network: normalized clips (B, 3, T, S, S) to logits (B, classes)."""
 
     def __init__(
         self,
@@ -103,17 +103,18 @@ def slowfast_r50(
     fusion_kernel: int = 7,
     dropout: float = 0.5,
 ) -> SlowFast:
-    """SlowFast on ResNets: `width` channels in the slow stem, 1/`beta_inv` of them in the fast one.
+    """SlowFast on ResNets with `width` channels in the slow stem and `width / beta_inv` in the fast one.
 
-    `depth` is 50, 101 or the blocks of res2 .. res5; the slow pathway sees one frame in `alpha`.
+    `depth` is 50, 101 or the numbers of blocks of res2 .. res5. The slow pathway gets one frame in `alpha`.
     """
     return SlowFast(classes, width, depth, alpha, beta_inv, fusion_kernel, dropout)
 
 
 def _pathway(width: int, blocks: Sequence[int], frames: Sequence[int], lateral: int) -> nn.ModuleList:
-    """Stem and res2 .. res5 with temporal kernels of `frames`.
+    """Stem and res2 .. res5, with `frames` as their temporal kernel sizes.
 
-    Res2 takes in `lateral` channels more than the stem gives, and later stages more in proportion to their width.
+    `lateral` is the number of channels that a lateral connection adds before res2; later stages get more in proportion
+    to their width.
     """
     parts: list[nn.Module] = [Stem(width, frames[0])]
     channels = width + lateral

@@ -1,5 +1,5 @@
-"""What to ask before a run: can this machine train, are the videos usable, what will training cost.
+"""Before a run: check the machine and the videos, estimate the cost of training, prepare videos, propose recipes.
 
-In come a recipe, its videos and this machine; out go findings, estimates, prepared sets and proposed recipes. Nothing
-here changes the videos or a run.
+It takes a recipe and its videos, and returns findings, estimates, prepared sets and proposed recipes. Nothing here
+changes the original videos or a run.
 """

@@ -1,9 +1,9 @@
-"""How fast this machine loads the clips of a recipe's plan, where the time goes, and whether training waits for it.
+"""Measure how fast this machine loads the clips of a plan, the time of each stage, and whether training waits for data.
 
-1. Clips of each distinct shape are cut and decoded on one core for a few seconds; see `loading.py`.
-2. The loader delivers the same shapes with its worker processes.
-3. One step of the base shape is timed. All shapes have about the same volume, so every step is assumed to take as long.
-4. If the recipe names no prepared set, a few videos are prepared in a temporary folder and measured too.
+1. Clips of each distinct shape are loaded on one core for a few seconds; see `loading.py`.
+2. The loader loads the same shapes with its worker processes.
+3. One base step is timed. All shapes have about the same volume, so every step is assumed to take the same time.
+4. If the recipe has no prepared set, a few videos are prepared in a temporary folder and measured, too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mgtrain.clips.loader import worker_count
 from mgtrain.clips.prepared import Settings
@@ -43,10 +41,10 @@ def bench_data(
     step_seconds: float | None = None,
     progress: ShowProgress = no_progress,
 ) -> dict[str, Any]:
-    """Measure every shape for about `seconds` each, and estimate the time of training; plain values.
+    """Measure every shape for about `seconds`, and estimate the training time; returns plain values.
 
-    `step_seconds` is how long a training step takes; measured here if None. If the recipe names no prepared set, one is
-    made with `settings` from a few videos and measured too.
+    `step_seconds` is the time of a training step; None: measure it. If the recipe has no prepared set, a few videos are
+    prepared with `settings` and measured, too.
 
     Raises:
         DataError: no video can be read.
@@ -55,7 +53,8 @@ def bench_data(
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     if step_seconds is None:
         check_shapes(recipe, [recipe.base])
-        ((_, step_seconds),) = measure_steps(recipe, [plans["baseline"][0]], world)
+        ((_, step_seconds),) = measure_steps(recipe, plans["baseline"], [plans["baseline"][0]], world)
+    workers = worker_count(recipe.hardware.workers, world)
     step, total = step_seconds, len(steps) * (1 if recipe.data.prepared else 2)
 
     def bench(name: str, recipe: Recipe, videos: Videos, done: int) -> dict[str, Any]:
@@ -74,22 +73,19 @@ def bench_data(
         few = sample(videos)
         with tempfile.TemporaryDirectory() as folder:
             there = Path(folder) / "set"
-            paths = [few.name(n) for n in range(len(few))]
-            prepare(Path(few.root), paths, there, settings, max(1, worker_count(recipe, world)))
+            prepare(Path(few.root), few.names(), there, settings, max(1, workers), fps=recipe.data.fps)
             data = recipe.data.model_copy(update={"prepared": str(there)})
             sets.append(bench("prepared", recipe.model_copy(update={"data": data}), few, len(steps)))
-    return {"workers": worker_count(recipe, world), "step_seconds": step, "sets": sets}
+    return {"workers": workers, "step_seconds": step, "sets": sets}
 
 
 def sample(videos: Videos) -> Videos:
-    """Some of the videos, drawn at random."""
-    mask = np.zeros(len(videos), bool)
-    mask[generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE]] = True
-    return videos.only(mask, ())
+    """A random sample of the videos."""
+    return videos.only(generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE])
 
 
 def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[str, Any]:
-    """Core-seconds of loading a step of the finest shape, and multiples of it for the coarsest and the average step."""
+    """Core-seconds to load a step of the finest shape, and the ratios of the coarsest and the average step to it."""
     steps = steps_of_shapes(plan)
     coarsest = max(steps, key=lambda shape: shape.clips)
     average = sum(core_seconds[shape] * n for shape, n in steps.items()) / sum(steps.values())
@@ -98,7 +94,7 @@ def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[st
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as a person reads it."""
+    """The result as text."""
     blocks = []
     for found in result["sets"]:
         stages = list(found["shapes"][0]["milliseconds"])
@@ -118,10 +114,10 @@ def render(result: dict[str, Any]) -> str:
                 f"{rate:9.1f}  {needed:14.1f}{'' if rate >= needed else '  waits'}"
             )
         lines += [
-            f"loading a step takes {found['cost']['coarsest']:.2f}x the core-seconds of the finest shape at the "
-            f"coarsest shape, {found['cost']['average']:.2f}x on average over the plan",
+            f"loading a step of the coarsest shape takes {found['cost']['coarsest']:.2f}x the core-seconds of the "
+            f"finest shape, an average step of the plan {found['cost']['average']:.2f}x",
             f"phases that wait for data: {waiting_phases(plan) or 'none'}; training takes about "
-            f"{duration(plan['seconds'])}, {duration(plan['compute'])} if it never waited; "
+            f"{duration(plan['seconds'])}, or {duration(plan['compute'])} without waiting; "
             f"{rival['seconds'] / plan['seconds']:.2f}x less than the baseline's {duration(rival['seconds'])}",
         ]
         blocks.append("\n".join(lines))

@@ -1,7 +1,7 @@
-"""How long a training step takes at every shape of a plan, without loading data.
+"""Measure a training step at every shape of a plan, without loading data.
 
-On a CPU only a part of each batch is measured, the same volume of every shape, so that a step takes seconds and not
-minutes.
+On a CPU only a part of each batch is measured, with the same volume for every shape, so that a step takes seconds
+instead of minutes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ from torch import Tensor, nn
 
 from mgtrain.console import ShowProgress
 from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips
-from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.machine.memory import fit_memory
+from mgtrain.engine.machine.tuning import measure
+from mgtrain.engine.machine.warmup import set_up, wait_for_gpu
 from mgtrain.engine.step import autocast, memory_format, to_device, train_step
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.grid import Shape
+from mgtrain.models.conv import choose
 from mgtrain.models.part import set_part
+from mgtrain.processes.cores import cpu_name, has_bf16
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
-from mgtrain.schedule import Plan, Step
+from mgtrain.schedule import Plan, Step, baseline_recipe, make_plan
 
-PEAK = 2048  # rows and columns of the square matrices whose product measures the machine
-CPU_CLIPS = 2  # of the base shape: the volume of a measured step on a CPU
+PEAK = {"cpu": 2048, "cuda": 8192}  # size of the square matrices whose product measures the peak speed
+PICTURES = {"cpu": (8, 128, 28), "cuda": (64, 256, 56)}  # pictures, channels and size of a convolution for the same
+CPU_CLIPS = 2  # of the base shape have the volume of a measured step on a CPU
 SPANS = {
     "seconds": ("start", "done"),
     "copy": ("start", "copied"),
@@ -38,20 +44,24 @@ SPANS = {
     "update": ("update", "end"),
 }
 FORWARD_AND_BACKWARD = 3  # a backward pass costs two forward passes: for the weights and for the input
-STEPS = 2  # timed by `step_seconds`, after one that is not
+HALF_PAYS = 1.3  # speed relative to float32 from which on bf16 is proposed
+STEPS = 2  # timed steps in `step_seconds`, after one warm-up step
 
 
 def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress: ShowProgress) -> dict[str, Any]:
-    """Time steps of every distinct shape of the plan, each `repeats` times after one that is not counted."""
+    """Time `repeats` steps of every distinct shape of the plan, each after one warm-up step."""
+    set_up(recipe, world.device)
+    recipe = fit_memory(recipe, plan, world)
     firsts = plan.first_steps()
     flops = check_shapes(recipe, firsts)
-    peak = matrix_product(recipe, world)
+    peak = max(matrix_product(recipe, world), picture_convolution(recipe, world))
     model = to_device(make_model(recipe), recipe, world)
+    choose(model, measure(recipe, plan, world))
     rows: list[dict[str, Any]] = []
     for n, (shape, step) in enumerate(firsts.items(), start=1):
         _reset_peak(world)
         row = time_step(model, recipe, step, world, repeats)
-        row["peak_bytes"] = _peak(world)  # None: not known
+        row["peak_bytes"] = _peak(world)
         size = (row["clips"], 3, shape.frames, shape.crop, shape.crop)
         row["convolutions"] = convolutions_alone(model, recipe, size, world, repeats)
         row["over_convolutions"] = row["seconds"] / row["convolutions"]
@@ -63,17 +73,17 @@ def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress:
     of_volume = [row["seconds"] / row["clips"] / shape.frames / shape.crop**2
                  for row, shape in zip(rows, firsts, strict=True)]  # fmt: skip
     return {
-        "device": str(world.device),
+        "device": cpu_name() if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
         "threads": torch.get_num_threads(),
         "precision": recipe.hardware.precision,
-        "matrix_product_flops": peak,  # per second, a multiply-add being two
+        "peak_flops": peak,  # per second; a multiply-add is two
         "shapes": rows,
         "slowest_over_fastest": max(of_volume) / min(of_volume),
     }
 
 
 def measured(recipe: Recipe, step: Step, world: World) -> tuple[int, int]:
-    """How many clips of a step are measured, in how many BatchNorm groups: a micro-batch, or on a CPU a part of one."""
+    """The clips and BatchNorm groups of a measured step: those of a micro-batch, or on a CPU a part of them."""
     shape, group = step.shape, step.shape.clips // step.bn_groups
     if world.device.type != "cpu":
         clips = pass_clips(recipe, shape, step.bn_groups, 1)
@@ -85,7 +95,7 @@ def measured(recipe: Recipe, step: Step, world: World) -> tuple[int, int]:
 
 
 def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeats: int) -> dict[str, Any]:
-    """Run the measured part of a training step as `fit` runs it: its clips and groups, and medians of the `SPANS`."""
+    """Time the measured part of a training step: its clips and groups, and the medians of the `SPANS` in seconds."""
     clips, groups = measured(recipe, step, world)
     shape = Shape(clips, step.shape.frames, step.shape.crop)
     part = replace(step, shape=shape, bn_groups=groups)
@@ -99,7 +109,7 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
     marks: dict[str, float] = {}
 
     def mark(name: str) -> None:
-        _wait(world.device)
+        wait_for_gpu(world.device)
         marks[name] = time.perf_counter()
 
     hooks = [
@@ -124,9 +134,14 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
     return {"clips": clips, "bn_groups": groups, **dict(zip(SPANS, medians, strict=True))}
 
 
-def step_seconds(recipe: Recipe, steps: Iterable[Step], world: World) -> Iterator[tuple[Shape, float]]:
-    """The shape of each step, and how long a rank computes at it: the measured part scaled up, and one update."""
+def step_seconds(recipe: Recipe, plan: Plan, steps: Iterable[Step], world: World) -> Iterator[tuple[Shape, float]]:
+    """The shape of each step and the seconds that a rank computes: the measured part, scaled up, and one update.
+
+    Convolutions use the same forms as in a run of the `plan`.
+    """
+    set_up(recipe, world.device)
     model = to_device(make_model(recipe), recipe, world)
+    choose(model, measure(recipe, plan, world))
     for step in steps:
         row = time_step(model, recipe, step, world, STEPS)
         share = step.shape.clips / row["clips"] / world.size
@@ -134,7 +149,7 @@ def step_seconds(recipe: Recipe, steps: Iterable[Step], world: World) -> Iterato
 
 
 def convolutions_alone(model: nn.Module, recipe: Recipe, shape: Sequence[int], world: World, repeats: int) -> float:
-    """Seconds of all convolutions of a step, forward and backward, each run by itself: a lower bound for the step."""
+    """Seconds of all convolutions of a step, forward and backward, run separately: a lower bound for the step."""
     inputs: list[tuple[nn.Conv3d, torch.Size, bool]] = []
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv3d)]
     hooks = [
@@ -159,16 +174,43 @@ def convolutions_alone(model: nn.Module, recipe: Recipe, shape: Sequence[int], w
 
 
 def matrix_product(recipe: Recipe, world: World) -> float:
-    """Operations per second (a multiply-add is two) of a product of square matrices in the recipe's precision."""
-    a = torch.ones(PEAK, PEAK, device=world.device, dtype=DTYPES[recipe.hardware.precision])
-    return 2.0 * PEAK**3 / min(seconds_of(lambda: a @ a, 6, world.device))
+    """Operations per second (a multiply-add is two) of a matrix product in the recipe's precision."""
+    size = PEAK[world.device.type]
+    a = torch.ones(size, size, device=world.device, dtype=DTYPES[recipe.hardware.precision])
+    return 2.0 * size**3 / min(seconds_of(lambda: a @ a, 6, world.device))
+
+
+def picture_convolution(recipe: Recipe, world: World) -> float:
+    """Operations per second of a 2-D convolution in channels_last, in the recipe's precision."""
+    pictures, channels, size = PICTURES[world.device.type]
+    dtype = DTYPES[recipe.hardware.precision]
+    x = torch.ones(pictures, channels, size, size, device=world.device, dtype=dtype)
+    weight = torch.ones(channels, channels, 3, 3, device=world.device, dtype=dtype)
+    x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
+    seconds = min(seconds_of(lambda: torch.nn.functional.conv2d(x, weight, padding=1), 6, world.device))
+    return 2.0 * pictures * (3 * channels * size) ** 2 / seconds
+
+
+def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | None:
+    """The speed of a base step in bf16 relative to float32; None on GPUs and on CPUs without bf16 instructions."""
+    if world.device.type != "cpu" or not has_bf16():
+        return None
+    seconds: dict[str, float] = {}
+    for precision in ("fp32", "bf16"):
+        hardware = recipe.hardware.model_copy(update={"precision": precision})
+        in_it = baseline_recipe(recipe.model_copy(update={"hardware": hardware}))
+        plan = make_plan(in_it, videos)
+        model = to_device(make_model(in_it), in_it, world)
+        choose(model, measure(in_it, plan, world))
+        seconds[precision] = time_step(model, in_it, plan[0], world, STEPS)["seconds"]
+    return seconds["fp32"] / seconds["bf16"]
 
 
 def render(result: dict[str, Any]) -> Table:
     """The result as a table."""
     table = Table(
         title=f"a step on {result['device']}, {result['threads']} threads, {result['precision']}; "
-        f"a matrix product reaches {result['matrix_product_flops'] / 1e9:,.0f} GFLOP/s",
+        f"products and convolutions reach {result['peak_flops'] / 1e9:,.0f} GFLOP/s",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -188,23 +230,18 @@ def render(result: dict[str, Any]) -> Table:
             f"{row['over_convolutions']:.2f}x",
             "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB",
         )
-    table.caption = f"at equal volume the slowest shape takes {result['slowest_over_fastest']:.2f}x the fastest"
+    table.caption = f"per voxel, the slowest shape takes {result['slowest_over_fastest']:.2f}x the time of the fastest"
     return table
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of each of several calls."""
+    """The seconds of each of `repeats` calls."""
     times = []
     for _ in range(repeats):
-        _wait(device)
+        wait_for_gpu(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait_for_gpu(device)
         times.append(time.perf_counter() - start)
     return times
 
@@ -234,7 +271,7 @@ def _reset_peak(world: World) -> None:
 
 
 def _peak(world: World) -> int | None:
-    """Peak memory since `_reset_peak` in bytes: of the device, or of this process."""
+    """Peak bytes of the GPU, or of this process, since `_reset_peak`; None if not known."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     with suppress(OSError, StopIteration):

@@ -1,17 +1,17 @@
-"""Decode all videos of a data set before training, each in a process that it may crash, hang or fill.
+"""Decode all videos of a data set before training, in separate processes, so that a video cannot crash the check.
 
-A video is read as training reads it, and decoded from its first frame to its last. Its status is then
+A video is read as in training, and decoded from the first frame to the last. Its status is one of
 
     ok        usable
-    short     usable, though it has fewer frames than its container says or than the base clip spans; the last
-              one repeats
-    corrupt   it cannot be opened, or damage ends its decoding well before its end
+    short     usable, but with fewer frames than its container or stretch says or than the base clip spans, or with
+              missing frames; the frame before repeats
+    corrupt   it cannot be opened, or decoding ends well before its end
     crash     it kills the process that decodes it
-    timeout   it takes too long
+    timeout   decoding takes too long
     missing   there is no such file
 
-The manifest has a line for each video; a second run checks only videos that are new, have changed, took too long or
-were missing. With `data.checked`, `fit` skips unusable videos (see data/checked.py).
+The manifest has a line for each video; a second run checks only videos that are new, changed, timed out or were
+missing. With `data.checked`, `fit` skips unusable videos.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from functools import partial
 from pathlib import Path
 
 from mgtrain.clips.cut import VideoInfo, cut_views
-from mgtrain.clips.decode import VideoFile
+from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, no_progress
 from mgtrain.data.manifest import Manifest, Record, checksum
+from mgtrain.data.stretch import file_of
 from mgtrain.errors import VideoError
 from mgtrain.grid import Grid
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
 
-FEWER = 2  # frames that may lack at the end: rates and durations are rounded, and the last packet is often cut
+FEWER = 2  # frames that may be missing at the end: durations are rounded, and the last packet is often truncated
 
 
 def check(
@@ -43,11 +44,12 @@ def check(
     *,
     seconds: float,
     memory: int,
+    fps: float | None = None,
     progress: ShowProgress = no_progress,
 ) -> list[Record]:
-    """Check the videos at `paths`, relative to `root`, write the manifest `file` and return the videos' lines in it.
+    """Check the videos at `paths`, relative to `root`; returns their records, which the manifest `file` keeps.
 
-    A video may take `seconds`, and a process `memory` bytes.
+    `seconds` limits the time of a video, `memory` the bytes of a process. `fps` is the rate of folders of frames.
 
     Raises:
         DataError: the manifest cannot be written.
@@ -55,7 +57,7 @@ def check(
     paths = sorted(set(paths))
     manifest = Manifest(file)
     todo = [path for path in paths if not _is_known(root, path, manifest.records.get(path))]
-    checks = isolated(partial(check_video, root, clip=clip), todo, workers, seconds=seconds, memory=memory)
+    checks = isolated(partial(check_video, root, clip=clip, fps=fps), todo, workers, seconds=seconds, memory=memory)
     with manifest:
         for done, (path, found) in enumerate(checks, start=len(paths) - len(todo) + 1):
             if isinstance(found, Lost):
@@ -65,19 +67,22 @@ def check(
     return manifest.of(paths)
 
 
-def check_video(root: str, path: str, clip: Clip) -> Record:
-    """Read all of a video; its line in the manifest."""
+def check_video(root: str, path: str, clip: Clip, fps: float | None = None) -> Record:
+    """Read a whole video; returns its record."""
     facts = _file_facts(root, path)
     whole = os.path.join(root, path)
     try:
-        with VideoFile(whole) as video:
+        with open_source(whole, fps) as video:
             info = video.info
             decodable, damage = video.decodable(), video.damage
             grid = Grid(clip.frames, clip.crop, (clip.stride, clip.stride), (clip.short_side[0], clip.short_side[0]))
             video.read(cut_views(grid, info, times=2, crops=1, fps=clip.fps))
         facts |= {"frames": decodable, "fps": info.fps, "width": info.width, "height": info.height}
-        facts["sha256"] = checksum(Path(whole))
+        if os.path.isfile(whole):  # a long file is not read once more for every stretch of it
+            facts["sha256"] = checksum(Path(whole))
         status, message = judge(info, decodable, damage, clip)
+        if status == "ok" and video.lacking:
+            status, message = "short", video.lacking
     except (VideoError, OSError, MemoryError) as error:
         missing = isinstance(error.__cause__ or error, FileNotFoundError | NotADirectoryError)
         status = "missing" if missing else "corrupt"
@@ -87,7 +92,7 @@ def check_video(root: str, path: str, clip: Clip) -> Record:
 
 
 def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str, str]:
-    """Status and message of a video of which `decodable` of the frames of `info` decode, up to the `damage` if any.
+    """Status and message of a video with `decodable` of the frames in `info`, up to the error `damage`, if any.
 
     >>> clip = Clip(frames=8, stride=8, crop=224, short_side=(256, 320), fps=30)
     >>> judge(VideoInfo(300, 30.0, 340, 256), 300, "", clip)
@@ -111,13 +116,13 @@ def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str
 
 
 def _file_facts(root: str, path: str) -> Record:
-    """A video's line before it is read; size and time are 0 unless it is a regular file."""
+    """A video's record before it is read; size and time are 0 unless it is a regular file or a folder."""
     facts = {"path": path, "status": "", "frames": 0, "fps": 0.0, "width": 0, "height": 0, "bytes": 0, "mtime_ns": 0}
     try:
-        status = os.stat(os.path.join(root, path))
+        status = os.stat(file_of(os.path.join(root, path)))
     except (OSError, ValueError):
         status = None
-    if status and stat.S_ISREG(status.st_mode):
+    if status and stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
         facts |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return {**facts, "sha256": "", "message": ""}
 

@@ -11,20 +11,20 @@ from rich.table import Table
 
 from mgtrain.console import size
 from mgtrain.engine.checks import check_shapes, pass_clips
-from mgtrain.engine.memory import Memory
+from mgtrain.engine.machine.memory import Memory
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan
-from mgtrain.schedule.totals import steps_of_shapes
+from mgtrain.schedule.totals import render_total, steps_of_shapes
 
 
 def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | None) -> dict[str, Any]:
-    """The costs of every shape, and of the whole run against its baseline; plain values of the schema mgtrain.costs/1.
+    """The costs of every shape, of the run and of its baseline: plain values of the schema mgtrain.costs/1.
 
-    With `gib`, the memory of a device, micro-batches are chosen to fit it.
+    With `gib`, micro-batches are chosen to fit so much memory of a device.
 
     Raises:
-        PlanError: the network cannot take a shape, or nothing fits the limit.
+        PlanError: the network does not accept a shape, or no micro-batch fits.
     """
     shapes = plan.shapes()
     flops = check_shapes(recipe, [*shapes, recipe.base])
@@ -57,16 +57,15 @@ def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | N
 
 
 def multiply_adds(plan: Plan, flops: Mapping[Shape, int]) -> int:
-    """The multiply-adds of all forward passes of a run; `flops` has those of one clip of each shape."""
+    """The multiply-adds of all forward passes of a run, from those of one clip of each shape, `flops`."""
     return sum(steps * shape.clips * flops[shape] for shape, steps in steps_of_shapes(plan).items())
 
 
 def render(found: dict[str, Any], gib: float | None) -> Group:
-    """A table of the costs with a row for each shape, and the recipe keys that fit a device of `gib`."""
+    """A table of the costs of each shape, and, with `gib`, the keys of the chosen micro-batches."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     per = f"per GPU of {found['gpus']}" if found["gpus"] > 1 else "on one device"
-    names = ("a step of", "steps", "multiply-adds", "frames to decode", f"memory {per}", "clips of a pass")
-    for name in names:
+    for name in ("shape", "steps", "multiply-adds", "frames to decode", f"memory {per}", "clips per pass"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found["shapes"]:
         table.add_row(
@@ -77,7 +76,8 @@ def render(found: dict[str, Any], gib: float | None) -> Group:
             size(row["memory_bytes"]),
             f"{row['pass_clips']:,}",
         )
+    total = render_total("multiply_adds", found["multiply_adds"], found["baseline_multiply_adds"])
     if gib is None:
-        return Group(table)
+        return Group(table, total)
     keys = f"hardware.micro_clips={found['micro_clips'] or 'null'} hardware.recompute={found['recompute']}".lower()
-    return Group(table, f"that is {keys}, as `mgtrain fit` sets it with hardware.memory_gib={gib:g}")
+    return Group(table, total, f"this needs {keys}, which `mgtrain fit` chooses with hardware.memory_gib={gib:g}")

@@ -1,4 +1,4 @@
-"""Whether this machine can train, and what would improve it: `mgtrain doctor`. Every finding ends in what to do."""
+"""Check whether this machine can train, and advise what would improve it: `mgtrain doctor`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from torch import Tensor
 from mgtrain import __version__
 from mgtrain.clips.units import RandomClips
 from mgtrain.engine.checks import DTYPES, check_precision
-from mgtrain.engine.fit import open_data
+from mgtrain.engine.machine.warmup import set_up
+from mgtrain.engine.start import open_data
 from mgtrain.errors import MissingCapabilityError
+from mgtrain.models import fused
 from mgtrain.models.conv import Conv3d
-from mgtrain.preflight.bench_step import seconds_of
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.part import Part, set_part
+from mgtrain.preflight.bench_step import half_precision_gain, seconds_of
 from mgtrain.preflight.loading import cut_on_one_core, endless_requests
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe
 from mgtrain.schedule import make_plan
 
@@ -33,9 +38,10 @@ BAD_PYAV = {"15.1.0": "crashes on a truncated mp4", "18.0.0": "crashes on a trun
 DECODERS = {"h264": "most videos", "hevc": "phones' videos", "vp9": "webm, such as Something-Something's",
             "av1": "newer web videos", "mpeg4": "old avi files, such as UCF101's"}  # fmt: skip
 NEEDED_DECODER, ENCODER = "h264", "libx264"
-SHARED_BYTES = 1 << 30  # through which loader processes pass clips; containers often have 64 MiB
-PROBE = (8, 64, 8, 28, 28)  # features of an early layer
-CLOSE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # relative error of a gradient
+SHARED_BYTES = 1 << 30  # of shared memory for the clips of loader processes; containers often have 64 MiB
+DEMO_VIDEOS = 480  # training videos of the demo
+PROBE = (8, 64, 8, 28, 28)  # shape of an early layer's features
+CLOSE = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.01}  # relative error of a gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class Finding:
     what: str
     level: Level
     found: str
-    advice: str = ""  # what to do; empty if all is well
+    advice: str = ""  # what to do; empty if nothing is wrong
 
     def __str__(self) -> str:
         mark = {"good": "ok ", "could be better": "-> ", "missing": "!! "}[self.level]
@@ -53,19 +59,23 @@ class Finding:
 
 
 def examine(device: torch.device, recipe: Recipe | None = None) -> Iterator[Finding]:
-    """Run all checks one after the other; with a recipe, check its data too."""
+    """Run all checks; with a recipe, check its data, too."""
     yield from versions()
     yield from devices(device)
     yield cores()
     yield from codecs()
     yield from room()
+    if device.type == "cuda":
+        set_up(recipe or load_recipe("demo_baseline"), device)
+        yield tf32()
+        yield groups(device)
     yield from convolutions(device)
     if recipe:
         yield from data(recipe)
 
 
 def refuse_missing(findings: Iterable[Finding]) -> None:
-    """Raise `MissingCapabilityError` if something needed is missing."""
+    """Raise `MissingCapabilityError` if something required is missing."""
     missing = [f"{finding.what}: {finding.advice}" for finding in findings if finding.level == "missing"]
     if missing:
         raise MissingCapabilityError("; ".join(missing))
@@ -77,7 +87,7 @@ def judged(what: str, found: str, advice: str, bad: Level = "could be better") -
 
 
 def versions() -> Iterator[Finding]:
-    """The packages that matter."""
+    """Versions of the packages that matter."""
     found = (
         f"mgtrain {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, PyAV {av.__version__}"
@@ -92,7 +102,7 @@ def versions() -> Iterator[Finding]:
 
 
 def devices(device: torch.device) -> Iterator[Finding]:
-    """GPUs, and how ranks communicate."""
+    """The GPUs, and the backend with which ranks communicate."""
     count = torch.cuda.device_count()
     if count:
         yield Finding("devices", "good", ", ".join(torch.cuda.get_device_name(n) for n in range(count)))
@@ -101,7 +111,7 @@ def devices(device: torch.device) -> Iterator[Finding]:
         yield judged("ranks", found, "" if nccl else "install a build of torch with CUDA and NCCL", "missing")
     else:
         smi = shutil.which("nvidia-smi")
-        advice = "torch sees no GPU though nvidia-smi is there: install a build of torch for its driver" if smi else ""
+        advice = "nvidia-smi exists, but torch sees no GPU: install a build of torch for its driver" if smi else ""
         found = f"no GPU; {usable_cores()} cores, {torch.get_num_threads()} threads ({device})"
         yield judged("devices", found, advice)
         gloo = torch.distributed.is_gloo_available()
@@ -110,27 +120,27 @@ def devices(device: torch.device) -> Iterator[Finding]:
 
 
 def cores() -> Finding:
-    """Whether other processes use the cores, and whether there are enough for torch's threads.
+    """Whether the cores are free, and enough for torch's threads.
 
-    The threads of a step wait for each other, so a core that another process uses makes the step many times slower.
+    The threads of a step wait for each other, so one busy core makes the step many times slower.
     """
-    there, threads, busy = usable_cores(), torch.get_num_threads(), busy_cores()
-    if threads > there:
-        advice = f"this makes a step many times slower: set OMP_NUM_THREADS={there}"
-        return judged("cores", f"{threads} threads of torch on {there} cores", advice)
+    count, threads, busy = usable_cores(), torch.get_num_threads(), busy_cores()
+    if threads > count:
+        advice = f"this makes a step many times slower: set OMP_NUM_THREADS={count}"
+        return judged("cores", f"{threads} threads of torch on {count} cores", advice)
     if busy is not None and crowded(busy):
         advice = "torch's threads wait for them: stop them, or measure later"
-        return judged("cores", f"other processes use {busy:.1f} of {there} cores", advice)
-    return Finding("cores", "good", f"{there}, {'idle' if busy is not None else 'use unknown'}")
+        return judged("cores", f"other processes use {busy:.1f} of {count} cores", advice)
+    return Finding("cores", "good", f"{count}, {'idle' if busy is not None else 'use unknown'}")
 
 
 def codecs() -> Iterator[Finding]:
-    """What PyAV can decode, and encode for `mgtrain data prepare`."""
-    absent = [name for name in DECODERS if not _has_codec(name, "r")]
-    if absent:
-        lacking = ", ".join(f"{name} ({DECODERS[name]})" for name in absent)
-        level: Level = "missing" if NEEDED_DECODER in absent else "could be better"
-        yield Finding("decoders", level, f"no {lacking}", "pip install --force-reinstall av, whose wheels have them")
+    """The codecs that PyAV can decode, and encode for `mgtrain data prepare`."""
+    missing = [name for name in DECODERS if not _has_codec(name, "r")]
+    if missing:
+        names = ", ".join(f"{name} ({DECODERS[name]})" for name in missing)
+        level: Level = "missing" if NEEDED_DECODER in missing else "could be better"
+        yield Finding("decoders", level, f"no {names}", "use PyAV's wheels: pip install --force-reinstall av")
     else:
         version = ".".join(map(str, av.library_versions["libavcodec"]))
         yield Finding("decoders", "good", f"{', '.join(DECODERS)} (libavcodec {version})")
@@ -140,49 +150,78 @@ def codecs() -> Iterator[Finding]:
 
 
 def room() -> Iterator[Finding]:
-    """Shared memory and disk."""
+    """Shared memory and free disk space."""
     if os.path.isdir("/dev/shm"):
         size = shutil.disk_usage("/dev/shm").total
         advice = "start the container with --shm-size=8g, or train with hardware.workers=0"
         yield judged("shared memory", f"{size / 2**30:.1f} GiB", advice if size < SHARED_BYTES else "")
     free = shutil.disk_usage(".").free
-    advice = "checkpoints need room: free some, or start in another folder" if free < 2**30 else ""
+    advice = "too little for checkpoints: free some space, or use another folder" if free < 2**30 else ""
     yield judged("disk", f"{free / 2**30:.0f} GiB free here", advice)
 
 
+def tf32() -> Finding:
+    """Whether float32 products round their inputs to TF32, as the recipe says."""
+    if _in_tf32():
+        found = "on: several times as fast, with relative errors of about 1e-3 in precision fp32"
+        return Finding("TF32", "good", f"{found}; hardware.tf32=false for full precision")
+    return Finding("TF32", "good", "off: full precision in fp32; hardware.tf32=true is several times as fast")
+
+
+def _in_tf32() -> bool:
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
+
+
+def groups(device: torch.device) -> Finding:
+    """Whether a fused kernel normalizes all BatchNorm groups at once, and computes the same values."""
+    norm, part = GroupBatchNorm3d(64).to(device), Part(0, 8, 8, 4)
+    x = torch.arange(8.0 * 64 * 128, device=device).sin().view(8, 64, 2, 8, 8)
+    set_part(norm, part)
+    if not fused.usable(x.to(memory_format=torch.channels_last_3d)):
+        return judged("BatchNorm groups", "not fused", "coarse steps are slow: install Triton and a C compiler")
+    outputs = [norm(x.to(memory_format=layout)) for layout in (torch.channels_last_3d, torch.contiguous_format)]
+    error = float((outputs[0] - outputs[1]).detach().abs().max())
+    advice = "" if error < 1e-4 else "report it, and train with hardware.channels_last=false"
+    return judged("BatchNorm groups", f"fused, error {error:.1e}", advice, "missing")
+
+
 def convolutions(device: torch.device) -> Iterator[Finding]:
-    """A 3-D convolution in each memory layout and precision: its time, and its error against double precision."""
+    """The time of a 3-D convolution in each memory format and precision, and its error against double precision."""
     usable: list[tuple[float, str, bool]] = []
     for precision in ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16"):
         for last, layout in ((True, torch.channels_last_3d), (False, torch.contiguous_format)):
             seconds, error = _probe(device, precision, layout)
-            if error <= CLOSE[precision]:
+            close = CLOSE["tf32" if precision == "fp32" and device.type == "cuda" and _in_tf32() else precision]
+            if error <= close:
                 usable.append((seconds, precision, last))
             advice = f"do not train with hardware.precision={precision} on this build of torch"
             what = f"conv3d {precision}, channels {'last' if last else 'first'}"
             found = f"{1e3 * seconds:.1f} ms, relative error {error:.1e}"
-            yield judged(what, found, advice if error > CLOSE[precision] else "")
+            yield judged(what, found, advice if error > close else "")
     if usable:
         _, precision, last = min(usable)
         advice = f"fastest: hardware.precision={precision} hardware.channels_last={str(last).lower()}"
         if not _can_train(precision, device):
-            advice += ", but this build computes wrong gradients of short clips with it: use fp32"
+            advice += ", but this build of torch computes wrong gradients of short clips with it: use fp32"
         level: Level = "good" if last else "could be better"
         yield Finding("layout", level, f"channels {'last' if last else 'first'}", advice)
+    if gain := half_precision_gain(load_recipe("demo_baseline"), DEMO_VIDEOS, World()):
+        yield Finding("half precision", "good", f"a step of demo_baseline is {gain:.2f}x as fast in bf16 as in fp32")
 
 
 def data(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the recipe's videos are there, and how fast one core cuts clips from them."""
+    """Whether the recipe's videos exist, and how fast one core loads clips from them."""
     train, val = open_data(recipe)
     yield Finding("data", "good", f"{len(train):,} training and {len(val):,} validation videos")
-    requests = endless_requests(len(train), recipe, make_plan(recipe, len(train))[0].grid)
+    requests = endless_requests(train, recipe, make_plan(recipe, len(train))[0].grid)
     core = cut_on_one_core(RandomClips(train, recipe), requests, seconds=2)
     rate = core.clips / core.seconds
-    advice = "`mgtrain data prepare` makes coarse clips several times faster" if not recipe.data.prepared else ""
+    advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""
     yield Finding("loading", "good", f"{rate:.0f} clips/s on one core at the coarsest shape", advice)
     if core.bad:
         found = f"{core.bad} of {core.clips} cannot be decoded"
-        yield judged("videos", found, "find them: mgtrain data check")
+        yield judged("videos", found, "find them with mgtrain data check")
 
 
 def _probe(device: torch.device, precision: str, layout: torch.memory_format) -> tuple[float, float]:

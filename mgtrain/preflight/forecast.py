@@ -1,24 +1,27 @@
-"""How long a run will take on this machine, from a few seconds of measuring: `mgtrain plan --measure`.
+"""Estimate the time of a run on this machine from short measurements: `mgtrain plan --measure`.
 
-A step takes as long as the slower of computing it and loading its clips; where both share a CPU, at least as long as
-the cores need for the two together. Within a short cycle the loader catches up, so each phase is estimated by its
-mean step over a cycle.
+The time of a step is the maximum of computing it and loading its clips; if both share a CPU, at least the time that its
+cores need for both. The loader catches up within a short cycle, so a phase is estimated from the mean step of a cycle.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from mgtrain.clips.loader import worker_count
+from mgtrain.clips.loader import BadVideos, view_batches, worker_count
 from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
-from mgtrain.engine.checks import check_shapes
+from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.evaluate import predict
+from mgtrain.engine.recalibrate import batches_needed
+from mgtrain.engine.step import to_device
 from mgtrain.grid import Shape
-from mgtrain.preflight.bench_step import step_seconds
+from mgtrain.preflight.bench_step import HALF_PAYS, half_precision_gain, step_seconds
 from mgtrain.preflight.costs import multiply_adds
 from mgtrain.preflight.loading import measure_loading
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
@@ -30,7 +33,7 @@ from mgtrain.schedule.totals import make_plans
 
 @dataclass(frozen=True, slots=True)
 class ShapeRate:
-    """What a step of one shape takes on this machine, per rank."""
+    """The time of a step of one shape on this machine, per rank."""
 
     compute: float  # seconds
     load: float  # seconds of the loader
@@ -38,13 +41,13 @@ class ShapeRate:
 
     @classmethod
     def of(cls, compute: float, loading: Mapping[str, Any], world: World) -> ShapeRate:
-        """From the seconds of a step and what `measure_loading` found."""
+        """Combine the seconds of a step with the results of `measure_loading`."""
         load = loading["clips"] / world.size / loading["loader_clips_per_second"]
         return cls(compute, load, loading["core_seconds_per_step"] / world.size)
 
 
 def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
-    """Seconds of a plan's training. `cores` is how many computing and loading share; None if they share none."""
+    """Estimate a plan's training time in seconds; `cores` are shared by computing and loading, None if not shared."""
     phases, total, compute = [], 0.0, 0.0
     for phase in plan.phases:
         cycle = [rates[shape] for shape in phase.shapes[: phase.steps]]
@@ -60,44 +63,74 @@ def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> di
 
 
 def waiting_phases(estimate: dict[str, Any]) -> str:
-    """The numbers of the phases of `hours` that wait for data."""
+    """The numbers of the phases that wait for data, in an estimate of `hours`."""
     return ", ".join(str(phase["index"] + 1) for phase in estimate["phases"] if phase["waits"])
 
 
-def forecast(recipe: Recipe, videos: Videos, world: World, seconds: float, progress: ShowProgress) -> dict[str, Any]:
+def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: float) -> float:
+    """Videos per second of an evaluation, including loading, measured for about `seconds` after the first batch."""
+    model = to_device(make_model(recipe), recipe, world)
+    bad = BadVideos(len(val), recipe.data.max_bad_fraction)
+    start, done = time.perf_counter(), 0
+    found = predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world, bad), 1, recipe, world)
+    for n, (numbers, _) in enumerate(found):
+        if n == 0 and len(numbers) < len(val):  # includes starting the workers
+            start = time.perf_counter()
+            continue
+        done += len(numbers)
+        if time.perf_counter() - start > seconds:
+            break
+    return done / (time.perf_counter() - start)
+
+
+def evaluation_seconds(recipe: Recipe, plan: Plan, val_videos: int, rate: float) -> float:
+    """Seconds of a run's evaluations; recalibrating on a clip is assumed to take the time of evaluating a video."""
+    ends = plan.milestones(recipe.evaluation.times)
+    recalibrating = sum(batches_needed(recipe, plan, step) for step in ends) * recipe.batch.clips
+    return (len(ends) * val_videos + recalibrating) / rate
+
+
+def forecast(
+    recipe: Recipe, videos: Videos, val: Videos, world: World, seconds: float, progress: ShowProgress
+) -> dict[str, Any]:
     """Estimate the time of the plan and of its baseline; the loading of each shape is measured for `seconds`.
 
-    Returns plain values of the schema mgtrain.forecast/1.
+    Returns plain values of the schema mgtrain.forecast/2.
     """
     busy = busy_cores() or 0.0
     plans = make_plans(recipe, len(videos))
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     flops = check_shapes(recipe, steps)
     rates: dict[Shape, ShapeRate] = {}
-    for shape, compute in step_seconds(recipe, steps.values(), world):
+    for shape, compute in step_seconds(recipe, plans["plan"], steps.values(), world):
         loading = measure_loading(recipe, videos, world, shape, steps[shape].grid, seconds)
         rates[shape] = ShapeRate.of(compute, loading, world)
         progress("measuring", len(rates), len(steps))
-    # A rank's computing and loading share its cores, unless a GPU computes.
-    cores = max(1, usable_cores() // world.local_size) if world.device.type == "cpu" else None
-    runs = {
-        name: {**hours(plan, rates, cores), "multiply_adds": multiply_adds(plan, flops)} for name, plan in plans.items()
-    }
+    # On a CPU, computing and loading share the rank's cores.
+    cores = world.cores if world.device.type == "cpu" else None
+    rate = evaluated_per_second(recipe, val, world, seconds)
+    runs: dict[str, dict[str, Any]] = {}
+    for name, plan in plans.items():
+        training, evaluating = hours(plan, rates, cores), evaluation_seconds(recipe, plan, len(val), rate)
+        clock = {"evaluation_seconds": evaluating, "clock_seconds": training["seconds"] + evaluating}
+        runs[name] = {**training, **clock, "multiply_adds": multiply_adds(plan, flops)}
     return {
-        "schema": "mgtrain.forecast/1",
-        "workers": worker_count(recipe, world),
+        "schema": "mgtrain.forecast/2",
+        "workers": worker_count(recipe.hardware.workers, world),
         "busy_cores": busy,
         "prepared": recipe.data.prepared is not None,
         "shapes": [{"shape": asdict(shape), "multiply_adds": flops[shape], **asdict(rates[shape])} for shape in rates],
         **runs,
+        "bf16_gain": half_precision_gain(recipe, len(videos), world) if recipe.hardware.precision == "fp32" else None,
         "speedup": runs["baseline"]["seconds"] / runs["plan"]["seconds"],
+        "clock_speedup": runs["baseline"]["clock_seconds"] / runs["plan"]["clock_seconds"],
         "speedup_without_waiting": runs["baseline"]["compute"] / runs["plan"]["compute"],
     }
 
 
 def render(result: dict[str, Any]) -> str:
-    """The forecast as a person reads it."""
-    lines = [f"{'a step of':>16}{'computing':>12}{'loading':>10}{'clips/s':>10}{'needed':>10}"]
+    """The forecast as text."""
+    lines = [f"{'shape':>16}{'computing':>12}{'loading':>10}{'clips/s':>10}{'needed':>10}"]
     for row in result["shapes"]:
         shape, slow = Shape(**row["shape"]), row["load"] > row["compute"]
         rate, needed = shape.clips / row["load"], shape.clips / row["compute"]
@@ -108,18 +141,25 @@ def render(result: dict[str, Any]) -> str:
     plan, baseline = result["plan"], result["baseline"]
     work = baseline["multiply_adds"] / plan["multiply_adds"]
     lines.append(
-        f"training without evaluations: {duration(plan['seconds'])} against the baseline's "
-        f"{duration(baseline['seconds'])} ({result['speedup']:.2f}x less), with 1/{work:.2f} of its multiply-adds"
+        f"training: {duration(plan['seconds'])} against the baseline's {duration(baseline['seconds'])} "
+        f"({result['speedup']:.2f}x less), with 1/{work:.2f} of its multiply-adds"
+    )
+    lines.append(
+        f"by the clock, with evaluations of {duration(plan['evaluation_seconds'])} and "
+        f"{duration(baseline['evaluation_seconds'])}: {duration(plan['clock_seconds'])} against "
+        f"{duration(baseline['clock_seconds'])} ({result['clock_speedup']:.2f}x less)"
     )
     if crowded(result["busy_cores"]):
         lines.append(
             f"other processes use {result['busy_cores']:.1f} of {usable_cores()} cores, so these times are too long; "
-            "measure again when they have ended"
+            "measure again later"
         )
+    if (gain := result["bf16_gain"] or 0) >= HALF_PAYS:
+        lines.append(f"a step is {gain:.2f}x as fast in hardware.precision=bf16 on this CPU")
     if waiting := waiting_phases(plan):
-        remedy = "more loader processes (hardware.workers)" if result["prepared"] else "`mgtrain data prepare`"
+        remedy = "use more loader processes (hardware.workers)" if result["prepared"] else "use `mgtrain data prepare`"
         lines.append(
-            f"phases {waiting} wait for the {result['workers']} loader processes; without waiting it would be "
-            f"{result['speedup_without_waiting']:.2f}x. What helps: {remedy}"
+            f"phases {waiting} wait for the {result['workers']} loader processes; without waiting training would take "
+            f"{result['speedup_without_waiting']:.2f}x less: {remedy}"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The first recipes for your own videos: as large as the data, the machine and the given time allow.
+"""Propose the first recipes for your own videos, as large as the data, the machine and the given time allow.
 
 The baseline's training time is estimated from the network's multiply-adds and the speed of a matrix product on this
-machine, which is right to a factor of about two; `mgtrain plan --measure` times real steps.
+machine, with an error of up to a factor of two; `mgtrain plan --measure` times real steps.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 
 from mgtrain.console import ShowProgress, no_progress
-from mgtrain.data.found import Parts, find_videos, make_parts
+from mgtrain.data.formats.listfile import write_lists
+from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
-from mgtrain.data.listfile import write_lists
-from mgtrain.data.videos import Videos
+from mgtrain.data.videos import EXAMPLES, Videos, mirrored_pairs, printable
 from mgtrain.engine.checks import check_shapes
 from mgtrain.errors import UsageError
-from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, matrix_product
+from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, HALF_PAYS, half_precision_gain, matrix_product
 from mgtrain.preflight.stats import Stats, make_stats
 from mgtrain.processes.cores import usable_cores
 from mgtrain.processes.distributed import World, connect, default_procs
@@ -34,17 +33,16 @@ from mgtrain.recipe import Clip, Recipe, parse_recipe
 from mgtrain.schedule import check_world, make_plan
 
 SAMPLE = 200  # videos to open
-SHARE_OF_PEAK = {"cpu": 0.45, "cuda": 0.35}  # of the matrix product's speed that a step reaches
-HOURS = {"cpu": 1.0, "cuda": 12.0}  # of the baseline's training, by default
-STAGES = (0.67, 0.22, 0.11)  # of the epochs, at each learning rate
+SHARE_OF_PEAK = {"cpu": 0.45, "cuda": 0.35}  # speed of a step relative to a matrix product
+HOURS = {"cpu": 1.0, "cuda": 12.0}  # default training time of the baseline
+STAGES = (0.67, 0.22, 0.11)  # shares of the epochs at each learning rate
 LEAST_EPOCHS = 15
-MIRRORED = (("left", "right"), ("leftward", "rightward"), ("clockwise", "anticlockwise"),
-            ("clockwise", "counterclockwise"))  # fmt: skip
+MOST_EPOCHS = 200  # warn about too few videos if there are more
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a baseline is: network, pixels and steps."""
+    """The size of a baseline: network, clips and steps."""
 
     model: str  # lines of the recipe's `model:`
     frames: int
@@ -56,7 +54,8 @@ class Size:
 
 SMALL = "  name: i3d_r50\n  width: {}\n  depth: [1, 1, 1, 1]\n  dropout: 0.0"
 FULL = "  name: slowfast_r50"
-# From small to large: the largest that trains in time is chosen; if none does, the first.
+STEPS = (500, 1000, 2000, 4000, 8000)  # of fine-tuning
+# In ascending order: the largest that trains in the given time is chosen, or the first one.
 SIZES = {
     "cpu": (
         Size(SMALL.format(16), 16, 4, 64, 8, 1000),
@@ -75,31 +74,37 @@ SIZES = {
         Size(FULL, 32, 2, 224, 8, 40000),
     ),
 }
+# Transformers are fine-tuned from Kinetics weights at the size that these are of.
+NETWORKS = {
+    name: tuple(Size(f"  name: {name}\n  drop_path: 0.2", frames, stride, 224, 8, steps) for steps in STEPS)
+    for name, frames, stride in (("swin3d_t", 32, 2), ("mvit_v2_s", 16, 4))
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What can be trained on."""
+    """The videos to train on."""
 
     train: Videos
     val: Videos
-    files: Mapping[str, str]  # their lists, by split
-    seconds: np.ndarray  # float64 (n,), of a sample of the training videos
-    short_sides: np.ndarray  # pixels, of the same videos
+    files: Mapping[str, str]  # split -> list of its videos
+    seconds: np.ndarray  # float64 (n,), durations of a sample of the training videos
+    short_sides: np.ndarray  # float64 (n,), pixels, of the same videos
+    fps: float | None = None  # of folders of frames
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Two recipes that differ in `schedule:` only, and the estimated time of the baseline's training."""
+    """Two recipes that differ in `schedule:` only, and the estimated training time of the baseline."""
 
-    texts: dict[str, str]  # `baseline` and `multigrid`
+    texts: dict[str, str]  # YAML of `baseline` and `multigrid`
     recipe: Recipe  # the baseline
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """What `mgtrain init` has written, and why."""
+    """The result of `mgtrain init`: the files that it has written, and what it found."""
 
     parts: Parts
     stats: Stats  # of a sample of the training videos
@@ -109,7 +114,7 @@ class Project:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Videos of each part."""
+        """The number of videos in each split."""
         return {part: len(videos) for part, videos in self.parts.splits.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class Project:
         }  # fmt: skip
 
     def render(self) -> str:
-        """What was written and what to run next."""
+        """The files and the commands to run next."""
         recipe, (baseline, multigrid) = self.proposal.recipe, self.recipes.values()
         classes = len(self.parts.splits["train"].classes)
         broken = len(self.stats.broken)
@@ -136,65 +141,105 @@ class Project:
             f"          mgtrain fit {baseline}",
             f"          mgtrain fit {multigrid} --baseline {baseline.stem}",
             f"          mgtrain compare {baseline.stem} {multigrid.stem} --html report.html",
-            *([f"first     mgtrain data check {multigrid}: {broken} videos cannot be opened"] if broken else []),
+            *([f"before    mgtrain weights import --from torchvision:{recipe.model.name} --to {recipe.init.weights}"]
+               if recipe.init.weights else []),
+            *([f"before    mgtrain data check {multigrid}: {broken} videos cannot be opened"] if broken else []),
         ])  # fmt: skip
 
 
 def make_project(
     data: Path,
+    videos: Mapping[str, Videos],
     to: Path,
     name: str,
     *,
-    root: Path | None = None,
     val: float = 0.2,
     group_by: str | None = None,
     hours: float | None = None,
+    fps: float | None = None,
     seed: int = 0,
     device: str | None = None,
+    network: str | None = None,
     report: Callable[[str, bool], None] = lambda text, warns: None,
     progress: ShowProgress = no_progress,
 ) -> Project:
-    """Inspect the videos at `data`, split them, and write lists and two recipes to the folder `to`.
+    """Inspect the `videos` found at `data`, split them, and write lists and two recipes to the folder `to`.
 
-    `report` is given each finding about the videos, and whether it is a warning.
+    `fps` is the rate of folders of frames. `report(text, warns)` receives each finding about the videos.
 
     Raises:
-        DataError: there are no labelled videos that can be used.
-        UsageError: a recipe of this name exists.
+        DataError: there are no usable labelled videos.
+        UsageError: a recipe with this name exists.
     """
-    videos = find_videos(data, root)
     recipes = {kind: to / f"{name}_{kind}.yaml" for kind in ("baseline", "multigrid")}
-    there = next((file for file in recipes.values() if file.exists()), None)
-    if there:
-        raise UsageError(f"{there}: exists already; give another --name or --to")
+    for file in recipes.values():
+        if file.exists():
+            raise UsageError(f"{file}: exists already; choose another --name or --to")
     index = make_index(videos, progress=progress)
     for finding in index.findings:
         report(str(finding), finding.warns)
     parts = make_parts(videos, index, val=val, group_by=group_by, seed=seed)
     train, held_out = parts.splits["train"], parts.splits["val"]
+    for text in remarks(data, videos, parts):
+        report(text, True)
     any_clip = Clip(frames=1, stride=1, crop=8, short_side=(8, 8))
-    stats = make_stats(train, any_clip, sample=SAMPLE, seed=seed, workers=min(16, usable_cores()), progress=progress)
+    if fps is None and os.path.isdir(train.file(0)):
+        raise UsageError(f"{train.file(0)}: is a folder of frames; give --fps, their rate per second")
+    workers = min(16, usable_cores())
+    stats = make_stats(train, any_clip, sample=SAMPLE, seed=seed, workers=workers, fps=fps, progress=progress)
     for cause in stats.broken:
         report(cause, True)
     files = {part: os.path.abspath(to / f"{part}.csv") for part in parts.splits}
-    found = Found(train, held_out, files, stats.column("seconds"), stats.column("short_side"))
+    found = Found(train, held_out, files, stats.column("seconds"), stats.column("short_side"), fps)
     gpus = default_procs(device)
     with connect(device) as world:
-        proposal = propose(found, world, gpus, hours)
+        proposal = propose(found, world, gpus, hours, network)
+    epochs = sum(proposal.recipe.optim.stages)
+    if epochs > MOST_EPOCHS:
+        report(
+            f"only {len(train)} training videos, so the recipes need {epochs:,g} epochs; add videos, or start from "
+            "trained weights with init.weights",
+            True,
+        )
     written = write_lists(to, {part: (of, range(len(of))) for part, of in parts.splits.items()})
     for kind, file in recipes.items():
         file.write_text(proposal.texts[kind], encoding="utf-8")
     return Project(parts, stats, proposal, recipes, [*written, *recipes.values()])
 
 
-def propose(found: Found, world: World, gpus: int, hours: float | None) -> Proposal:
-    """The recipes of the largest size whose baseline trains in `hours` on `gpus` devices like this one."""
+def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[str]:
+    """Findings about the lists, classes without videos and files without a suffix."""
+    for listed in videos.values():
+        yield from listed.remarks
+    for part, of in parts.splits.items():
+        empty = [name for name, count in zip(of.classes, of.videos_per_class, strict=True) if not count]
+        if empty:
+            yield f"{part}: no video of {_some(empty)}; add videos, or remove the class's folder or label"
+    bare = [
+        os.path.join(within, file)
+        for within, _, files in (os.walk(data) if data.is_dir() else ())
+        for file in files
+        if not os.path.splitext(file)[1] and not file.startswith(".")
+    ]
+    if bare:
+        yield f"ignored files without a suffix: {_some(bare)}; if they are videos, add a suffix such as .mp4"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The number of names, and the first ones."""
+    more = ", ..." if names[EXAMPLES:] else ""
+    return f"{len(names):,} ({', '.join(printable(name) for name in names[:EXAMPLES])}{more})"
+
+
+def propose(found: Found, world: World, gpus: int, hours: float | None, network: str | None = None) -> Proposal:
+    """The recipes of the largest size whose baseline trains within `hours` on `gpus` devices like this one."""
     kind = world.device.type
     limit = 3600 * (hours if hours is not None else HOURS[kind])
     best: Proposal | None = None
     peak = 0.0
-    for size in SIZES[kind]:
-        texts = {name: _write(name, size, found, kind, gpus) for name in ("baseline", "multigrid")}
+    for size in SIZES[kind] if network is None else NETWORKS[network]:
+        weights = None if network is None else weights_file(found, network)
+        texts = {name: _write(name, size, found, kind, gpus, weights) for name in ("baseline", "multigrid")}
         recipe = parse_recipe(texts["baseline"], "proposal")
         plan = make_plan(recipe, len(found.train))
         peak = peak or matrix_product(recipe, world)
@@ -204,6 +249,10 @@ def propose(found: Found, world: World, gpus: int, hours: float | None) -> Propo
         if best is None or made.seconds <= limit:
             best = made
     assert best is not None
+    gain = (half_precision_gain(best.recipe, len(found.train), world) if network is None else None) or 1.0
+    if gain >= HALF_PAYS:
+        texts = {name: text.replace("precision: fp32", "precision: bf16") for name, text in best.texts.items()}
+        best = Proposal(texts, parse_recipe(texts["baseline"], "proposal"), best.seconds / gain)
     multigrid = parse_recipe(best.texts["multigrid"], "proposal")
     plan = make_plan(multigrid, len(found.train))
     check_world(plan, gpus)
@@ -211,45 +260,46 @@ def propose(found: Found, world: World, gpus: int, hours: float | None) -> Propo
     return best
 
 
-def mirrored(classes: Sequence[str]) -> tuple[list[tuple[str, str]], bool]:
-    """Pairs of classes that a flip turns into each other, going by their names; whether a flip breaks another class.
-
-    >>> mirrored(["turn left", "turn right", "stop"])
-    ([('turn left', 'turn right')], False)
-    >>> mirrored(["look left", "stop"])
-    ([], True)
-    """
-    pairs: list[tuple[str, str]] = []
-    paired: set[str] = set()
-    sided = set()
-    for one, other in MIRRORED:
-        for name in classes:
-            if not re.search(rf"(?<![a-z]){one}(?![a-z])", name, re.IGNORECASE):
-                continue
-            twin = re.sub(rf"(?<![a-z]){one}(?![a-z])", other, name, flags=re.IGNORECASE)
-            found = next((known for known in classes if known.lower() == twin.lower()), None)
-            if found and not {name, found} & paired:
-                pairs.append((name, found))
-                paired |= {name, found}
-        sided |= {name for name in classes if re.search(rf"(?<![a-z])({one}|{other})(?![a-z])", name, re.IGNORECASE)}
-    return pairs, bool(sided - paired)
+def weights_file(found: Found, network: str) -> str:
+    """Where the recipes expect a network's Kinetics weights: beside the lists."""
+    return os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")
 
 
-def _write(name: str, size: Size, found: Found, kind: str, gpus: int) -> str:
+def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: str | None) -> str:
     """The text of a recipe."""
     train, clips = found.train, size.clips * gpus
     epochs = max(LEAST_EPOCHS, math.ceil(size.steps * clips / len(train)))
     ends = [round(epochs * sum(STAGES[:n])) for n in range(len(STAGES) + 1)]
     stages = [after - before for before, after in pairwise(ends)]
-    # A clip spans no more than the first quartile of the videos' lengths.
+    # A clip is not longer than the first quartile of the videos.
     stride = max(1, min(size.stride, int(np.quantile(found.seconds, 0.25) * 30 / size.frames)))
     crop = max(48, min(size.crop, int(np.quantile(found.short_sides, 0.25)) // 16 * 16))
     low, high = (crop, crop * 5 / 4) if kind == "cpu" else (crop * 8 / 7, crop * 10 / 7)
-    lr, multigrid = 0.1 * clips / 64, "multigrid                  # the cycles of the paper are the defaults"
-    pairs, breaks = mirrored(train.classes)
-    flip = "0.0                        # a class says left or right" if breaks else "0.5"
+    lr, multigrid = 0.1 * clips / 64, "multigrid                  # with the paper's cycles"
+    pairs, breaks = mirrored_pairs(train.classes)
+    flip = "0.0                        # a class name contains left or right" if breaks else "0.5"
     precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    rate = f"\n  fps: {found.fps:g}" if found.fps else ""
     same = f"\n  mirrored: {json.dumps(pairs, ensure_ascii=False)}" if pairs else ""
+    optim = f"""\
+  lr: {lr:.4g}
+  stages: {stages}            # epochs of each learning rate
+  warmup_epochs: {max(1, round(epochs / 30))}
+  warmup_lr: {lr / 10:.4g}"""
+    init = ""
+    if weights is not None:
+        init = f"\ninit:\n  weights: {json.dumps(weights, ensure_ascii=False)}\n"
+        optim = f"""\
+  name: adamw
+  lr: {2e-4 * math.sqrt(clips / 32):.2g}
+  scaling: sqrt                    # with the long cycle's batch
+  curve: cosine
+  stages: {stages}            # epochs of each stage, which has a long cycle in multigrid
+  warmup_epochs: {max(1, round(epochs / 30))}
+  weight_decay: 0.05
+  layer_decay: 0.8
+  clip_norm: 1.0
+  ema: 0.99                        # decay per batch; the average is evaluated"""
     root, lists = os.path.abspath(train.root), {k: json.dumps(v, ensure_ascii=False) for k, v in found.files.items()}
     return f"""\
 # {os.path.basename(root)}: {len(train.classes)} classes, {len(train):,} training and {len(found.val):,} validation \
@@ -265,9 +315,9 @@ data:
   train: {lists["train"]}
   val: {lists["val"]}
   classes: {len(train.classes)}
-  videos: {len(train)}{same}
+  videos: {len(train)}{rate}{same}
 
-clip:                            # the median video has {np.median(found.seconds):.1f} s
+clip:                            # the median video is {np.median(found.seconds):.1f} s long
   frames: {size.frames}
   stride: {stride}                      # a clip spans {size.frames * stride / 30:.1f} s
   crop: {crop}
@@ -281,16 +331,13 @@ evaluation:
 
 model:
 {size.model}
-
+{init}
 batch:
   clips: {clips}
   bn_clips: 8
 
 optim:
-  lr: {lr:.4g}
-  stages: {stages}            # epochs of each learning rate
-  warmup_epochs: {max(1, round(epochs / 30))}
-  warmup_lr: {lr / 10:.4g}
+{optim}
 
 hardware:
   precision: {precision}

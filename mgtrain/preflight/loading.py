@@ -1,4 +1,4 @@
-"""How fast this machine loads clips of one shape: on one core with the time split into stages, and with all workers."""
+"""Measure how fast this machine loads clips of one shape: on one core, split into stages, and with all workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, batches_of, worker_count
-from mgtrain.clips.order import ClipRequest, video_at
+from mgtrain.clips.order import ClipRequest, Order
 from mgtrain.clips.stages import Stages
 from mgtrain.clips.units import RandomClips
 from mgtrain.data.videos import Videos
@@ -23,12 +23,12 @@ from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 
 STAGES = ("open", "demux", "decode", "convert", "resample", "collate", "transfer")
-IN_TRAINING_PROCESS = ("collate", "transfer")  # a copy of pinned memory to a GPU is not waited for
+IN_TRAINING_PROCESS = ("collate", "transfer")  # copies from pinned memory to a GPU do not block
 
 
 @dataclass(frozen=True, slots=True)
 class OneCore:
-    """Clips cut by one process with one thread."""
+    """Clips loaded by one process with one thread."""
 
     clips: int
     seconds: float  # wall-clock time
@@ -39,7 +39,7 @@ class OneCore:
 
 
 def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], seconds: float) -> OneCore:
-    """Cut at least 4 clips, for about `seconds`, after one that is not counted."""
+    """Load at least 4 clips, for about `seconds`, after one warm-up clip."""
     dataset[[next(requests)]]
     clips = bad = 0
     given_up = False
@@ -51,9 +51,10 @@ def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], secon
     return OneCore(clips, time.perf_counter() - start, time.process_time() - cpu_start, stages, bad, given_up)
 
 
-def endless_requests(videos: int, recipe: Recipe, grid: Grid) -> Iterator[ClipRequest]:
+def endless_requests(videos: Videos, recipe: Recipe, grid: Grid) -> Iterator[ClipRequest]:
     """Requests for clips of one grid, in the order of training."""
-    return (ClipRequest(video_at(clip, videos, recipe.seed), clip, grid) for clip in count())
+    order = Order.of(videos, recipe)
+    return (ClipRequest(order.at(clip), clip, grid) for clip in count())
 
 
 def measure_loading(
@@ -64,7 +65,7 @@ def measure_loading(
     Raises:
         DataError: no video can be read.
     """
-    dataset, requests = RandomClips(videos, recipe), endless_requests(len(videos), recipe, grid)
+    dataset, requests = RandomClips(videos, recipe), endless_requests(videos, recipe, grid)
     core = cut_on_one_core(dataset, requests, seconds)
     if core.given_up:
         raise DataError(f"{videos.root}: none of the videos can be read; correct data.root or the annotations")
@@ -72,10 +73,11 @@ def measure_loading(
     milliseconds["rest"] = 1000 * core.seconds / core.clips - sum(milliseconds.values())  # cutting, copying, Python
 
     # Batches are small enough that several arrive within the time; the first three start the workers.
-    pieces = UNITS_PER_WORKER * max(1, worker_count(recipe, world))
+    workers = worker_count(recipe.hardware.workers, world)
+    pieces = UNITS_PER_WORKER * max(1, workers)
     batch = min(shape.clips, pieces * math.ceil(core.clips / core.seconds * seconds / 8))
     steps = ([next(requests) for _ in range(batch)] for _ in count())
-    batches = batches_of(dataset, steps, recipe, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
+    batches = batches_of(dataset, steps, workers, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
     for _ in range(3):
         next(batches)
     start, delivered = time.perf_counter(), 0
@@ -95,7 +97,7 @@ def measure_loading(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch has one thread, as in a worker of the loader: threads that wait for each other burn a core each."""
+    """Let torch use one thread within the block, as loader processes do: idle threads keep their cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,20 +1,20 @@
-"""What the videos of a data set are like, from a sample of them, and what that means for a recipe."""
+"""Statistics of the videos of a data set, from a sample, and their consequences for a recipe."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mgtrain.clips.cut import VideoInfo
-from mgtrain.clips.decode import VideoFile
+from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, duration, no_progress, size
 from mgtrain.data.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError, UsageError, VideoError
@@ -36,7 +36,7 @@ QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One opened video; `broken` says why there is no `info`."""
+    """One opened video; `broken` is the error if there is no `info`."""
 
     info: VideoInfo | None
     codec: str
@@ -54,17 +54,17 @@ class Stats:
 
     @property
     def broken(self) -> list[str]:
-        """Path and cause of each video of the sample that cannot be opened."""
+        """The path and error of each video of the sample that cannot be opened."""
         return [probe.broken for probe in self.probes if probe.info is None]
 
     def column(self, name: str) -> np.ndarray:
-        """One of `QUANTITIES` for each video of the sample that can be opened: float64 (videos,)."""
+        """One of the `QUANTITIES` for each opened video of the sample: float64 (videos,)."""
         infos = [probe.info for probe in self.probes if probe.info is not None]
         return np.array([QUANTITIES[name](info) for info in infos], float)
 
     @property
     def span(self) -> float:
-        """What a clip of the base shape spans, in seconds."""
+        """The span of a clip of the base shape, in seconds."""
         return self.clip.frames * self.clip.stride / self.clip.fps
 
     def describe(self) -> dict[str, Any]:
@@ -113,51 +113,55 @@ def make_stats(
     sample: int = 500,
     seed: int = 0,
     workers: int = 1,
+    fps: float | None = None,
     progress: ShowProgress = no_progress,
 ) -> Stats:
     """Open a random `sample` of the videos in `workers` processes, or in this one if `workers` is 0.
+
+    `fps` is the rate of folders of frames.
 
     Raises:
         DataError: none of them can be opened.
     """
     drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
     paths = [videos.path(int(row)) for row in np.sort(drawn)]
+    probe = partial(probe_video, fps=fps)
     probes: list[Probe] = []
 
-    def take(probe: Probe) -> None:
-        probes.append(probe)
+    def take(found: Probe) -> None:
+        probes.append(found)
         progress("videos opened", len(probes), len(paths))
 
     if workers == 0:
         for path in paths:
-            take(probe_video(path))
+            take(probe(path))
     else:
         with ProcessPoolExecutor(min(workers, len(paths))) as pool:
             try:
-                for probe in pool.map(probe_video, paths, chunksize=max(1, min(16, len(paths) // (4 * workers)))):
-                    take(probe)
+                for found in pool.map(probe, paths, chunksize=max(1, min(16, len(paths) // (4 * workers)))):
+                    take(found)
             except BrokenProcessPool:
                 raise DataError(
                     f"{videos.root}: a worker process died at or after {paths[len(probes)]}; remove that video, "
-                    "or run with --workers 0 to see where it dies"
+                    "or find it with --workers 0"
                 ) from None
     made = Stats(videos, tuple(probes), clip)
     if len(made.broken) == len(paths):
-        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened, the first: {made.broken[0]}")
+        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened; first error: {made.broken[0]}")
     return made
 
 
-def probe_video(path: str) -> Probe:
+def probe_video(path: str, fps: float | None = None) -> Probe:
     """Open one video; an error is returned, not raised."""
     try:
-        with VideoFile(path) as file:
-            return Probe(file.info, file.codec, os.stat(path).st_size)
+        with open_source(path, fps) as file:
+            return Probe(file.info, file.codec, file.nbytes)
     except VideoError as error:
         return Probe(None, "", 0, printable(str(error)))
 
 
 def render(stats: Stats) -> str:
-    """The statistics as a person reads them."""
+    """The statistics as text."""
     facts = stats.describe()
     opened = facts["sample"] - facts["broken"]["count"]
     per_class, recipe = facts["videos_per_class"], facts["recipe"]

@@ -1,26 +1,56 @@
-"""The cores there are, and who uses them."""
+"""The processor: its name, its instruction sets, its cores and how busy they are."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import time
 from contextlib import suppress
 from pathlib import Path
 
 STAT = Path("/proc/stat")  # Linux's
-MUCH = 0.2  # share of the cores
-# M_MMAP_THRESHOLD, at its largest: below it memory comes from the heap; M_TRIM_THRESHOLD: and the heap never shrinks.
-KEEPING = {-3: 32 << 20, -1: 2**31 - 1}
+CPUINFO = Path("/proc/cpuinfo")
+PRODUCTS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+CROWDED = 0.2  # share of the cores that other processes use
+# M_MMAP_THRESHOLD at its maximum: smaller allocations come from the heap. M_TRIM_THRESHOLD: the heap never shrinks.
+MALLOC_OPTIONS = {-3: 32 << 20, -1: 2**31 - 1}
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(_usable()) or os.cpu_count() or 1
+    """The number of cores that this process may use."""
+    return len(which_cores())
+
+
+def which_cores() -> set[int]:
+    """The numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def cpu_name() -> str:
+    """The processor's name, family and model, such as `Intel(R) Xeon(R) Processor, family 6, model 143`."""
+    pairs = (line.partition(":") for line in _cpuinfo().splitlines())
+    known = {key.strip(): value.strip() for key, _, value in pairs}
+    if "model name" in known:
+        return f"{known['model name']}, family {known.get('cpu family', '?')}, model {known.get('model', '?')}"
+    return platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The processor's instruction sets for matrix products, such as `avx2 avx512f amx_bf16`."""
+    flags = set(_cpuinfo().split())
+    return " ".join(name for name in PRODUCTS if name in flags)
+
+
+def has_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16 products."""
+    return "bf16" in instructions()
 
 
 def busy_cores(seconds: float = 0.5) -> float | None:
-    """How many of the usable cores are at work while this process waits so long; None where the system does not say."""
+    """The number of usable cores that other processes keep busy, measured for `seconds`; None if it is not known."""
     with suppress(OSError, ValueError, IndexError):
         before = _idle()
         start = time.perf_counter()
@@ -32,30 +62,32 @@ def busy_cores(seconds: float = 0.5) -> float | None:
 
 
 def crowded(busy: float | None) -> bool:
-    """Whether others are at work on so many of the cores that a measurement says little."""
-    return busy is not None and busy > MUCH * usable_cores()
+    """Whether other processes keep so many cores busy that timings are unreliable."""
+    return busy is not None and busy > CROWDED * usable_cores()
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what a step frees, for the next step; whether it can.
+    """Make the C library keep freed memory for the next step; returns whether it does.
 
-    A step of a CPU allocates and frees hundreds of megabytes. Given back to the system they have to be cleared page by
-    page when the next step asks for them: up to half of a step's time. glibc decides by what a process happens to free
-    first; here it is decided.
+    A step on a CPU allocates and frees hundreds of megabytes. If the memory returns to the system, the kernel clears
+    every page when the next step allocates it, which takes up to half of a step's time.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        taken: int = sum(library.mallopt(key, value) for key, value in KEEPING.items())
-        return taken == len(KEEPING)
+        accepted: int = sum(library.mallopt(key, value) for key, value in MALLOC_OPTIONS.items())
+        return accepted == len(MALLOC_OPTIONS)
     return False
 
 
-def _usable() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+def _cpuinfo() -> str:
+    """Linux's description of the first core; empty elsewhere."""
+    with suppress(OSError):
+        return CPUINFO.read_text().partition("\n\n")[0]
+    return ""
 
 
 def _idle() -> dict[str, int]:
-    """Ticks for which each usable core has been idle or has waited for a disk."""
-    wanted = {f"cpu{core}" for core in _usable()}
+    """Ticks that each usable core has been idle or has waited for a disk."""
+    wanted = {f"cpu{core}" for core in which_cores()}
     rows = [line.split() for line in STAT.read_text(encoding="ascii").splitlines()]
     return {row[0]: int(row[4]) + int(row[5]) for row in rows if row[0] in wanted}

@@ -1,21 +1,23 @@
-"""The processes of a run: who they are, what they exchange, how they start. The only user of torch.distributed.
+"""The ranks of a run: start them, connect them, exchange tensors. The only module that uses torch.distributed.
 
-torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) are read, never
-invented.
+Ranks read torchrun's variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import signal
 import subprocess
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -25,23 +27,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgtrain.errors import MissingCapabilityError, RanksLostError
-from mgtrain.processes.cores import keep_freed_memory
+from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
+from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
+from mgtrain.processes.signals import STOP_SIGNALS
 from mgtrain.processes.watchdog import Watchdog
 
 Value = TypeVar("Value")
-MINUTES_TO_MEET = 30  # until all ranks of a run must have joined
-LAUNCHER = "MGTRAIN_LAUNCHER"  # the variable that tells ranks its process id
-SECONDS_TO_END = 20.0  # that the ranks have once another one has failed
+JOIN_MINUTES = 30  # timeout for all ranks to join, and for an exchange
+LAUNCHER = "MGTRAIN_LAUNCHER"  # environment variable with the launcher's process id
+SECONDS_TO_END = 20.0  # for the other ranks to end after one has failed
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the ranks of a run. Alone by default; the exchanges below are then the identity."""
+    """This process among the ranks of a run; by default the only one, for which exchanges return their input."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    local_size: int = 1  # ranks on this machine
+    cores: int = field(default_factory=usable_cores)  # this rank's share of the machine's
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(float("inf")))
 
     @property
@@ -57,7 +61,7 @@ class World:
         return tensor
 
     def gather(self, tensor: Tensor, ranks: int | None = None) -> Tensor:
-        """The tensors of this rank's block of `ranks` consecutive ranks, all by default: (ranks, *shape), detached."""
+        """The tensors of a block of `ranks` consecutive ranks, by default all: (ranks, *shape), detached."""
         ranks = ranks or self.size
         tensor = tensor.detach().contiguous()
         if ranks == 1:
@@ -67,7 +71,7 @@ class World:
         return torch.stack(parts)
 
     def from_main(self, value: Value) -> Value:
-        """The main rank's value, which can be pickled."""
+        """The main rank's value, on every rank; it must be picklable."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -76,22 +80,22 @@ class World:
         return main
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
 
 class Agreement:
-    """A question that any rank may answer with yes at any time; all ranks learn of it before the same step."""
+    """Tells all ranks before the same step that one of them has said yes, for example because it received a signal."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._under_way: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, yes: bool) -> bool:
-        """Whether any rank had said yes at the call before this one; alone: at this one.
+        """Whether any rank said yes at the previous call; with one rank, at this call.
 
-        What is said travels while the step between two calls is computed, on the CPU: nothing waits for a GPU.
+        The exchange runs on the CPU during the step between two calls, so nothing waits for a GPU.
         """
         if self._world.size == 1:
             return yes
@@ -107,15 +111,19 @@ class Agreement:
 
 @lru_cache
 def _block(ranks: int, size: int) -> dist.ProcessGroup | None:
-    """The process group of this rank's block of `ranks` consecutive ranks; made by all ranks together."""
+    """The process group of this rank's block of `ranks` consecutive ranks; all ranks must call this together."""
     return None if ranks == size else dist.new_subgroups(ranks)[0]
 
 
 @contextmanager
 def connect(device: str | None = None, timeout_seconds: float = float("inf")) -> Iterator[World]:
-    """Join the run that torchrun's variables describe, or be alone; under a watchdog.
+    """Join the run that torchrun's variables describe, or run alone, under a watchdog.
 
-    `device` is `cuda` or `cpu`; none given: a GPU if the machine has one.
+    `device` is `cuda` or `cpu`; None: a GPU if the machine has one.
+
+    Raises:
+        MissingCapabilityError: there is no GPU for this rank.
+        RanksLostError: another rank ended during an exchange.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingCapabilityError(
@@ -124,13 +132,9 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise MissingCapabilityError(
-                f"{local_rank + 1} processes here but {torch.cuda.device_count()} GPUs; start one for each GPU"
-            )
-        chosen = torch.device("cuda", local_rank)
+        chosen = torch.device("cuda", _own_gpu(local_rank))
         torch.cuda.set_device(chosen)
-    if chosen.type == "cpu":
+    else:
         keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", 1))
     watchdog = Watchdog(timeout_seconds, rank_of_environment(), _launcher())
@@ -141,61 +145,94 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             return
         with _lost_ranks_named(size):
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            timeout = timedelta(minutes=MINUTES_TO_MEET)
+            timeout = timedelta(minutes=JOIN_MINUTES)
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-            # The store outlives ranks that torchrun starts again, and with it the addresses of the ones that are gone.
-            store = dist.PrefixStore(f"attempt_{_restarts()}", store)  # type: ignore[attr-defined]
+            # When torchrun restarts the ranks, the store still has the addresses of the previous ones.
+            store = dist.PrefixStore(f"attempt_{restarts()}", store)  # type: ignore[attr-defined]
+            if chosen.type == "cuda":
+                _refuse_shared_gpu(store, chosen)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
             watchdog.beat()
-            yield World(rank, size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", size)), watchdog)
+            yield World(rank, size, chosen, _share_of_cores(rank, _cores_of_all(size)), watchdog)
             dist.destroy_process_group()
+
+
+def joined(device: torch.device | str | None = None) -> World:
+    """This process among the ranks of a process group that somebody else has initialized; alone if there is none.
+
+    `device` None: the current GPU, or the CPU where there is none.
+    """
+    if device is None:
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    if not (dist.is_available() and dist.is_initialized()):
+        return World(device=torch.device(device))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(
+        rank, size, torch.device(device), max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    )
+
+
+def _cores_of_all(size: int) -> list[tuple[str, set[int]]]:
+    """The machine of each rank, and the numbers of the cores that the rank may use there."""
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, (platform.node(), which_cores()))
+    return everyone
+
+
+def _share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int]]]) -> int:
+    """The cores of this rank. A core that several ranks of a machine may use counts as a fraction for each of them.
+
+    So it is the same whether a launcher binds each rank to cores of its own (SLURM, numactl) or to none (torchrun).
+    """
+    node, mine = everyone[rank]
+    users = Counter(core for there, cores in everyone if there == node for core in cores)
+    return max(1, int(sum(Fraction(1, users[core]) for core in mine)))
+
+
+def _own_gpu(local_rank: int) -> int:
+    """The GPU of this process: that of its local rank, or the only visible one (Slurm's `--gpus-per-task=1`)."""
+    gpus = torch.cuda.device_count()
+    if local_rank < gpus:
+        return local_rank
+    if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
+    raise MissingCapabilityError(f"{local_rank + 1} processes on {gpus} GPUs; start one process per GPU")
+
+
+def _refuse_shared_gpu(store: Any, device: torch.device) -> None:
+    """Raise `MissingCapabilityError` if another rank uses the same GPU, which NCCL reports unclearly."""
+    gpu = torch.cuda.get_device_properties(device)
+    if store.add(f"gpu/{gpu.uuid}", 1) > 1:
+        raise MissingCapabilityError(
+            f"rank {rank_of_environment()} uses the same GPU ({gpu.name}) as another rank; start one process per GPU"
+        )
 
 
 @contextmanager
 def _lost_ranks_named(size: int) -> Iterator[None]:
-    """Say that another rank is gone, where that is why an exchange failed."""
+    """Raise `RanksLostError` if an exchange fails because a rank is lost."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise RanksLostError(
-            f"rank {rank_of_environment()} of {size} lost another rank, whose message says why; run again with --resume"
+            f"rank {rank_of_environment()} of {size} lost its connection to another rank; see that rank's message for "
+            "the cause, then run again with --resume"
         ) from None
 
 
 def _launcher() -> int | None:
-    """The process that started this rank; none if it is not one of several."""
-    if not is_launched():
-        return None
-    return int(os.environ.get(LAUNCHER, os.getppid()))
-
-
-def is_launched() -> bool:
-    """Whether torchrun (or `launch`) started this process."""
-    return "WORLD_SIZE" in os.environ
-
-
-def rank_of_environment() -> int:
-    """This process's rank, before it is connected to the others."""
-    return int(os.environ.get("RANK", 0))
-
-
-def is_restarted() -> bool:
-    """Whether torchrun started the ranks again after one had failed."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    """The id of the process that started this rank; None if there is only one rank."""
+    return int(os.environ.get(LAUNCHER, os.getppid())) if is_launched() else None
 
 
 def says_first(message: str) -> bool:
-    """Whether this rank is the first of its run to say this: a mistake that all ranks come to is printed once."""
+    """Whether this rank is the first to print this message, so that an error of all ranks is printed once."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True  # nobody to ask: the launcher has the store at which ranks meet
+        return True  # the launcher has no store to ask
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    key = f"said/{_restarts()}/{hashlib.sha256(message.encode()).hexdigest()}"
+    key = f"said/{restarts()}/{hashlib.sha256(message.encode()).hexdigest()}"
     try:
         store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         return int(store.add(key, 1)) == 1
@@ -204,14 +241,14 @@ def says_first(message: str) -> bool:
 
 
 def default_procs(device: str | None) -> int:
-    """Processes to start when the user does not say: one for each visible GPU."""
+    """The default number of processes: one per visible GPU."""
     return max(1, torch.cuda.device_count()) if device != "cpu" and torch.cuda.is_available() else 1
 
 
 def launch(command: Sequence[str], procs: int) -> int:
     """Run a command in `procs` processes on this machine, as torchrun would; returns the first failure's exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to all of them. Once one has failed, the others have `SECONDS_TO_END`.
+    SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them. After one fails, the others have `SECONDS_TO_END` to end.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # on a free port
     shared = {
@@ -219,26 +256,25 @@ def launch(command: Sequence[str], procs: int) -> int:
         "LOCAL_WORLD_SIZE": procs,
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": store.port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,  # the ranks meet at the store above
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # the ranks connect through the store above
         "TORCHELASTIC_RESTART_COUNT": 0,
         LAUNCHER: os.getpid(),
-        # What a lost rank means is said in one line, without the stack of every exchange that failed.
+        # Report a lost rank in one line, without the stack of every failed exchange.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
     }
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        shared["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // procs)
+    if "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = max(1, usable_cores() // procs)
     ranks: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         for process in ranks:
             process.send_signal(number)
 
-    passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in passed_on}
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         for rank in range(procs):
             own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            # Of a session of their own, so that the terminal's Ctrl-C reaches them once.
+            # In a new session, so that the terminal's Ctrl-C reaches them only through this process.
             ranks.append(subprocess.Popen(command, env=os.environ | own, start_new_session=True))
         return _wait_for(ranks)
     finally:
@@ -250,27 +286,27 @@ def launch(command: Sequence[str], procs: int) -> int:
 
 
 def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The first failure's exit code, or 0, when all have ended or had their time."""
+    """Wait until all ranks end, or `SECONDS_TO_END` after a failure; returns the first failure's exit code, or 0."""
     deadline = float("inf")
     while None in (codes := [process.poll() for process in ranks]) and time.monotonic() < deadline:
         if deadline == float("inf") and any(codes):
             deadline = time.monotonic() + SECONDS_TO_END
         time.sleep(0.05)
     failed = [process.returncode for process in ranks if process.returncode]
-    # A rank that lost another one fails as well, within moments of it.
+    # `RanksLostError` is a consequence of another rank's failure.
     first = next((code for code in failed if code != RanksLostError.exit_code), failed[0] if failed else 0)
     return first if first >= 0 else 128 - first
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """The model with gradients averaged over the ranks. Buffers stay each rank's own: see `merge_group_stats`."""
+    """The model with gradients averaged over the ranks; buffers stay local (see `merge_group_stats`)."""
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    # Kernels of 1 x 1 x 1 are of either memory format, so their strides tell nothing.
+    # The strides of 1 x 1 x 1 kernels are valid in both memory formats, so this warning is meaningless.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` gets another name
+        warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` will be renamed
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -280,5 +316,5 @@ def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the replication around it."""
+    """The model without the wrapper of `replicate`."""
     return model.module if isinstance(model, DistributedDataParallel) else model

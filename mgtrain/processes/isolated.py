@@ -1,6 +1,6 @@
-"""A function called for many items in processes, so that a call that crashes or hangs costs its own item only.
+"""Call a function for many items in worker processes, so that a crash or a hang loses only one item.
 
-A process serves one item after the other, and is replaced when it dies or has to be killed.
+A worker processes one item after another; if it dies or must be killed, a new one replaces it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-GRACE_SECONDS = 2.0  # in which a process may tidy up when it is told to end
-ORPHAN_SECONDS = 5.0  # after which an idle process sees that the one that started it is gone
+GRACE_SECONDS = 2.0  # for a worker to clean up after SIGTERM
+ORPHAN_SECONDS = 5.0  # between an idle worker's checks that its parent is alive
 PAGE = resource.getpagesize()
 
 
@@ -37,7 +37,7 @@ class Lost:
 
 @dataclass(slots=True)
 class _Worker(Generic[Item]):
-    """A process and what it is at."""
+    """A process and its current item."""
 
     process: BaseProcess
     pipe: Connection
@@ -46,11 +46,11 @@ class _Worker(Generic[Item]):
 
     def give(self, item: Item) -> None:
         self.item, self.since = item, time.monotonic()
-        with suppress(OSError):  # it is dead: that is noticed when its answer is waited for
+        with suppress(OSError):  # if it is dead, reading its answer fails
             self.pipe.send(item)
 
     def end(self, grace: float = 0.0) -> None:
-        """End the process, which may take `grace` seconds more."""
+        """Kill the process after `grace` seconds."""
         self.process.join(grace)
         self.process.kill()
         self.process.join()
@@ -65,10 +65,10 @@ def isolated(
     seconds: float = float("inf"),
     memory: int | None = None,
 ) -> Iterator[tuple[Item, Result | Lost]]:
-    """Each item with its result as they come, from `workers` processes.
+    """Each item with its result, in the order in which `workers` processes finish them.
 
-    A call may take `seconds`; a process may allocate `memory` bytes more than it starts with (on Linux). What the
-    function raises is raised here.
+    A call may take `seconds`. On Linux a worker may allocate `memory` bytes more than at its start. Exceptions of the
+    function are raised here.
 
     >>> list(isolated(len, ["a", "bc"], workers=1))
     [('a', 1), ('bc', 2)]
@@ -98,7 +98,7 @@ def isolated(
                         idle.append(worker)
                     except (EOFError, OSError):
                         worker.end()
-                        raised, outcome = False, Lost("crash", _last_words(worker.process.exitcode))
+                        raised, outcome = False, Lost("crash", _cause_of_death(worker.process.exitcode))
                 elif time.monotonic() - worker.since > seconds:
                     worker.end()
                     raised, outcome = False, Lost("timeout", f"takes more than {seconds:g} s")
@@ -117,16 +117,14 @@ def isolated(
 
 
 def limit_memory(more: int) -> None:
-    """Let this process allocate so many bytes more, on Linux; then allocations fail."""
-    try:
-        has = int(Path("/proc/self/statm").read_text().split()[5]) * PAGE
-    except OSError:
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (has + more, has + more))
+    """Let this process allocate at most `more` bytes from now on; only on Linux."""
+    with suppress(OSError):
+        limit = int(Path("/proc/self/statm").read_text().split()[5]) * PAGE + more
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _start(function: Callable[[Item], Result], item: Item, memory: int | None) -> _Worker[Item]:
-    # Forked, a process starts in milliseconds: there may be a crash for every file.
+    # Any file may crash a worker, and a forked one starts in milliseconds.
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(function, theirs, os.getpid(), memory), daemon=True)
@@ -136,8 +134,8 @@ def _start(function: Callable[[Item], Result], item: Item, memory: int | None) -
 
 
 def _serve(function: Callable[[Item], Result], pipe: Connection, parent: int, memory: int | None) -> None:
-    """Answer each item with (whether it is an exception, result or exception)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal: the main one ends us
+    """Send (False, result) or (True, exception) for each item."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
@@ -158,8 +156,7 @@ def _serve(function: Callable[[Item], Result], pipe: Connection, parent: int, me
         pipe.send(answer)
 
 
-def _last_words(exitcode: int | None) -> str:
-    """What a process died of."""
+def _cause_of_death(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         return f"killed by {signal.Signals(-exitcode).name}"
     return f"ended with exit code {exitcode}"

@@ -1,11 +1,20 @@
-"""Recipes: what the user wrote.
+"""Recipes: the complete description of a run, written in YAML.
 
-In comes a YAML file with overrides, out goes a `Recipe`: typed, complete, validated and read-only. A mistake is one
+It reads a YAML file with overrides and returns a `Recipe`: typed, complete, validated and read-only. An error is one
 line that starts with `file:line:`. Nothing here reads videos, devices or clocks, and nothing in YAML is executed.
 """
 
-from mgtrain.recipe.load import find_recipe, load_recipe, parse_recipe, recipe_differences, shipped_recipes
+from mgtrain.recipe.base import Section
+from mgtrain.recipe.load import (
+    affects_results,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_differences,
+    shipped_recipes,
+)
 from mgtrain.recipe.model import ModelOptions
+from mgtrain.recipe.optim import Optim
 from mgtrain.recipe.sections import (
     Augment,
     BaselineSchedule,
@@ -18,9 +27,7 @@ from mgtrain.recipe.sections import (
     Init,
     Logging,
     MultigridSchedule,
-    Optim,
     Recipe,
-    Section,
 )
 
 __all__ = [
@@ -39,6 +46,7 @@ __all__ = [
     "Optim",
     "Recipe",
     "Section",
+    "affects_results",
     "find_recipe",
     "load_recipe",
     "parse_recipe",

@@ -1,4 +1,4 @@
-"""The recipe reference, generated from the types: docs/recipe.md and `mgtrain recipes keys`."""
+"""The recipe reference, generated from the types: docs/reference/recipe.md and `mgtrain recipes keys`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ the command line with `section.key=value`. `mgtrain recipes keys` generates this
 
 
 def reference() -> str:
-    """All keys with their types, ranges, defaults and meanings, as Markdown."""
+    """All keys with their types, ranges, defaults and descriptions, as Markdown."""
     schema = Recipe.model_json_schema()
     lines = [HEAD]
     for name, field in schema["properties"].items():
@@ -46,7 +46,7 @@ def _table(section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str
 
 
 def _kind(field: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """A field's type and range in words."""
+    """A field's type and range, such as `number > 0`."""
     field = _resolved(field, definitions)
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
@@ -75,7 +75,7 @@ def _range(field: dict[str, Any]) -> str:
     low, over = field.get("minimum"), field.get("exclusiveMinimum")
     high, under = field.get("maximum"), field.get("exclusiveMaximum")
     parts = [f">= {low:g}"] if low is not None else [f"> {over:g}"] if over is not None else []
-    # Limits that only keep numbers finite do not help a reader.
+    # Larger limits only keep numbers finite, so they are not shown.
     if high is not None and high < 10**6:
         parts.append(f"<= {high:g}")
     elif under is not None and under < 10**6:

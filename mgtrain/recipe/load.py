@@ -1,6 +1,6 @@
-"""Read a recipe file or a shipped recipe, with overrides; a mistake is one line that starts with `file:line:`.
+"""Read a recipe file or a shipped recipe, with overrides; an error is one line that starts with `file:line:`.
 
-YAML is data only: aliases and tags are refused, so a recipe cannot run code or expand without bounds.
+Aliases and tags are not allowed, so a recipe cannot run code or expand without bounds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from mgtrain.errors import RecipeError
 from mgtrain.recipe.sections import Recipe
 
-MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe; far above any real one
+MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe; far more than any real one needs
+RETIRED = {  # keys of earlier versions -> what to do instead
+    "evaluation.per_phase": "write evaluation.times, the evaluations of the whole run",
+    "data.enlarge": "leave it out: the larger prepared level is read instead",
+    "data.skip_loop_filter": "leave it out: H.264 is decoded exactly",
+}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), saved: bool = False) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, and apply overrides such as `optim.lr=0.05`.
+
+    `saved`: a run has written the recipe, so `RETIRED` keys are ignored.
 
     Raises:
         RecipeError: one line, `file:line: what is wrong, what is allowed`.
@@ -36,15 +43,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             content = opened.read(MOST_BYTES + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}:1: cannot be read: {error}; it must be a UTF-8 text file") from None
+        raise RecipeError(f"{file}:1: cannot be read: {error}; a recipe must be a UTF-8 text file") from None
     if len(content) > MOST_BYTES:
         raise RecipeError(f"{file}:1: larger than {MOST_BYTES:,} bytes, so not a recipe")
-    return parse_recipe(text, str(file), overrides)
+    return parse_recipe(text, str(file), overrides, saved)
 
 
-def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Make a recipe from YAML text; messages call the file `name`."""
-    tree = _parse_yaml(text, name)
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: bool = False) -> Recipe:
+    """Parse YAML text as `load_recipe` does; error messages call the file `name`."""
+    tree = parse_yaml(text, name)
+    for section, _, key in (dotted.partition(".") for dotted in RETIRED if saved):
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(key, None)
     origins: dict[tuple[str, ...], str] = {}
     for override in overrides:
         keys = _apply_override(tree, override)
@@ -59,13 +69,19 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys that differ between two recipes: dotted key -> (first's value, second's); None for an absent key."""
+    """The keys that differ between two recipes: dotted key -> (first's value, second's); None for an absent key."""
     a, b = first.flat(), second.flat()
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
+def affects_results(key: str) -> bool:
+    """Whether a key, such as `optim.lr`, affects the trained weights beyond rounding, rather than speed or logs."""
+    free = key.partition(".")[0] in ("hardware", "logging", "faults") or key == "evaluation.times"
+    return key == "hardware.precision" or not free
+
+
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes shipped with mgtrain: name -> file, in alphabetical order."""
+    """The recipes shipped with mgtrain: name -> file, sorted by name."""
     installed = Path(str(resources.files("mgtrain"))) / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parent.parent.parent / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
@@ -86,15 +102,18 @@ def find_recipe(path: str | Path) -> Path:
     raise RecipeError(f"{path}: no such recipe file; {hint}")
 
 
-def _parse_yaml(text: str, name: str) -> Any:
-    """The YAML document as ruamel's dicts and lists, which know their lines."""
+def parse_yaml(text: str, name: str, expected: str = "") -> Any:
+    """The YAML document as ruamel's dicts and lists, which know their lines; it must be a mapping.
+
+    `expected` is the message if it is something else.
+    """
     yaml = YAML(typ="rt", pure=True)
     depth = 0
     try:
-        for event in yaml.parse(text):  # parse errors end it
+        for event in yaml.parse(text):
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             where = f"{name}:{event.start_mark.line + 1}"
-            if depth > MOST_DEPTH:  # the parser takes minutes over thousands of brackets
+            if depth > MOST_DEPTH:  # the parser takes minutes for thousands of brackets
                 raise RecipeError(f"{where}: nested more than {MOST_DEPTH} deep")
             if getattr(event, "anchor", None) is not None:
                 raise RecipeError(f"{where}: anchors and aliases are not allowed in a recipe")
@@ -107,10 +126,11 @@ def _parse_yaml(text: str, name: str) -> Any:
         raise RecipeError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
     except RecipeError:
         raise
-    except Exception as error:  # anything ruamel fails on, such as an IndexError at `0x_`
+    except Exception as error:  # ruamel's own errors, such as an IndexError for `0x_`
         raise RecipeError(f"{name}:1: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{name}:1: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+        expected = expected or f"a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}"
+        raise RecipeError(f"{name}:1: {expected}")
     return tree
 
 
@@ -119,34 +139,34 @@ def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
     dotted, equals, value = override.partition("=")
     keys = tuple(dotted.strip().split("."))
     if not equals or not all(keys):
-        raise RecipeError(f"override {override!r}: write it as section.key=value, for example optim.lr=0.05")
+        raise RecipeError(f"override {override!r}: must have the form section.key=value, for example optim.lr=0.05")
     parent = tree
     for key in keys[:-1]:
         if not isinstance(parent.setdefault(key, {}), dict):
             raise RecipeError(f"override {override!r}: {key!r} is not a section")
         parent = parent[key]
-    parsed = _parse_yaml(f"value: {value}\n", f"override {override!r}")
+    parsed = parse_yaml(f"value: {value}\n", f"override {override!r}")
     if list(parsed) != ["value"]:
-        raise RecipeError(f"override {override!r}: more than one value; give every key its own override")
+        raise RecipeError(f"override {override!r}: more than one value; write one override per key")
     parent[keys[-1]] = parsed["value"]
     return keys
 
 
 def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[str, ...], str]) -> str:
-    """Pydantic's first error as one line: where, what, allowed, did you mean."""
-    # A misspelt key explains a missing one.
+    """Pydantic's first error as one line: where, what, what is allowed or probably meant."""
+    # A misspelt key often causes a missing one, so it comes first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    keys, line = _locate(first["loc"], tree)
+    keys, line = locate(first["loc"], tree)
     where = next((origin for keys_, origin in origins.items() if keys[: len(keys_)] == keys_), f"{name}:{line}")
     dotted = ".".join(keys) or "recipe"
     match first["type"]:
         case "extra_forbidden":
             allowed = _allowed_keys(keys[-2] if len(keys) > 1 else None, tree)
             close = difflib.get_close_matches(keys[-1], allowed, n=1)
-            if len(keys) == 1 and not close:  # a key without its section, such as lr=0.1
+            if len(keys) == 1 and not close:  # without a section, such as lr=0.1
                 close = [f"{section}.{keys[0]}" for section in _sections_with(keys[0])]
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
-            return f"{where}: unknown key {dotted!r}; {hint}"
+            return f"{where}: unknown key {dotted!r}; {RETIRED.get(dotted, hint)}"
         case "missing" | "union_tag_not_found":
             key = dotted if first["type"] == "missing" else f"{dotted}.name"
             return f"{where}: missing key {key!r}"
@@ -162,8 +182,8 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
             return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it must be {message}"
 
 
-def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]:
-    """Keys and line of a pydantic location, without the tags that pydantic inserts for unions."""
+def locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]:
+    """Keys and line of a pydantic location, without the tags that pydantic adds for unions."""
     keys: list[str] = []
     node, line = tree, 1
     for part in loc:
@@ -178,7 +198,7 @@ def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int
 
 
 def _line(node: Any, key: int | str) -> int | None:
-    """The line of a key of a dict or an item of a list; None if it comes from an override."""
+    """The line of a key of a dict or an item of a list; None for overrides."""
     places: dict[int | str, list[int]] = getattr(getattr(node, "lc", None), "data", None) or {}
     return places[key][0] + 1 if key in places else None
 
@@ -190,11 +210,11 @@ def _sections_with(key: str) -> list[str]:
 
 
 def _allowed_keys(section: str | None, tree: Any) -> list[str]:
-    """The keys allowed in a section; at the top if it is None."""
+    """The keys allowed in a section, or at the top level if it is None."""
     if section not in Recipe.model_fields:
         return [] if section else list(Recipe.model_fields)
     annotation = Recipe.model_fields[section].annotation
-    kinds = get_args(annotation) or (annotation,)  # a section that has a `name` comes in several kinds
+    kinds = get_args(annotation) or (annotation,)  # several for a section with a `name`
     if len(kinds) > 1:
         kinds = tuple(kind for kind in kinds if tree[section]["name"] in get_args(kind.model_fields["name"].annotation))
     return list(kinds[0].model_fields)

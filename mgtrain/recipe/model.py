@@ -1,4 +1,4 @@
-"""The `model` section of a recipe: keyword arguments of the factories of the same names, without torch."""
+"""The `model` section of a recipe, with the arguments of the factories of the same names; does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Options(BaseModel):
 
 
 class _ResNetOptions(_Options):
-    """Options of all our architectures."""
+    """Options of all built-in architectures."""
 
     width: int = Field(
         64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; later stages scale with it"
@@ -59,9 +59,20 @@ class SlowFastOptions(_ResNetOptions):
 
 
 class TorchvisionOptions(_Options):
-    """A network of `torchvision.models.video`, unchanged."""
+    """A network of `torchvision.models.video`."""
 
     name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="stochastic depth of swin3d_t and mvit_v2_s: the last block's probability of being left out, to "
+        "which it rises from 0 at the first; null: torchvision's, 0.1 and 0.2",
+    )
+
+    @model_validator(mode="after")
+    def _drops_paths_of_transformers(self) -> TorchvisionOptions:
+        if self.drop_path is not None and self.name not in ("swin3d_t", "mvit_v2_s"):
+            raise ValueError(f"drop_path is for swin3d_t and mvit_v2_s; {self.name} has no stochastic depth")
+        return self
 
 
 class OwnOptions(_Options):
@@ -75,7 +86,7 @@ class OwnOptions(_Options):
     network: str = Field(description="key in MODELS")
     options: dict[str, Any] = Field({}, description="keyword arguments besides the number of classes")
     mean: Colour = Field((MEAN, MEAN, MEAN), description="mean of red, green and blue, pixels in 0..1")
-    std: tuple[Deviation, Deviation, Deviation] = Field((STD, STD, STD), description="standard deviation of the same")
+    std: tuple[Deviation, Deviation, Deviation] = Field((STD, STD, STD), description="their standard deviations")
 
 
 ModelOptions = Annotated[
@@ -85,7 +96,7 @@ TORCHVISION_MEAN, TORCHVISION_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22
 
 
 def pixel_statistics(options: ModelOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of red, green and blue, in 0..1, that normalize the network's input."""
+    """Mean and standard deviation of red, green and blue that normalize the network's input; pixels in 0..1."""
     match options:
         case OwnOptions():
             return options.mean, options.std

@@ -6,25 +6,15 @@ import io
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
 from mgtrain.grid import Shape
+from mgtrain.recipe.base import Count, Crop, Fraction, Length, NotNegative, Positive, Scale, Section
 from mgtrain.recipe.model import ModelOptions
+from mgtrain.recipe.optim import Optim
 
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-NotNegative = Annotated[float, Field(ge=0, le=1e9)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Scale = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Length = Annotated[int, Field(ge=1, le=10_000)]  # frames or pixels
-Crop = Annotated[int, Field(ge=8, le=10_000)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: typed keys, no unknown keys, read-only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Data(Section):
@@ -33,33 +23,32 @@ class Data(Section):
     format: Literal["list", "kinetics", "folder", "something_something", "charades", "ucf101", "hmdb51"] = Field(
         description="format of the annotations"
     )
-    root: str = Field(description="folder that the videos' paths are relative to")
+    root: str = Field(description="folder of the videos; their paths are relative to it")
     train: str = Field(description="annotations of the training videos, relative to root")
     val: str = Field(description="annotations of the validation videos, relative to root")
     classes: Annotated[int, Field(ge=2, le=1_000_000)] = Field(description="number of classes")
     outside_root: bool = Field(False, description="allow paths outside of root (format: list)")
     videos: Count | None = Field(
-        None, description="expected number of training videos; `mgtrain plan` uses it without the data"
+        None, description="expected number of training videos, with which `mgtrain plan` works without the data"
     )
     checked: str | None = Field(
-        None, description="file written by `mgtrain data check`; videos that cannot be used are skipped"
+        None, description="file written by `mgtrain data check`; videos that it calls unusable are skipped"
     )
     prepared: str | None = Field(
         None, description="folder written by `mgtrain data prepare` to read clips from; null: read the original videos"
     )
-    enlarge: Annotated[float, Field(ge=1, le=1e9)] = Field(
-        1.0, description="largest enlargement of a prepared level before the next larger level is read"
-    )
-    skip_loop_filter: Literal["default", "bidir", "all"] = Field(
-        "default",
-        description="H.264 frames decoded without the loop filter, from originals; bidir: 10 % faster, off by 0.4/255",
-    )
+    fps: Positive | None = Field(None, description="frames per second of videos that are folders of frames")
     mirrored: tuple[tuple[str | int, str | int], ...] = Field(
-        (), description="pairs of classes, by name or number, that a horizontal flip swaps"
+        (), description="pairs of classes, by name or number, that swap in a horizontal flip"
     )
     multi_label: bool = Field(
         False,
-        description="videos may have several classes, or none: trains with sigmoids, reports mean average precision",
+        description="videos may have several classes, or none: train with sigmoids, report mean average precision",
+    )
+    balance: Literal["none", "sqrt", "full"] = Field(
+        "none",
+        description="how often clips of a class are trained on; none: as often as it has videos; sqrt: as the square "
+        "root of its number of videos; full: all classes equally. Epochs keep their length",
     )
     max_bad_fraction: Fraction = Field(
         0.01, description="stop if more than this fraction of the videos cannot be decoded"
@@ -69,6 +58,12 @@ class Data(Section):
     def _outside_by_lists_only(self) -> Data:
         if self.outside_root and self.format != "list":
             raise ValueError(f"outside_root is for format: list; format {self.format} has no paths")
+        return self
+
+    @model_validator(mode="after")
+    def _balances_one_label(self) -> Data:
+        if self.multi_label and self.balance != "none":
+            raise ValueError("balance needs one label per video; set it to none with multi_label")
         return self
 
     @model_validator(mode="after")
@@ -85,18 +80,21 @@ class Clip(Section):
     frames: Length = Field(description="T, frames per clip")
     sampling: Literal["dense", "segments"] = Field(
         "dense",
-        description="dense: frames `stride` apart; segments: one frame from each of `frames` equal parts of the video",
+        description="dense: a frame every `stride` frames; segments: a frame from each of `frames` equal parts of the "
+        "video",
     )
     stride: Length = Field(
-        1, description="source frames, at `fps`, from one frame of a clip to the next; unused with segments"
+        1, description="frames of the video, at `fps`, from one frame of a clip to the next; unused with segments"
     )
     crop: Crop = Field(description="S, side of the square crop, pixels")
     short_side: tuple[Length, Length] = Field(
-        description="range that the resized video's short side is drawn from, pixels"
+        description="range of the resized video's short side, which is random, pixels"
     )
     fps: Positive = Field(30.0, description="frame rate that `stride` refers to")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    inverse_uniform: bool = Field(False, description="draw the short side inverse-uniformly (Something-Something)")
+    inverse_uniform: bool = Field(
+        False, description="draw the inverse of the short side uniformly (Something-Something)"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Clip:
@@ -109,7 +107,7 @@ class Clip(Section):
 
 
 class Augment(Section):
-    """Augmentation of training clips and their labels after they are cut. All of it is off by default."""
+    """Augmentation of training clips and their labels, besides crop, scale and flip. All of it is off by default."""
 
     rand_augment: Annotated[int, Field(ge=0, le=100)] = Field(0, description="RandAugment operations per clip")
     magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="magnitude of the RandAugment operations")
@@ -123,7 +121,7 @@ class Augment(Section):
     mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
     cutmix: NotNegative = Field(
         0.0,
-        description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair draws one of them",
+        description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair uses one at random",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the label spread over all classes"
@@ -148,9 +146,14 @@ class Evaluation(Section):
     views: Literal["mean", "max"] = Field(
         "mean", description="how class probabilities of a video's views are combined (Charades: max)"
     )
-    per_phase: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="evaluations per phase, the last at its end")
+    times: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        8, description="evaluations of the run, at equal shares of its steps; the last is at its end"
+    )
     recalibration_batches: Annotated[int, Field(ge=0, le=10**9)] = Field(
-        200, description="batches to recalibrate BatchNorm's statistics before an evaluation; 0: use running averages"
+        200,
+        description="limit of the batches that recalibrate BatchNorm's statistics before an evaluation, if recent "
+        "steps had other shapes; another limit is 1/7 of the steps since the last evaluation, at the end of all steps; "
+        "0: use running averages",
     )
 
     @model_validator(mode="after")
@@ -161,13 +164,13 @@ class Evaluation(Section):
 
 
 class Init(Section):
-    """The initial weights. Fine-tuning usually freezes nothing and uses a lower `optim.lr`."""
+    """The initial weights. Fine-tuning usually freezes nothing and lowers `optim.lr`."""
 
     weights: str | None = Field(
         None, description="weights file, of mgtrain or another project (see `mgtrain weights`); null: random weights"
     )
     at_least: Fraction = Field(
-        1.0, description="share of the model's tensors that the file must have, not counting a resized classifier"
+        1.0, description="share of the model's tensors that the file must contain, except a resized classifier"
     )
     freeze: Literal["none", "stem", "res2", "res3", "res4", "backbone"] = Field(
         "none", description="last stage to freeze; backbone: all but the classifier (linear probing)"
@@ -182,30 +185,6 @@ class Batch(Section):
     bn_clips: Count = Field(8, description="clips per BatchNorm group of the long-cycle batch")
 
 
-class Optim(Section):
-    """SGD and the baseline's learning-rate schedule."""
-
-    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(description="base learning rate, for steps at the base shape")
-    curve: Literal["steps", "cosine"] = Field("steps", description="shape of the learning-rate decay")
-    stages: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=100)] = Field(
-        description="epochs of each of the baseline's learning-rate stages"
-    )
-    gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
-    end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
-    warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
-    warmup_lr: NotNegative = Field(0.0, description="learning rate at the start of warm-up")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
-    nesterov: bool = Field(True, description="use Nesterov momentum")
-    weight_decay: NotNegative = Field(1e-4, description="weight decay of all parameters but BatchNorm's")
-    head_lr: Positive = Field(1.0, description="learning rate of the classifier relative to the rest")
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> Optim:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
 class BaselineSchedule(Section):
     """Every step has the base shape."""
 
@@ -213,7 +192,7 @@ class BaselineSchedule(Section):
 
 
 class MultigridSchedule(Section):
-    """The long and the short cycle of Wu et al. 2020; the defaults are the paper's."""
+    """The long and the short cycle of Wu et al. 2020, with the paper's defaults."""
 
     name: Literal["multigrid"]
     epoch_factor: Positive = Field(1.5, description="number of epochs relative to the baseline's")
@@ -223,38 +202,59 @@ class MultigridSchedule(Section):
     )
     short_cycle: Annotated[tuple[Scale, ...], Field(max_length=20)] = Field(
         (0.5, 0.7071),
-        description="crops relative to the base's that alternate with the long cycle's; []: no short cycle",
+        description="crops, relative to the base's, that alternate with the long cycle's; []: no short cycle",
     )
-    fine_tune_short_cycle: bool = Field(True, description="keep the short cycle in the last stage, which fine-tunes")
+    fine_tune: bool = Field(
+        True, description="train the last stage at the finest shape only; false: run a long cycle in it, too"
+    )
+    fine_tune_short_cycle: bool = Field(True, description="keep the short cycle while fine-tuning in the last stage")
+    lr_scaling: Literal["long", "both", "none"] = Field(
+        "long",
+        description="scale the learning rate by the batch of the long cycle or of both; the paper found that scaling "
+        "by the short cycle's hurts",
+    )
 
 
 Schedule = Annotated[BaselineSchedule | MultigridSchedule, Field(discriminator="name")]
 
 
 class Hardware(Section):
-    """Speed and memory. Nothing here changes which clips a step sees; only `precision` changes rounding."""
+    """Speed and memory. Nothing here changes the clips of a step."""
 
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of convolutions, by autocast")
     micro_clips: Count | None = Field(
         None,
-        description="most clips per forward pass on one GPU, at the base shape's volume; split along BatchNorm groups",
+        description="limit of the clips in a forward pass on one GPU, at the base shape; coarse shapes get more clips "
+        "of the same volume. A micro-batch holds whole BatchNorm groups",
     )
     memory_gib: Positive | None = Field(
         None,
-        description="memory limit of one device; a step that needs more gets a lower micro_clips, then recompute. "
+        description="memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step fits. "
         "null: the GPU's memory",
     )
     recompute: bool = Field(
         False,
-        description="keep only the blocks' inputs for the backward pass: less memory, a third more time",
+        description="keep only the blocks' inputs for the backward pass: less memory, about a third more time",
     )
     compile: Literal["no", "default", "graphs"] = Field(
         "no",
-        description="use torch.compile for each shape whose steps win back the compile time; graphs: with CUDA graphs",
+        description="use torch.compile for the shapes whose steps save more time than compiling takes; graphs: with "
+        "CUDA graphs",
+    )
+    tf32: bool = Field(
+        True,
+        description="on GPUs in fp32: round the inputs of convolutions and matrix products to TF32, 10 bits instead of "
+        "23 (relative errors of about 1e-3), which is several times as fast",
+    )
+    deterministic: bool = Field(
+        False,
+        description="use deterministic algorithms, so that two runs are equal bit for bit; slower. false: use the "
+        "fastest algorithms on this machine, so that two runs differ by rounding",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None,
-        description="loader processes per rank; null: one per core, shared among the ranks, half of that on a CPU",
+        description="loader processes per rank; null: a rank's share of the cores, and half of that when training on "
+        "a CPU",
     )
     channels_last: bool = Field(True, description="use the channels-last memory format for clips and weights")
 
@@ -262,27 +262,36 @@ class Hardware(Section):
 class Logging(Section):
     """What a run writes, and how often."""
 
-    steps: Count = Field(10, description="steps between log lines; 1 waits for the GPU at each step")
-    checkpoint_steps: Count = Field(1000, description="steps between checkpoints, besides one at every evaluation")
-    keep_checkpoints: Count = Field(3, description="newest checkpoints to keep, besides the last and the best")
+    steps: Count = Field(10, description="steps between log lines; 1 makes each step wait for the GPU")
+    checkpoint_steps: Count = Field(1000, description="steps between checkpoints; every evaluation saves one, too")
+    keep_checkpoints: Count = Field(3, description="number of the newest checkpoints to keep, besides the best")
+    wandb: Name | None = Field(
+        None, description="project, or entity/project, to log to at Weights & Biases (pip install wandb); null: none"
+    )
+    mlflow: Name | None = Field(
+        None,
+        description="experiment to log to with MLflow (pip install mlflow-skinny), at MLFLOW_TRACKING_URI; null: none",
+    )
 
 
 class Faults(Section):
-    """How a run responds to faults. Nothing here changes a run without faults."""
+    """How a run responds to faults. A run without faults does not depend on it."""
 
     non_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="response to a loss or gradient that is not finite: stop the run, skip the update, or skip it and "
         "restore the weights of the newest checkpoint (rollback)",
     )
-    non_finite_steps: Count = Field(10, description="most such steps that a run skips or rolls back")
+    non_finite_steps: Count = Field(
+        10, description="number of such steps that a run skips or rolls back before it stops"
+    )
     timeout_seconds: Positive = Field(
-        900.0, description="end a process that has made no progress for so long, and report what it was doing"
+        900.0, description="end a process without progress after so long, and report what it was doing"
     )
 
 
 class Recipe(Section):
-    """Everything that defines a run. Two runs of a recipe see the same clips in the same steps."""
+    """Everything that defines a run. Two runs of a recipe train on the same clips in the same steps."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of the weights, the clips and all other random draws"
@@ -317,7 +326,7 @@ class Recipe(Section):
         return Shape(1, self.clip.frames, self.evaluation.crop)
 
     def flat(self) -> dict[str, Any]:
-        """Every key with its section, such as `optim.lr`, and its plain value."""
+        """Dotted key, such as `optim.lr`, -> plain value."""
         return _flat(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:

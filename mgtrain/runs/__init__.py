@@ -1,5 +1,5 @@
-"""A run on disk: its folder, checkpoints, logs and scores, and what they say when runs are compared.
+"""A run on disk: its folder, checkpoints, logs and scores, and comparisons of runs.
 
-In come steps, evaluations and tensors, out go files, tables, verdicts and an HTML report. Nothing here trains or
-decodes, and a file is written whole or not at all.
+It takes steps, evaluations and tensors, and returns files, tables, verdicts and an HTML report. Nothing here trains or
+decodes, and files are written atomically.
 """

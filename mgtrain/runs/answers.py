@@ -1,4 +1,4 @@
-"""The most probable classes of a video that nobody has labelled."""
+"""Predictions for unlabelled videos: the most probable classes, as text and as plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """A clip of a long video, from `start` to `end` in seconds."""
+    """A clip of a video, from `start` to `end` in seconds."""
 
     start: float
     end: float
@@ -20,14 +20,14 @@ class Window:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """The class probabilities of a video, and of its windows where it was looked through."""
+    """The class probabilities of a video, and of its windows with `mgtrain predict --every`."""
 
     video: str
-    probabilities: np.ndarray  # float32 (classes,), averaged
+    probabilities: np.ndarray  # float32 (classes,), mean or maximum over the views or windows
     windows: Sequence[Window] = ()
 
     def describe(self, classes: Sequence[str], top: int) -> dict[str, Any]:
-        """The `top` most probable classes, as plain data."""
+        """The `top` most probable classes, as plain values."""
 
         def most(probabilities: np.ndarray) -> list[dict[str, Any]]:
             return [{"class": classes[n], "number": n, "probability": p} for n, p in ranked(probabilities, top)]
@@ -36,7 +36,7 @@ class Answer:
         return {"video": self.video, "top": most(self.probabilities)} | ({"windows": windows} if windows else {})
 
     def render(self, classes: Sequence[str], top: int) -> str:
-        """The `top` most probable classes, for people."""
+        """The `top` most probable classes, as text."""
 
         def most(probabilities: np.ndarray) -> str:
             return ", ".join(f"{classes[n]} {100 * p:.1f} %" for n, p in ranked(probabilities, top))

@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file each, with the model, the optimizer, what they belong to, and a checksum.
+"""Checkpoints: a safetensors file with the model, the optimizer, a description of the run, and a checksum.
 
-Names in the file: `model.<parameter or buffer>`, `optimizer.<kind>.<parameter>`, `groups.<BatchNorm>`; everything else
-(step, recipe, class names, times) is JSON in the header. There is no pickle, so a checkpoint cannot run code.
+Tensors are `model.<parameter or buffer>`, `optimizer.<kind>.<parameter>`, `groups.<BatchNorm>` and `ema.<parameter>`,
+the average of the weights; the header has the rest (step, recipe, class names, times) as JSON. There is no pickle, so a
+checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mgtrain.errors import CheckpointError
+from mgtrain.errors import CheckpointError, LackError, NonFiniteError, lack_of
 from mgtrain.models.norm import put_group_stats
 
 log = logging.getLogger(__name__)
@@ -33,19 +34,20 @@ FORMAT = "mgtrain.checkpoint/1"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """What a checkpoint belongs to."""
+    """The description of a run at a checkpoint."""
 
-    step: Annotated[int, Field(ge=0)]  # steps that are finished
-    recipe: str  # YAML, complete
+    step: Annotated[int, Field(ge=0)]  # finished steps
+    recipe: str  # complete, YAML
     classes: Sequence[str]
     plan: str  # the plan's fingerprint
     data: str  # the training videos' fingerprint
-    val_data: str = ""  # the validation videos'
+    val_data: str = ""  # the validation videos' fingerprint
     train_seconds: float = 0.0
-    data_seconds: float = 0.0
-    evaluated: bool = False  # whether the evaluation that belongs to this step is done
+    data_seconds: float = 0.0  # waiting for data
+    clock_seconds: float = 0.0  # start-up, training, evaluations and checkpoints
+    evaluated: bool = False  # whether the evaluation after this step is done
     recalibrated: bool = False  # whether BatchNorm's running statistics are those of the evaluation's shape
-    left_out: int = 0  # steps so far whose update was left out, or taken back, because it was not finite
+    left_out: int = 0  # steps so far whose update was skipped or rolled back because it was not finite
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,18 +57,30 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     info: CheckpointInfo,
     groups: Mapping[str, Tensor] = MappingProxyType({}),
+    average: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write a checkpoint so that it is there whole or not at all: a temporary name, fsync, rename, fsync.
+    """Write a checkpoint atomically: temporary name, fsync, rename, fsync.
 
-    `groups` is what `models.norm.group_stats` gave, of all ranks.
+    `groups` are the statistics of all ranks from `models.norm.group_stats`; `average` is that of the weights, by name.
+
+    Raises:
+        CheckpointError: it cannot be written.
+        NonFiniteError: a weight, a running statistic or the optimizer's state is NaN or infinite.
     """
+    learned = _learned(model)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"groups.{name}": tensor for name, tensor in groups.items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in average.items()}
     for name, parameter in model.named_parameters():
         for kind, tensor in optimizer.state.get(parameter, {}).items():
             if isinstance(tensor, Tensor):
                 tensors[f"optimizer.{kind}.{name}"] = tensor
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if bad := not_finite({name: t for name, t in tensors.items() if name in learned or name[:6] != "model."}):
+        raise NonFiniteError(
+            f"{path}: not written, because {bad}; earlier checkpoints are unchanged; lower optim.lr or lengthen "
+            "optim.warmup_epochs (with --allow-changes), then run again with --resume"
+        )
     facts = json.dumps(asdict(info))
     checksum = _checksum(facts, tensors, tensors.__getitem__)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -77,131 +91,180 @@ def save_checkpoint(
         temporary.replace(path)
         _fsync(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # the folder itself may be what is missing
+        with suppress(OSError):  # the folder may not exist
             temporary.unlink()
         raise CheckpointError(
-            f"{path}: cannot be written: {error}; the checkpoints before it are as they were; "
+            f"{path}: cannot be written: {error}; earlier checkpoints are unchanged; "
             "free some space, then run again with --resume"
         ) from None
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """A message about the tensors that hold NaN or infinity; empty if there are none.
+
+    >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.inf])})
+    '1 of 2 tensors holds NaN or infinity, such as b'
+    """
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    hold = "holds" if len(bad) == 1 else "hold"
+    return f"{len(bad)} of {len(tensors)} tensors {hold} NaN or infinity, such as {bad[0]}" if bad else ""
+
+
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint of ours, rather than anything else."""
+    """Whether a file is a checkpoint of mgtrain."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
+        _refuse_lack(path, error)
         return False
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """What a checkpoint belongs to, without its tensors."""
+    """The description in a checkpoint, read without its tensors."""
     return _info(path, _header(path))
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """Read a whole checkpoint; returns what it belongs to.
+    """Read a whole checkpoint, compare its checksum, and return its description.
 
     Raises:
-        CheckpointError: it is no checkpoint, or not the bytes that were written.
+        CheckpointError: it is not a checkpoint, or damaged.
     """
     header = _header(path)
     with safe_open(path, framework="pt") as file:
         if _checksum(header.get("info", ""), file.keys(), file.get_tensor) != header.get("sha256"):
-            raise CheckpointError(f"{path}: is not what was written: its checksum does not match its contents")
+            raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")
     return _info(path, header)
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
-    """The last of the checkpoints that is whole; None if there are none. Others are named in the log.
+    """The newest undamaged checkpoint, or None if there are no checkpoints; damaged ones are logged.
 
     Raises:
-        CheckpointError: there are some, but none is whole.
+        CheckpointError: all of them are damaged.
     """
     for path in reversed(checkpoints):
         try:
             verify(path)
         except CheckpointError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipping a checkpoint: %s", error)
         else:
             return path
     if checkpoints:
-        raise CheckpointError(f"{checkpoints[0].parent}: none of its {len(checkpoints)} checkpoints is whole")
+        raise CheckpointError(f"{checkpoints[0].parent}: all of its {len(checkpoints)} checkpoints are damaged")
     return None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a checkpoint, by name."""
+    """Name -> shape of all tensors of a checkpoint."""
     _header(path)
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights and buffers into the model, in place."""
+    """Load a checkpoint's weights and buffers into the model, in place.
+
+    Raises:
+        CheckpointError: they do not fit the model, or are not finite.
+    """
     with safe_open(path, framework="pt") as file:
-        own = model.state_dict()
+        own, learned = model.state_dict(), _learned(model)
         names = file.keys()
         stored = {name.removeprefix("model.") for name in names if name.startswith("model.")}
         if stored != own.keys():
             odd = sorted(stored ^ own.keys())
-            raise CheckpointError(f"{path}: belongs to another model: {len(odd)} tensors differ, such as {odd[0]!r}")
+            raise CheckpointError(f"{path}: is of another model: {len(odd)} tensors differ, such as {odd[0]!r}")
         for name, tensor in own.items():
             value = file.get_tensor(f"model.{name}")
             if value.shape != tensor.shape:
-                raise CheckpointError(f"{path}: {name} is {tuple(value.shape)}, the model's is {tuple(tensor.shape)}")
+                raise CheckpointError(
+                    f"{path}: {name} has shape {tuple(value.shape)}, but {tuple(tensor.shape)} in the model"
+                )
             if value.dtype != tensor.dtype:
-                raise CheckpointError(f"{path}: {name} is {value.dtype}, the model's is {tensor.dtype}")
+                raise CheckpointError(f"{path}: {name} is {value.dtype}, but {tensor.dtype} in the model")
             tensor.copy_(value)
+        if bad := not_finite({name: tensor for name, tensor in own.items() if f"model.{name}" in learned}):
+            raise CheckpointError(f"{path}: {bad}; use an earlier checkpoint")
         groups = {name.removeprefix("groups."): file.get_tensor(name) for name in names if name.startswith("groups.")}
         for name, value in groups.items():
             mean = own.get(f"{name}.running_mean")
             if mean is None or value.ndim != 3 or value.shape[1:] != (2, *mean.shape):
-                raise CheckpointError(f"{path}: groups.{name} is {tuple(value.shape)}, which fits no BatchNorm there")
+                raise CheckpointError(f"{path}: groups.{name} is {tuple(value.shape)}, which fits no BatchNorm layer")
         put_group_stats(model, groups)
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's optimizer state back, in place."""
+    """Load a checkpoint's optimizer state, in place."""
     parameters = dict(model.named_parameters())
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             if key.startswith("optimizer."):
                 kind, _, name = key.removeprefix("optimizer.").partition(".")
                 parameter, value = parameters.get(name), file.get_tensor(key)
-                if parameter is None or value.shape != parameter.shape:
-                    raise CheckpointError(f"{path}: {key} belongs to no parameter of the model")
-                optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value)
+                if parameter is None or value.shape not in (parameter.shape, ()):  # () is a number of steps
+                    raise CheckpointError(f"{path}: {key} fits no parameter of the model")
+                like = parameter if value.shape == parameter.shape else torch.empty((), device=parameter.device)
+                optimizer.state[parameter][kind] = torch.empty_like(like).copy_(value)
+
+
+@torch.no_grad()
+def load_average(path: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Load a checkpoint's averaged weights into the tensors of these names; returns whether it has any."""
+    with safe_open(path, framework="pt") as file:
+        stored = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118
+        for key in stored:
+            tensor, value = weights.get(key.removeprefix("ema.")), file.get_tensor(key)
+            if tensor is None or value.shape != tensor.shape:
+                raise CheckpointError(f"{path}: {key} fits no parameter of the model")
+            if bad := not_finite({key: value}):
+                raise CheckpointError(f"{path}: {bad}; use a checkpoint before it")
+            tensor.copy_(value)
+    return bool(stored)
+
+
+def _learned(model: nn.Module) -> set[str]:
+    """The names of the model's trained tensors in a checkpoint; other buffers, such as masks, may hold infinity."""
+    statistics = [name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return {f"model.{name}" for name in [*dict(model.named_parameters()), *statistics]}
 
 
 def _header(path: Path) -> dict[str, str]:
-    """The header's own entries, of a checkpoint of ours; a file that ends too early or late is refused as well."""
+    """The entries of a checkpoint's header; raises `CheckpointError` for other or truncated files."""
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
     except (OSError, SafetensorError) as error:
+        _refuse_lack(path, error)
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of mgtrain ({FORMAT})")
     return header
 
 
+def _refuse_lack(path: Path, error: Exception) -> None:
+    """Raise `LackError` if memory or file descriptors ran out: then the checkpoint may be undamaged."""
+    if lack := lack_of(error):
+        raise LackError(f"{path}: cannot be read: {lack}") from None
+
+
 def _info(path: Path, header: Mapping[str, str]) -> CheckpointInfo:
-    """The facts of a header, each there and of its type."""
+    """Parse and validate the description in a header."""
     try:
         info = TypeAdapter(CheckpointInfo).validate_json(header.get("info", ""), strict=True)
         unknown = json.loads(header["info"]).keys() - asdict(info).keys()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        what = ".".join(map(str, first["loc"])) or "what it belongs to"
+        what = ".".join(map(str, first["loc"])) or "info"
         raise CheckpointError(f"{path}: its header is damaged: {what}: {first['msg']}") from None
     if unknown:
-        raise CheckpointError(f"{path}: was written by another version of mgtrain, which knows {min(unknown)!r}")
+        raise CheckpointError(f"{path}: has the unknown entry {min(unknown)!r}, of another version of mgtrain")
     return info
 
 
 def _checksum(facts: str, names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
-    """SHA-256 of everything in the file: the facts, and each tensor's name, type, shape and bytes."""
+    """SHA-256 of the description and of each tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(facts.encode())
     for name in sorted(names):
         tensor = tensor_of(name)

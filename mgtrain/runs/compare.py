@@ -1,16 +1,9 @@
-"""What one run gained over another, out of their run directories."""
+"""Compare a run with its baseline: costs, accuracy and a verdict."""
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group
@@ -18,147 +11,67 @@ from rich.table import Table
 from rich.text import Text
 
 from mgtrain.console import duration
-from mgtrain.errors import CheckpointError, ThresholdError, UsageError
-from mgtrain.recipe import recipe_differences
-from mgtrain.runs.folder import RunDir, accuracy, accuracy_name, is_number, speedup_at_equal_accuracy, time_to_accuracy
-from mgtrain.schedule import make_plan
+from mgtrain.errors import ThresholdError, UsageError
+from mgtrain.recipe import affects_results, recipe_differences
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.history import History, Summary, guarded, speedup_at_equal_accuracy, time_to_accuracy
+from mgtrain.runs.statistics import Interval, judge, mcnemar, paired_shares, unpaired_shares
 
-SCHEMA = "mgtrain.compare/2"
-EVALUATED = ("step", "train_seconds", "data_seconds", "eval_seconds", "top1", "top5", "videos")
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; from 30 on it is the last
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 1.96)  # fmt: skip
-DEVICE_KEYS = ("device", "ranks", "threads")  # times are only divided between runs that agree in these
+SCHEMA = "mgtrain.compare/3"
+MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
+DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a run cost and what came out."""
-
-    name: str
-    finished: bool
-    steps: int
-    epochs: float
-    clips: int
-    voxels: int
-    multiply_adds: float  # of the forward passes
-    train_seconds: float  # without evaluations and checkpoints
-    gpu_hours: float  # of training, over all ranks, whether on GPUs or not
-    data_seconds: float  # of these, spent waiting for data
-    eval_seconds: float
-    metric: str  # what the accuracy is: top-1, or mAP where videos have several labels
-    accuracy: float  # after the last evaluation
-    best_accuracy: float
-    top1: float
-    top5: float
-    videos: int  # of the evaluation
-
-
-def summarize(run: RunDir) -> Summary:
-    """Add up a run's logs."""
-    evals, plan_file = run.rows("evals.jsonl"), run.read("plan.json")
-    if not evals:
-        raise UsageError(f"{run.path}: no evaluation yet; wait until its first one, or continue it with --resume")
-    last = evals[-1]
-    if not all(is_number(row[key]) for row in evals for key in EVALUATED):
-        raise CheckpointError(f"{run.path}: evals.jsonl is damaged; each of {', '.join(EVALUATED)} must be a number")
-    plan = make_plan(run.recipe(), plan_file["videos"])
-    steps = [plan[index].shape for index in range(last["step"])]
-    clips = sum(shape.clips for shape in steps)
-    return Summary(
-        name=run.name,
-        finished=last["step"] == len(plan),
-        steps=last["step"],
-        epochs=clips / plan.videos,
-        clips=clips,
-        voxels=sum(shape.voxels for shape in steps),
-        multiply_adds=multiply_adds_until(run, [last["step"]])[0],
-        train_seconds=last["train_seconds"],
-        gpu_hours=last["train_seconds"] * run.read("env.json")["ranks"] / 3600,
-        data_seconds=last["data_seconds"],
-        eval_seconds=sum(row["eval_seconds"] for row in evals),
-        metric=accuracy_name(last),
-        accuracy=accuracy(last),
-        best_accuracy=max(map(accuracy, evals)),
-        top1=last["top1"],
-        top5=last["top5"],
-        videos=last["videos"],
-    )
-
-
-def multiply_adds_until(run: RunDir, ends: Sequence[int]) -> list[float]:
-    """Of the forward passes of the first so many steps, for each of these numbers of steps."""
-    plan_file = run.read("plan.json")
-    plan = make_plan(run.recipe(), plan_file["videos"])
-    per_clip = {(row["frames"], row["crop"]): row["multiply_adds"] for row in plan_file["flops_per_clip"]}
-    sums = list(accumulate(s.shape.clips * per_clip[s.shape.frames, s.shape.crop] for s in plan[: max(ends)]))
-    return [float(sums[end - 1]) for end in ends]
-
-
-def compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
-    """All that `mgtrain compare` says about a run and its baseline, as plain values (schema mgtrain.compare/2).
+def compare(baseline: RunDir | History, run: RunDir | History, margin: float = MARGIN) -> dict[str, Any]:
+    """Compare a run with its baseline: plain values of the schema mgtrain.compare/3.
 
     Raises:
-        CheckpointError: what one of them has logged is damaged.
+        CheckpointError: the logs of one of them are damaged.
     """
     with guarded(baseline, run):
-        return _compare(baseline, run)
+        return _compare(History.of(baseline), History.of(run), margin)
 
 
-@contextmanager
-def guarded(*runs: RunDir) -> Iterator[None]:
-    """Report an error while reading runs' logs as damage to them."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{' or '.join(str(run.path) for run in runs)}: its logs are damaged ({type(error).__name__}: {error}); "
-            "copy the run again, or repeat it"
-        ) from None
-
-
-def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
-    theirs, ours = summarize(baseline), summarize(run)
-    their_env, our_env = baseline.read("env.json"), run.read("env.json")
+def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
+    theirs, ours = baseline.summary, run.summary
     other_device = [
-        f"{key} {their_env[key]} and {our_env[key]}" for key in DEVICE_KEYS if their_env[key] != our_env[key]
+        f"{key} {baseline.env[key]} and {run.env[key]}" for key in DEVICE_KEYS if baseline.env[key] != run.env[key]
     ]
-    their_data, our_data = baseline.read("data.json"), run.read("data.json")
-    differences = recipe_differences(baseline.recipe(), run.recipe())
-
-    warnings = [
-        f"{s.name} is unfinished: its numbers stop after {s.steps} steps" for s in (theirs, ours) if not s.finished
-    ]
+    differences = recipe_differences(baseline.recipe, run.recipe)
+    warnings = [unfinished(summary) for summary in (theirs, ours) if not summary.finished]
     if other_device:
-        warnings.append(f"times are not divided, the runs were made on different devices: {'; '.join(other_device)}")
-    if their_data != our_data:
-        warnings.append("the runs saw different training or validation videos")
-    unfair = [key for key in differences if key.split(".")[0] not in ("schedule", "hardware", "logging")]
-    if unfair:
-        warnings.append(f"the recipes differ in more than schedule: {', '.join(unfair)}")
+        warnings.append(f"times are not compared, because the runs used different devices: {'; '.join(other_device)}")
+    if baseline.data != run.data:
+        warnings.append("the runs have different training or validation videos")
+    if unfair := unfair_keys(differences):
+        warnings.append(f"the recipes do not only differ in schedule, but also in {', '.join(unfair)}")
+    if old := [history.name for history in (baseline, run) if not history.knows_clock]:
+        warnings.append(
+            f"{' and '.join(old)}: from an earlier version, so the time by the clock excludes start-up and checkpoints"
+        )
 
+    same = not other_device
     speedups: dict[str, float | None] = {
         key: getattr(theirs, key) / getattr(ours, key)
         for key in ("steps", "epochs", "clips", "voxels", "multiply_adds")
     }
-    same = not other_device
-    target = theirs.best_accuracy
-    reached = time_to_accuracy(run.rows("evals.jsonl"), target)
-    for key in ("train_seconds", "gpu_hours"):
+    for key in ("train_seconds", "clock_seconds", "gpu_hours"):
         speedups[key] = getattr(theirs, key) / getattr(ours, key) if same else None
-    speedups["at_equal_accuracy"] = (
-        speedup_at_equal_accuracy(baseline.rows("evals.jsonl"), run.rows("evals.jsonl")) if same else None
-    )
+    speedups["at_equal_accuracy"] = speedup_at_equal_accuracy(baseline.evals, run.evals) if same else None
+    target = theirs.best_accuracy
+    test = accuracy_test(baseline, run)
     result = {
         "schema": SCHEMA,
         "runs": [asdict(theirs), asdict(ours)],
         "speedups": speedups,
         "accuracy_difference": ours.accuracy - theirs.accuracy,
-        "accuracy_noise": _noise(theirs, ours),
+        **test,
+        "margin": margin,
+        "judged": judge(Interval(ours.accuracy - theirs.accuracy, *test["accuracy_interval"]).scaled(100), margin),
         "baseline_best": {
             "accuracy": target,
-            "baseline_seconds": time_to_accuracy(baseline.rows("evals.jsonl"), target),
-            "seconds": reached,
+            "baseline_seconds": time_to_accuracy(baseline.evals, target),
+            "seconds": time_to_accuracy(run.evals, target),
         },
         "recipe_differences": differences,
         "warnings": warnings,
@@ -166,116 +79,87 @@ def _compare(baseline: RunDir, run: RunDir) -> dict[str, Any]:
     return {**result, "verdict": _verdict(theirs, ours, result)}
 
 
-def compare_groups(runs: Sequence[RunDir]) -> dict[str, Any]:
-    """Several runs, those of one recipe together, whatever their seeds and lists of videos: schema mgtrain.groups/1.
+def accuracy_test(baseline: History, run: History) -> dict[str, Any]:
+    """The confidence interval of the difference in top-1 accuracy, paired if both runs have the same videos.
 
-    The first run's group is the baseline. Means, standard deviations and, of two runs and more, half the 95 % interval
-    of the mean (Student's t).
+    Mean average precision has none.
     """
-    with guarded(*runs):
-        grouped: dict[str, list[RunDir]] = {}
-        for run in runs:
-            grouped.setdefault(_what_it_tries(run), []).append(run)
-        groups = [_group(members) for members in grouped.values()]
-        base = groups[0]
-        devices = {tuple(run.read("env.json")[key] for key in DEVICE_KEYS) for run in runs}
-        for group in groups:
-            group["speedups"] = {
-                key: base[key]["mean"] / group[key]["mean"]
-                for key in ("steps", "multiply_adds", "train_seconds")
-                if key != "train_seconds" or len(devices) == 1
-            }
-            group["accuracy_difference"] = group["accuracy"]["mean"] - base["accuracy"]["mean"]
-        warnings = ["times are not divided, the runs were made on different devices"] if len(devices) > 1 else []
-        return {"schema": "mgtrain.groups/1", "groups": groups, "warnings": warnings}
+    theirs, ours = baseline.summary, run.summary
+    if ours.metric != "top-1":
+        return {"accuracy_interval": [None, None], "only_one_right": None, "mcnemar": None}
+    a, b = baseline.right(), run.right()
+    if a is not None and b is not None and baseline.data["val"]["fingerprint"] == run.data["val"]["fingerprint"]:
+        known = (a >= 0) & (b >= 0)
+        a, b = a[known] == 1, b[known] == 1
+        only = int((a & ~b).sum()), int((b & ~a).sum())
+        found = paired_shares(int((a & b).sum()), *only, int((~a & ~b).sum()))
+        return {
+            "accuracy_interval": [found.low, found.high],
+            "only_one_right": list(only),
+            "mcnemar": mcnemar(*only),
+        }
+    shares = (round(theirs.top1 * theirs.videos), theirs.videos), (round(ours.top1 * ours.videos), ours.videos)
+    found = unpaired_shares(*shares[0], *shares[1])
+    return {"accuracy_interval": [found.low, found.high], "only_one_right": None, "mcnemar": None}
 
 
-def render_groups(result: dict[str, Any]) -> Group:
-    """The groups as a person reads them."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("recipe of", "runs", "metric", "mean", "± sd", "95 %", "change", "steps", "training time", "gain"):
-        table.add_column(column, justify="left" if column == "recipe of" else "right")
-    for n, group in enumerate(result["groups"]):
-        accuracy, ratio = group["accuracy"], group["speedups"].get("train_seconds")
-        table.add_row(
-            Text(group["runs"][0]["name"]),
-            str(len(group["runs"])),
-            group["runs"][0]["metric"],
-            f"{100 * accuracy['mean']:.1f} %",
-            "" if accuracy["sd"] is None else f"{100 * accuracy['sd']:.1f}",
-            "" if accuracy["interval"] is None else f"±{100 * accuracy['interval']:.1f}",
-            f"{100 * group['accuracy_difference']:+.1f}" if n else "",
-            times(group["speedups"]["steps"], "fewer") if n else "",
-            duration(group["train_seconds"]["mean"]),
-            times(ratio) if n and ratio else "",
-        )
-    return Group(*(Text(f"note: {warning}", style="yellow") for warning in result["warnings"]), table)
+def unfinished(summary: Summary) -> str:
+    """The warning about an unfinished run."""
+    return f"{summary.name} is unfinished: its numbers are those after {summary.steps} steps"
 
 
-def _what_it_tries(run: RunDir) -> str:
-    """The recipe without what sets one of several like runs apart."""
-    recipe = run.recipe().model_dump(mode="json", exclude={"seed": True, "hardware": True, "logging": True})
-    recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in ("train", "val")}
-    return json.dumps(recipe)
-
-
-def _group(runs: Sequence[RunDir]) -> dict[str, Any]:
-    summaries = [asdict(summarize(run)) for run in runs]
-    keys = ("accuracy", "steps", "multiply_adds", "train_seconds")
-    numbers = {key: _spread([summary[key] for summary in summaries]) for key in keys}
-    return {"runs": summaries, "seeds": [run.recipe().seed for run in runs], **numbers}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, standard deviation, and half the 95 % interval of the mean.
-
-    >>> spread = _spread([1.0, 2.0, 3.0])
-    >>> spread["mean"], spread["sd"], f"{spread['interval']:.3f}"
-    (2.0, 1.0, '2.484')
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "sd": None, "interval": None}
-    sd = statistics.stdev(values)
-    t = T_95[min(len(values) - 2, len(T_95) - 1)]
-    return {"mean": mean, "sd": sd, "interval": t * sd / math.sqrt(len(values))}
-
-
-def write_csv(runs: Sequence[RunDir], path: Path) -> None:
-    """A line for each run: its summary, and its seed."""
-    rows = [{**asdict(summarize(run)), "seed": run.recipe().seed} for run in runs]
-    try:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+def unfair_keys(differences: Mapping[str, Any]) -> list[str]:
+    """The keys in `differences` that a comparison of schedules should not vary."""
+    return [key for key in differences if affects_results(key) and key.partition(".")[0] != "schedule"]
 
 
 def demand(result: dict[str, Any], wanted: Mapping[str, float]) -> None:
-    """Raises `ThresholdError` where a comparison of two runs has less than what is `wanted`.
+    """Raise `ThresholdError` if a comparison of two runs does not reach the `wanted` minima.
 
-    `speedup` is of training time, `steps` of steps, `accuracy` (or `top1`) the difference in points.
+    `speedup` is the ratio of training times, `clock` of wall-clock times, `steps` of numbers of steps; `accuracy` (or
+    `top1`) is the difference in points.
     """
     found = {
         "speedup": result["speedups"]["train_seconds"],
+        "clock": result["speedups"]["clock_seconds"],
         "steps": result["speedups"]["steps"],
         "accuracy": 100 * result["accuracy_difference"],
         "top1": 100 * (result["runs"][1]["top1"] - result["runs"][0]["top1"]),
     }
-    unknown = set(wanted) - set(found)
-    if unknown:
+    if unknown := set(wanted) - set(found):
         raise UsageError(f"--fail-under {min(unknown)}: allowed are {', '.join(found)}")
     for key, least in wanted.items():
         if found[key] is None:
-            raise ThresholdError(f"{key} is not known: the runs were made on different devices")
+            raise ThresholdError(f"{key} is not known, because the runs used different devices")
         if found[key] < least:
             raise ThresholdError(f"{key} is {found[key]:.2f}, less than {least:g}")
 
 
+COST_ROWS = (  # the rows of each table of costs: label, key of `Summary`, format
+    ("steps", "steps", "{:,}"),
+    ("epochs", "epochs", "{:.1f}"),
+    ("clips", "clips", "{:,}"),
+    ("voxels", "voxels", "{:.3g}"),
+    ("multiply-adds, forward", "multiply_adds", "{:.3g}"),
+    ("training time", "train_seconds", "time"),
+    ("  waiting for data", "data_seconds", "share"),
+    ("device-hours", "gpu_hours", "{:.3g}"),
+    ("evaluations", "evaluations", "{:,}"),
+    ("  time of evaluations", "eval_seconds", "time"),
+    ("time by the clock", "clock_seconds", "time"),
+)
+
+
+def shown_cost(summary: Mapping[str, Any], key: str, form: str) -> str:
+    """One of the `COST_ROWS` of a run, formatted."""
+    value = summary[key]
+    if form == "share":
+        return f"{duration(value)} ({100 * value / max(summary['train_seconds'], 1e-9):.0f} %)"
+    return duration(value) if form == "time" else form.format(value)
+
+
 def render(result: dict[str, Any]) -> Group:
-    """The comparison as a person reads it: warnings, table, recipe differences, verdict."""
+    """The comparison for the terminal: warnings, table, differences of the recipes, verdict."""
     theirs, ours = result["runs"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", theirs["name"], ours["name"], "gain"):
@@ -284,26 +168,21 @@ def render(result: dict[str, Any]) -> Group:
     def row(label: str, a: str, b: str, gain: str = "") -> None:
         table.add_row(label, Text(a), Text(b), gain)
 
-    def gain(key: str) -> str:
-        ratio = result["speedups"][key]
-        return "different devices" if ratio is None else times(ratio)
-
-    for label, key, form in (
-        ("steps", "steps", "{:,}"),
-        ("epochs", "epochs", "{:.1f}"),
-        ("clips", "clips", "{:,}"),
-        ("voxels", "voxels", "{:.3g}"),
-        ("multiply-adds, forward", "multiply_adds", "{:.3g}"),
-    ):
-        row(label, form.format(theirs[key]), form.format(ours[key]), gain(key))
-    row("training time", duration(theirs["train_seconds"]), duration(ours["train_seconds"]), gain("train_seconds"))
-    row("  waiting for data", _share(theirs, "data_seconds"), _share(ours, "data_seconds"))
-    row("GPU-hours", f"{theirs['gpu_hours']:.3g}", f"{ours['gpu_hours']:.3g}", gain("gpu_hours"))
-    row("evaluation, apart", duration(theirs["eval_seconds"]), duration(ours["eval_seconds"]))
-    for name, key in ((ours["metric"], "accuracy"), ("top-1", "top1"), ("top-5", "top5")):
-        if key == "accuracy" or name != ours["metric"]:
+    for label, key, form in COST_ROWS:
+        gain = ""
+        if key in result["speedups"]:
+            ratio = result["speedups"][key]
+            gain = "different devices" if ratio is None else times(ratio)
+        row(label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gain)
+    scores = ((ours["metric"], "accuracy"), ("top-1", "top1"), ("mean class", "mean_class"), ("top-5", "top5"))
+    for name, key in scores:
+        known = theirs[key] is not None and ours[key] is not None
+        if known and (key == "accuracy" or name != ours["metric"]):
             a, b = (100 * summary[key] for summary in (theirs, ours))
             row(name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}")
+    if result["only_one_right"] is not None:
+        first, second = result["only_one_right"]
+        row("  videos that only this run gets right", f"{first:,}", f"{second:,}", f"p = {result['mcnemar']:.2g}")
     best = result["baseline_best"]
     seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
     factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
@@ -321,36 +200,22 @@ def render(result: dict[str, Any]) -> Group:
 
 
 def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
-    speedups, difference, noise = (
-        result["speedups"],
-        100 * result["accuracy_difference"],
-        100 * result["accuracy_noise"],
-    )
-    time = f"{times(speedups['train_seconds'])} training time, " if speedups["train_seconds"] else ""
-    steps = times(speedups["steps"], "fewer")
-    judged = "within" if abs(difference) <= noise else "beyond"
+    gains, videos = result["speedups"], f"{ours.videos:,} videos"
+    time = ""
+    if gains["train_seconds"]:
+        time = f"{times(gains['train_seconds'])} training time, {times(gains['clock_seconds'])} time by the clock, "
+    if result["only_one_right"] is not None:
+        videos = f"the same {videos}"
     return (
-        f"{ours.name} against {theirs.name}: {time}{steps} steps, "
-        f"{ours.metric} {100 * ours.accuracy:.1f} % against {100 * theirs.accuracy:.1f} % "
-        f"({difference:+.1f}, {judged} the noise of {ours.videos} videos, ±{noise:.1f})"
+        f"{ours.name} against {theirs.name}: {time}{times(gains['steps'], 'fewer')} steps; "
+        f"{ours.metric} {100 * ours.accuracy:.1f} % against {100 * theirs.accuracy:.1f} %, {result['judged']}, "
+        f"one run each on {videos}"
     )
 
 
 def times(ratio: float, less: str = "less") -> str:
-    """How many times less, or more: `2.50x less`."""
+    """A ratio in words, such as `2.50x less` or `1.20x more`."""
     return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x more"
-
-
-def _noise(a: Summary, b: Summary) -> float:
-    """Half the 95 % interval of a difference of two accuracies, each over so many videos (one run each, no seeds)."""
-    p = (a.accuracy + b.accuracy) / 2
-    # Laplace's rule keeps the interval open at 0 and 1.
-    p = (p * b.videos + 1) / (b.videos + 2)
-    return 1.96 * math.sqrt(p * (1 - p) * (1 / max(1, a.videos) + 1 / max(1, b.videos)))
-
-
-def _share(summary: dict[str, Any], key: str) -> str:
-    return f"{duration(summary[key])} ({100 * summary[key] / max(summary['train_seconds'], 1e-9):.0f} %)"
 
 
 def _brief(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The rows of an evaluation that is under way, so that an interrupted one can resume."""
+"""The results of an unfinished evaluation, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mgtrain.errors import UsageError
 
 
 class Journal:
-    """The rows of an evaluation that is under way, beside the file that it is to write: what is lost is one batch.
+    """The results of an unfinished evaluation, next to its output file; an interruption loses at most one batch.
 
-    Each rank appends to a file of its own, `<file>.part-<rank>`: a line that says what is evaluated, then rows.
+    Each rank appends to its own file, `<file>.part-<rank>`: a line that identifies the evaluation, then binary rows.
     """
 
     def __init__(self, file: Path, identity: str, classes: int) -> None:
@@ -22,39 +22,37 @@ class Journal:
         self._row = np.dtype([("number", "<i8"), ("probabilities", "<f4", (classes,))])
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """What is there of all ranks: numbers, rising, int64 (V,), and probabilities, float32 (V, classes).
+        """The rows of all ranks: ascending numbers, int64 (V,), and probabilities, float32 (V, classes).
 
         Raises:
-            UsageError: it belongs to another evaluation.
+            UsageError: a file is of another evaluation.
         """
         rows = [np.empty(0, self._row)]
         for part in self._parts():
             data = part.read_bytes()
             if not data.startswith(self._head) and not self._head.startswith(data):
-                raise UsageError(
-                    f"{part}: an evaluation of something else is under way there; delete it, or give another --csv"
-                )
-            whole = max(0, len(data) - len(self._head)) // self._row.itemsize  # the last row may be torn
+                raise UsageError(f"{part}: is of another unfinished evaluation; delete it, or choose another --csv")
+            whole = max(0, len(data) - len(self._head)) // self._row.itemsize  # the last row may be incomplete
             rows.append(np.frombuffer(data, self._row, whole, len(self._head) if whole else 0))
         joined = np.concatenate(rows)
         numbers, places = np.unique(joined["number"], return_index=True)
         return numbers, joined["probabilities"][places]
 
     def append(self, rank: int, numbers: np.ndarray, probabilities: np.ndarray) -> None:
-        """Add rows of a rank."""
+        """Append rows of a rank."""
         part = self.file.with_name(f"{self.file.name}.part-{rank}")
         rows = np.empty(len(numbers), self._row)
         rows["number"], rows["probabilities"] = numbers, probabilities
         with part.open("ab") as file:
             size = file.tell()
-            torn = (size - len(self._head)) % self._row.itemsize if size >= len(self._head) else size
-            if torn or not size:
-                file.truncate(size - torn)
-                file.write(b"" if size - torn else self._head)
+            incomplete = (size - len(self._head)) % self._row.itemsize if size >= len(self._head) else size
+            if incomplete or not size:
+                file.truncate(size - incomplete)
+                file.write(b"" if size - incomplete else self._head)
             file.write(rows.tobytes())
 
     def remove(self) -> None:
-        """The evaluation is done."""
+        """Delete the files after the evaluation is done."""
         for part in self._parts():
             part.unlink()
 

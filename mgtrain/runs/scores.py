@@ -1,9 +1,9 @@
-"""What a network says of each video, and what that says of the network: accuracy, confusion, calibration."""
+"""Class probabilities of each video, and the scores computed from them: accuracy, confusion, calibration."""
 
 from __future__ import annotations
 
+import base64
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,34 +12,40 @@ from typing import Any
 import numpy as np
 
 from mgtrain.data.videos import Videos
+from mgtrain.runs.statistics import wilson
 
-BINS = 15  # of confidence, by which calibration is told (Guo et al. 2017)
-NORMAL_95 = 1.959964  # standard deviations that hold 95 % of a normal distribution
-MISTAKES = 5  # pairs of classes that are named
-LEAST = 1e-30  # probability that a loss is taken of
+BINS = 15  # of confidence, for the expected calibration error (Guo et al. 2017)
+MISTAKES = 5  # most frequent pairs of confused classes
+LEAST = 1e-30  # lower limit of the probabilities in a loss
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What an evaluation found. Fractions are of the videos that could be decoded."""
+    """The results of an evaluation, over the videos that could be decoded."""
 
-    top1: float  # where videos have several labels: the most probable class is one of them
+    top1: float  # with several labels: the share of videos whose most probable class is one of them
     top5: float
     loss: float  # mean negative log likelihood of the averaged softmax; or mean binary cross entropy
     videos: int
-    correct: tuple[int, ...]  # videos of each class that were right
+    correct: tuple[int, ...]  # correctly classified videos of each class
     counts: tuple[int, ...]  # videos of each class
-    precision: tuple[float | None, ...] | None = None  # average precision of each class, where videos have several
+    precision: tuple[float | None, ...] | None = None  # average precision of each class, with several labels
 
     @property
     def mean_ap(self) -> float | None:
-        """Mean average precision over the classes that have videos; None where each video has one label."""
+        """Mean average precision over the classes with videos; None if each video has one label."""
         known = [value for value in self.precision or () if value is not None]
         return float(np.mean(known)) if known else None
 
+    @property
+    def mean_class(self) -> float | None:
+        """Mean accuracy of the classes with videos; None without videos, or if videos have several labels."""
+        return None if self.precision is not None else mean_class(self.correct, self.counts)
+
     def row(self) -> dict[str, Any]:
-        """The scores as a line of a run's evaluations."""
-        return asdict(self) | ({} if self.precision is None else {"mean_ap": self.mean_ap})
+        """The scores as part of a row of `evals.jsonl`."""
+        mean = {"mean_class": self.mean_class} if self.precision is None else {"mean_ap": self.mean_ap}
+        return asdict(self) | mean
 
     def per_class(self) -> list[float | None]:
         """Accuracy, or average precision, of each class; None for a class without videos."""
@@ -48,44 +54,45 @@ class Scores:
         return [right / count if count else None for right, count in zip(self.correct, self.counts, strict=True)]
 
     def line(self, views: int) -> str:
-        """Accuracy in one line."""
+        """Accuracy and loss in one line; each video has so many `views`."""
         mean_ap = "" if self.mean_ap is None else f"mAP {100 * self.mean_ap:.2f} %  "
+        mean_class = "" if self.mean_class is None else f"mean class {100 * self.mean_class:.2f} %  "
         return (
-            f"{mean_ap}top-1 {100 * self.top1:.2f} %  top-5 {100 * self.top5:.2f} %  loss {self.loss:.3f}  "
+            f"{mean_ap}top-1 {100 * self.top1:.2f} %  {mean_class}top-5 {100 * self.top5:.2f} %  loss {self.loss:.3f}  "
             f"on {self.videos} videos, {views} {'view' if views == 1 else 'views'} each"
         )
 
     def interval(self) -> tuple[float, float]:
-        """Between what the top-1 accuracy lies with a confidence of 95 % (see `wilson`)."""
+        """The 95 % confidence interval of the top-1 accuracy (see `wilson`)."""
         return wilson(round(self.top1 * self.videos), self.videos)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How far the probability of the first choice can be believed. Of equal bins of it, from 0 to 1."""
+    """How well confidence, the probability of the most probable class, agrees with accuracy, in `BINS` equal bins."""
 
     error: float  # expected calibration error: mean of |confidence - accuracy| over the videos
     counts: tuple[int, ...]  # videos in each bin
-    confidence: tuple[float | None, ...]  # mean probability of their first choice; None in an empty bin
+    confidence: tuple[float | None, ...]  # mean of each bin; None for an empty one
     accuracy: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """The class probabilities of videos, a row each."""
+    """The class probabilities of videos, one row per video."""
 
-    numbers: np.ndarray  # int64 (V,): the videos' places in their list, rising
-    labels: np.ndarray  # int64 (V,); or uint8 (V, classes), ones where a video has the class
-    probabilities: np.ndarray  # float32 (V, classes): softmax or sigmoid, averaged over the views or their largest
+    numbers: np.ndarray  # int64 (V,): the videos' positions in their list, ascending
+    labels: np.ndarray  # int64 (V,); or uint8 (V, classes), 1 if a video has the class
+    probabilities: np.ndarray  # float32 (V, classes): mean or maximum of softmax or sigmoid over the views
 
     def scores(self) -> Scores:
-        """Accuracy and loss. The order of equally probable classes is theirs."""
+        """Accuracy and loss. Equally probable classes count in the order of their numbers."""
         count, classes = len(self.numbers), self.probabilities.shape[1]
         if self.multi_label:
             return self._scores_of_several()
         right = self.right
         own = self.probabilities[np.arange(count), self.labels]
-        # As many classes are more probable than the video's own, or as probable and before it.
+        # The number of classes that are more probable than the video's own, or equally probable and before it.
         ahead = (self.probabilities > own[:, None]).sum(1)
         before = np.arange(classes) < self.labels[:, None]
         ahead += ((self.probabilities == own[:, None]) & before).sum(1)
@@ -123,7 +130,7 @@ class Predictions:
 
     @property
     def right(self) -> np.ndarray:
-        """Whether each video's most probable class is (one of) its own: bool (V,)."""
+        """Whether each video's most probable class is one of its labels: bool (V,)."""
         if self.multi_label:
             return np.take_along_axis(self.labels, self.first[:, None], axis=1)[:, 0] > 0
         right: np.ndarray = self.first == self.labels
@@ -136,13 +143,13 @@ class Predictions:
         return most
 
     def confusion(self) -> np.ndarray:
-        """Videos of each class (row) that were taken for each class (column): int64 (classes, classes)."""
+        """The number of videos of each class (row) predicted as each class (column): int64 (classes, classes)."""
         matrix = np.zeros((self.probabilities.shape[1],) * 2, np.int64)
         np.add.at(matrix, (self.labels, self.first), 1)
         return matrix
 
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """What was confused most often: class, the one that it was taken for, and videos."""
+        """The most frequent mistakes: label, predicted class, number of videos."""
         confusion = self.confusion()
         np.fill_diagonal(confusion, 0)
         most = np.argsort(-confusion, axis=None, kind="stable")[:MISTAKES]
@@ -150,7 +157,7 @@ class Predictions:
         return [pair for pair in pairs if pair[2]]
 
     def calibration(self) -> Calibration:
-        """How far the probability of the first choice can be believed."""
+        """The calibration of the confidence."""
         confidence = self.probabilities.max(1, initial=0).astype(np.float64)
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         counts = np.bincount(bins, minlength=BINS)
@@ -163,13 +170,19 @@ class Predictions:
         error = float(np.abs(sure - right).sum()) / max(1, len(self.numbers))
         return Calibration(error, tuple(counts.tolist()), means(sure), means(right))
 
+    def right_row(self, videos: int) -> dict[str, Any]:
+        """Which of all `videos` were right, as bits, and which could not be read: part of a row of `evals.jsonl`."""
+        left_out = np.setdiff1d(np.arange(videos), self.numbers).tolist()
+        return {"right": packed(self.right), "left_out": left_out}
+
     def describe(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Everything but the videos, as plain data."""
+        """All scores as plain values."""
         scores, calibration = self.scores(), self.calibration()
         kind = {"mean_ap": scores.mean_ap} if self.multi_label else {"confusion": self.confusion().tolist()}
         return {
             "top1": scores.top1,
             "top1_interval": scores.interval(),
+            **({} if self.multi_label else {"mean_class": scores.mean_class}),
             "top5": scores.top5,
             "loss": scores.loss,
             "videos": scores.videos,
@@ -184,7 +197,7 @@ class Predictions:
         }
 
     def render(self, classes: Sequence[str], views: int, per_class: bool) -> str:
-        """For people: each class if wanted, what was confused, calibration, and the accuracy last."""
+        """All scores as text: each class if `per_class`, mistakes, calibration, and accuracy in the last line."""
         scores, lines = self.scores(), []
         if per_class:
             for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=True):
@@ -192,11 +205,11 @@ class Predictions:
                 lines.append(f"{name:30} {share}  of {count}")
         mistakes = [] if self.multi_label else self.mistakes()
         if mistakes:
-            named = (f"{classes[label]} for {classes[taken]} ({count})" for label, taken, count in mistakes)
-            lines.append(f"taken most often: {', '.join(named)}")
+            named = (f"{classes[label]} as {classes[predicted]} ({count})" for label, predicted, count in mistakes)
+            lines.append(f"most frequent mistakes: {', '.join(named)}")
         confidence = float(self.probabilities.max(1, initial=0).mean()) if scores.videos else 0.0
         lines.append(
-            f"calibration: the first choice has a probability of {100 * confidence:.1f} % on average; "
+            f"calibration: mean confidence {100 * confidence:.1f} %, "
             f"expected calibration error {100 * self.calibration().error:.1f} %"
         )
         low, high = scores.interval()
@@ -205,7 +218,7 @@ class Predictions:
         )
 
     def write_csv(self, path: Path, videos: Videos) -> None:
-        """A line for each video: path, label, the most probable class, and every class's probability."""
+        """Write a CSV file with a row for each video: path, label, predicted class, probability of every class."""
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
@@ -213,14 +226,22 @@ class Predictions:
             for number, first, row in zip(self.numbers.tolist(), self.first.tolist(), self.probabilities, strict=True):
                 labels = ";".join(videos.classes[label] for label in videos.labels(number))
                 names = videos.name(number), labels, videos.classes[first]
-                writer.writerow([*names, *(f"{p:.9g}" for p in row.tolist())])  # 9 digits are all of a float32
+                writer.writerow([*names, *(f"{p:.9g}" for p in row.tolist())])  # 9 digits are exact for float32
         temporary.replace(path)
 
 
-def average_precision(right: np.ndarray, scores: np.ndarray) -> float | None:
-    """The area under the precision of the best, as more of them are taken: bool and float (V,); None if none is right.
+def mean_class(correct: Sequence[int], counts: Sequence[int]) -> float | None:
+    """Mean accuracy of the classes with videos, from the numbers of correct videos and of all videos of each class.
 
-    Equal scores are taken together, as scikit-learn does, whose `average_precision_score` this is.
+    >>> mean_class(correct=[8, 1, 0], counts=[8, 2, 0])
+    0.75
+    """
+    found = [right / count for right, count in zip(correct, counts, strict=True) if count]
+    return float(np.mean(found)) if found else None
+
+
+def average_precision(right: np.ndarray, scores: np.ndarray) -> float | None:
+    """Average precision, bool and float (V,), equal to scikit-learn's `average_precision_score`; None if none is right.
 
     >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.8, 0.7]))
     0.8333333333333333
@@ -233,17 +254,22 @@ def average_precision(right: np.ndarray, scores: np.ndarray) -> float | None:
     return float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / found[-1])
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Between what a share lies with a confidence of 95 %, `right` of `count` having been found (Wilson 1927).
+def packed(right: np.ndarray) -> str:
+    """Bool (V,) as text that `unpacked` reads.
 
-    >>> low, high = wilson(29, 37)
-    >>> f"{low:.3f} {high:.3f}"
-    '0.628 0.886'
+    >>> packed(np.array([True, False, True]))
+    'oA=='
     """
-    if not count:
-        return 0.0, 1.0
-    share, z = right / count, NORMAL_95
-    middle = share + z * z / (2 * count)
-    margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low, high = ((middle + sign * margin) / (1 + z * z / count) for sign in (-1, 1))
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding aside, they are on either side of it
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def unpacked(text: str, count: int, left_out: Sequence[int]) -> np.ndarray:
+    """For all videos 1, 0, or -1 for those `left_out`, from the bits of the `count` others: int8 (count + left out,).
+
+    >>> unpacked("oA==", 3, left_out=[1]).tolist()
+    [1, -1, 0, 1]
+    """
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))[:count]
+    found = np.full(count + len(left_out), -1, np.int8)
+    found[np.setdiff1d(np.arange(len(found)), left_out)] = bits
+    return found

@@ -1,4 +1,4 @@
-"""What a run is doing, out of what it has written down: `mgtrain watch`."""
+"""The progress of a run, read from its logs: `mgtrain watch`."""
 
 from __future__ import annotations
 
@@ -15,67 +15,70 @@ from rich.text import Text
 
 from mgtrain.console import duration
 from mgtrain.errors import UsageError
-from mgtrain.runs.compare import guarded
-from mgtrain.runs.folder import RunDir, accuracy, accuracy_name, best_until
-from mgtrain.schedule import Plan, make_plan
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.history import History, accuracy, accuracy_name, best_until, class_accuracy, guarded
+from mgtrain.schedule import Plan
 
-QUIET_SECONDS = 600  # without a new line, after which a run is said to be silent
+QUIET_SECONDS = 600  # without a new log line until a note says so
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A run as it stands."""
+    """The state of a run."""
 
     name: str
-    steps: int  # finished ones that were logged
+    steps: int  # finished and logged
     total: int
-    phase: str  # such as `phase 3 of 14 (512x16x112², ...), step 12 of 340 in it`
+    phase: str  # such as `phase 3 of 14 (512x16x112², ...), step 12 of 340`
     row: dict[str, Any]  # the last logged step
-    left: float  # seconds of training to go
-    silent: float  # seconds since it last wrote
+    left: float  # seconds of training left
+    silent: float  # seconds since the last log line
     evaluation: str  # the last one; empty before the first
-    against: str  # the baseline at the same time and step; empty without one
+    against: str  # the baseline at the same time and step; empty without a baseline
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether all steps are done."""
         return self.steps >= self.total
 
 
 def look(run: RunDir, baseline: RunDir | None = None) -> View:
-    """Read a run's logs.
+    """Read the state of a run from its logs.
 
     Raises:
-        UsageError: it has not logged a step yet.
+        UsageError: there is no logged step yet.
         CheckpointError: the logs are damaged.
     """
     with guarded(run, *([baseline] if baseline else [])):
-        rows, evals = run.rows("steps.jsonl"), run.rows("evals.jsonl")
+        history = History(run)
+        rows, evals, plan = history.steps, history.evals, history.plan
         if not rows:
-            raise UsageError(f"{run.path}: no step is logged yet; look again in a while")
-        plan, last = make_plan(run.recipe(), run.read("plan.json")["videos"]), rows[-1]
+            raise UsageError(f"{run.path}: no step is logged yet; try again later")
+        last = rows[-1]
         phase = plan.phases[last["phase"]]
         shapes = ", ".join(map(str, phase.shapes))
         turn = f", turn {(last['step'] - 1 - phase.first_step) % len(phase.shapes) + 1} of {len(phase.shapes)}"
         done = last["step"] - phase.first_step
         words = (
             f"phase {phase.index + 1} of {len(plan.phases)} ({shapes}){turn if len(phase.shapes) > 1 else ''}, "
-            f"step {done:,} of {phase.steps:,} in it"
+            f"step {done:,} of {phase.steps:,}"
         )
-        said = ""
+        evaluation = ""
         if evals:
             now, best = evals[-1], max(map(accuracy, evals))
             name = accuracy_name(now)
-            said = f"{name} {100 * accuracy(now):.1f} % after step {now['step']:,}, best {100 * best:.1f} %"
+            classes = class_accuracy(now)
+            mean = "" if classes is None else f", mean class {100 * classes:.1f} %"
+            evaluation = f"{name} {100 * accuracy(now):.1f} %{mean} after step {now['step']:,}, best {100 * best:.1f} %"
         compared = _against(evals, baseline) if baseline and evals else ""
         silent = time.time() - (run.path / "steps.jsonl").stat().st_mtime
         return View(
-            run.name, last["step"], len(plan), words, last, seconds_left(plan, rows), silent, said, compared
+            run.name, last["step"], len(plan), words, last, seconds_left(plan, rows), silent, evaluation, compared
         )  # fmt: skip
 
 
 def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
-    """Seconds of training to go: each phase at the pace of one of the same shapes, or of as many pixels."""
+    """Estimated seconds of training left, from the pace of phases with the same shapes, or else of the whole run."""
     paces: dict[tuple[Any, ...], list[float]] = {}
     for before, after in pairwise(rows):
         if before["phase"] == after["phase"] and after["step"] > before["step"]:
@@ -91,20 +94,21 @@ def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
 
 
 def render(view: View) -> Group:
-    """For a terminal."""
+    """The state for the terminal."""
     row, table = view.row, Table.grid(padding=(0, 2))
     waiting = 100 * row["data_seconds"] / max(row["train_seconds"], 1e-9)
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-    to_go = "finished" if view.finished else f"about {duration(view.left)} to go"
+    clock = f", {duration(row['clock_seconds'])} by the clock" if "clock_seconds" in row else ""
+    left = "finished" if view.finished else f"about {duration(view.left)} left"
     lines = [
         ("", view.phase),
         ("now", f"loss {loss}  top-1 {100 * row['top1']:.0f} %  lr {row['lr']:.3g}  epoch {row['epoch']:.1f}"),
-        ("time", f"{duration(row['train_seconds'])} of training, {waiting:.0f} % waiting for data; {to_go}"),
+        ("time", f"{duration(row['train_seconds'])} of training, {waiting:.0f} % waiting for data{clock}; {left}"),
         ("evaluated", view.evaluation or "not yet"),
         *([("baseline", view.against)] if view.against else []),
     ]
     if view.silent > QUIET_SECONDS and not view.finished:
-        lines.append(("", f"nothing new for {duration(view.silent)}: it evaluates, or has stopped (--resume)"))
+        lines.append(("", f"no log line for {duration(view.silent)}: it is evaluating or has stopped (--resume)"))
     for key, words in lines:
         table.add_row(key, Text(words))
     bar = ProgressBar(total=view.total, completed=view.steps, width=60)
@@ -112,11 +116,11 @@ def render(view: View) -> Group:
 
 
 def _against(evals: Sequence[dict[str, Any]], baseline: RunDir) -> str:
-    """What the baseline had reached after as much training, and after as many steps."""
-    theirs, now = baseline.rows("evals.jsonl"), evals[-1]
+    """The baseline's best accuracy after the same training time and after the same number of steps."""
+    theirs, now = History(baseline).evals, evals[-1]
 
     def best(key: str) -> str:
         found = best_until(theirs, key, now[key])
         return "not evaluated yet" if found is None else f"{100 * found:.1f} %"
 
-    return f"{baseline.name}: after as much time {best('train_seconds')}, after as many steps {best('step')}"
+    return f"{baseline.name}: {best('train_seconds')} after the same time, {best('step')} after the same steps"

@@ -1,7 +1,7 @@
 """The schedule: shape, grid and learning rate of each step.
 
-In comes a recipe and a number of training videos, out goes a `Plan`: an immutable sequence of steps, each computed
-from its number. Nothing here knows tensors, devices or video files. To add a schedule, add a file and a line in
+It takes a recipe and the number of training videos and returns a `Plan`: an immutable sequence of steps, each computed
+from its number. Nothing here knows tensors, devices or video files. To add a schedule, add a file and an entry in
 `SCHEDULES`.
 """
 
@@ -21,7 +21,7 @@ def make_plan(recipe: Recipe, videos: int) -> Plan:
     """The plan of a recipe for `videos` training videos.
 
     Raises:
-        PlanError: the schedule is impossible.
+        PlanError: the recipe's keys do not make a valid schedule.
     """
     return Plan(recipe, videos, SCHEDULES[recipe.schedule.name](recipe, videos))
 

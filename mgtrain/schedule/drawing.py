@@ -8,9 +8,12 @@ from rich.table import Table
 
 from mgtrain.schedule import Plan
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+COLUMNS = 72  # of a drawing
+
 
 def plan_table(plan: Plan, gpus: int | None) -> Table:
-    """The phases of a plan, one per row."""
+    """The phases of a plan, one per row; with `gpus`, also the clips per GPU."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in ("phase", "clips", "frames", "crop", "steps", "to epoch", "lr", "stride", "bn clips"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -33,12 +36,8 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
     return table
 
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-COLUMNS = 72  # of a drawn schedule
-
-
 def schedule_drawing(plan: Plan) -> str:
-    """Clips, frames, crop and learning rate over the steps of a run, one line each, on a log scale."""
+    """Clips, frames, crop and learning rate over the steps of a run, each a line of bars on a log scale."""
     steps = [plan[round(n * (len(plan) - 1) / (COLUMNS - 1))] for n in range(COLUMNS)]
     rows = (
         ("clips", [step.phase.shape.clips for step in steps], "d"),

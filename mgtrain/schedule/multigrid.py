@@ -9,11 +9,14 @@ from mgtrain.schedule.plan import Stretch
 
 
 def multigrid(recipe: Recipe, videos: int) -> list[Stretch]:
-    """A full long cycle in every learning-rate stage but the last, which fine-tunes at the long cycle's finest shape.
+    """A long cycle in every learning-rate stage except the last, which fine-tunes at the long cycle's finest shape.
 
-    Within a stage the long cycle's shapes get equally many steps. Every stage keeps the same fraction of its baseline
-    steps, chosen so that the run sees `epoch_factor` times the baseline's epochs of clips. The first half of
-    fine-tuning keeps the learning rate of the stage before. Without a long cycle the stages keep their shares.
+    Within a stage, all shapes of the long cycle get the same number of steps. All stages keep the same fraction of
+    their baseline steps, such that the run has `epoch_factor` times the baseline's epochs. The first half of
+    fine-tuning uses the learning rate of the previous stage.
+
+    Raises:
+        PlanError: there is only one stage, which cannot both run a long cycle and fine-tune.
     """
     schedule, stages, base = recipe.schedule, recipe.optim.stages, recipe.base
     assert isinstance(schedule, MultigridSchedule)
@@ -21,27 +24,30 @@ def multigrid(recipe: Recipe, videos: int) -> list[Stretch]:
         cycle = short_cycle(base, base, schedule.short_cycle)
         kept = schedule.epoch_factor / _mean_batch(cycle, base)
         return [Stretch(k, k, cycle, kept * epochs * videos / base.clips) for k, epochs in enumerate(stages)]
-    if len(stages) < 2:
+    if len(stages) < 2 and schedule.fine_tune:
         raise PlanError(
             "a long cycle needs at least two learning-rate stages, because the last one fine-tunes; "
-            "give optim.stages two or more, or set schedule.long_cycle=[]"
+            "set two or more optim.stages, or schedule.fine_tune=false"
         )
 
     long_shapes = [coarsen(base, time, space) for time, space in schedule.long_cycle]
     cycles = [short_cycle(shape, base, schedule.short_cycle) for shape in long_shapes]
     last_cycle = cycles[-1] if schedule.fine_tune_short_cycle else (long_shapes[-1],)
 
-    # A stage keeps the fraction `kept` of its baseline steps; solve clips seen = epoch_factor * baseline's clips.
+    # Each stage keeps the fraction `kept` of its baseline steps; solve clips of the run = epoch_factor * baseline's.
     mean_batch = sum(_mean_batch(cycle, base) for cycle in cycles) / len(cycles)  # in units of the base's clips
-    long_epochs, last_epochs = sum(stages[:-1]), stages[-1]
+    long_epochs, last_epochs = (sum(stages[:-1]), stages[-1]) if schedule.fine_tune else (sum(stages), 0.0)
     clips = mean_batch * long_epochs + _mean_batch(last_cycle, base) * last_epochs
     kept = schedule.epoch_factor * sum(stages) / clips
 
     steps = [kept * epochs * videos / base.clips for epochs in stages]
     last = len(stages) - 1
+    long_stages = range(last if schedule.fine_tune else len(stages))
     long_stretches = [
-        Stretch(stage, stage, cycle, steps[stage] / len(cycles)) for stage in range(last) for cycle in cycles
+        Stretch(stage, stage, cycle, steps[stage] / len(cycles)) for stage in long_stages for cycle in cycles
     ]
+    if not schedule.fine_tune:
+        return long_stretches
     if recipe.optim.curve != "steps":
         return [*long_stretches, Stretch(last, last, last_cycle, steps[last])]
     half = steps[last] / 2

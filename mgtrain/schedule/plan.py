@@ -1,12 +1,13 @@
-"""The plan of a run: an immutable sequence of steps, each looked up from its number.
+"""The plan of a run: an immutable sequence of steps, each computed from its number.
 
-The step is the clock. Nothing about a step depends on the run's history: its shape, learning rate, clips and
-BatchNorm groups follow from its number by a bisection over the phases.
+Nothing about a step depends on the run's history: bisection over the phases gives its shape, learning rate, clips and
+BatchNorm groups.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, overload
 
 from mgtrain.errors import PlanError
 from mgtrain.grid import Grid, Shape, train_grid
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import MultigridSchedule, Recipe
 from mgtrain.schedule.lr import cosine, stepwise, warmup
 
 MOST_STEPS = 10**12
@@ -24,17 +25,17 @@ MOST_STEPS = 10**12
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What a schedule asks for: `steps` steps, not yet a whole number, that alternate the shapes of `cycle`."""
+    """A part of a schedule before its steps are rounded: it alternates the shapes of `cycle`."""
 
-    stage: int  # learning-rate stage of the baseline that it belongs to
-    lr_stage: int  # learning-rate stage in force
+    stage: int  # learning-rate stage of the baseline that it replaces
+    lr_stage: int  # learning-rate stage that sets its learning rate
     cycle: tuple[Shape, ...]  # coarse first; the last one is the long cycle's shape
-    steps: float
+    steps: float  # not yet a whole number
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of steps on one long-cycle shape."""
+    """Consecutive steps at one long-cycle shape."""
 
     index: int
     stage: int
@@ -43,8 +44,8 @@ class Phase:
     steps: int
     first_clip: int  # position in the run's endless stream of clips
     shapes: tuple[Shape, ...]  # the short cycle: coarse first, the long-cycle shape last
-    grids: tuple[Grid, ...]  # one for each of the shapes
-    bn_groups: int  # BatchNorm groups of the global batch, the same for all the shapes
+    grids: tuple[Grid, ...]  # one for each shape
+    bn_groups: int  # BatchNorm groups of the global batch, the same for each shape
 
     @property
     def shape(self) -> Shape:
@@ -63,22 +64,27 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """Its distinct shapes, such as `1024x8x112², 512x8x158²`."""
+        """The distinct shapes, such as `1024x8x112², 512x8x158²`."""
         return ", ".join(str(shape) for shape in dict.fromkeys(self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step."""
+    """One optimizer step: the shape of its batch over all ranks, its learning rate, its BatchNorm groups."""
 
-    index: int
+    index: int  # 0 is the first
     phase: Phase
     shape: Shape
     grid: Grid
     lr: float
     epoch: float  # epochs of clips seen before this step
-    first_clip: int
-    bn_groups: int
+    first_clip: int  # position in the run's endless stream of clips
+    bn_groups: int  # of the global batch
+
+
+def lr(step: Step) -> float:
+    """The learning rate of a step, per update: warmed up, decayed, and scaled by the long cycle's batch."""
+    return step.lr
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class Totals:
 
 
 class Plan(Sequence[Step]):
-    """The steps of a run: `plan[i]` is step `i`, `plan.steps(start)` iterates from a step on."""
+    """The steps of a run: `plan[i]` is step `i`, `plan.steps(start)` iterates from step `start`."""
 
     def __init__(self, recipe: Recipe, videos: int, stretches: Sequence[Stretch]) -> None:
         if videos < 1:
@@ -102,11 +108,12 @@ class Plan(Sequence[Step]):
         self.base_bn_groups = bn_groups(recipe.base, recipe.batch.bn_clips)
         self.mixes = recipe.augment.mixes
         self._optim = recipe.optim
+        self._lr_scaling = recipe.schedule.lr_scaling if isinstance(recipe.schedule, MultigridSchedule) else "long"
         self.phases = _phases(recipe, stretches)
         if self.phases[-1].end_step > MOST_STEPS:
             raise PlanError(
-                f"a run of {self.phases[-1].end_step:.3g} steps for {videos:,} videos, more than the possible "
-                f"{MOST_STEPS:.0g}; lower optim.stages or schedule.epoch_factor, or raise batch.clips"
+                f"a run of {self.phases[-1].end_step:.3g} steps for {videos:,} videos; at most {MOST_STEPS:.0g} are "
+                "allowed: lower optim.stages or schedule.epoch_factor, or raise batch.clips"
             )
         self._first_steps = [phase.first_step for phase in self.phases]
         self._warmup_target = self._lr_after_warmup()
@@ -141,11 +148,11 @@ class Plan(Sequence[Step]):
         )
 
     def steps(self, start: int = 0) -> Iterator[Step]:
-        """The steps from `start` on."""
+        """The steps from step `start` to the end."""
         return (self[index] for index in range(start, len(self)))
 
     def first_steps(self) -> dict[Shape, Step]:
-        """The distinct shapes in order of their first step, with that step."""
+        """Each distinct shape -> its first step, in order."""
         firsts: dict[Shape, int] = {}
         for phase in self.phases:
             for offset, shape in enumerate(phase.shapes[: phase.steps]):
@@ -153,18 +160,18 @@ class Plan(Sequence[Step]):
         return {shape: self[index] for shape, index in firsts.items()}
 
     def shapes(self) -> tuple[Shape, ...]:
-        """The distinct shapes in order of their first step."""
+        """The distinct shapes, in order of their first step."""
         return tuple(self.first_steps())
 
-    def milestones(self, per_phase: int) -> tuple[int, ...]:
-        """The numbers of steps after which to evaluate: `per_phase` times in each phase, the last at its end."""
-        parts = range(1, per_phase + 1)
-        return tuple(
-            sorted({p.first_step + max(1, round(p.steps * k / per_phase)) for p in self.phases for k in parts})
-        )
+    def milestones(self, times: int) -> tuple[int, ...]:
+        """The numbers of steps after which to evaluate: `times` of them, equally spaced, the last at the end.
+
+        They do not depend on the phases, so a baseline and its multigrid run evaluate equally often.
+        """
+        return tuple(sorted({max(1, round(len(self) * k / times)) for k in range(1, times + 1)}))
 
     def phase_lr(self, phase: Phase) -> float:
-        """The learning rate of a phase without warm-up; that of its first step if it changes within the phase."""
+        """The learning rate of a phase's first step, without warm-up."""
         return self._scaled_lr(phase, phase.first_step)
 
     def totals(self) -> Totals:
@@ -174,8 +181,11 @@ class Plan(Sequence[Step]):
         return Totals(len(self), clips / self.videos, clips, voxels)
 
     def fingerprint(self) -> str:
-        """A short hash, equal for equal plans."""
-        return hashlib.sha256(repr((self.videos, self.base, self.phases, self._optim)).encode()).hexdigest()[:16]
+        """A short hash that is the same for equal plans."""
+        what = (self.videos, self.base, self.phases, self._optim)
+        # Only what is unusual, which keeps the hashes of earlier versions.
+        unusual = [word for word in (self._lr_scaling, self._optim.scaling) if word not in ("long", "linear")]
+        return hashlib.sha256(repr((*what, *unusual)).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values for `plan.json` and `mgtrain plan --json`."""
@@ -211,19 +221,28 @@ class Plan(Sequence[Step]):
         if optim.curve == "steps":
             lr = stepwise(optim.lr, optim.gamma, phase.lr_stage)
         else:
-            # Every stage keeps the same share of its baseline steps, so progress in steps equals the baseline's.
+            # All stages keep the same share of their baseline steps, so progress in steps equals the baseline's.
             lr = cosine(optim.lr, optim.end_lr, index / len(self))
-        # Linear scaling by the long cycle's batch, never the short cycle's (Wu et al. 2020, section 3.4).
-        return lr * (phase.shape.clips / self.base.clips)
+        # Scaling by the long cycle's batch, not the short cycle's (Wu et al. 2020, section 3.4).
+        return lr if self._lr_scaling == "none" else lr * self._growth(phase.shape.clips / self.base.clips)
 
     def _lr(self, phase: Phase, index: int, epoch: float) -> float:
         optim = self._optim
         if epoch < optim.warmup_epochs:
-            return warmup(optim.warmup_lr, self._warmup_target, epoch, optim.warmup_epochs)
-        return self._scaled_lr(phase, index)
+            lr = warmup(optim.warmup_lr, self._warmup_target, epoch, optim.warmup_epochs)
+        else:
+            lr = self._scaled_lr(phase, index)
+        if self._lr_scaling == "both":
+            turn = (index - phase.first_step) % len(phase.shapes)
+            lr *= self._growth(phase.shapes[turn].clips / phase.shape.clips)
+        return lr
+
+    def _growth(self, clips: float) -> float:
+        """The factor of the learning rate for a factor of the batch."""
+        return clips if self._optim.scaling == "linear" else math.sqrt(clips)
 
     def _lr_after_warmup(self) -> float:
-        """The learning rate in force at the end of warm-up."""
+        """The learning rate at the end of warm-up."""
         end_clip = self._optim.warmup_epochs * self.videos
         phase = next((phase for phase in self.phases if phase.end_clip > end_clip), self.phases[-1])
         cycle_clips = sum(shape.clips for shape in phase.shapes)
@@ -232,9 +251,9 @@ class Plan(Sequence[Step]):
 
 
 def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
-    """Round the stretches to whole steps: each ends at the step nearest to its exact end, counted in clips.
+    """Round the stretches to whole steps, at least one each.
 
-    Ends are rounded, not lengths, so rounding errors do not add up. Every stretch has at least one step.
+    A stretch ends at the step nearest to its exact end, counted in clips, so rounding errors do not add up.
     """
     phases: list[Phase] = []
     first_step = first_clip = 0
@@ -252,24 +271,24 @@ def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
 
 
 def clips_before(cycle: Sequence[Shape], steps: int) -> int:
-    """Clips of the first `steps` steps that alternate the shapes of `cycle`."""
+    """The number of clips in the first `steps` steps that alternate the shapes of `cycle`."""
     return _sum_of_steps([shape.clips for shape in cycle], steps)
 
 
 def _sum_of_steps(cycle: Sequence[int], steps: int) -> int:
-    """The sum over the first `steps` items of an endless repetition of `cycle`."""
+    """The sum of the first `steps` items of `cycle`, repeated endlessly."""
     cycles, rest = divmod(steps, len(cycle))
     return cycles * sum(cycle) + sum(cycle[:rest])
 
 
 def _nearest_steps(cycle: Sequence[Shape], clips: float) -> int:
-    """The number of steps, at least 1, whose clips are nearest to `clips`."""
+    """The number of steps, at least 1, with a number of clips nearest to `clips`."""
     whole = len(cycle) * max(0, int(clips // sum(shape.clips for shape in cycle)))
     return max(1, min(range(whole, whole + len(cycle) + 1), key=lambda steps: abs(clips_before(cycle, steps) - clips)))
 
 
 def bn_groups(shape: Shape, bn_clips: int) -> int:
-    """BatchNorm groups of the long-cycle `shape`, each of `bn_clips` clips, on any number of GPUs.
+    """The number of BatchNorm groups of `bn_clips` clips in the long-cycle `shape`, over all GPUs.
 
     >>> bn_groups(Shape(512, 8, 158), bn_clips=8)
     64
@@ -285,10 +304,10 @@ def bn_groups(shape: Shape, bn_clips: int) -> int:
 
 
 def check_world(plan: Plan, ranks: int) -> None:
-    """Check that the ranks can share every step equally, with whole pairs if clips are mixed, and BatchNorm groups too.
+    """Check that `ranks` ranks can share the clips, mixed pairs and BatchNorm groups of every step equally.
 
     Raises:
-        PlanError: names the phase and a number that divides.
+        PlanError: they cannot; names the phase and what to change.
     """
     batches = [(f"phase {p.index + 1} has steps", shape, p.bn_groups) for p in plan.phases for shape in p.shapes]
     for what, shape, groups in [*batches, ("recalibration has batches", plan.base, plan.base_bn_groups)]:
@@ -307,6 +326,6 @@ def check_world(plan: Plan, ranks: int) -> None:
         if plan.mixes and odd:
             raise PlanError(
                 f"phase {phase.index + 1} has steps of {odd[0].clips} clips, {odd[0].clips // ranks} on each of "
-                f"{ranks} GPUs, but augment.mixup and augment.cutmix mix pairs; use a batch.clips and a number of GPUs "
-                "that leave each an even number, or set both to 0"
+                f"{ranks} GPUs, but augment.mixup and augment.cutmix mix pairs; choose batch.clips and the number of "
+                "GPUs such that each has an even number, or set both to 0"
             )

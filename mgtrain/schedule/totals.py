@@ -1,4 +1,4 @@
-"""The plan of a recipe beside the plan of its baseline: steps of each shape, totals and ratios."""
+"""Compare the plan of a recipe with the plan of its baseline: steps of each shape, totals and ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mgtrain.schedule import Plan, baseline_recipe, make_plan
 
 
 def make_plans(recipe: Recipe, videos: int) -> dict[str, Plan]:
-    """The `plan` of a recipe and the plan of its `baseline`."""
+    """The plans of a recipe and of its baseline, as `plan` and `baseline`."""
     return {"plan": make_plan(recipe, videos), "baseline": make_plan(baseline_recipe(recipe), videos)}
 
 
@@ -24,19 +24,21 @@ def steps_of_shapes(plan: Plan) -> Counter[Shape]:
     return +counts
 
 
-def compare_totals(plan: Plan, baseline: Plan, **more: tuple[float, float]) -> dict[str, dict[str, float]]:
-    """`totals` of the plan and of the `baseline`, and their `ratios`; `more` totals are given as pairs of the two."""
-    totals: dict[str, float] = asdict(plan.totals()) | {key: pair[0] for key, pair in more.items()}
-    rival: dict[str, float] = asdict(baseline.totals()) | {key: pair[1] for key, pair in more.items()}
+def compare_totals(plan: Plan, baseline: Plan) -> dict[str, dict[str, float]]:
+    """`totals` of the plan and of the `baseline`, and their `ratios`."""
+    totals: dict[str, float] = asdict(plan.totals())
+    rival: dict[str, float] = asdict(baseline.totals())
     return {"totals": totals, "baseline": rival, "ratios": {key: totals[key] / rival[key] for key in totals}}
 
 
 def render_totals(compared: dict[str, dict[str, float]]) -> str:
-    """A line for each total, as a person reads it."""
-    lines = []
-    for key, value in compared["totals"].items():
-        ratio, digits = compared["ratios"][key], 1 if key == "epochs" else 0
-        times = f"1/{1 / ratio:.3f} of" if ratio < 1 else f"{ratio:.3f}x"
-        shown, of = (f"{n:,.{digits}f}" if value < 1e15 else f"{n:.4g}" for n in (value, compared["baseline"][key]))
-        lines.append(f"{key.replace('_', '-'):13} {shown:>22}   {times} the baseline's {of}")
-    return "\n".join(lines)
+    """A line of text for each total."""
+    return "\n".join(render_total(key, value, compared["baseline"][key]) for key, value in compared["totals"].items())
+
+
+def render_total(name: str, value: float, baseline: float) -> str:
+    """A line of text for one total and its ratio to the baseline's."""
+    ratio, digits = value / baseline, 1 if name == "epochs" else 0
+    times = f"1/{1 / ratio:.3f} of" if ratio < 1 else f"{ratio:.3f}x"
+    shown, of = (f"{n:,.{digits}f}" if value < 1e15 else f"{n:.4g}" for n in (value, baseline))
+    return f"{name.replace('_', '-'):13} {shown:>22}   {times} the baseline's {of}"

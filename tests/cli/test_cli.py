@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("plan k400_i3d_8x8_r50_basline", 2, "did you mean the shipped recipe 'k400_i3d_8x8_r50_baseline'?"),
         ("plan none.yaml", 2, "none.yaml: no such recipe file"),
         ("plan tiny.yaml optim.lrr=1", 2, "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
-        ("plan tiny.yaml optim.lr", 2, "override 'optim.lr': write it as section.key=value"),
+        ("plan tiny.yaml optim.lr", 2, "override 'optim.lr': must have the form section.key=value"),
         ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it must be a valid number"),
         ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
         ("plan tiny.yaml --gpus 0", 2, "--gpus"),
@@ -63,21 +63,23 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("fit tiny.yaml --device cpu", 2, "runs/tiny: holds a run already; add --resume to continue it, or --name"),
         ("fit tiny.yaml --device cpu --name new data.root=nowhere", 3, "nowhere: no such folder of videos"),
         ("fit tiny.yaml --device cpu --name new data.classes=5", 3, "have 4 classes, data.classes says 5"),
-        ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: no run directory"),
-        ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "changed since: optim.lr 0.002 -> 0.01; resume as"),
+        ("fit tiny.yaml --dry-run --resume", 2, "--dry-run --resume: a dry run starts from the first step"),
+        ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: not a run directory"),
+        ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "changed since: optim.lr 0.002 -> 0.01; undo"),
         ("eval garbage.safetensors", 4, "garbage.safetensors: cannot be read as weights: "),
-        ("eval foreign.safetensors", 2, "foreign.safetensors: holds weights without a recipe; say with --recipe "),
+        ("eval foreign.safetensors", 2, "foreign.safetensors: contains weights without a recipe; name the recipe "),
         ("eval begun", 4, "runs/begun: no checkpoint yet; train it with `mgtrain fit`"),
-        ("eval none", 2, "none: no run directory"),
+        ("eval none", 2, "none: not a run directory"),
         ("eval tiny --views 3", 2, "--views 3: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3"),
         ("eval tiny --views 1x2", 2, "--views 1x2: write clips in time x crops"),
         ("eval tiny --views 0x1", 2, "--views 0x1: write clips in time x crops"),
-        ("eval tiny --device cpu model.width=16", 4, "stem.conv.weight is (8, 3, 5, 7, 7), the model's is (16, "),
+        ("eval tiny --device cpu model.width=16", 4, "stem.conv.weight has shape (8, 3, 5, 7, 7), but (16, "),
         ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such file"),
-        ("compare tiny none", 2, "none: no run directory (it would hold a recipe.yaml); runs here: begun, tiny"),
-        ("compare tiny .", 2, ".: no run directory"),
+        ("compare tiny none", 2, "none: not a run directory, because it has no recipe.yaml; runs here: begun, tiny"),
+        ("compare tiny .", 2, ".: not a run directory"),
         ("compare tiny", 2, "Missing argument 'RUN...'"),
         ("recipes show none", 2, "none: no such recipe file"),
+        ("predict tiny -5KQ66BBWC4.mp4", 2, "write ./-5KQ66BBWC4.mp4, or -- before the names, for a file whose name"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_an_exit_code(
@@ -104,7 +106,7 @@ def test_without_words_the_help_is_shown(mgtrain: Start, tmp_path: Path) -> None
 
 def test_a_plan_as_json(mgtrain: Start, here: Path) -> None:
     plan = result(mgtrain(here, "plan", "tiny.yaml", "--json"))
-    assert list(plan) == ["schema", "videos", "steps", "epochs", "phases", "totals", "baseline", "ratios", "costs"]
+    assert list(plan) == ["schema", "videos", "steps", "epochs", "phases", "totals", "baseline", "ratios"]
     assert (plan["schema"], plan["videos"], plan["steps"], plan["epochs"]) == ("mgtrain.plan/1", 24, 17, 13.5)
     phase_keys = {"index", "stage", "first_step", "steps", "end_epoch", "lr", "stride", "shapes"}
     shape_keys = {"clips", "frames", "crop", "short_side", "bn_clips"}
@@ -112,7 +114,7 @@ def test_a_plan_as_json(mgtrain: Start, here: Path) -> None:
         assert set(phase) == phase_keys
         assert all(set(shape) == shape_keys for shape in phase["shapes"])
     for sums in ("totals", "baseline", "ratios"):
-        assert set(plan[sums]) == {"steps", "epochs", "clips", "voxels", "multiply_adds"}
+        assert set(plan[sums]) == {"steps", "epochs", "clips", "voxels"}
     assert plan["phases"][0] == {
         "index": 0,
         "stage": 0,
@@ -127,7 +129,6 @@ def test_a_plan_as_json(mgtrain: Start, here: Path) -> None:
             {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
         ],
     }
-    del plan["baseline"]["multiply_adds"]
     assert plan["baseline"] == {"steps": 54, "epochs": 9.0, "clips": 216, "voxels": 216 * 8 * 32**2}
     assert plan["ratios"]["epochs"] == 1.5
 
@@ -144,7 +145,7 @@ def test_a_plan_as_a_table(mgtrain: Start, here: Path) -> None:
 
 
 def test_a_plan_without_the_data_needs_the_number_of_videos(mgtrain: Start, here: Path) -> None:
-    nowhere = ("plan", "tiny.yaml", "data.root=nowhere", "--json", "--no-costs")
+    nowhere = ("plan", "tiny.yaml", "data.root=nowhere", "--json")
     assert "give --videos to plan without the data" in mgtrain(here, *nowhere).stderr
     assert result(mgtrain(here, *nowhere, "--videos", 1000))["videos"] == 1000
     assert result(mgtrain(here, *nowhere, "data.videos=500"))["videos"] == 500
@@ -153,6 +154,26 @@ def test_a_plan_without_the_data_needs_the_number_of_videos(mgtrain: Start, here
 def test_recipes_show_prints_the_files_bytes(mgtrain: Start, tmp_path: Path) -> None:
     for name, file in list(shipped_recipes().items())[:3]:
         assert mgtrain(tmp_path, "recipes", "show", name).stdout.encode() == file.read_bytes()
+
+
+def test_recipes_copy_writes_a_file_once(mgtrain: Start, tmp_path: Path) -> None:
+    text = shipped_recipes()["demo_baseline"].read_text()
+    (tmp_path / "recipes").mkdir()
+    for target, file in (
+        ((), "demo_baseline.yaml"),
+        (("my.yaml",), "my.yaml"),
+        (("recipes",), "recipes/demo_baseline.yaml"),
+    ):
+        done = mgtrain(tmp_path, "recipes", "copy", "demo_baseline", *target)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert f"{file}: train it with `mgtrain fit {file}`" in done.stderr
+        assert (tmp_path / file).read_text() == text
+        (tmp_path / file).write_text("mine")
+        again = mgtrain(tmp_path, "recipes", "copy", "demo_baseline", *target)
+        assert again.returncode == 2
+        assert f"{file}: exists already; give another file, or delete this one" in again.stderr
+        assert (tmp_path / file).read_text() == "mine"
+    assert mgtrain(tmp_path, "recipes", "copy", "demo_baseline", "nowhere/my.yaml").returncode == 2
 
 
 def test_recipes_list_names_every_shipped_recipe(mgtrain: Start, tmp_path: Path) -> None:
@@ -165,7 +186,7 @@ def test_fit_prints_its_scores_and_logs_to_stderr(mgtrain: Start, here: Path, tm
     words = ("fit", here / "tiny.yaml", "--device", "cpu", "--name", "mine", "--baseline", here / "runs/tiny", "--json")
     done = mgtrain(tmp_path, *words)
     scores = result(done)
-    assert list(scores) == ["schema", "run", "top1", "top5", "loss", "videos"]
+    assert list(scores) == ["schema", "run", "top1", "mean_class", "top5", "loss", "videos"]
     assert (scores["schema"], scores["run"], scores["videos"]) == ("mgtrain.fit/1", "runs/mine", 12)
     run, alike = RunDir(tmp_path / "runs/mine"), RunDir(here / "runs/tiny")
     assert [row["loss"] for row in run.rows("steps.jsonl")] == [row["loss"] for row in alike.rows("steps.jsonl")]
@@ -175,17 +196,81 @@ def test_fit_prints_its_scores_and_logs_to_stderr(mgtrain: Start, here: Path, tm
     assert (tmp_path / "runs/mine/log.txt").read_text().count("top-1") == 6
 
 
+def test_resuming_a_finished_run_says_so_and_trains_nothing(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "runs", tmp_path / "runs")
+    before, last = contents(tmp_path), RunDir(here / "runs/tiny").rows("evals.jsonl")[-1]
+    words = ("fit", here / "tiny.yaml", "--device", "cpu", "--resume", "data.root=gone", "hardware.workers=2")
+    done = mgtrain(tmp_path, *words, "--json")
+    assert result(done)["top1"] == last["top1"]
+    assert done.stderr == "runs/tiny: this run is finished; nothing is left to train\n"
+    assert f"top-1 {100 * last['top1']:.2f} %" in mgtrain(tmp_path, *words).stdout
+    assert contents(tmp_path) == before
+
+
+def test_a_run_whose_last_evaluation_is_due_is_not_finished(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(here / "runs/tiny", tmp_path / "runs/tiny")))
+    run.checkpoints()[-1].unlink()
+    done = mgtrain(tmp_path, "fit", here / "tiny.yaml", "--device", "cpu", "--resume")
+    assert done.returncode == 0
+    assert "resumed after step 16" in done.stderr
+    assert "step 17/17" in done.stderr
+
+
+def test_a_dry_run_shows_every_shape_and_leaves_nothing(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    words = ("fit", here / "tiny.yaml", "--device", "cpu", "--dry-run")
+    found = result(mgtrain(tmp_path, *words, "--json"))
+    plan = result(mgtrain(tmp_path, "plan", here / "tiny.yaml", "--json", "--costs"))
+    assert found["schema"] == "mgtrain.dry_run/1"
+    assert [row["shape"] for row in found["shapes"]] == [row["shape"] for row in plan["costs"]["shapes"]]
+    assert sum(row["steps"] for row in found["shapes"]) == plan["steps"] == 17
+    for row, cost in zip(found["shapes"], plan["costs"]["shapes"], strict=True):
+        assert row["estimated_bytes"] == cost["memory_bytes"]
+        assert row["peak_bytes"] > 2**26
+        assert row["step_seconds"] > 0
+        assert row["data_seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+    table = mgtrain(here, *words).stdout  # beside a finished run, which it leaves alone
+    assert [line.split()[0] for line in table.splitlines()] == [
+        "shape", *("{clips}x{frames}x{crop}²".format(**row["shape"]) for row in found["shapes"])
+    ]  # fmt: skip
+    assert RunDir(here / "runs/tiny").rows("evals.jsonl")[-1]["step"] == 17
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ("data.root=nowhere", 3, "nowhere: no such folder of videos"),
+        ("init.weights=none.safetensors", 4, "none.safetensors"),
+        ("optim.lr=1e30", 5, "is not finite"),
+    ],
+)
+def test_a_dry_run_fails_as_the_run_would(
+    mgtrain: Start, here: Path, tmp_path: Path, change: str, code: int, message: str
+) -> None:
+    words = ("fit", here / "tiny.yaml", "--device", "cpu", "--dry-run", change, "optim.warmup_epochs=0")
+    done = mgtrain(tmp_path, *words)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_on_two_ranks(mgtrain: Start, here: Path, tmp_path: Path) -> None:
+    done = mgtrain(tmp_path, "fit", here / "tiny.yaml", "--device", "cpu", "--dry-run", "--procs", 2, "--json")
+    assert (result(done)["ranks"], len(result(done)["shapes"])) == (2, 7)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_eval_as_json(mgtrain: Start, here: Path) -> None:
     scores = result(mgtrain(here, "eval", "tiny", "--device", "cpu", "--views", "2x3", "--json"))
     assert set(scores) == {
-        "schema", "checkpoint", "step", "views", "top1", "top1_interval", "top5", "loss", "videos", "per_class",
-        "counts", "confusion", "calibration_error", "calibration",
+        "schema", "checkpoint", "step", "views", "top1", "top1_interval", "mean_class", "top5", "loss", "videos",
+        "weights", "per_class", "counts", "confusion", "calibration_error", "calibration",
     }  # fmt: skip
     assert (scores["schema"], scores["step"], scores["views"]) == ("mgtrain.eval/2", 17, "2x3")
     assert sum(map(sum, scores["confusion"])) == 12
     assert scores["checkpoint"] == "runs/tiny/checkpoints/step_00000017.safetensors"
     assert list(scores["per_class"]) == ["left", "right", "up", "down"]
-    assert scores["top1"] == pytest.approx(sum(scores["per_class"].values()) / 4)
+    assert scores["top1"] == scores["mean_class"] == pytest.approx(sum(scores["per_class"].values()) / 4)
     assert (scores["videos"], scores["top5"]) == (12, 1.0)
 
 
@@ -202,7 +287,7 @@ def test_eval_for_a_reader(mgtrain: Start, here: Path) -> None:
     *classes, confused, calibration, total = done.stdout.splitlines()
     assert [line.split()[0] for line in classes] == ["left", "right", "up", "down"]
     assert all(line.endswith("of 3") for line in classes)
-    assert confused.startswith("taken most often: ")
+    assert confused.startswith("most frequent mistakes: ")
     assert calibration.startswith("calibration: ")
     assert total.startswith("top-1 ")
     assert "on 12 videos, 1 view each; 95 % interval of top-1: " in total
@@ -240,7 +325,7 @@ def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Pa
 
 def test_compare_as_json_and_for_a_reader(mgtrain: Start, here: Path) -> None:
     compared = result(mgtrain(here, "compare", "tiny", "tiny", "--json"))
-    assert compared["schema"] == "mgtrain.compare/2"
+    assert compared["schema"] == "mgtrain.compare/3"
     assert compared["speedups"]["steps"] == 1
     shown = mgtrain(here, "compare", "tiny", "runs/tiny")
     assert shown.stdout.splitlines()[-1] == compared["verdict"]

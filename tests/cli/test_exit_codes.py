@@ -16,7 +16,7 @@ import warm
 from mgtrain import errors
 from mgtrain.errors import MgtrainError
 
-PAGE = Path(__file__).parent.parent.parent / "docs/exit-codes.md"
+PAGE = Path(__file__).parent.parent.parent / "docs/reference/exit-codes.md"
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
 Start = Callable[..., "subprocess.CompletedProcess[str]"]
 

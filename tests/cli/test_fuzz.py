@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-import mgtrain.engine.fit
+import mgtrain.engine.start
 from mgtrain.cli import main
 from mgtrain.recipe import shipped_recipes
 
@@ -164,7 +164,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: str, motions: Pa
     (folder / "root").mkdir()
     (folder / "root/videos").symlink_to(motions / "videos/val")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mgtrain.engine.fit, "describe_run", _begin)
+        patch.setattr(mgtrain.engine.start, "describe_run", _begin)
         yield folder
     assert torch.get_num_threads() == 1
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mgtrain.clips.augment import GREY, erase, inside, jitter_colour, rand_augment
+from mgtrain.clips.augment import (
+    GREY,
+    box_rows,
+    colour_rows,
+    erase,
+    erase_rows,
+    inside,
+    jitter_colour,
+    rand_augment,
+    sent,
+)
 from mgtrain.clips.pixels import BLACK, WHITE, normalize
 from mgtrain.recipe import Augment
 
@@ -35,6 +46,14 @@ def as_pixels(x: Tensor) -> np.ndarray:
 def draws(**at: float) -> np.ndarray:
     """The draws (1, 4) of one clip: in the middle, which changes nothing, but for those given."""
     return np.array([[at.get(name, 0.5) for name in ("brightness", "contrast", "saturation", "hue")]])
+
+
+def jittered(x: Tensor, draws: np.ndarray, augment: Augment) -> Tensor:
+    return jitter_colour(x, sent({"colour": colour_rows(draws, augment)}, x.device)["colour"])
+
+
+def boxed(x: Tensor, draws: np.ndarray, probability: float) -> Tensor:
+    return erase(x, sent({"erase": erase_rows(draws, probability, x.shape[-1])}, x.device)["erase"])
 
 
 def test_rand_augment_depends_on_seed_and_position_alone() -> None:
@@ -93,7 +112,7 @@ def test_without_operations_a_clip_is_left_alone() -> None:
 def test_colours_change_as_torchvision_changes_them(name: str, change: object, draw: float) -> None:
     assert callable(change)
     clip = still(low=100, high=150)
-    x = jitter_colour(as_batch(clip), draws(**{name: draw}), Augment(**{name: 0.5}))
+    x = jittered(as_batch(clip), draws(**{name: draw}), Augment(**{name: 0.5}))
     expected = change(torch.from_numpy(clip).permute(0, 3, 1, 2), 1 + 0.5 * (2 * draw - 1)).permute(0, 2, 3, 1)
     assert np.abs(as_pixels(x)[0] - expected.numpy()).max() <= 1.5  # it rounds down, twice
 
@@ -101,17 +120,17 @@ def test_colours_change_as_torchvision_changes_them(name: str, change: object, d
 def test_hue_turns_at_constant_luma_and_leaves_greys() -> None:
     clip = still(low=100, high=150)
     x = as_batch(clip)
-    turned = jitter_colour(x, draws(hue=1.0), Augment(hue=0.25))
+    turned = jittered(x, draws(hue=1.0), Augment(hue=0.25))
     assert as_pixels(turned) @ GREY == pytest.approx(as_pixels(x) @ GREY, abs=0.01)
     assert (turned - x).abs().max() > 0.1
-    assert jitter_colour(turned, draws(hue=0.0), Augment(hue=0.25)) == pytest.approx(x, abs=1e-4)
+    assert jittered(turned, draws(hue=0.0), Augment(hue=0.25)) == pytest.approx(x, abs=1e-4)
     grey = as_batch(np.repeat(clip[..., :1], 3, axis=-1))
-    assert jitter_colour(grey, draws(hue=1.0), Augment(hue=0.25)) == pytest.approx(grey, abs=1e-5)
+    assert jittered(grey, draws(hue=1.0), Augment(hue=0.25)) == pytest.approx(grey, abs=1e-5)
 
 
 def test_colours_change_alike_in_all_frames_and_by_each_clips_draws() -> None:
     x = as_batch(*[still()] * 4)
-    changed = jitter_colour(x, np.random.default_rng(0).random((4, 4)), ALL_COLOURS)
+    changed = jittered(x, np.random.default_rng(0).random((4, 4)), ALL_COLOURS)
     assert torch.equal(changed, changed[:, :, :1].expand_as(changed))
     assert len({clip.numpy().tobytes() for clip in changed}) == 4
     assert changed.is_contiguous(memory_format=torch.channels_last_3d)
@@ -120,12 +139,12 @@ def test_colours_change_alike_in_all_frames_and_by_each_clips_draws() -> None:
 
 def test_draws_in_the_middle_change_nothing() -> None:
     x = as_batch(still())
-    assert jitter_colour(x, draws(), ALL_COLOURS) == pytest.approx(x, abs=1e-5)
+    assert jittered(x, draws(), ALL_COLOURS) == pytest.approx(x, abs=1e-5)
 
 
 def test_the_same_box_is_erased_in_all_frames() -> None:
     x = as_batch(*[still(size=40, high=100)] * 50)
-    erased = erase(x.clone(), np.random.default_rng(0).random((50, 5)), probability=0.6)
+    erased = boxed(x.clone(), np.random.default_rng(0).random((50, 5)), probability=0.6)
     gone = (erased == 0).numpy()  # (B, 3, T, S, S); no pixel of the clips is
     assert np.array_equal(gone, np.broadcast_to(gone[:, :1, :1], gone.shape))
     assert torch.equal(erased[~gone], x[~gone])
@@ -140,10 +159,24 @@ def test_the_same_box_is_erased_in_all_frames() -> None:
 def test_nothing_or_all_is_erased_at_the_ends_of_the_probability() -> None:
     numbers = np.random.default_rng(0).random((9, 5))
     clips = [still(high=100)] * 9
-    assert torch.equal(erase(as_batch(*clips), numbers, probability=0), as_batch(*clips))
-    assert (erase(as_batch(*clips), numbers, probability=1) == 0).any((1, 2, 3, 4)).all()
+    assert torch.equal(boxed(as_batch(*clips), numbers, probability=0), as_batch(*clips))
+    assert (boxed(as_batch(*clips), numbers, probability=1) == 0).any((1, 2, 3, 4)).all()
 
 
 def test_a_box_is_cut_off_at_the_frame() -> None:
     first, last = np.array([[-0.5, 0.25]]), np.array([[0.5, 0.8]])
-    assert inside(first, last, size=4)[0, 0, 0].int().tolist() == [[0, 1, 1, 0]] * 2 + [[0, 0, 0, 0]] * 2
+    assert (
+        inside(torch.from_numpy(box_rows(first, last, 4)), size=4)[0, 0, 0].int().tolist()
+        == [[0, 1, 1, 0]] * 2 + [[0, 0, 0, 0]] * 2
+    )
+
+
+def test_all_rows_go_to_the_device_together() -> None:
+    given = {"one": np.random.default_rng(0).random((5, 4)), "two": np.arange(10.0).reshape(5, 2)}
+    with Operations() as operations:
+        there = sent(given, torch.device("meta"))
+    assert [tuple(rows.shape) for rows in there.values()] == [(5, 4), (5, 2)]
+    assert operations.names.count("_to_copy") == 1
+    for name, rows in sent(given, torch.device("cpu")).items():
+        assert np.array_equal(rows.numpy(), given[name].astype(np.float32))
+    assert sent({}, torch.device("meta")) == {}

@@ -153,18 +153,6 @@ def test_resampling_is_antialiased_bilinear(width: int, height: int, crop: int):
     assert np.abs(got - exact.permute(0, 2, 3, 1).numpy()).max() <= 1.5  # two roundings, one per axis
 
 
-def test_without_the_loop_filter_pixels_are_a_little_off(tmp_path: Path):
-    noise = [np.random.default_rng(n).integers(0, 256, (64, 128, 3), np.uint8) for n in range(12)]
-    path = write_video(tmp_path / "v.mp4", noise, crf="40")
-    pixels = {}
-    for skip in ("default", "bidir", "all"):
-        with VideoFile(path, skip) as video:
-            pixels[skip] = video.read([whole(video.info, *range(12))])[0].astype(int)
-    bidir, all_ = (np.abs(pixels[skip] - pixels["default"]).mean() for skip in ("bidir", "all"))
-    assert bidir <= all_
-    assert 0 < all_ < 5
-
-
 @pytest.mark.parametrize("gop", [1, 4, 12, 250])
 @pytest.mark.parametrize("open_gop", [0, 1])
 def test_picked_frames_are_those_of_decoding_everything(tmp_path: Path, gop: int, open_gop: int):
@@ -357,7 +345,9 @@ def test_pictures_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     path = write_video(tmp_path / name, 3, **CODECS.get(name, {}))
     assert numbers(path, 2) == [2]
     monkeypatch.setattr("mgtrain.clips.decode.MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
-    assert re.search("pictures of 128 x 64 pixels, 8,191 are allowed|no frame of it can be decoded", refusal(path))
+    assert re.search(
+        "its pictures have 128 x 64 pixels, more than the allowed 8,191|no frame of it can be decoded", refusal(path)
+    )
 
 
 def test_a_picture_that_grows_on_the_way_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, recalibration_batches, train_batches, view_batches
-from mgtrain.clips.order import ClipRequest, step_requests, video_at
+from mgtrain.clips.order import ClipRequest, Order, step_requests
 from mgtrain.clips.units import REPLACEMENTS, Loaded, RandomClips, Source, evaluation_grid
 from mgtrain.data import open_videos
 from mgtrain.data.videos import Videos
@@ -52,6 +52,18 @@ def broken(motions: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def uneven(motions: Path, tmp_path: Path) -> Path:
+    """The data set with 6, 6, 2 and 1 training videos in the four classes; the last can be read, one of 2 cannot."""
+    root = Path(shutil.copytree(motions, tmp_path / "uneven"))
+    few = {"up": 2, "down": 1}
+    lines = (root / "train.csv").read_text().splitlines()
+    kept = [line for line in lines if int(re.findall(r"_(\d+)\.", line)[0]) < few.get(Path(line).name.split("_")[0], 6)]
+    (root / "train.csv").write_text("\n".join(kept))
+    (root / "videos/train/up_1.mp4").write_bytes(b"no video at all" * 10)
+    return root
+
+
 def opened(recipe: Recipe, split: str = "train") -> Videos:
     return open_videos(recipe.data.format, recipe.data.root, f"{split}.csv")
 
@@ -61,7 +73,7 @@ def trained_on(recipe: Recipe, start: int = 0, world: World | None = None, bad: 
     videos = opened(recipe)
     plan = make_plan(recipe, len(videos))
     bad = bad or BadVideos(len(videos), recipe.data.max_bad_fraction)
-    batches = train_batches(videos, recipe, plan, start, world or World(), bad)
+    batches = train_batches(videos, recipe, plan.steps(start), world or World(), bad)
     return [batch for batch, _ in zip(batches, range(start, STEPS), strict=False)]
 
 
@@ -96,7 +108,7 @@ def test_labels_are_those_of_the_videos(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
     videos, plan = opened(recipe), make_plan(recipe, 24)
     for step, (_, labels) in zip(plan, trained_on(recipe), strict=False):
-        requests = step_requests(step, len(videos), recipe.seed)
+        requests = step_requests(step, Order.of(videos, recipe))
         assert labels.tolist() == [videos.label(request.video) for request in requests]
 
 
@@ -160,14 +172,14 @@ def test_evaluations_and_recalibration_are_not_augmented(tiny: Callable[..., Rec
 
 
 def recalibrated_on(recipe: Recipe) -> list[Batch]:
-    return list(recalibration_batches(opened(recipe), recipe, World(), BadVideos(24, 0)))
+    return list(recalibration_batches(opened(recipe), 2, recipe, World(), BadVideos(24, 0)))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_no_worker_holds_more_than_its_part_of_a_step(tiny: Callable[..., Recipe], workers: int) -> None:
     recipe = tiny(f"hardware.workers={workers}")
     units = Units()
-    batches = train_batches(opened(recipe), recipe, make_plan(recipe, 24), 0, World(), units)
+    batches = train_batches(opened(recipe), recipe, make_plan(recipe, 24), World(), units)
     sent = []
     for (clips, _), _ in zip(batches, range(STEPS), strict=False):
         sent.append((len(clips), units.clips))
@@ -189,7 +201,7 @@ def test_a_broken_video_is_replaced_by_the_same_one_anywhere(
     whole = RandomClips(videos, recipe)
     replaced = 0
     for step, (clips, labels) in zip(plan, trained_on(recipe), strict=False):
-        for i, request in enumerate(step_requests(step, len(videos), recipe.seed)):
+        for i, request in enumerate(step_requests(step, Order.of(videos, recipe))):
             if request.video == bad:
                 draws = (generator(recipe.seed, Draw.REPLACEMENT, request.position, a) for a in range(REPLACEMENTS))
                 stand_in = next(video for rng in draws if (video := int(rng.integers(len(videos)))) != bad)
@@ -201,11 +213,30 @@ def test_a_broken_video_is_replaced_by_the_same_one_anywhere(
     assert_same(joined([trained_on(recipe, world=World(rank, 2)) for rank in range(2)]), trained_on(recipe))
 
 
+def test_balanced_clips_are_the_same_from_any_step_with_workers_and_on_ranks(
+    tiny: Callable[..., Recipe], uneven: Path
+) -> None:
+    words = (f"data.root={uneven}", "data.balance=full", "data.max_bad_fraction=0.1")
+    alone = trained_on(tiny(*words))
+    counts = torch.cat([labels for _, labels in alone]).bincount()
+    # The broken video's clips are replaced by ones of its class.
+    assert (counts - counts.sum() / 4).abs().max() < 4
+    assert_same(trained_on(tiny(*words, "hardware.workers=2"), 4), alone[4:])
+    assert_same(joined([trained_on(tiny(*words), world=World(rank, 2)) for rank in range(2)]), alone)
+
+
+def test_a_class_without_any_readable_video_is_replaced_by_others(tiny: Callable[..., Recipe], uneven: Path) -> None:
+    (uneven / "videos/train/down_0.mp4").write_bytes(b"no video at all" * 10)
+    words = (f"data.root={uneven}", "data.balance=sqrt", "data.max_bad_fraction=0.2")
+    labels = torch.cat([labels for _, labels in trained_on(tiny(*words))])
+    assert set(labels.tolist()) == {0, 1, 2, 3} - {opened(tiny(*words)).classes.index("down")}
+
+
 def test_a_broken_video_changes_no_other_clip(tiny: Callable[..., Recipe], broken: Path) -> None:
     damaged = tiny(f"data.root={broken}", "data.max_bad_fraction=0.1")
     videos, plan = opened(damaged), make_plan(damaged, 24)
     for step, (clips, _), (whole, _) in zip(plan, trained_on(damaged), trained_on(tiny()), strict=False):
-        for i, request in enumerate(step_requests(step, len(videos), damaged.seed)):
+        for i, request in enumerate(step_requests(step, Order.of(videos, damaged))):
             same = not videos.path(request.video).endswith("right_1.mp4")
             assert torch.equal(clips[i], whole[i]) == same
 
@@ -311,17 +342,17 @@ def test_a_broken_video_is_left_out_of_an_evaluation(tiny: Callable[..., Recipe]
 
 
 def test_recalibration_sees_random_clips_of_the_evaluation_grid(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny("evaluation.recalibration_batches=3")
+    recipe = tiny()
     videos, grid = opened(recipe), evaluation_grid(recipe)
     assert grid == Grid(frames=8, crop=32, stride=(2, 2), short_side=(36, 36))
 
     def batches(world: World) -> Iterator[Batch]:
-        return recalibration_batches(videos, recipe, world, BadVideos(24, 0))
+        return recalibration_batches(videos, 3, recipe, world, BadVideos(24, 0))
 
     ours = list(batches(World()))
     assert [tuple(clips.shape) for clips, _ in ours] == [(4, 3, 8, 32, 32)] * 3
     assert torch.cat([labels for _, labels in ours]).tolist() == [
-        videos.label(video_at(position, 24, recipe.seed)) for position in range(12)
+        videos.label(Order.of(videos, recipe).at(position)) for position in range(12)
     ]
     assert_same(list(batches(World())), ours)
     assert_same(joined([list(batches(World(rank, 4))) for rank in range(4)]), ours)

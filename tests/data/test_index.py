@@ -98,6 +98,50 @@ def test_leakage_is_the_same_path_content_or_source(root: Path):
     assert not index(root, train=train, val=[("d.mp4", 0)]).counts()["val"]["duplicates"]
 
 
+def test_stretches_of_a_file_are_different_rows_and_leak_from_split_to_split(root: Path):
+    made = index(
+        root,
+        train=[("a.mp4#t=0,5", 0), ("a.mp4#t=3,9", 1), ("a.mp4#t=0,5", 0), ("b.mp4#f=2,7", 0)],
+        val=[("a.mp4#t=9,12", 0), ("a.mp4#t=3,9", 1), ("a copy.mp4#t=20,30", 0), ("c.mp4#t=0,1", 0), ("d.mp4", 0)],
+    )
+    assert found(made, "repeated") == [(("train",), 1, ("a.mp4#t=0,5",))]
+    assert not found(made, "duplicates")
+    assert not found(made, "conflicts")
+    assert found(made, "same_path") == [(("train", "val"), 1, ("a.mp4#t=3,9",))]
+    assert found(made, "same_file") == [(("train", "val"), 1, ("a.mp4#t=9,12 = a.mp4#t=0,5",))]
+    assert found(made, "same_content") == [(("train", "val"), 1, ("a copy.mp4#t=20,30 = a.mp4#t=0,5",))]
+    (finding,) = (finding for finding in made.findings if finding.kind == "same_file")
+    assert "train and val: leakage, stretches of the same file: 1 (" in str(finding)
+    assert made.copies["train"].tolist() == [1, 2]  # the row that val has, and the second of two
+
+
+def test_equal_stretches_of_equal_files_are_duplicates(root: Path):
+    made = index(root, train=[("a.mp4#t=0,5", 0), ("a copy.mp4#t=0,5", 1), ("a copy.mp4#t=0,6", 0)])
+    assert found(made, "duplicates") == [(("train",), 1, ("a copy.mp4#t=0,5 = a.mp4#t=0,5",))]
+    assert found(made, "conflicts") == [(("train",), 1, ("a copy.mp4#t=0,5 = a.mp4#t=0,5",))]
+
+
+def test_folders_of_frames_are_compared_by_all_their_bytes(root: Path):
+    for name, changed in (("p", None), ("q", None), ("r", 3), ("s", 1), ("u/unlisted", None)):
+        for number in range(1, 8):
+            file = root / name / f"img_{number:05}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(BLOCK if number != changed else BLOCK[:-1] + b"!")
+    (root / "none").mkdir()
+    (root / "two").mkdir()
+    for name in ("left1.jpg", "left2.jpg", "right1.jpg", "right2.jpg"):
+        (root / "two" / name).touch()
+    rows = [(f"{name}#f=0,7", 0) for name in ("p", "q", "r", "s", "none", "two", "gone")]
+    made = index(root, train=rows)
+    assert found(made, "duplicates") == [(("train",), 1, ("q#f=0,7 = p#f=0,7",))]
+    assert found(made, "missing") == [(("train",), 3, ("none#f=0,7", "two#f=0,7", "gone#f=0,7"))]
+    (missing,) = (finding for finding in made.findings if finding.kind == "missing")
+    assert "none: no numbered pictures such as img_00001.jpg" in missing.hint
+    extra = index(root, train=[(name, 0) for name in ("a copy.mp4", "a.mp4", "b.mp4", "c.mp4", "d.mp4", "empty.mp4")])
+    assert found(extra, "extra") == [((), 6, ("p", "q", "r"))]
+    assert found(index(root, train=[("two#f=0,2", 0)]), "missing")[0][1] == 1
+
+
 def test_a_finding_is_one_printable_line(root: Path):
     assert str(Finding("missing", ("val",), 12_345, ("a", "b"))) == "val: rows without a file: 12,345 (a, b, ...)"
     for name in ("A\nline.mp4", "\udcff.mp4"):
@@ -139,7 +183,7 @@ def test_warnings_go_to_stderr_and_fail_only_if_strict(mgtrain: Start, tiny_text
     done = mgtrain(tmp_path, *words, "lists")
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "warning: train: rows without a file: 1 (gone.mp4)",
+        f"warning: train: rows without a file: 1 (gone.mp4); {root} has 'd.mp4'; correct data.root or the rows",
         "warning: train and val: leakage, the same videos: 1 (a.mp4)",
     ]
     assert done.stdout.splitlines()[1].split() == ["train", "2", "1", "1", "0", "0", "0", "0"]

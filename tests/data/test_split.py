@@ -19,6 +19,9 @@ from mgtrain.errors import DataError
 Start = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+PARTS = ("train", "val")
+
+
 def labelled(*counts: int, root: str = "/r") -> Videos:
     """So many videos of each class."""
     entries = [(f"{label}/{n}.mp4", label) for label, count in enumerate(counts) for n in range(count)]
@@ -109,6 +112,18 @@ def test_a_path_is_split_once():
     assert [(both.name(i), both.label(i)) for i in range(len(both))] == [("a", 0), ("b", 1), ("c", 1)]
     with pytest.raises(DataError, match="/r/b: is 'x' in one list and 'y' in another; correct one of them"):
         joined([one, Videos.of("/r", [("b", 0)], ("x", "y"))])
+
+
+def test_stretches_of_a_file_stay_together(mgtrain: Start, tmp_path: Path):
+    lines = [f"{v}.mp4,{10 * n},{10 * n + 9},{(v + n) % 2}" for v in range(8) for n in range(4)]
+    (tmp_path / "all.csv").write_text("path,start,end,label\n" + "\n".join(lines))
+    recipe = "demo_multigrid"
+    sets = (f"data.root={tmp_path}", "data.train=all.csv", "data.val=all.csv", "data.classes=2")
+    done = mgtrain(tmp_path, "data", "split", recipe, *sets, "--to", "lists", "--val", "0.25")
+    assert done.returncode == 0, done.stderr
+    files = {part: {line[0] for line in (tmp_path / f"lists/{part}.csv").read_text().split()[::2]} for part in PARTS}
+    assert (len(files["train"]), len(files["val"])) == (6, 2)
+    assert not files["train"] & files["val"]
 
 
 def test_groups_are_read_by_path(tmp_path: Path):

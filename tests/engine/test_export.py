@@ -15,13 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import mgtrain.engine.export
+import mgtrain.engine.trained.export
 from mgtrain.clips.loader import BadVideos, view_batches
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.evaluate import evaluate
-from mgtrain.engine.export import clips_of, export
 from mgtrain.engine.step import to_input
 from mgtrain.engine.trained import Trained, evaluation_videos, load_trained
+from mgtrain.engine.trained.export import Exported, clips_of, export
 from mgtrain.errors import MissingCapabilityError, ThresholdError, UsageError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -63,23 +63,23 @@ def trained(tiny: Callable[..., Recipe], request: pytest.FixtureRequest) -> Trai
     return Trained(model.eval(), recipe, CLASSES, 17, True, "")
 
 
-@pytest.mark.parametrize(
-    ("trained", "suffix"),
-    [
-        *(pytest.param(name, ".onnx", marks=[pytest.mark.slow] * (name != "slowfast_r50")) for name in MODELS),
-        ("slowfast_r50", ".pt2"),
-        ("i3d_nln_r50", ".safetensors"),
-    ],
-    indirect=["trained"],
-)
-def test_the_check_finds_what_was_written_equal_at_any_size(trained: Trained, suffix: str, tmp_path: Path) -> None:
-    done = export(trained, tmp_path / "deep" / f"network{suffix}")
+def assert_equal_at_any_size(done: Exported) -> None:
     assert done.free == ("clips", "frames", "pixels")
     assert all(parity.error < 1e-5 for parity in done.parity)
     shapes = {parity.shape for parity in done.parity}
     assert shapes == {(1, 3, 16, 64, 64), (3, 3, 16, 64, 64), (2, 3, 16, 96, 96), (1, 3, 8, 64, 64), (1, 3, 32, 64, 64)}
     assert [file.name for file in done.path.parent.iterdir()] == [done.path.name]
     assert done.describe()["bytes"] == done.path.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained", "suffix"),
+    [("i3d_r50", ".onnx"), ("i3d_nln_r50", ".onnx"), ("i3d_nln_r50", ".safetensors")],
+    indirect=["trained"],
+)
+def test_the_other_networks_are_equal_at_any_size_too(trained: Trained, suffix: str, tmp_path: Path) -> None:
+    assert_equal_at_any_size(export(trained, tmp_path / f"network{suffix}"))
 
 
 @pytest.mark.parametrize("trained", ["fixed"], indirect=True)
@@ -92,8 +92,9 @@ def test_of_a_network_that_fixes_sizes_only_the_clips_are_free(trained: Trained,
 def test_onnx_gives_the_networks_probabilities_of_real_clips_and_says_how_to_make_them(
     trained: Trained, tmp_path: Path
 ) -> None:
-    export(trained, tmp_path / "network.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    done = export(trained, tmp_path / "deep" / "network.onnx")
+    assert_equal_at_any_size(done)
+    session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
     (declared,) = session.get_inputs()
     assert declared.name == "clips"
     assert [isinstance(size, str) for size in declared.shape] == [True, False, True, True, True]
@@ -111,7 +112,7 @@ def test_onnx_gives_the_networks_probabilities_of_real_clips_and_says_how_to_mak
 
 
 def test_a_torch_program_needs_no_mgtrain_and_has_the_notes(trained: Trained, tmp_path: Path) -> None:
-    export(trained, tmp_path / "network.pt2")
+    assert_equal_at_any_size(export(trained, tmp_path / "network.pt2"))
     notes = {"mgtrain.json": ""}
     program = torch.export.load(tmp_path / "network.pt2", extra_files=notes)
     assert json.loads(notes["mgtrain.json"])["classes"] == list(CLASSES)
@@ -121,7 +122,7 @@ def test_a_torch_program_needs_no_mgtrain_and_has_the_notes(trained: Trained, tm
 
 
 def test_exported_weights_are_evaluated_as_the_network(trained: Trained, tmp_path: Path) -> None:
-    export(trained, tmp_path / "w.safetensors")
+    assert_equal_at_any_size(export(trained, tmp_path / "w.safetensors"))
     with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["model"])["name"] == "slowfast_r50"
     (tmp_path / "r.yaml").write_text(trained.recipe.to_yaml())
@@ -138,8 +139,8 @@ def test_a_file_that_computes_something_else_is_not_kept(
         path.write_bytes(b"half")
         return lambda clips: model(clips) + 0.1
 
-    monkeypatch.setitem(mgtrain.engine.export.FORMATS, ".onnx", wrong)
-    with pytest.raises(ThresholdError, match=r"network\.onnx: its logits of clips .* are .* away"):
+    monkeypatch.setitem(mgtrain.engine.trained.export.FORMATS, ".onnx", wrong)
+    with pytest.raises(ThresholdError, match=r"network\.onnx: for clips .* logits differ from"):
         export(trained, tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -157,6 +158,6 @@ def test_without_the_packages_of_onnx_the_way_to_them_is_said(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingCapabilityError, match=r"ONNX needs the package onnxruntime; .* 'mgtrain\[onnx\]'"):
         export(trained, tmp_path / "network.onnx")
-    with pytest.raises(UsageError, match=r"ends in \.onnx, \.pt2, \.safetensors"):
+    with pytest.raises(UsageError, match=r"must end in \.onnx, \.pt2, \.safetensors"):
         export(trained, tmp_path / "network.txt")
     assert not list(tmp_path.iterdir())

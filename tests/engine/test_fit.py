@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_sources import lossless
 
 import mgtrain.engine.fit
+import mgtrain.engine.resume
 from mgtrain.engine.examples import examples
-from mgtrain.engine.fit import fit, open_data
+from mgtrain.engine.fit import fit
+from mgtrain.engine.start import open_data
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -25,16 +30,16 @@ from mgtrain.runs.checkpoint import CheckpointInfo, read_info
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.scores import Scores
 from mgtrain.schedule import make_plan
-from mgtrain.schedule.totals import steps_of_shapes
 
 EVERY_STEP = ("logging.checkpoint_steps=1", "logging.keep_checkpoints=100")
 AUGMENTED = (
     "augment.brightness=0.4", "augment.hue=0.1", "augment.erase=0.5", "augment.rand_augment=2", "augment.mixup=0.8",
     "augment.cutmix=1", "data.mirrored=[[left, right]]",
 )  # fmt: skip
+ADAMW = ("optim.name=adamw", "optim.weight_decay=0.05", "optim.clip_norm=0.5", "optim.ema=0.9", "optim.layer_decay=0.9")
 STEPS = 17
 PHASE_ENDS = [3, 6, 8, 11, 14, 17]
-TIMES = ("train_seconds", "data_seconds", "eval_seconds")
+TIMES = ("train_seconds", "data_seconds", "eval_seconds", "clock_seconds")
 
 
 def run_to_end(recipe: Recipe, folder: Path, resume: bool = False) -> Scores:
@@ -57,10 +62,10 @@ def cut(straight: Path, folder: Path, step: int) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": ')
 
 
-def assert_same_end(ours: Path, theirs: Path) -> None:
-    one, other = (load_file(folder / f"checkpoints/step_{STEPS:08d}.safetensors") for folder in (ours, theirs))
+def assert_same_end(ours: Path, theirs: Path, steps: int = STEPS) -> None:
+    one, other = (load_file(folder / f"checkpoints/step_{steps:08d}.safetensors") for folder in (ours, theirs))
     assert one.keys() == other.keys()
-    assert any(name.startswith("optimizer.momentum_buffer.") for name in one)
+    assert any(name.startswith(("optimizer.momentum_buffer.", "optimizer.exp_avg_sq.")) for name in one)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     for name in ("steps.jsonl", "evals.jsonl"):
         assert untimed(ours, name) == untimed(theirs, name)
@@ -79,7 +84,9 @@ def test_a_run_writes_down_what_it_is_and_did(straight: Path) -> None:
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert [row["step"] for row in run.rows("steps.jsonl")] == list(range(1, STEPS + 1))
     assert [row["step"] for row in run.rows("evals.jsonl")] == PHASE_ENDS
-    assert [row["counts"] for row in run.rows("evals.jsonl")] == [[3, 3, 3, 3]] * 6
+    evals = run.rows("evals.jsonl")
+    assert [row["counts"] for row in evals] == [[3, 3, 3, 3]] * 6
+    assert [row["mean_class"] for row in evals] == [pytest.approx(np.mean(row["correct"]) / 3) for row in evals]
     plan = make_plan(run.recipe(), 24)
     assert [row["lr"] for row in run.rows("steps.jsonl")] == [step.lr for step in plan]
     seconds = [row["train_seconds"] for row in run.rows("steps.jsonl")]
@@ -131,8 +138,36 @@ def test_a_run_killed_around_an_evaluation_logs_it_once(
     run_to_end(tiny(*EVERY_STEP), folder, resume=True)
     assert_same_end(folder, straight)
     board = EventAccumulator(str(folder), {"scalars": 0}).Reload()
-    assert [event.step for event in board.Scalars("val/top1")] == PHASE_ENDS
+    for tag in ("val/top1", "val/mean_class"):
+        assert [event.step for event in board.Scalars(tag)] == PHASE_ENDS
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("kind", ["frames", pytest.param("stretches", marks=pytest.mark.slow)])
+def test_a_run_on_other_sources_too_is_the_one_that_was_not_cut(
+    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path, kind: str
+) -> None:
+    root = tmp_path / "all"
+    lossless(motions, root)
+    sets = (f"data.root={root}", f"data.train={kind}/train.csv", f"data.val={kind}/train.csv", "data.fps=25")
+    recipe = tiny(*EVERY_STEP, *sets)
+    run_to_end(recipe, tmp_path / "straight")
+    cut(tmp_path / "straight", tmp_path / "cut", step=7)
+    run_to_end(tiny(*EVERY_STEP, *sets, "hardware.workers=2"), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "straight", tmp_path / "cut")
+    files = tiny(f"data.root={root}", "data.train=files/train.csv", "data.val=files/train.csv")
+    losses = [row["loss"] for row in RunDir(tmp_path / "straight").rows("steps.jsonl")]
+    run_to_end(files, tmp_path / "files")
+    assert [row["loss"] for row in RunDir(tmp_path / "files").rows("steps.jsonl")] == losses
+
+
+def test_frames_without_their_rate_are_refused_before_anything_is_computed(
+    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path
+) -> None:
+    lossless(motions, tmp_path / "all")
+    recipe = tiny(f"data.root={tmp_path}/all", "data.train=frames/train.csv", "data.val=frames/train.csv")
+    with pytest.raises(DataError, match=r"is a folder of frames, so set data\.fps"):
+        open_data(recipe)
 
 
 def test_without_recalibration_too(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -150,6 +185,55 @@ def test_an_augmented_run_too_is_the_one_that_was_not_cut(tiny: Callable[..., Re
     cut(tmp_path / "straight", tmp_path / "cut", step=12)
     run_to_end(tiny(*EVERY_STEP, *AUGMENTED, "hardware.workers=1"), tmp_path / "cut", resume=True)
     assert_same_end(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_a_balanced_run_too_is_the_one_that_was_not_cut(
+    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(motions, tmp_path / "uneven"))
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train.csv").write_text("\n".join(lines[:15]))
+    recipe = tiny(*EVERY_STEP, f"data.root={root}", "data.balance=full", "evaluation.recalibration_batches=0")
+    run_to_end(recipe, tmp_path / "straight")
+    last = len(make_plan(recipe, 15))
+    cut(tmp_path / "straight", tmp_path / "cut", step=last // 2)
+    run_to_end(recipe, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", tmp_path / "straight", last)
+
+
+def test_a_run_with_adamw_clipping_and_an_average_too(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny(*EVERY_STEP, *ADAMW)
+    run_to_end(recipe, tmp_path / "straight")
+    for step in (1, 6, 12):  # one of them is a checkpoint before its evaluation
+        cut(tmp_path / "straight", tmp_path / f"cut_{step}", step)
+        run_to_end(recipe, tmp_path / f"cut_{step}", resume=True)
+        assert_same_end(tmp_path / f"cut_{step}", tmp_path / "straight")
+    tensors = load_file(RunDir(tmp_path / "straight").checkpoints()[-1])
+    averaged = [name for name in tensors if name.startswith("ema.")]
+    assert len(averaged) == sum(name.startswith("optimizer.exp_avg.") for name in tensors) > 10
+    assert not any(torch.equal(tensors[name], tensors[f"model.{name[4:]}"]) for name in averaged)
+    assert {row["weights"] for row in RunDir(tmp_path / "straight").rows("evals.jsonl")} == {"ema"}
+
+
+def test_an_average_that_a_run_is_told_to_begin_later_starts_from_its_weights(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    cut(straight, tmp_path / "cut", step=16)
+    with pytest.raises(CheckpointError, match=r"optim.ema None -> 0.5; "):
+        run_to_end(tiny("optim.ema=0.5"), tmp_path / "cut", resume=True)
+    fit(tiny("optim.ema=0.5"), RunDir(tmp_path / "cut"), World(), resume=True, allow_changes=True)
+    before, after = (load_file(tmp_path / f"cut/checkpoints/step_{step:08d}.safetensors") for step in (16, 17))
+    for name in (name for name in after if name.startswith("ema.")):
+        weights = name.replace("ema.", "model.")
+        share = 0.5 ** (make_plan(tiny(), 24)[16].shape.clips / 4)
+        torch.testing.assert_close(after[name], share * before[weights] + (1 - share) * after[weights])
+
+
+def test_an_average_without_statistics_of_its_own_is_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    words = ("optim.ema=0.5", "evaluation.recalibration_batches=0")
+    with pytest.raises(PlanError, match=r"optim\.ema: BatchNorm's running statistics .*; set evaluation\.recalib"):
+        run_to_end(tiny(*words), tmp_path / "run")
+    assert not (tmp_path / "run/recipe.yaml").exists()
 
 
 def test_a_mirrored_class_that_does_not_exist_stops_the_run_before_it_begins(
@@ -183,6 +267,36 @@ def test_training_time_goes_on_from_where_it_was(tiny: Callable[..., Recipe], st
     assert seconds[9] > before
 
 
+def test_the_time_by_the_clock_has_all_that_one_waits_for(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    rows = RunDir(straight).rows("evals.jsonl")
+    evaluating = 0.0
+    for row in rows:
+        evaluating += row["eval_seconds"]
+        assert row["clock_seconds"] > row["train_seconds"] + evaluating
+    cut(straight, tmp_path / "cut", step=8)
+    fit(tiny(*EVERY_STEP), RunDir(tmp_path / "cut"), World(), resume=True, began=time.perf_counter() - 1000)
+    resumed = RunDir(tmp_path / "cut").rows("evals.jsonl")
+    assert 1000 < resumed[-1]["clock_seconds"] - rows[2]["clock_seconds"] < 1100
+
+
+def test_a_run_of_an_earlier_version_is_resumed(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_old(path: Path) -> CheckpointInfo:
+        info = read_info(path)
+        assert "times: 6" in info.recipe
+        return replace(info, clock_seconds=0.0, recipe=info.recipe.replace("times: 6", "per_phase: 1"))
+
+    monkeypatch.setattr(mgtrain.engine.resume, "read_info", read_old)
+    cut(straight, tmp_path / "cut", step=15)
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "cut", straight)
+    last = RunDir(tmp_path / "cut").rows("evals.jsonl")[-1]
+    assert last["clock_seconds"] > last["train_seconds"]
+
+
 @pytest.mark.parametrize(
     ("override", "what"),
     [
@@ -204,7 +318,7 @@ def test_resuming_another_recipe_is_refused_with_the_difference(
     override: str,
     what: str,
 ) -> None:
-    monkeypatch.setattr("mgtrain.engine.fit.check_precision", lambda *_: None)  # bf16 may not work on this CPU
+    monkeypatch.setattr("mgtrain.engine.start.check_precision", lambda *_: None)  # bf16 may not work on this CPU
     cut(straight, tmp_path / "cut", step=5)
     before = contents(tmp_path / "cut")
     with pytest.raises(CheckpointError, match=f"has changed since: {re.escape(what)}") as caught:
@@ -220,7 +334,7 @@ def test_resuming_with_other_videos_is_refused(
     lines = (root / "train.csv").read_text().splitlines()
     (root / "train.csv").write_text("\n".join(reversed(lines)))
     cut(straight, tmp_path / "cut", step=5)
-    changed = r"training videos 24 \(\w{16}\) -> 24 \(\w{16}\); resume as it was, or with --allow-changes"
+    changed = r"training videos 24 \(\w{16}\) -> 24 \(\w{16}\); undo the changes, resume with --allow-changes"
     with pytest.raises(CheckpointError, match=changed):
         run_to_end(tiny(f"data.root={root}"), tmp_path / "cut", resume=True)
 
@@ -290,6 +404,7 @@ def test_videos_with_several_labels_are_trained_and_judged_by_mean_average_preci
     assert_same_end(tmp_path / "cut", tmp_path / "straight")
     scalars = EventAccumulator(str(tmp_path / "straight")).Reload().Tags()["scalars"]
     assert "val/mean_ap" in scalars
+    assert "val/mean_class" not in scalars
 
 
 def test_videos_with_several_labels_are_refused_before_the_run_begins(
@@ -305,17 +420,17 @@ def test_tensorboard_shows_what_the_network_sees_and_how_the_baseline_did(
     tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     baseline, recipe = RunDir(tmp_path / "baseline"), tiny(*EVERY_STEP, "augment.erase=0.5", "augment.mixup=0.4")
-    run_to_end(tiny("schedule={name: baseline}", "evaluation.per_phase=9"), baseline.path)
+    run_to_end(tiny("schedule={name: baseline}", "evaluation.times=18"), baseline.path)
     fit(recipe, RunDir(tmp_path / "run"), World(), baseline=baseline)
-    board = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "histograms": 0, "images": 0}).Reload()
+    board = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "images": 0}).Reload()
     plan = make_plan(recipe, 24)
     assert board.Tags()["images"] == [f"clips/{shape}" for shape in plan.shapes()]
     for shape in plan.shapes():
         picture = board.Images(f"clips/{shape}")[0]
         assert (picture.height, picture.width) == (shape.crop, shape.crop * min(4, shape.frames))
-    tags = board.Tags()["histograms"]
-    timed = {tag: sum(event.histogram_value.num for event in board.Histograms(tag)) for tag in tags}
-    assert timed == {f"step_seconds/{shape}": steps for shape, steps in steps_of_shapes(plan).items()}
+    timed = {tag for tag in board.Tags()["scalars"] if tag.startswith("step_seconds/")}
+    assert timed == {f"step_seconds/{shape}" for shape in plan.shapes()}
+    assert all(event.value > 0 for tag in timed for event in board.Scalars(tag))
     rows, theirs = RunDir(tmp_path / "run").rows("evals.jsonl"), baseline.rows("evals.jsonl")
     for event in board.Scalars("compare/baseline_at_same_step"):
         assert event.value == pytest.approx(max(row["top1"] for row in theirs if row["step"] <= event.step))

@@ -11,11 +11,12 @@ import torch
 from mgtrain.clips.loader import _transfer
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
-from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.machine.warmup import set_up, warm_up
 from mgtrain.engine.step import to_device, train_step
-from mgtrain.engine.warmup import warm_up
+from mgtrain.engine.update.optim import make_optimizer
+from mgtrain.models.dropout import hashed_mask
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Recipe, load_recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import make_plan
 
@@ -25,6 +26,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 GPU, CPU = World(device=torch.device("cuda")), World()
+
+
+@pytest.fixture(autouse=True)
+def all_bits() -> None:
+    """Products of float32 in all its bits, which are compared."""
+    set_up(load_recipe("demo_baseline", ["hardware.tf32=false"]), GPU.device)
 
 
 def losses(recipe: Recipe, world: World, steps: int = 6) -> list[float]:
@@ -42,7 +49,7 @@ def losses(recipe: Recipe, world: World, steps: int = 6) -> list[float]:
         clips = torch.randint(0, 256, (shape.clips, shape.frames, shape.crop, shape.crop, 3), generator=rng)
         labels = torch.randint(0, 4, (shape.clips,), generator=rng)
         there = _transfer(clips.to(torch.uint8), labels, world.device)
-        with mode(shape):
+        with mode(step):
             result = train_step(
                 model, optimizer, scaler, there[0].permute(0, 4, 1, 2, 3), there[1], step, recipe, world
             )
@@ -53,7 +60,10 @@ def losses(recipe: Recipe, world: World, steps: int = 6) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", ["true", "false"])
 @pytest.mark.parametrize("model", ["i3d_r50", "i3d_nln_r50", "slowfast_r50"])
-def test_a_gpu_computes_what_a_cpu_does(model: str, layout: str, precision: str, tiny: Callable[..., Recipe]) -> None:
+def test_a_gpu_computes_what_a_cpu_does(
+    model: str, layout: str, precision: str, tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgtrain.models.dropout.keep_mask", hashed_mask)  # on a CPU the masks of a GPU
     changes = (f"model={{name: {model}, width: 16, depth: [1, 2, 2, 1]}}", f"hardware.channels_last={layout}")
     here = losses(tiny(*changes, f"hardware.precision={precision}"), GPU)
     assert here == pytest.approx(losses(tiny(*changes), CPU), rel={"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}[precision])
@@ -63,7 +73,7 @@ def test_a_gpu_computes_what_a_cpu_does(model: str, layout: str, precision: str,
 def test_how_it_is_computed_changes_nothing(
     how: str, tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgtrain.engine.warmup.pays", lambda *_: True)
+    monkeypatch.setattr("mgtrain.engine.machine.warmup.pays", lambda *_: True)
     assert losses(tiny(how), GPU) == pytest.approx(losses(tiny(), GPU), rel=1e-3)
 
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from mgtrain.cli import app
 from mgtrain.engine.checks import make_model, pass_clips
 from mgtrain.engine.fit import fit
-from mgtrain.engine.memory import USABLE, Memory
-from mgtrain.errors import PlanError, UsageError
+from mgtrain.engine.machine.memory import USABLE, Memory, fit_memory, lack_explained
+from mgtrain.errors import MissingCapabilityError, PlanError, UsageError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import group_stats
 from mgtrain.models.part import Part, set_part
@@ -162,7 +162,7 @@ def test_a_network_that_repeats_nothing_refuses(
     (tmp_path / "plain_networks.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     words = ("model={name: own, module: plain_networks, network: plain}", "hardware.recompute=true")
-    with pytest.raises(PlanError, match=r"hardware.recompute: own repeats no block that could be"):
+    with pytest.raises(PlanError, match=r"hardware.recompute: own has no repeated blocks to recompute"):
         make_model(tiny(*words))
 
 
@@ -180,6 +180,33 @@ def test_training_within_a_limit_is_the_same_training(tiny: Callable[..., Recipe
     assert hardware.micro_clips is not None
     losses = [[row["loss"] for row in run.rows("steps.jsonl")] for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_all_ranks_take_the_micro_batches_of_the_one_with_the_least_memory(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, ranks = tiny("batch.clips=16"), 2
+    plan = make_plan(recipe, 24)
+    most = Memory(recipe, plan.shapes()).most(plan, ranks)[0] / USABLE
+    free = [int(2 * most), int(0.7 * most)]
+    monkeypatch.setattr(World, "gather", lambda self, tensor: torch.tensor(free))
+    chosen = []
+    for rank, there in enumerate(free):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, there=there: (there, 1 << 40))
+        chosen.append(fit_memory(recipe, plan, World(rank, ranks, torch.device("cuda"))))
+    assert chosen[0] == chosen[1]
+    assert chosen[0].hardware.micro_clips is not None
+
+
+def test_a_lack_of_memory_names_the_step_and_what_to_set(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    step = make_plan(recipe, 24)[0]
+    said = (
+        r"rank 1: step 1 of 64x2x16², 32 clips at a time in fp32, does not fit .* GiB\); set hardware.memory_gib=.*"
+        " for smaller micro-batches, or hardware.recompute=true, or stop"
+    )
+    with pytest.raises(MissingCapabilityError, match=said), lack_explained(step, recipe, World(1, 2)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
 
 def test_costs_add_up(tiny: Callable[..., Recipe]) -> None:
@@ -207,9 +234,26 @@ def test_plan_tells_costs_draws_and_limits(tiny_text: str, tmp_path: Path, monke
     for words in ("multiply-adds", "memory per GPU of 2", "hardware.recompute=false", "clips  █"):
         assert words in shown.stdout
     assert "<svg" in (tmp_path / "s.svg").read_text()
-    said = json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", "--json"]).stdout)
-    assert said["ratios"]["multiply_adds"] < 1
+    said = json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", "--json", "--costs"]).stdout)
+    assert said["costs"]["multiply_adds"] < said["costs"]["baseline_multiply_adds"]
     assert said["costs"]["gpus"] == 1
+    assert "costs" not in json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", "--json"]).stdout)
+
+
+def test_the_schedule_is_printed_before_its_costs_are_estimated(
+    tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+
+    def failing(*_: object) -> None:
+        raise PlanError("no costs")
+
+    monkeypatch.setattr("mgtrain.preflight.costs.costs", failing)
+    shown = CliRunner().invoke(app, ["plan", "tiny.yaml"])
+    assert isinstance(shown.exception, PlanError)
+    assert "clips  █" in shown.stdout
+    assert "the baseline's 54" in shown.stdout
 
 
 def test_a_schedule_is_drawn_into_files_of_three_kinds(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -217,5 +261,5 @@ def test_a_schedule_is_drawn_into_files_of_three_kinds(tiny: Callable[..., Recip
     for name, start in (("a/s.svg", b"<?xml"), ("s.png", b"\x89PNG"), ("s.pdf", b"%PDF")):
         save_schedule(phases, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(UsageError, match=r"has to end in \.svg"):
+    with pytest.raises(UsageError, match=r"the file's name must end in \.svg"):
         save_schedule(phases, tmp_path / "s.gif")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgtrain.engine.mix import mix
+from mgtrain.clips.augment import sent
+from mgtrain.engine.mix import mix, mix_rows
 from mgtrain.models.part import Part
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, generator
@@ -28,7 +29,9 @@ def mixed(recipe: Recipe, part: Part = WHOLE, step: int = 0) -> tuple[Tensor, Te
     """What a pass makes of its part of the batch."""
     x, labels = batch()
     mine = slice(part.first, part.first + part.clips)
-    return mix(x[mine], labels[mine], part, generator(0, Draw.MIX, step), recipe)
+    rng, augment = generator(0, Draw.MIX, step), recipe.augment
+    rows = sent({"mix": mix_rows(part, x.shape[-1], rng, augment.mixup, augment.cutmix)}, x.device)["mix"]
+    return mix(x[mine], labels[mine], rows, classes=4)
 
 
 def share_of_itself(targets: Tensor) -> Tensor:

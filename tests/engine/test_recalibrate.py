@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import mgtrain.engine.fit
 from mgtrain.clips.loader import BadVideos, recalibration_batches
 from mgtrain.data import open_videos
+from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import make_model
-from mgtrain.engine.recalibrate import recalibrate_bn
+from mgtrain.engine.fit import fit
+from mgtrain.engine.recalibrate import batches_needed, recalibrate, recalibrate_bn
 from mgtrain.engine.step import to_device, to_input
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir
+from mgtrain.schedule import make_plan
 
 BATCHES = 3
 
@@ -28,7 +34,7 @@ def recipe(tiny: Callable[..., Recipe]) -> Recipe:
 
 def batches(recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
     videos = open_videos(recipe.data.format, recipe.data.root, recipe.data.train)
-    return list(recalibration_batches(videos, recipe, World(), BadVideos(len(videos), 0)))
+    return list(recalibration_batches(videos, BATCHES, recipe, World(), BadVideos(len(videos), 0)))
 
 
 def fresh_model(recipe: Recipe) -> Any:
@@ -101,3 +107,42 @@ def test_afterwards_training_averages_as_before(recipe: Recipe) -> None:
     recalibrate_bn(model, batches(recipe), recipe, World())
     norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm3d)]
     assert {(norm.momentum, norm.pool) for norm in norms} == {(0.1, False)}
+
+
+def counts(recipe: Recipe, videos: int) -> dict[int, int]:
+    plan = make_plan(recipe, videos)
+    return {step: batches_needed(recipe, plan, step) for step in plan.milestones(recipe.evaluation.times)}
+
+
+def test_steps_of_the_evaluations_shape_alone_need_no_recalibration(tiny: Callable[..., Recipe]) -> None:
+    words = "evaluation.recalibration_batches=200", "evaluation.times=3"
+    assert set(counts(tiny(*words, "schedule={name: baseline}"), 240).values()) == {0}
+    assert 0 not in counts(tiny(*words, "schedule={name: baseline}", "evaluation.crop=28"), 240).values()
+    assert 0 not in counts(tiny(*words), 240).values()
+    # Fine-tuning at the base shape alone lasts long enough to forget what was before.
+    assert list(counts(tiny(*words, "schedule.fine_tune_short_cycle=false"), 2400).values())[-1] == 0
+
+
+def test_recalibration_is_bounded_by_the_steps_it_follows(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("evaluation.recalibration_batches=200", "evaluation.times=4")
+    # A seventh of the steps since the last evaluation, and of all 1,753 before the final one, at most 200.
+    assert counts(recipe, 2400) == {438: 62, 876: 62, 1315: 62, 1753: 200}
+    assert counts(tiny("evaluation.recalibration_batches=9", "evaluation.times=4"), 2400)[438] == 9
+    assert counts(tiny("evaluation.times=4"), 24).keys() == {4, 8, 13, 17}
+    assert set(counts(tiny("evaluation.times=4", "evaluation.recalibration_batches=9"), 24).values()) == {5}
+
+
+def test_a_run_recalibrates_as_often_as_is_needed(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def noted(model: nn.Module, train: Videos, count: int, *rest: Any) -> None:
+        asked.append(count)
+        recalibrate(model, train, count, *rest)
+
+    monkeypatch.setattr(mgtrain.engine.fit, "recalibrate", noted)
+    for schedule, expected in (("baseline", [0, 0]), ("multigrid", [2, 2])):
+        fit(tiny(f"schedule={{name: {schedule}}}", "evaluation.times=2"), RunDir(tmp_path / schedule), World())
+        assert asked == expected
+        asked.clear()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mgtrain.clips.loader import BadVideos, train_batches
 from mgtrain.data import open_videos
 from mgtrain.engine.checks import check_micro_batches, make_model, micro_limit
-from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.step import StepResult, augmented, hits, loss_sum_of, parts, to_device, to_input, train_step
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
@@ -64,7 +64,7 @@ def train(recipe: Recipe, wanted: list[int], double: bool = False) -> Trained:
     optimizer, scaler = make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=False)
     results, passes = [], []
     for index in wanted:
-        clips, labels = next(train_batches(videos, recipe, plan, index, world, BadVideos(len(videos), 0)))
+        clips, labels = next(train_batches(videos, recipe, plan.steps(index), world, BadVideos(len(videos), 0)))
         results.append(train_step(model, optimizer, scaler, clips, labels, plan[index], recipe, world))
         passes.append(len(list(parts(plan[index], recipe, world))))
     return Trained(model, optimizer, results, passes)
@@ -87,8 +87,8 @@ def first_steps_of_phases(plan: Plan) -> list[int]:
 
 @pytest.mark.parametrize(
     "augment",
-    [(), AUGMENTED, ("data.multi_label=true", "augment.mixup=0.8")],
-    ids=["plain", "augmented", "several_labels"],
+    [(), AUGMENTED, ("data.multi_label=true", "augment.mixup=0.8"), ("optim.name=adamw", "optim.clip_norm=0.1")],
+    ids=["plain", "augmented", "several_labels", "adamw"],
 )
 def test_whole_and_micro_batches_are_the_same_steps(tiny: Callable[..., Recipe], augment: tuple[str, ...]) -> None:
     recipe = tiny(*EIGHT, *augment)
@@ -129,28 +129,38 @@ def test_the_step_uses_its_own_learning_rate(tiny: Callable[..., Recipe]) -> Non
         assert new.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
+UPDATES = (
+    Optim(lr=0.1, stages=(1.0,), momentum=0.9),
+    Optim(lr=0.1, stages=(1.0,), momentum=0, nesterov=False),
+    Optim(lr=0.1, stages=(1.0,), name="adamw", betas=(0.8, 0.9), weight_decay=0.1),
+)
+
+
+@pytest.mark.parametrize("optim", UPDATES, ids=["momentum", "plain", "adamw"])
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=["last", "first"])
-def test_the_update_is_torchs_whatever_the_layout(momentum: float, layout: torch.memory_format) -> None:
+def test_the_update_is_torchs_whatever_the_layout(optim: Optim, layout: torch.memory_format) -> None:
     found = []
     for fused in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.BatchNorm3d(6), nn.Conv3d(6, 4, (3, 1, 1)))
         model.to(memory_format=layout)
         model.fc = nn.Linear(4, 3)
-        optimizer = make_optimizer(model, Optim(lr=0.1, stages=(1.0,), momentum=momentum, nesterov=momentum > 0))
+        optimizer = make_optimizer(model, optim)
         if not fused:
-            optimizer = torch.optim.SGD(optimizer.param_groups, fused=False)
+            kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optim.name]
+            optimizer = kind([{**group, "fused": False} for group in optimizer.param_groups])
         for seed in range(4):
             torch.manual_seed(seed)
             for n, p in enumerate(model.parameters()):  # some gradients lie as torch likes, not as their parameter does
                 p.grad = torch.randn(p.shape) if n % 2 else torch.empty_like(p).copy_(torch.randn(p.shape))
             model[0].bias.grad = None
-            optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(seed == 2)), None
+            if fused:
+                optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(seed == 2)), None
             if fused or seed != 2:  # what is not finite changes nothing
                 optimizer.step()
         found.append([p.detach() for p in model.parameters()])
-        assert all(p.stride() == b["momentum_buffer"].stride() for p, b in optimizer.state.items() if momentum)
+        kept = [(p, value) for p, state in optimizer.state.items() for value in state.values() if value is not None]
+        assert all(p.stride() == value.stride() for p, value in kept if value.ndim)
     torch.testing.assert_close(*found)
 
 

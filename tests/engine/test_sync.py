@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
+import nullgpu
 import pytest
 import torch
 from operations import Operations
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgtrain.engine.checks import make_model
-from mgtrain.engine.optim import make_optimizer
-from mgtrain.engine.step import to_device, train_step
+from mgtrain.engine.step import parts, to_device, train_step
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
@@ -54,3 +59,154 @@ def test_a_step_does_not_wait(changes: tuple[str, ...], tiny: Callable[..., Reci
                 model, optimizer, scaler, clips, torch.zeros(shape.clips, dtype=torch.int64), step, recipe, world
             )
         assert waits(operations) == []
+
+
+class Arrivals(TorchDispatchMode):
+    """Notes what is copied from the host to a device of no memory, where reading a number is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, bool]] = []  # the operation, and whether the host goes on meanwhile
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        given = [x for x in args if isinstance(x, Tensor)]
+        if isinstance(made, Tensor) and made.device.type == "meta" and any(x.device.type == "cpu" for x in given):
+            waits = not (
+                kwargs.get("non_blocking") or (func.overloadpacket.__name__ == "copy_" and args[2:] == (True,))
+            )
+            self.found.append((func.overloadpacket.__name__, not waits))
+        return made
+
+
+def test_what_is_copied_to_a_device_is_seen() -> None:
+    with Arrivals() as arrivals:
+        torch.ones(3).to("meta")
+        torch.ones(3).to("meta", non_blocking=True)
+        torch.ones(3, device="meta").copy_(torch.ones(3))
+    assert arrivals.found == [("_to_copy", False), ("_to_copy", True), ("copy_", False)]
+
+
+AUGMENTED = (
+    "augment={brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.1, erase: 0.5, mixup: 0.8, cutmix: 1, "
+    "label_smoothing: 0.1}"
+)
+NETWORKS = ("i3d_r50", "i3d_nln_r50", "slowfast_r50", "r2plus1d_18", "swin3d_t")
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_all_that_a_pass_draws_goes_to_the_device_in_one_copy(
+    model: str, tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device of no memory stands in for a GPU: torch has neither autocast, fused SGD nor foreach there."""
+    monkeypatch.setattr("mgtrain.engine.step.autocast", lambda *_: nullcontext())
+    monkeypatch.setattr("mgtrain.engine.step.not_finite", lambda loss, *_: torch.zeros_like(loss))
+    small = "" if model in ("r2plus1d_18", "swin3d_t") else ", width: 8, depth: [1, 1, 1, 1]"
+    world = World(device=torch.device("meta"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for changes, copies in (((), 0), ((AUGMENTED, "hardware={micro_clips: 4, recompute: true}"), 1)):
+        recipe = tiny(f"model={{name: {model}{small}}}", *changes)
+        plan = make_plan(recipe, 24)
+        with world.device:
+            network = make_model(recipe)
+        optimizer = torch.optim.SGD([{"params": network.parameters(), "lr_factor": 1.0}], lr=0.1)
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+        shape = plan[0].shape
+        clips = torch.empty(shape.clips, 3, shape.frames, shape.crop, shape.crop, dtype=torch.uint8, device="meta")
+        labels = torch.empty(shape.clips, dtype=torch.int64, device="meta")
+        passes = len(list(parts(plan[0], recipe, world)))
+        with Arrivals() as arrivals:
+            train_step(network, optimizer, scaler, clips, labels, plan[0], recipe, world)
+        assert arrivals.found == [("_to_copy", True)] * copies * passes
+
+
+ON_NULL_GPU = """
+import sys
+import nullgpu
+import torch
+from mgtrain.engine.checks import make_model
+from mgtrain.engine.update.optim import make_optimizer
+from mgtrain.engine.step import to_device, train_step
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import load_recipe
+from mgtrain.schedule import make_plan
+
+nullgpu.set_up()
+recipe, gpu = load_recipe(sys.argv[1], sys.argv[2:]), World(device=torch.device("cuda", 0))
+model = to_device(make_model(recipe), recipe, gpu)
+optimizer, scaler = make_optimizer(model, recipe.optim), torch.amp.GradScaler("cuda", enabled=False)
+for shape, step in make_plan(recipe, 1000).first_steps().items():
+    clips = torch.zeros(shape.clips, 3, shape.frames, shape.crop, shape.crop, dtype=torch.uint8, device="cuda")
+    labels = torch.zeros(shape.clips, dtype=torch.int64, device="cuda")
+    for turn in range(2):  # the second shows a step whose tensors are all there
+        torch.cuda.reset_peak_memory_stats()
+        with nullgpu.counted() as asked:
+            train_step(model, optimizer, scaler, clips, labels, step, recipe, gpu)
+        print(str(shape), step.bn_groups, asked.waits, asked.pageable, asked.launches,
+              torch.cuda.max_memory_allocated() / 2**30)
+"""
+
+
+needs_null_gpu = pytest.mark.skipif(nullgpu.why_not() is not None, reason=str(nullgpu.why_not()))
+
+
+@pytest.mark.slow
+@needs_null_gpu
+def test_what_a_null_gpu_is_asked_is_counted(null_gpu: Callable[..., str]) -> None:
+    program = """
+import nullgpu, torch
+with nullgpu.counted() as asked:
+    x = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+    torch.ones(3).to("cuda", non_blocking=True)
+    y = x + x
+    y.sum().item()
+    torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")
+print(asked.launches, asked.waits, asked.arrivals, asked.pageable)
+"""
+    assert null_gpu(program).split() == ["5", "1", "2", "1"]
+
+
+@pytest.mark.slow
+@needs_null_gpu
+@pytest.mark.parametrize(
+    ("changes", "times"), [((), 1), ((AUGMENTED, "hardware={micro_clips: 4, recompute: true, precision: bf16}"), 4)]
+)
+@pytest.mark.parametrize("model", NETWORKS)
+def test_a_step_on_a_gpu_does_not_wait_and_launches_little(
+    model: str, changes: tuple[str, ...], times: int, null_gpu: Callable[..., str]
+) -> None:
+    most = {"i3d_r50": 800, "i3d_nln_r50": 1200, "slowfast_r50": 1400, "r2plus1d_18": 1000, "swin3d_t": 2300}[model]
+    words = ["k400_slowfast_8x8_r50_multigrid", "batch.clips=8", "hardware.precision=bf16", f"model={{name: {model}}}"]
+    rows = [line.split() for line in null_gpu(ON_NULL_GPU, *words, *changes).splitlines()]
+    groups = {int(row[1]) for row in rows}
+    assert groups == {8, 4, 2, 1}
+    for shape, _, waits, pageable, *_ in rows:
+        assert (shape, waits, pageable) == (shape, "0", "0")
+    assert max(int(row[4]) for row in rows[1::2]) <= times * most  # of steps whose tensors are all there
+    if model == "slowfast_r50":  # group by group, in torch's copies to float32, it took 5.1 GiB
+        assert max(float(row[5]) for row in rows) < 5.0
+
+
+@pytest.mark.slow
+@needs_null_gpu
+def test_a_group_in_bf16_takes_the_room_of_its_result(null_gpu: Callable[..., str]) -> None:
+    """Of five dimensions torch knows no channels last: it would copy to float32, and back."""
+    program = """
+import nullgpu, torch
+from mgtrain.models import fused
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.part import Part, set_part
+nullgpu.set_up()
+fused.usable = lambda x: False
+norm = GroupBatchNorm3d(64).cuda()
+x = torch.empty(8, 64, 16, 56, 56, dtype=torch.bfloat16, device="cuda").to(memory_format=torch.channels_last_3d)
+set_part(norm, Part(0, 8, 8, 1))
+before = torch.cuda.memory_allocated()
+torch.cuda.reset_peak_memory_stats()
+y = norm(x)
+print((torch.cuda.max_memory_allocated() - before) / x.nbytes, y.stride() == x.stride())
+"""
+    room, same = null_gpu(program).split()
+    assert float(room) < 1.1
+    assert same == "True"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-import mgtrain.clips.units
+import mgtrain.clips.sources
 import mgtrain.engine.evaluate
 from mgtrain.clips.decode import VideoFile
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.fit import fit
-from mgtrain.engine.predict import predict_videos
 from mgtrain.engine.trained import Trained, evaluation_videos, load_trained
-from mgtrain.errors import CheckpointError, DataError, ThresholdError, UsageError
+from mgtrain.engine.trained.export import export
+from mgtrain.engine.trained.predict import predict_videos
+from mgtrain.errors import CheckpointError, DataError, NonFiniteError, ThresholdError, UsageError
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Recipe, parse_recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.journal import Journal
 
@@ -48,6 +51,49 @@ def videos_of(trained: Trained) -> list[str]:
     return [videos.path(n) for n in range(len(videos))]
 
 
+def test_a_checkpoint_from_elsewhere_runs_no_module_that_is_not_trusted(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+    info = json.loads(metadata["info"])
+    recipe = parse_recipe(info["recipe"], "a checkpoint", ["model={name: own, module: net, network: n}"])
+    hostile = tmp_path / "hostile.safetensors"
+    save_file(load_file(checkpoint), hostile, {**metadata, "info": json.dumps({**info, "recipe": recipe.to_yaml()})})
+    (tmp_path / "net.py").write_text("import pathlib\npathlib.Path('ran').touch()\nMODELS = {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for trust in ((), ("another",)):
+        with pytest.raises(CheckpointError, match=r"module 'net' of its recipe; .*, add --trust net") as caught:
+            load_trained(hostile, None, (), ALONE, trust)
+        assert caught.value.exit_code == 4
+    assert not Path("ran").exists()
+    with pytest.raises(UsageError, match="has no network 'n'"):
+        load_trained(hostile, None, (), ALONE, ("net",))
+    assert Path("ran").exists()
+
+
+def test_a_network_that_gives_nan_has_no_scores(checkpoint: Path, trained: Trained, tmp_path: Path) -> None:
+    videos = evaluation_videos(trained)
+    trained.model.head.linear.bias.data[1] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match=r"of 12 of 12 videos are not finite, such as those of .*mp4"):
+        evaluate(trained.model, videos, trained.recipe, ALONE)
+    with pytest.raises(NonFiniteError, match="of 1 of 1 videos"):
+        predict_videos(trained, [videos.path(0)], ALONE, (1, 1))
+    with pytest.raises(NonFiniteError, match=r"\.mp4, 0\.0 s; use an earlier"):
+        predict_videos(trained, [videos.path(0)], ALONE, (1, 1), every=1)
+    with pytest.raises(NonFiniteError, match=r"logits of clips .* are not finite"):
+        export(trained, tmp_path / "net.pt2")
+    assert list(tmp_path.iterdir()) == []
+    bad = tmp_path / "bad.safetensors"
+    with safe_open(checkpoint, "pt") as file:
+        tensors, metadata = load_file(checkpoint), file.metadata()
+    tensors["model.head.linear.bias"][1] = float("inf")
+    save_file(tensors, bad, metadata)
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinity, such as head\.linear\.bias"):
+        load_trained(bad, None, (), ALONE)
+
+
 def test_every_video_is_opened_once_for_all_its_views(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[str] = Counter()
 
@@ -56,7 +102,7 @@ def test_every_video_is_opened_once_for_all_its_views(trained: Trained, monkeypa
             opened[str(path)] += 1
             super().__init__(path, *words)
 
-    monkeypatch.setattr(mgtrain.clips.units, "VideoFile", Counted)
+    monkeypatch.setattr(mgtrain.clips.sources, "VideoFile", Counted)
     evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE, (3, 3))
     assert opened == dict.fromkeys(videos_of(trained), 1)
 
@@ -148,13 +194,13 @@ def test_weights_from_elsewhere_are_evaluated_as_they_are(
     theirs = evaluate(foreign.model, evaluation_videos(foreign), foreign.recipe, ALONE)
     assert np.array_equal(theirs.probabilities, ours.probabilities)
     assert load_trained(weights("left", "right", "up", "down"), str(recipe), (), ALONE).named
-    with pytest.raises(UsageError, match="say with --recipe how clips are cut"):
+    with pytest.raises(UsageError, match="name the recipe that cuts clips"):
         load_trained(weights(), None, (), ALONE)
-    with pytest.raises(ThresholdError, match="use the model that the weights are of"):
+    with pytest.raises(ThresholdError, match="use the model that the weights belong to"):
         load_trained(weights(), str(recipe), ["model.width=16"], ALONE)
     with pytest.raises(CheckpointError, match=r"set data\.classes"):
         load_trained(weights(), str(recipe), ["data.classes=5"], ALONE)
-    with pytest.raises(CheckpointError, match=r"has 3 classes, data\.classes says 4"):
+    with pytest.raises(CheckpointError, match=r"has 3 classes, but data\.classes is 4"):
         load_trained(weights("left", "right", "up"), str(recipe), (), ALONE)
 
 
@@ -177,7 +223,7 @@ def test_a_list_may_lack_the_last_of_a_networks_numbered_classes(
     recipe = trained.recipe.model_copy(update={"data": trained.recipe.data.model_copy(update={"root": str(tmp_path)})})
     numbered = dataclasses.replace(trained, classes=("0", "1", "2", "3"), recipe=recipe)
     assert evaluation_videos(numbered).classes == ("0", "1", "2", "3")
-    with pytest.raises(DataError, match=r"val\.csv has 2 classes, the network 4"):
+    with pytest.raises(DataError, match=r"val\.csv has 2 classes, but the network has 4"):
         evaluation_videos(dataclasses.replace(numbered, step=None))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgtrain.engine import warmup
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
-from mgtrain.engine.warmup import _steps_left, pays, warm_up
-from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.engine.machine import warmup
+from mgtrain.engine.machine.warmup import _steps_left, pays, warm_up
+from mgtrain.engine.step import train_step
+from mgtrain.engine.update.optim import make_optimizer
+from mgtrain.models.dropout import DropFeatures
+from mgtrain.models.norm import GroupBatchNorm3d, group_stats, reset_group_stats, undisturbed
 from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World
+from mgtrain.processes.watchdog import Watchdog
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import make_plan
@@ -28,17 +34,15 @@ def test_the_steps_that_are_left_are_those_of_the_plan(start: int, tiny: Callabl
     plan = make_plan(tiny(), 24)
     walked = list(plan.steps(start))
     found = _steps_left(plan, start)
-    assert {shape: count for shape, (_, count) in found.items()} == {
-        shape: sum(step.shape == shape for step in walked) for shape in {step.shape for step in walked}
-    }
-    for shape, (step, _) in found.items():
-        assert step == next(one for one in walked if one.shape == shape)
+    assert {kind: count for kind, (_, count) in found.items()} == Counter((s.shape, s.bn_groups) for s in walked)
+    for kind, (step, _) in found.items():
+        assert step == next(one for one in walked if (one.shape, one.bn_groups) == kind)
 
 
 def _state(model: torch.nn.Module) -> dict[str, object]:
     return copy.deepcopy(
         {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        | {name: (m.groups, m.everyones) for name, m in model.named_modules() if isinstance(m, GroupBatchNorm3d)}
+        | {name: (m.groups, m.gathered) for name, m in model.named_modules() if isinstance(m, GroupBatchNorm3d)}
     )
 
 
@@ -65,7 +69,7 @@ def test_warming_up_changes_nothing(tiny: Callable[..., Recipe], uncompiled: Non
 @pytest.mark.parametrize(
     ("eager", "compiled", "cost", "expected"),
     [
-        (1000.0, 500.0, 10.0, {0, 1, 2, 3, 4, 5, 6}),  # all pay
+        (1000.0, 500.0, 10.0, set(range(9))),  # all pay
         (1000.0, 1500.0, 10.0, set()),  # the first one is slower, so that none is tried after it
         (0.001, 0.0005, 10.0, set()),  # too short a run to compile anything
     ],
@@ -96,9 +100,9 @@ def test_a_shape_is_compiled_where_its_steps_win_back_the_time(
     recipe = tiny("hardware.compile=default")
     plan = make_plan(recipe, 24)
     mode = warm_up(make_model(recipe), recipe, plan, 0, World())
-    shapes = plan.shapes()
-    assert {n for n, shape in enumerate(shapes) if not isinstance(mode(shape), nullcontext)} == expected
-    assert len(tried) == (len(shapes) if expected else 1 if eager > 1 else 0)
+    steps = [step for step, _ in _steps_left(plan, 0).values()]
+    assert {n for n, step in enumerate(steps) if not isinstance(mode(step), nullcontext)} == expected
+    assert len(tried) == (len(steps) if expected else 1 if eager > 1 else 0)
 
 
 def test_pays() -> None:
@@ -111,7 +115,152 @@ def test_without_compiling_a_cpu_has_nothing_to_warm(tiny: Callable[..., Recipe]
     model = make_model(tiny())
     model.register_forward_hook(lambda *_: pytest.fail("a pass was made"))
     mode = warm_up(model, tiny(), make_plan(tiny(), 24), 0, World())
-    assert isinstance(mode(make_plan(tiny(), 24)[0].shape), nullcontext)
+    assert isinstance(mode(make_plan(tiny(), 24)[0]), nullcontext)
+
+
+def always(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., object]) -> None:
+    """Compile every kind of step, and by `backend`, which takes no C++ compiler."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(warmup, "pays", lambda *_: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic, mode: plain(self, backend=backend))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch._dynamo's own
+def test_a_layer_is_compiled_once_for_a_number_of_groups_and_keeps_its_place(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, places = [], []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    always(monkeypatch, backend)
+    norm = GroupBatchNorm3d(3)
+    model, x = torch.nn.Sequential(norm, DropFeatures(0.5)), torch.randn(8, 3, 2, 4, 4)
+    recipe = tiny("hardware.compile=default")
+    for step, groups in enumerate((4, 2, 4, 2)):
+        model.train()
+        with warmup.compiled(model, recipe):
+            for _ in range(2):
+                set_part(model, Part(0, 8, 8, groups, seed=step))
+                model(x)
+        places.append((norm.group_mean.data_ptr(), norm.group_var.data_ptr()))
+        with undisturbed(model):  # an evaluation in between
+            reset_group_stats(model)
+            set_part(model, Part(0, 8, 8, 1))
+            model(x)
+    assert len(graphs) == 2
+    assert places[:2] == places[2:]  # else a CUDA graph would be recorded again
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_kind_of_step_is_compiled_once_and_not_in_the_run(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny recipe has steps of one shape with several numbers of BatchNorm groups."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    always(monkeypatch, backend)
+    monkeypatch.setattr(warmup, "PASSES", 1)
+    monkeypatch.setattr(warmup, "_timed", faster_each_time(warmup._timed))
+    recipe, world = tiny("hardware.compile=default"), World()
+    plan = make_plan(recipe, 24)
+    kinds = {(step.shape, step.bn_groups) for step in plan}
+    assert len(kinds) > len({shape for shape, _ in kinds})
+    model = make_model(recipe)
+    optimizer, scaler = make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=False)
+    mode = warm_up(model, recipe, plan, 0, world)
+    assert len(graphs) == len(kinds)  # nor is a pass cut in two
+    for step in plan:
+        shape = step.shape
+        clips = torch.zeros(shape.clips, 3, shape.frames, shape.crop, shape.crop, dtype=torch.uint8)
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        with mode(step):
+            train_step(model, optimizer, scaler, clips, torch.zeros(shape.clips).long(), step, recipe, world)
+    assert len(graphs) == len(kinds)
+
+
+def faster_each_time(timed: Callable[..., float]) -> Callable[..., float]:
+    times = iter(range(1000, 0, -1))
+
+    def faster(*args: object) -> float:
+        timed(*args)
+        return float(next(times))
+
+    return faster
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_compiled_runs_as_it_is(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def backend(graph: object, inputs: object) -> None:
+        raise RuntimeError("no compiler\nhere")
+
+    always(monkeypatch, backend)
+    recipe = tiny("hardware.compile=default")
+    plan = make_plan(recipe, 24)
+    mode = warm_up(make_model(recipe), recipe, plan, 0, World())
+    assert all(isinstance(mode(step), nullcontext) for step in plan)
+    assert "running it uncompiled: BackendCompilerFailed" in caplog.text
+    assert caplog.text.count("no compiler here") == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["i3d_nln_r50", pytest.param("slowfast_r50", marks=pytest.mark.slow)])
+def test_recomputed_blocks_compile_and_count_their_clips_once(
+    model: str, tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, "aot_eager")
+    found = []
+    for changes in ((), ("hardware.recompute=true", "hardware.compile=default")):
+        recipe = tiny(f"model={{name: {model}, width: 8, depth: [1, 1, 1, 1]}}", *changes)
+        torch.manual_seed(0)
+        network = make_model(recipe).double().train()
+        set_part(network, Part(0, 4, 4, 2))
+        x = torch.randn(4, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with warmup.compiled(network, recipe) if changes else nullcontext():
+            network(x).square().sum().backward()
+        found.append((group_stats(network), {name: p.grad for name, p in network.named_parameters()}))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+def test_compiling_is_not_watched(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    watchdog, idle = Watchdog(900.0), []
+    monkeypatch.setattr(warmup, "_timed", lambda *_: idle.append(watchdog._last) or 1.0)
+    recipe = tiny("hardware.compile=default")
+    watchdog.beat()
+    warm_up(make_model(recipe), recipe, make_plan(recipe, 24), 0, World(watchdog=watchdog))
+    assert set(idle) == {float("inf")}  # since nobody knows how long it takes
+    assert watchdog._last < float("inf")
+
+
+def test_a_gpu_computes_as_the_recipe_says(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        warmup.set_up(tiny("hardware={tf32: false, deterministic: true}"), torch.device("cpu"))
+        assert (conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark) == before
+        for tf32, deterministic in ((False, True), (True, False)):
+            recipe = tiny(f"hardware={{tf32: {tf32}, deterministic: {deterministic}}}".lower())
+            warmup.set_up(recipe, torch.device("cuda"))
+            assert conv.fp32_precision == matmul.fp32_precision == ("tf32" if tf32 else "ieee")
+            assert torch.backends.cudnn.benchmark is not deterministic
+            assert torch.are_deterministic_algorithms_enabled() is torch.backends.cudnn.deterministic is deterministic
+    finally:
+        conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark = before
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 @pytest.mark.slow

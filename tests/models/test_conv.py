@@ -10,8 +10,9 @@ import torch
 from operations import Operations
 from torch import nn
 
-from mgtrain.models import conv as conv_module
-from mgtrain.models.conv import Conv3d
+from mgtrain.models import forms as conv_module
+from mgtrain.models.conv import Conv3d, choose
+from mgtrain.models.forms import DIRECTIONS, Kind, candidates, fixed_forms, input_grad, output, weight_grad
 
 torch.set_num_threads(1)
 KINDS: dict[str, dict[str, Any]] = {
@@ -103,3 +104,77 @@ def test_a_traced_graph_has_3d_convolutions() -> None:
     program = torch.export.export(Conv3d(4, 6, 1), (x,))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets == ["aten.conv3d.default"]
+
+
+def kind_of(words: dict[str, Any], channels: tuple[int, int], size: tuple[int, int, int]) -> Kind:
+    return Conv3d(*channels, **words).kind(torch.Size((1, channels[0], *size)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(5, 9, 9), (8, 8, 8), (1, 5, 5)], ids=str)
+def test_all_forms_of_a_direction_compute_the_same(
+    kind: str, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv_module, "PATCHES", 1500)
+    torch.manual_seed(0)
+    one = kind_of(KINDS[kind], (4, 6), size)
+    x = torch.randn(2, *size, 4, dtype=torch.float64)
+    weight = torch.randn(6, *one.kernel, 4, dtype=torch.float64)
+    rule = fixed_forms(one)
+    grad = torch.randn_like(output(x, weight, one, rule[0]))
+    for n, direction in enumerate(DIRECTIONS):
+        forms = candidates(one, direction)
+        assert forms[0] == rule[n]
+        assert len(set(forms)) == len(forms) >= 3
+        given = (x, weight) if direction == "output" else (grad, x, weight)
+        compute = (output, input_grad, weight_grad)[n]
+        expected = compute(*given, one, rule[n])
+        for form in forms[1:]:
+            torch.testing.assert_close(compute(*given, one, form), expected, msg=f"{direction} {form}")
+
+
+def test_multiply_adds_are_those_of_a_clip() -> None:
+    one = kind_of(KINDS["block"], (4, 6), (8, 9, 9))
+    made = output(torch.zeros(1, 8, 9, 9, 4), torch.zeros(6, 5, 7, 7, 4), one, "whole")
+    assert one.multiply_adds() == made.numel() * 5 * 7 * 7 * 4
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8])
+def test_in_half_precision_gradients_of_short_clips_are_right(frames: int) -> None:
+    torch.manual_seed(0)
+    conv = Conv3d(16, 64, kernel_size=(5, 3, 3), padding=(2, 1, 1), bias=False).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 16, frames, 8, 8).to(memory_format=torch.channels_last_3d).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = (conv(x).float() ** 2).mean()
+        found.append(torch.autograd.grad(loss, [conv.weight, x]))
+    for exact, half in zip(*found, strict=True):
+        assert (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_forms_that_were_chosen_are_used() -> None:
+    conv = nn.Sequential(Conv3d(4, 6, **KINDS["strip"])).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 4, 8, 8, 8).to(memory_format=torch.channels_last_3d)
+    kind = conv[0].kind(x.shape)
+    asked = []
+
+    def seen(*given: Any) -> torch.Tensor:
+        asked.append(given[-1])
+        return output(*given)
+
+    choose(conv, {(kind, torch.float32): ("single rows", "whole", "first")})
+    with mock.patch("mgtrain.models.conv.output", seen):
+        conv(x)
+        conv(x[:, :, :7].contiguous(memory_format=torch.channels_last_3d))
+    assert asked == ["single rows", "apart rows"]
+
+
+def test_in_half_precision_a_kernels_gradient_of_single_pixels_is_a_product_of_patches() -> None:
+    for kind in ("picture", "block"):
+        one = kind_of(KINDS[kind], (16, 32), (8, 2, 2))
+        assert one.leaves_a_pixel
+        forms = candidates(one, "weight", torch.bfloat16)
+        assert all(form.endswith("patches") for form in forms)
+        assert fixed_forms(one, torch.bfloat16)[2] == forms[0]
+        assert not all(form.endswith("patches") for form in candidates(one, "weight"))

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import video
+from torchvision.models.video import mvit
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
 
 from mgtrain.clips.pixels import normalize
 from mgtrain.engine.checks import check_shapes, misfit
-from mgtrain.engine.optim import make_optimizer
 from mgtrain.engine.step import to_input
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import PlanError, UsageError
 from mgtrain.models import TORCHVISION, build_model
 from mgtrain.models.dropout import DropFeatures, Dropout, DropPath
-from mgtrain.models.foreign import classifier_of, fitted
+from mgtrain.models.foreign import WindowAttention, classifier_of, fitted
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
 from mgtrain.models.weights.load import freeze, load_weights, read_weights
@@ -115,7 +117,8 @@ def section(network: str, options: str = "{}") -> str:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(name, (2, 3, 4, 32, 32)) for name in ("r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t")]
+    [(name, (2, 3, 4, 32, 32)) for name in ("r3d_18", "mc3_18", "r2plus1d_18")]
+    + [("swin3d_t", (1, 3, 4, 224, 224))]
     + [pytest.param(name, (1, 3, 16, 224, 224), marks=pytest.mark.slow) for name in ("s3d", "mvit_v2_s")],
 )
 @torch.no_grad()
@@ -144,8 +147,8 @@ def test_s3d_says_which_of_its_layers_needs_more_frames(tiny: Callable[..., Reci
     with pytest.raises(PlanError) as caught:
         check_shapes(tiny("model={name: s3d}"), [tiny().base.__class__(8, 2, 112)])
     for words in (
-        "s3d cannot take clips of 2 frames of 112² pixels: layer features.",
-        "MaxPool3d, has a window",
+        "s3d does not accept clips of 2 frames of 112² pixels: layer features.",
+        "MaxPool3d, has a kernel larger than its input",
         "8x112²",
     ):
         assert words in str(caught.value)
@@ -171,7 +174,7 @@ def test_normalization_keeps_its_own_constants_and_state() -> None:
     "layer", [nn.BatchNorm2d(3), nn.BatchNorm1d(3), nn.SyncBatchNorm(3), nn.BatchNorm3d(3, affine=False)]
 )
 def test_normalization_over_a_ranks_clips_is_refused(layer: nn.Module) -> None:
-    with pytest.raises(UsageError, match=f"a.0: {type(layer).__name__} normalizes over the clips that a rank happens"):
+    with pytest.raises(UsageError, match=f"a.0: {type(layer).__name__} normalizes over the clips of a rank"):
         fitted(nn.Sequential(nn.Identity(), nn.ModuleDict({"a": nn.Sequential(layer)}))[1])
 
 
@@ -191,8 +194,72 @@ def test_what_is_random_is_drawn_for_the_global_batch() -> None:
     assert {0.0, 2.0} == set(outputs[2].unique().tolist())
     assert not torch.equal(outputs[0][:, 0, 0, 0, 0], outputs[1][:, 0, 0, 0, 0])  # layers draw apart
     for layer in (StochasticDepth(0.5, "batch"),):
-        with pytest.raises(UsageError, match="depends on the ranks; use mode 'row'"):
+        with pytest.raises(UsageError, match="depends on the number of ranks; use mode 'row'"):
             fitted(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize(("name", "usual"), [("swin3d_t", 0.1), ("mvit_v2_s", 0.2)])
+def test_paths_are_dropped_more_often_from_block_to_block(name: str, usual: float) -> None:
+    def dropped(probability: float | None) -> list[float]:
+        with torch.device("meta"):
+            model = build_model(name, classes=5, drop_path=probability)
+        assert not any(isinstance(layer, StochasticDepth) and layer.p for layer in model.modules())
+        return [layer.p for layer in model.modules() if isinstance(layer, DropPath)]
+
+    blocks = 11 if name == "swin3d_t" else 15  # after the first, whose paths are never dropped
+    for probability in (0.3, usual):
+        assert dropped(probability) == pytest.approx([probability * n / blocks for n in range(1, blocks + 1)])
+    assert dropped(None) == pytest.approx(dropped(usual))
+    assert dropped(0.0) == []
+
+
+def test_swins_relative_positions_are_those_of_its_full_windows_at_every_size() -> None:
+    torch.manual_seed(0)
+    layer = WindowAttention(6, [8, 7, 7], [0, 0, 0], num_heads=2)
+    nn.init.normal_(layer.relative_position_bias_table)
+    full = layer.get_relative_position_bias([8, 7, 7])
+    assert torch.equal(full, ShiftedWindowAttention3d.get_relative_position_bias(layer, [8, 7, 7]))
+    full = full.view(2, 8, 7, 7, 8, 7, 7)
+    for d, h, w in ((4, 7, 7), (8, 4, 4), (2, 5, 5), (1, 1, 1)):
+        bias = layer.get_relative_position_bias([d, h, w])
+        assert torch.equal(bias.view(2, d, h, w, d, h, w), full[:, :d, :h, :w, :d, :h, :w])
+    theirs = ShiftedWindowAttention3d.get_relative_position_bias(layer, [8, 4, 4])
+    assert not torch.equal(layer.get_relative_position_bias([8, 4, 4]), theirs)  # those of other pairs
+    with torch.device("meta"):
+        swin = build_model("swin3d_t", classes=5)
+    assert sum(isinstance(module, WindowAttention) for module in swin.modules()) == 12
+
+
+@pytest.mark.parametrize(("frames", "crop"), [(16, 224), (8, 112), (4, 158)])
+def test_mvits_relative_positions_are_stretched_to_the_clip(
+    frames: int, crop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, seen = mvit._add_rel_pos, []
+
+    def spied(attn: Tensor, q: Tensor, q_thw: tuple[int, ...], k_thw: tuple[int, ...], *tables: Tensor) -> Tensor:
+        seen.append((q_thw, k_thw))
+        made: Tensor = add(attn, q, q_thw, k_thw, *tables)
+        return made
+
+    monkeypatch.setattr(mvit, "_add_rel_pos", spied)
+    with torch.device("meta"):
+        model = build_model("mvit_v2_s", classes=5)
+        model(torch.empty(1, 3, frames, crop, crop))
+    first, last = seen[0][0], seen[-1][0]
+    assert first == (frames // 2, -(-crop // 4), -(-crop // 4))
+    assert last == (frames // 2, -(-crop // 32), -(-crop // 32))
+
+
+@pytest.mark.parametrize("size", [7, 5, 4])
+def test_an_offset_in_a_small_clip_has_the_relative_position_of_the_same_share_of_a_full_one(size: int) -> None:
+    full = 7  # tokens a side of a clip of 224 pixels in the last blocks
+    ramp, zeros = torch.arange(1.0 - full, full)[:, None], torch.zeros(2 * full - 1, 1)  # a table of its own offsets
+    q = torch.ones(1, 1, size + 1, 1)  # the first is the class token
+    bias = mvit._add_rel_pos(torch.zeros(1, 1, size + 1, size + 1), q, (1, 1, size), (1, 1, size), zeros, ramp, zeros)
+    offsets = (torch.arange(size)[:, None] - torch.arange(size)[None]).float()
+    expected = offsets * (2 * full - 1) / (2 * size - 1)
+    torch.testing.assert_close(bias[0, 0, 1:, 1:], expected.clamp(1 - full, full - 1))
+    assert not bias[0, 0, 0].any()
 
 
 @pytest.mark.parametrize("name", ["r3d_18", "swin3d_t"])
@@ -236,7 +303,7 @@ def test_weights_of_torchvision_are_taken_by_their_names_and_another_classifier_
     freeze(other, Init(freeze="backbone"))
     assert [name for name, p in other.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
     assert all(m.frozen for m in other.modules() if isinstance(m, GroupBatchNorm3d))
-    with pytest.raises(UsageError, match=r"init.freeze res2: only our models have such stages; use none or backbone"):
+    with pytest.raises(UsageError, match=r"res2: only SlowFast and I3D have such stages; use none or backbone"):
         freeze(other, Init(freeze="res2"))
 
 
@@ -257,14 +324,14 @@ def test_the_classifier_has_its_own_learning_rate_wherever_it_is(tiny: Callable[
     [
         (
             "flattens",
-            ("layer fc, Linear, takes 2048 features, however many the clip has: flattened", "clips of 2x16² fit"),
+            ("layer fc, Linear, expects 2048 features, but flattened features depend", "clips of 2x16² fit"),
         ),
         (
             "positions",
-            ("the network itself, Positions, adds or joins a table of fixed size", "fit: choose clip", "8x16²"),
+            ("the network itself, Positions, adds or joins a tensor of fixed size", "fit: choose clip", "8x16²"),
         ),
-        ("windows", ("the network itself, Windows, cuts its features into pieces of a fixed size", "2x16²", "2x32²")),
-        ("per_frame", ("of 2 such clips it makes (2, 4, ", "not logits (2, 4); no other size was found to fit")),
+        ("windows", ("the network itself, Windows, splits its features into parts of a fixed size", "2x16²", "2x32²")),
+        ("per_frame", ("for 2 such clips it returns (2, 4, ", "not logits (2, 4); found no other size that fits")),
     ],
 )
 def test_a_network_of_fixed_size_is_refused_with_the_layer_and_with_what_fits(
@@ -274,20 +341,22 @@ def test_a_network_of_fixed_size_is_refused_with_the_layer_and_with_what_fits(
     sizes = [(2, 16), (2, 23), (4, 23), (8, 32)]
     with pytest.raises(PlanError) as caught:
         check_shapes(recipe, [recipe.base.__class__(8, *size) for size in sizes])
-    assert all(word in str(caught.value) for word in ("own cannot take clips of", *words)), str(caught.value)
+    assert all(word in str(caught.value) for word in ("own does not accept clips of", *words)), str(caught.value)
 
 
 def test_a_network_of_ones_own_is_trained_and_evaluated(
     own: Path, tiny_text: str, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     (own / "own.yaml").write_text(tiny_text)
-    result = mgtrain(own, "fit", "own.yaml", "--name", "run", "--procs", "2", section("recurrent", "{width: 16}"))
+    result = mgtrain(
+        own, "fit", "own.yaml", "--name", "run", "--device", "cpu", "--procs", "2", section("recurrent", "{width: 16}")
+    )
     assert result.returncode == 0, result.stderr
-    result = mgtrain(own, "eval", "runs/run", "--json")
+    result = mgtrain(own, "eval", "runs/run", "--json", "--trust", "my_networks")
     assert json.loads(result.stdout)["videos"] == 12, result.stderr
     other = own / "elsewhere"
     other.mkdir()
-    result = mgtrain(other, "eval", "../runs/run")
+    result = mgtrain(other, "eval", "../runs/run", "--trust", "my_networks")
     assert result.returncode == 2
     assert "model.module my_networks: no such Python module is installed or in" in result.stderr
 
@@ -300,8 +369,8 @@ def test_a_network_of_ones_own_is_trained_and_evaluated(
             "network: recurrent, options: {depth: 3}",
             "options: my_networks.MODELS['recurrent'](classes, **options): got an",
         ),
-        ("network: number", "my_networks.MODELS['number'] makes a int, no nn.Module"),
-        ("network: frames2d", "norm: BatchNorm2d normalizes over the clips that a rank happens to have"),
+        ("network: number", "my_networks.MODELS['number'] returns int, which is not an nn.Module"),
+        ("network: frames2d", "norm: BatchNorm2d normalizes over the clips of a rank"),
     ],
 )
 def test_what_is_wrong_with_ones_own_network_is_said(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mgtrain.errors import UsageError
 from mgtrain.models import MODELS, TORCHVISION, build_model
 from mgtrain.models.flops import count_flops
-from mgtrain.models.nonlocal3d import NonLocal3d
+from mgtrain.models.nonlocal3d import NonLocal3d, _tokens
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
 from mgtrain.models.part import Part, set_part
 from mgtrain.models.resnet3d import Bottleneck
@@ -296,3 +296,13 @@ def test_the_whole_model_is_one_graph_to_the_compiler():
     set_part(model, Part(0, 4, 4, bn_groups=2))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=["last", "first"])
+def test_attention_over_one_place_is_given_no_gaps(layout: torch.memory_format) -> None:
+    """Kernels of attention on GPUs want each stride to be a multiple of 8 numbers; a view of one place has 1."""
+    for size in (1, 2):
+        tokens = _tokens(torch.randn(3, 16, 1, 1, size).to(memory_format=layout))
+        assert tokens.shape == (3, 1, size, 16)
+        if size == 1:
+            assert tokens.stride() == (16, 16, 16, 1)

@@ -6,17 +6,18 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from operations import Operations
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mgtrain.models.dropout import Dropout
+from mgtrain.models.dropout import STREAMS, Dropout, DropPath, hashed_mask, keep_mask
 from mgtrain.models.norm import (
     GroupBatchNorm3d,
-    _combined,
     group_stats,
     merge_group_stats,
     put_group_stats,
@@ -24,6 +25,7 @@ from mgtrain.models.norm import (
     set_momentum,
 )
 from mgtrain.models.part import Part, set_part
+from mgtrain.models.spanning import combined
 
 Gather = Callable[[Tensor, int], Tensor]
 
@@ -389,16 +391,16 @@ def test_statistics_stay_fp32_under_autocast(span: int):
 @pytest.mark.parametrize("clips", [1, 2, 4, 8])
 def test_dropout_mask_belongs_to_the_global_batch(clips: int):
     dropout, x = Dropout(0.5), torch.ones(8, 100)
-    dropout.part = Part(0, 8, 8, 8, seed=5)
+    set_part(dropout, Part(0, 8, 8, 8, seed=5))
     whole = dropout(x)
     pieces = []
     for first in range(0, 8, clips):
-        dropout.part = Part(first, clips, 8, 8, seed=5)
+        set_part(dropout, Part(first, clips, 8, 8, seed=5))
         pieces.append(dropout(x[first : first + clips]))
     assert torch.equal(torch.cat(pieces), whole)
     assert set(whole.unique().tolist()) == {0.0, 2.0}
     assert 300 < whole.count_nonzero() < 500
-    dropout.part = Part(0, 8, 8, 8, seed=6)
+    set_part(dropout, Part(0, 8, 8, 8, seed=6))
     assert not torch.equal(dropout(x), whole)
     assert torch.equal(dropout.eval()(x), x)
 
@@ -455,4 +457,61 @@ def test_gradients_of_groups_are_combined_in_any_layout(shape: tuple[int, ...], 
         + shift[g].view(-1, 1, 1, 1)
         for g in range(3)
     ]
-    torch.testing.assert_close(_combined(x, slope, grad, scale, shift), torch.cat(clips))
+    torch.testing.assert_close(combined(x, slope, grad, scale, shift), torch.cat(clips))
+
+
+@pytest.mark.parametrize("clips", [1, 2, 8])
+def test_a_mask_made_on_the_device_belongs_to_the_global_batch(clips: int) -> None:
+    seed = torch.tensor(7 + 2**62)
+    whole = hashed_mask(seed, 0, 8, 8, 5000, 0.3)
+    pieces = [hashed_mask(seed, first, clips, 8, 5000, 0.3) for first in range(0, 8, clips)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert whole.double().mean(1) == pytest.approx(torch.full((8,), 0.7), abs=0.03)
+    others = [hashed_mask(seed + n, 0, 8, 8, 5000, 0.3) for n in (1, STREAMS - 2**64)]
+    for other in (*others, whole.roll(1, 0), whole.roll(1, 1)):  # two masks of 0.7 agree in 0.7² + 0.3² of all places
+        assert (other == whole).double().mean().item() == pytest.approx(0.58, abs=0.02)
+    assert hashed_mask(seed, 0, 8, 8, 5000, 0.0).all()
+
+
+@pytest.mark.parametrize("make", [keep_mask, hashed_mask])
+def test_traced_dropout_is_one_graph_for_all_steps(
+    make: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgtrain.models.dropout.keep_mask", make)
+    model, x, graphs = nn.Sequential(Dropout(0.5), DropPath(0.5, stream=1)), torch.ones(8, 100), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    traced = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    for step in range(3):
+        set_part(model, Part(0, 8, 8, 8, seed=step))
+        assert torch.equal(traced(x), model(x))
+    assert len(graphs) == 1
+
+
+class Layouts(TorchDispatchMode):
+    """Notes the sizes and layouts that BatchNorm's kernels are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm" in func.overloadpacket.__name__:
+            self.seen += [(x.ndim, x.is_contiguous()) for x in args[:2] if isinstance(x, Tensor) and x.ndim > 1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("clips", "groups"), [(1, 1), (4, 4), (8, 4)])
+def test_a_cpu_normalizes_rows_whose_layout_is_sure(clips: int, groups: int) -> None:
+    model = norm(Part(0, clips, clips, groups))
+    x = batch(shape=(clips, *SHAPE[1:])).to(memory_format=torch.channels_last_3d).requires_grad_()
+    with Layouts() as layouts:
+        y = model(x)
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)
+        y.backward(torch.ones_like(y))
+    assert set(layouts.seen) == {(2, True)}
+    assert len(layouts.seen) >= 3 * groups

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mgtrain.cli.weights import import_weights
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
-from mgtrain.engine.optim import make_optimizer
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.models import build_model
 from mgtrain.models.norm import GroupBatchNorm3d, reset_group_stats
@@ -186,7 +186,7 @@ def test_a_2d_resnet_fills_all_of_i3d(tmp_path: Path) -> None:
     report = load_weights(model, weights)
     assert (len(report.matched), report.missing, report.unused) == (267, {}, [])
     assert report.lines()[0] == "torchvision: matched 267 of 267 tensors, 53 of them inflated from 2-D kernels"
-    with pytest.raises(CheckpointError, match="say not which model they are of; choose one of slowfast_r50"):
+    with pytest.raises(CheckpointError, match="fit several models; choose one of slowfast_r50"):
         model_options(weights)
 
 
@@ -197,11 +197,11 @@ def test_a_2d_resnet_fills_slowfasts_slow_pathway(tmp_path: Path) -> None:
     report = load_weights(model, read_weights(tmp_path / "in1k.pth"))
     assert len(report.matched) == 265
     assert {name.split(".")[0] for name in report.missing} == {"fast", "laterals", "head"}
-    assert "(1000, 2048) in the file and (5, 2304) here, so it starts afresh" in report.resized
+    assert "(1000, 2048) in the file and (5, 2304) here, so it starts from random weights" in report.resized
     kernel = model.state_dict()["slow.1.0.conv1.weight"]  # (64, 64 + 16, 1, 1, 1)
     assert not kernel[:, 64:].any()
     assert kernel[:, :64].abs().min() > 0
-    with pytest.raises(ThresholdError, match=r"matched 265 of 552 tensors, a share of 0\.481 where 1 is demanded"):
+    with pytest.raises(ThresholdError, match=r"matched 265 of 552 tensors, a share of 0\.481, below the required 1"):
         report.demand(1.0, tmp_path / "in1k.pth")
     report.demand(0.48, tmp_path / "in1k.pth")
 
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_named_and_left_as_it_was() -> None:
     assert report.unused == ["slow.res9.0.conv2.weight"]
     for name in report.missing:
         assert torch.equal(model.state_dict()[name], before[name])
-    with pytest.raises(ThresholdError, match="such as res2"):
+    with pytest.raises(ThresholdError, match="for example res2"):
         report.demand(1.0, Path("x.pyth"))
 
 
@@ -247,7 +247,7 @@ def test_the_classifier_of_other_classes_starts_afresh_with_a_message() -> None:
     before = model.state_dict()["head.linear.weight"].clone()
     report = load_weights(model, read(tensors))
     assert torch.equal(model.state_dict()["head.linear.weight"], before)
-    assert "(5, 256) in the file and (7, 256) here, so it starts afresh" in "\n".join(report.lines())
+    assert "(5, 256) in the file and (7, 256) here, so it starts from random weights" in "\n".join(report.lines())
     report.demand(1.0, Path("x.pyth"))
 
 
@@ -299,6 +299,15 @@ def test_arrays_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
             read_tensors(tmp_path / "bad.pkl")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_and_named(tmp_path: Path, value: float) -> None:
+    model = small("i3d_r50")
+    model.stem.norm.running_mean[2] = value  # type: ignore[union-attr,index]
+    save_weights(tmp_path / "w.safetensors", model, {})
+    with pytest.raises(CheckpointError, match=r"stem\.norm\.running_mean has NaN or infinity in 1 of its 8"):
+        read_weights(tmp_path / "w.safetensors")
+
+
 def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     whole = io.BytesIO()
     torch.save({"model_state": {"conv1.weight": torch.zeros(3)}}, whole)
@@ -316,13 +325,13 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         read_weights(tmp_path / "absent")
     torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"'encoder\.weight', which no network that we know has"):
+    with pytest.raises(CheckpointError, match=r"'encoder\.weight', which no known network has"):
         read_weights(tmp_path / "other.pth")
 
 
 def test_only_known_networks_are_downloaded() -> None:
     with pytest.raises(
-        UsageError, match="allowed are torchvision:resnet50, torchvision:resnet101, torchvision:r3d_18,"
+        UsageError, match="must be one of torchvision:resnet50, torchvision:resnet101, torchvision:r3d_18,"
     ):
         download("torchvision:vit")
 
@@ -390,7 +399,7 @@ def test_a_run_starts_from_imported_weights(
     run = RunDir(tmp_path / "run")
     fit(tiny(*changes, "schedule.name=baseline"), run, World())
     assert "k400.safetensors: mgtrain: matched 85 of 87 tensors" in caplog.text
-    assert "(9, 256) in the file and (4, 256) here, so it starts afresh" in caplog.text
+    assert "(9, 256) in the file and (4, 256) here, so it starts from random weights" in caplog.text
     kept = read_weights(run.checkpoints()[-1]).tensors
     for name, tensor in common(model).items():
         if name.startswith("head."):
@@ -402,7 +411,7 @@ def test_a_run_starts_from_imported_weights(
 def test_too_few_matches_have_an_exit_code_of_their_own_and_write_nothing(tmp_path: Path) -> None:
     tensors = {foreign.pyslowfast(k): v for k, v in common(small("i3d_r50")).items() if "res3.1" not in k}
     torch.save(tensors, tmp_path / "part.pyth")
-    with pytest.raises(ThresholdError, match="use the model that the weights are of, or lower --at-least") as caught:
+    with pytest.raises(ThresholdError, match="use the model that the weights belong to, or lower --at-least") as caught:
         import_weights(tmp_path / "part.pyth", model="i3d_nln_r50", to=tmp_path / "x.safetensors")
     assert caught.value.exit_code == 6
     assert not (tmp_path / "x.safetensors").exists()

@@ -77,7 +77,7 @@ def test_data_is_prepared_verified_and_trained_on_from_the_command_line(
     assert "36 videos: about" in stopped.stderr
     refused = mgtrain(tmp_path, "bench", "data", "tiny.yaml", "data.prepared=out", "--step-seconds", 1)
     assert (refused.returncode, refused.stderr.count("\n")) == (3, 1)
-    assert "is not finished; finish it with `mgtrain data prepare`" in refused.stderr
+    assert "is incomplete; resume `mgtrain data prepare`" in refused.stderr
     done = mgtrain(tmp_path, "data", "prepare", "tiny.yaml", "--to", "out", "--levels", "36,48", "--json")
     result = json.loads(done.stdout)
     assert (result["schema"], result["videos"], result["broken"]) == ("mgtrain.prepare/1", 36, {})

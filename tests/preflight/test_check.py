@@ -47,7 +47,7 @@ def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("kills.mp4", "hangs.mp4", "fills.mp4"):
         (tmp_path / name).symlink_to("good.mp4")
 
-    def hostile(path: str) -> VideoFile:  # workers are forked and inherit it
+    def hostile(path: str, fps: float | None) -> VideoFile:  # workers are forked and inherit it
         match Path(path).name:
             case "kills.mp4":
                 os._exit(9)
@@ -57,7 +57,7 @@ def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 bytearray(1 << 33)
         return VideoFile(path)
 
-    monkeypatch.setattr(module, "VideoFile", hostile)
+    monkeypatch.setattr(module, "open_source", hostile)
     return tmp_path
 
 

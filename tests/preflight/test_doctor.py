@@ -38,6 +38,16 @@ def test_what_is_bad_ends_in_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
     assert "layout" not in found  # nothing can be trusted
 
 
+@pytest.mark.parametrize(("precision", "says", "close"), [("tf32", "on: ", True), ("ieee", "off: ", False)])
+def test_tf32_is_named_and_is_no_fault(precision: str, says: str, close: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_in_tf32", lambda: precision == "tf32")
+    monkeypatch.setattr(doctor, "_probe", lambda *_: (0.001, 2.5e-3))  # the error of cuDNN in TF32
+    monkeypatch.setattr(doctor, "_can_train", lambda *_: True)
+    assert doctor.tf32().found.startswith(says)
+    found = {finding.what: finding.level for finding in doctor.convolutions(torch.device("cuda"))}
+    assert (found["conv3d fp32, channels last"] == "good") is close
+
+
 def test_a_convolution_that_is_right_is_close_to_double_precision() -> None:
     seconds, error = doctor._probe(torch.device("cpu"), "fp32", torch.channels_last_3d)
     assert seconds > 0

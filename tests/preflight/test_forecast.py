@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mgtrain.cli import app
 from mgtrain.preflight.costs import multiply_adds
-from mgtrain.preflight.forecast import ShapeRate, hours, render
+from mgtrain.preflight.forecast import ShapeRate, evaluation_seconds, hours, render
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
 
@@ -42,11 +42,12 @@ def test_within_a_short_cycle_the_loader_catches_up(tiny: Callable[..., Recipe])
 
 def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny(), 24)
-    run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), None) | {"multiply_adds": 2}
+    run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), None)
+    run |= {"multiply_adds": 2, "evaluation_seconds": 90.0, "clock_seconds": 124.0}
     shape = {"clips": 64, "frames": 2, "crop": 16}
     row = {"shape": shape, "multiply_adds": 2, "compute": 1.0, "load": 2.0, "load_cores": 0.5}
     result = {"workers": 3, "prepared": False, "busy_cores": 0.0, "shapes": [row], "plan": run, "baseline": run,
-              "speedup": 1.0, "speedup_without_waiting": 2.5}  # fmt: skip
+              "speedup": 1.0, "clock_speedup": 1.75, "speedup_without_waiting": 2.5, "bf16_gain": 1.62}  # fmt: skip
     text = render(result)
     for words in (
         "64x2x16²",
@@ -55,11 +56,21 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
         "phases 1, 2, 3, 4, 5, 6 wait for the 3 loader",
         "2.50x",
         "prepare",
+        "a step is 1.62x as fast in hardware.precision=bf16 on this CPU",
+        "by the clock, with evaluations of 1:30 min and 1:30 min: 2:04 min against 2:04 min (1.75x less)",
     ):
         assert words in text
     assert "hardware.workers" in render({**result, "prepared": True})
+    assert not any("bf16" in render({**result, "bf16_gain": gain}) for gain in (None, 1.2))
     assert "other processes" not in text
     assert "other processes use 1.5 of" in render({**result, "busy_cores": 1.5})
+
+
+def test_evaluations_and_recalibration_take_their_time(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("evaluation.times=4")  # 12 validation videos, 4 evaluations, each on 2 batches of 4 clips
+    plan, baseline = make_plan(recipe, 24), make_plan(tiny("schedule={name: baseline}"), 24)
+    assert evaluation_seconds(recipe, plan, 12, rate=2.0) == 4 * (12 + 8) / 2
+    assert evaluation_seconds(recipe, baseline, 12, rate=2.0) == 4 * 12 / 2
 
 
 def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,5 +82,8 @@ def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytes
     assert found["schema"] == "mgtrain.plan/1"
     here = found["forecast"]
     assert here["speedup"] == pytest.approx(here["baseline"]["seconds"] / here["plan"]["seconds"])
+    for run in (here["baseline"], here["plan"]):
+        assert run["clock_seconds"] == pytest.approx(run["seconds"] + run["evaluation_seconds"])
+        assert run["evaluation_seconds"] > 0
     assert all(row["compute"] > 0 and row["load"] > 0 and row["load_cores"] > 0 for row in here["shapes"])
     assert here["baseline"]["multiply_adds"] > here["plan"]["multiply_adds"]

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from test_loader import opened, trained_on
 from videos import number_of, numbered_picture, write_video
 
-from mgtrain.clips import encode
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
-from mgtrain.clips.prepared import PreparedSet, PreparedVideo, Settings, decoder_of, level_path, stored_frame
+from mgtrain.clips.prepared import PreparedSet, PreparedVideo, Settings, decoder_of, encode, level_path, stored_frame
 from mgtrain.clips.units import Source
 from mgtrain.data.synthetic import synthesize
 from mgtrain.engine.fit import fit
@@ -42,9 +41,9 @@ def prepared(root: Path, settings: Settings = SETTINGS, **options: Any) -> Summa
     return prepare(root, paths, root.with_name("out"), settings, 1, **options)
 
 
-def video(folder: Path, relative: str = "v.mp4", enlarge: float = 1.0) -> PreparedVideo:
+def video(folder: Path, relative: str = "v.mp4") -> PreparedVideo:
     """A video of a prepared set."""
-    ready = PreparedSet(folder, enlarge)
+    ready = PreparedSet(folder)
     return ready.open(int(ready.find([relative])[0]), relative)
 
 
@@ -156,14 +155,13 @@ def test_a_clip_reads_the_smallest_level_that_it_does_not_enlarge(root: Path, ou
     ours[3:] = offsets[3:]  # 2 frames at level 64, then those at level 32
     ours.tofile(out / "offsets.bin")
 
-    def level(short_side: int, enlarge: float = 1.0) -> int:
+    def level(short_side: int) -> int:
         grid = Grid(1, 20, (1, 1), (short_side, short_side))
-        with video(out, enlarge=enlarge) as file:
+        with video(out) as file:
             clip = file.read([cut_random(grid, file.info, generator(0, Draw.CUT, 0))])[0]
         return 64 if clip.mean() > 100 else 32
 
     assert [level(side) for side in (20, 25, 32, 34, 40, 64, 100)] == [32, 32, 32, 64, 64, 64, 64]
-    assert [level(side, enlarge=1.3) for side in (32, 34, 40, 44, 64)] == [32, 32, 32, 64, 64]
 
 
 def test_levels_are_even_and_enlarge_nothing(root: Path, out: Path):
@@ -182,7 +180,7 @@ def test_stopped_work_goes_on_and_ends_with_the_same_set(motions: Path, tmp_path
     assert first.made == first.videos == module.SAMPLE
     assert told[0].videos == 12
     assert sum(told[0].bytes) == pytest.approx(12 / 8 * sum(first.bytes), rel=0.01)
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="is incomplete; resume"):
         PreparedSet(parts)
     with (parts / "videos.jsonl").open("ab") as file:
         file.write(b'{"path": "cut sh')
@@ -227,19 +225,18 @@ def test_a_set_that_is_being_made_anew_is_not_read(root: Path, out: Path):
     write_video(root / "a.mp4", 4)
     with pytest.raises(KeyboardInterrupt):
         prepared(root, progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="is incomplete; resume"):
         PreparedSet(out)
     prepared(root)
     assert numbers(video(out, "a.mp4"), *range(4)) == [0, 1, 2, 3]
 
 
-def test_a_set_is_handed_to_another_process_by_name(root: Path, out: Path):
+def test_a_set_is_passed_to_another_process_by_name(root: Path, out: Path):
     write_video(root / "v.mp4", 5)
     prepared(root)
-    handed_over = pickle.dumps(PreparedSet(out, enlarge=1.5))
-    assert len(handed_over) < 1000
-    other = pickle.loads(handed_over)
-    assert other.enlarge == 1.5
+    pickled = pickle.dumps(PreparedSet(out))
+    assert len(pickled) < 1000
+    other = pickle.loads(pickled)
     assert numbers(other.open(int(other.find(["v.mp4"])[0]), "v.mp4"), 0, 4) == [0, 4]
 
 
@@ -280,7 +277,9 @@ def test_a_video_that_kills_its_process_costs_no_other(root: Path, out: Path, mo
     for name in ("a.mp4", "bad.mp4", "c.mp4", "d.mp4"):
         write_video(root / name, 3)
     # What a hostile file may do to a decoder; workers are forked and inherit it.
-    monkeypatch.setattr(encode, "VideoFile", lambda path: os._exit(9) if path.name == "bad.mp4" else VideoFile(path))
+    monkeypatch.setattr(
+        encode, "open_source", lambda path, _: os._exit(9) if path.name == "bad.mp4" else VideoFile(path)
+    )
     done = prepared(root)
     assert list(done.broken) == ["bad.mp4"]
     assert "crashes the decoder" in done.broken["bad.mp4"]
@@ -303,19 +302,17 @@ def test_a_damaged_frame_is_a_broken_video(root: Path, out: Path):
 def test_what_cannot_be_is_refused(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
     write_video(root / "v.mp4", 5)
     with pytest.raises(
-        DataError, match=r"prepared\.json: cannot be read: No such file or directory; make the set with"
+        DataError, match=r"prepared\.json: cannot be read: No such file or directory; write the set with"
     ):
         PreparedSet(root)
-    with pytest.raises(DataError, match="holds other files"):
+    with pytest.raises(DataError, match="contains other files"):
         prepare(root, ["v.mp4"], root, SETTINGS, 1)
     prepared(root)
-    with pytest.raises(
-        DataError, match="prepared with --levels 64,32 --quality 18, not --levels 64 --quality 20 --fps 5"
-    ):
+    with pytest.raises(DataError, match="made with --levels 64,32 --quality 18, not --levels 64 --quality 20 --fps 5"):
         prepared(root, Settings((64,), 20, 5.0))
     write_video(root / "more.mp4", 5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=-1))
-    with pytest.raises(DataError, match="make room"):
+    with pytest.raises(DataError, match="free some space"):
         prepared(root)
     monkeypatch.setattr(av, "codecs_available", {"h264"})
     with pytest.raises(MissingCapabilityError, match="libx264"):

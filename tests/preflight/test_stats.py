@@ -76,7 +76,7 @@ def test_a_sample_is_drawn_by_the_seed_and_workers_change_nothing(tiny: Callable
 
 
 def test_a_set_in_which_nothing_opens_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"none of 1 videos can be opened, the first: .*gone.mp4: No such file"):
+    with pytest.raises(DataError, match=r"none of 1 videos can be opened; first error: .*gone.mp4: No such file"):
         make_stats(Videos.of(str(tmp_path), [("gone.mp4", 0)], ("x",)), CLIP, workers=0)
 
 

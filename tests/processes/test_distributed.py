@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from mgtrain.engine.fit import fit
-from mgtrain.errors import PlanError
-from mgtrain.processes.distributed import World, launch, replicate, unwrap
+from mgtrain.errors import MissingCapabilityError, PlanError
+from mgtrain.processes.distributed import (
+    World,
+    _own_gpu,
+    _refuse_shared_gpu,
+    _share_of_cores,
+    launch,
+    replicate,
+    unwrap,
+)
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import check_world, make_plan
@@ -29,6 +38,11 @@ EVERY_STEP = (*GENTLE, "logging.checkpoint_steps=1", "logging.keep_checkpoints=1
 AUGMENTED = (
     *GENTLE, "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
     "augment.mixup=0.8", "augment.cutmix=1", "data.mirrored=[[left, right]]", "optim.stages=[2, 1]",
+)  # fmt: skip
+# With AdamW, rounding decides the direction of a weight whose gradients are next to nothing, unless eps is larger.
+ADAMW = (
+    *GENTLE, "optim.name=adamw", "optim.eps=0.001", "optim.clip_norm=0.1", "optim.ema=0.9", "optim.layer_decay=0.9",
+    "optim.stages=[4, 2]",
 )  # fmt: skip
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
 
@@ -126,13 +140,33 @@ def test_two_ranks_augment_as_one_does(
     mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2, really=True)
+    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2)
     assert done.returncode == 0, done.stderr
     alone = RunDir(tmp_path / "alone")
     fit(tiny(*AUGMENTED), alone, World())
     assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
 
 
+def test_two_ranks_clip_and_average_with_adamw_as_one_does(
+    mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    done = mgtrain(tmp_path, *FIT, *ADAMW, "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    alone, together = RunDir(tmp_path / "alone"), RunDir(tmp_path / "runs/tiny")
+    fit(tiny(*ADAMW), alone, World())
+    assert_trained_alike(together, alone, ranks=2)
+    ours, theirs = (load_file(run.checkpoints()[-1]) for run in (together, alone))
+    averaged = [name for name in theirs if name.startswith("ema.")]
+    assert len(averaged) > 10
+    for name in averaged:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-6)
+    unclipped = RunDir(tmp_path / "unclipped")
+    fit(tiny(*ADAMW, "optim.clip_norm=null"), unclipped, World())
+    assert losses(unclipped)[:4] != expected(losses(alone))[:4]  # so clipping is seen
+
+
+@pytest.mark.slow  # in the quick tests torchrun starts, and restarts, the ranks of test_faults
 def test_torchrun_starts_the_ranks_as_well(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -162,6 +196,7 @@ def test_a_run_may_go_on_with_another_number_of_ranks(
     assert losses(resumed) == expected(losses(alone))
 
 
+@pytest.mark.slow
 def test_one_ranks_run_may_go_on_with_four(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     resumed = cut(alone, tmp_path, step=7)  # two BatchNorm groups in a phase of two: four ranks share them
@@ -226,3 +261,69 @@ def test_ranks_that_do_not_divide_a_step_are_refused(tiny: Callable[..., Recipe]
         check_world(plan, 3)
     with pytest.raises(PlanError, match="phase 4 has steps of 4 clips, which 8 GPUs cannot share equally"):
         check_world(plan, 8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shown", "local_rank", "expected"),
+    [(8, None, 3, 3), (1, None, 0, 0), (1, "5", 3, 0), (1, None, 1, None), (2, "0,1", 2, None)],
+)
+def test_a_rank_takes_its_own_gpu_or_the_only_one_that_it_is_shown(
+    gpus: int, shown: str | None, local_rank: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    if expected is None:
+        with pytest.raises(MissingCapabilityError, match=f"{local_rank + 1} processes on {gpus} GPUs"):
+            _own_gpu(local_rank)
+    else:
+        assert _own_gpu(local_rank) == expected
+
+
+def test_two_ranks_of_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    for uuid in ("one", "two"):
+        gpu = SimpleNamespace(uuid=uuid, name="GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
+        _refuse_shared_gpu(store, torch.device("cuda", 0))
+    with pytest.raises(MissingCapabilityError, match=r"rank 0 uses the same GPU \(GPU\) as another rank"):
+        _refuse_shared_gpu(store, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("cores", "shares"),
+    [
+        ([{0, 1, 2, 3}] * 2, [2, 2]),  # torchrun
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}], [4, 4]),  # srun --cpus-per-task=4
+        ([{0, 1, 2}, {2, 3}], [2, 1]),
+        ([{0}] * 4, [1] * 4),
+    ],
+)
+def test_a_rank_shares_only_the_cores_that_others_may_use(cores: list[set[int]], shares: list[int]) -> None:
+    everyone = [("a", mine) for mine in cores]
+    assert [_share_of_cores(rank, everyone) for rank in range(len(cores))] == shares
+    other = [("b", set(range(8)))] * 3  # ranks of another machine
+    assert [_share_of_cores(rank, [*everyone, *other]) for rank in range(len(cores))] == shares
+
+
+@pytest.mark.parametrize(("first", "cores"), [("4 * int(os.environ['RANK'])", "4"), ("0", "2")])
+def test_ranks_tell_each_other_their_cores(first: str, cores: str, tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from mgtrain.processes import distributed\n"
+        f"first = {first}; distributed.which_cores = lambda: set(range(first, first + 4))\n"
+        "with distributed.connect('cpu') as world: Path(sys.argv[1] + str(world.rank)).write_text(str(world.cores))"
+    )
+    assert launch([sys.executable, "-c", program, str(tmp_path / "rank")], 2) == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == [cores, cores]
+
+
+def test_ranks_share_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setattr("mgtrain.processes.distributed.usable_cores", lambda: 7)
+    for given, expected in ((None, "3"), ("5", "5")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert launch([sys.executable, "-S", "-c", command, f"{tmp_path}/{given}"], procs=2) == 0
+        assert {(tmp_path / f"{given}{rank}").read_text() for rank in (0, 1)} == {expected}

@@ -9,6 +9,7 @@ import pytest
 
 from mgtrain.errors import RecipeError
 from mgtrain.recipe import load_recipe, parse_recipe, shipped_recipes
+from mgtrain.runs.folder import RunDir
 
 TEXT = """\
 data:
@@ -62,7 +63,7 @@ def test_overrides_change_single_keys() -> None:
     ("old", "new", "message"),
     [
         ("  lr: 5e-2", "  lrr: 5e-2", "my.yaml:14: unknown key 'optim.lrr'; did you mean 'lr'?"),
-        ("  stages: [4, 2]\n", "  stages: [4, 2]\n  zzz: 1\n", "my.yaml:16: unknown key 'optim.zzz'; allowed: lr, "),
+        ("  stages: [4, 2]\n", "  stages: [4, 2]\n  zzz: 1\n", "my.yaml:16: unknown key 'optim.zzz'; allowed: name, "),
         ("  width: 16", "  widht: 16", "my.yaml:11: unknown key 'model.widht'; did you mean 'width'?"),
         ("  width: 16", "  width: 12", "my.yaml:11: model.width is 12; it must be a multiple of 8"),
         ("  lr: 5e-2", "  lr: -1", "my.yaml:14: optim.lr is -1; it must be greater than 0"),
@@ -82,6 +83,14 @@ def test_overrides_change_single_keys() -> None:
         ("optim:", "augment: {hue: 0.6}\noptim:", "my.yaml:13: augment.hue is 0.6; it must be less than or "),
         ("optim:", "augment: {magnitude: 31}\noptim:", "my.yaml:13: augment.magnitude is 31; it must be less than"),
         ("optim:", "augment: {cutmix: -1}\noptim:", "my.yaml:13: augment.cutmix is -1; it must be greater than or"),
+        ("  lr: 5e-2", "  lr: 5e-2\n  betas: [0.9, 0.95]", "my.yaml:13: optim: betas is a key of name: adamw, and name "
+         "is sgd; leave it out"),
+        ("  lr: 5e-2", "  lr: 5e-2\n  name: adamw\n  momentum: 0.8", "my.yaml:13: optim: momentum is a key of "),
+        ("  lr: 5e-2", "  lr: 5e-2\n  name: adam", "my.yaml:15: optim.name is \"adam\"; it must be 'sgd' or 'adamw'"),
+        ("  lr: 5e-2", "  lr: 5e-2\n  ema: 1", "my.yaml:15: optim.ema is 1; it must be less than 1"),
+        ("  lr: 5e-2", "  lr: 5e-2\n  layer_decay: 1.1", "my.yaml:15: optim.layer_decay is 1.1; it must "),
+        ("  name: slowfast_r50\n  width: 16", "  name: r3d_18\n  drop_path: 0.1", "my.yaml:9: model.r3d_18: "
+         "drop_path is for swin3d_t and mvit_v2_s; r3d_18 has no stochastic depth"),
         ("  classes: 4", "  classes: 4\n  mirrored: [[a, b], [b, c]]", "my.yaml:1: data: mirrored names the class 'b'"),
         ("  classes: 4", "  classes: 4\n  mirrored: [a, b]", "my.yaml:7: data.mirrored.0 is \"a\"; it must be "),
         ("  classes: 4", "  classes: 4\n  mirrored: [[a]]", "my.yaml:7: "),
@@ -101,7 +110,7 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(old: str, new: str, me
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr", "override 'optim.lr': write it as section.key=value"),
+        ("optim.lr", "override 'optim.lr': must have the form section.key=value"),
         ("optim.lr=x", "override 'optim.lr=x': optim.lr is \"x\"; it must be a valid number"),
         ("seed.lr=1", "override 'seed.lr=1': "),
         ("lr=0.1", "override 'lr=0.1': unknown key 'lr'; did you mean 'optim.lr'?"),
@@ -153,3 +162,16 @@ def test_recipe_files_are_found_by_path_and_name(tmp_path: Path) -> None:
     file.write_text(TEXT)
     assert load_recipe(file) == load_recipe(str(file)) == parse_recipe(TEXT, "x")
     assert load_recipe("recipes/k400_i3d_8x8_r50_baseline.yaml").model.name == "i3d_r50"
+
+
+def test_a_key_of_an_earlier_version_is_refused_but_read_from_a_run(tmp_path: Path) -> None:
+    assert parse_recipe(TEXT.replace("data:\n", "data:\n  enlarge: 1.0\n"), "old.yaml", saved=True) == parse_recipe(
+        TEXT, "x"
+    )
+    old = TEXT.replace("short_side: 72}", "short_side: 72, per_phase: 1}")
+    with pytest.raises(RecipeError, match=r"unknown key .evaluation.per_phase.; write evaluation.times, the"):
+        parse_recipe(old, "old.yaml")
+    assert parse_recipe(old, "old.yaml", saved=True).evaluation.times == 8
+    run = RunDir(tmp_path)
+    run.write("recipe.yaml", old)
+    assert run.recipe().evaluation.times == 8

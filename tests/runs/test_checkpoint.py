@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mgtrain.engine.checks import make_model
-from mgtrain.engine.optim import make_optimizer
-from mgtrain.errors import CheckpointError
+from mgtrain.engine.update.optim import make_optimizer
+from mgtrain.errors import CheckpointError, NonFiniteError
 from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint
 
@@ -68,10 +68,10 @@ def test_names_in_the_file_say_what_they_are(tiny: Callable[..., Recipe], tmp_pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.name=i3d_nln_r50", "belongs to another model: "),
-        ("model.depth=[2, 1, 1, 1]", "belongs to another model: 18 tensors differ, such as 'res2.1.conv1.weight'"),
-        ("model.width=16", "stem.conv.weight is (8, 3, 5, 7, 7), the model's is (16, 3, 5, 7, 7)"),
-        ("data.classes=5", "head.linear.weight is (4, 256), the model's is (5, 256)"),
+        ("model.name=i3d_nln_r50", "is of another model: "),
+        ("model.depth=[2, 1, 1, 1]", "is of another model: 18 tensors differ, such as 'res2.1.conv1.weight'"),
+        ("model.width=16", "stem.conv.weight has shape (8, 3, 5, 7, 7), but (16, 3, 5, 7, 7) in the model"),
+        ("data.classes=5", "head.linear.weight has shape (4, 256), but (5, 256) in the model"),
     ],
 )
 def test_another_model_is_refused_and_a_tensor_named(
@@ -133,6 +133,24 @@ def test_a_write_that_fails_midway_leaves_the_old_checkpoint(tiny: Callable[...,
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("part", ["weight", "running_var", "momentum", "groups"])
+def test_what_is_not_finite_is_not_written(tiny: Callable[..., Recipe], tmp_path: Path, part: str) -> None:
+    model, optimizer = trained(tiny())
+    groups = {"stem.norm": torch.ones(2, 2, 8)}
+    model.register_buffer("mask", torch.full((2,), -torch.inf))  # as attention has
+    save_checkpoint(tmp_path / "good", model, optimizer, INFO, groups)
+    spoilt = {
+        "weight": model.stem.conv.weight,
+        "running_var": model.stem.norm.running_var,
+        "momentum": momenta(model, optimizer)[0],
+        "groups": groups["stem.norm"],
+    }
+    spoilt[part].data.view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"not written, because 1 of \d+ tensors holds NaN or infinity, such as"):
+        save_checkpoint(tmp_path / "bad", model, optimizer, INFO, groups)
+    assert [file.name for file in tmp_path.iterdir()] == ["good"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from mgtrain.errors import ThresholdError, UsageError
+from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.recipe import Recipe, recipe_differences
-from mgtrain.runs.compare import compare, compare_groups, demand, render, render_groups, write_csv
+from mgtrain.runs.compare import compare, demand, render
 from mgtrain.runs.folder import RunDir
+from mgtrain.runs.scores import packed
 
 ENV = {"device": "A CPU", "ranks": 1, "threads": 2}
 DATA = {"train": {"videos": 24, "fingerprint": "t"}, "val": {"videos": 12, "fingerprint": "v"}}
@@ -23,7 +25,8 @@ PER_CLIP = {(2, 16): 1, (2, 23): 2, (4, 16): 2, (4, 23): 4, (4, 32): 8, (8, 16):
 
 
 def evaluation(step: int, top1: float, seconds: float, videos: int = 12) -> dict[str, Any]:
-    times = {"train_seconds": seconds, "data_seconds": seconds / 10, "eval_seconds": 2.0}
+    """A line of an old run: which videos were right is not in it."""
+    times = {"train_seconds": seconds, "data_seconds": seconds / 10, "eval_seconds": 2.0, "clock_seconds": seconds + 9}
     return {"step": step, **times, "top1": top1, "top5": 1.0, "videos": videos}
 
 
@@ -96,30 +99,83 @@ def test_speedups_are_the_baselines_over_the_runs(baseline: RunDir, run: RunDir)
             "voxels": 1769472 / 565760,
             "multiply_adds": 3456 / 1088,
             "train_seconds": 120 / 35,
+            "clock_seconds": 129 / 44,
             "gpu_hours": 120 / 35,
             "at_equal_accuracy": 120 / 30,  # 50 % half-way between 25 % at 25 s and 75 % at 35 s
         }
     )
     assert result["baseline_best"] == pytest.approx({"accuracy": 0.5, "baseline_seconds": 120, "seconds": 30})
     assert result["accuracy_difference"] == 0.25
-    # p = (0.625 * 12 + 1) / 14 = 0.607; 1.96 * sqrt(p * (1 - p) * 2 / 12)
-    assert result["accuracy_noise"] == pytest.approx(0.3908, abs=1e-4)
+    # Newcombe's unpaired interval of 9 / 12 - 6 / 12, from Wilson's (0.4677, 0.9111) and (0.2538, 0.7462)
+    low, high = 0.25 - (0.2823**2 + 0.2462**2) ** 0.5, 0.25 + (0.1611**2 + 0.2462**2) ** 0.5
+    assert result["accuracy_interval"] == pytest.approx([low, high], abs=1e-4)
+    assert result["only_one_right"] is None
     assert result["warnings"] == []
 
 
-def test_the_verdict_names_gain_accuracy_and_noise(baseline: RunDir, run: RunDir) -> None:
-    verdict = compare(baseline, run)["verdict"]
-    for words in ("fast", "slow", "3.43x", "3.18x", "75.0 %", "50.0 %", "+25.0", "within", "12 videos", "39.1"):
-        assert words in verdict
-    assert "\n" not in verdict
+def test_the_verdict_names_both_gains_accuracy_and_interval(baseline: RunDir, run: RunDir) -> None:
+    assert compare(baseline, run)["verdict"] == (
+        "fast against slow: 3.43x less training time, 2.93x less time by the clock, 3.18x fewer steps; top-1 75.0 % "
+        "against 50.0 %, cannot tell from one seed each (difference +25.0, 95 % from -12.5 to +54.4, margin 1 point), "
+        "one run each on 12 videos"
+    )
 
 
-def test_a_difference_beyond_the_noise_is_called_that(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    baseline = written(tmp_path / "slow", tiny("schedule={name: baseline}"), [evaluation(54, 0.5, 120.0, 4000)])
-    run = written(tmp_path / "fast", tiny(), [evaluation(17, 0.55, 35.0, 4000)])
+def with_bits(row: dict[str, Any], right: str, left_out: tuple[int, ...] = ()) -> dict[str, Any]:
+    bits = np.array([bit == "1" for bit in right])
+    return {**row, "top1": bits.mean(), "videos": len(bits), "right": packed(bits), "left_out": list(left_out)}
+
+
+def test_runs_on_the_same_videos_get_the_paired_interval(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    # 36 videos are right in both, 2 only in the baseline, 12 only in the run: Newcombe 1998, example of table II.
+    slow, fast = "1" * 36 + "1" * 2 + "0" * 12, "1" * 36 + "0" * 2 + "1" * 12
+    baseline = written(
+        tmp_path / "slow", tiny("schedule={name: baseline}"), [with_bits(evaluation(54, 0, 120.0), slow)]
+    )
+    run = written(tmp_path / "fast", tiny(), [with_bits(evaluation(17, 0, 35.0), fast)])
     result = compare(baseline, run)
-    assert result["accuracy_noise"] == pytest.approx(1.96 * (0.525 * 0.475 * 2 / 4000) ** 0.5, rel=1e-3)
-    assert "beyond the noise" in result["verdict"]
+    assert result["accuracy_interval"] == pytest.approx([0.0569, 0.3404], abs=1e-4)
+    assert result["only_one_right"] == [2, 12]
+    assert result["mcnemar"] == pytest.approx(212 / 2**14)  # 2 * (1 + 14 + 91) / 2^14
+    assert (
+        "not lower (difference +20.0, 95 % from +5.7 to +34.0, margin 1 point), one run each on the same 50"
+        in (result["verdict"])
+    )
+    assert "p = 0.013" in text(result)
+    # A video that one run could not read is compared in neither.
+    other = written(tmp_path / "other", tiny(), [with_bits(evaluation(17, 0, 35.0), fast[:-1], left_out=(49,))])
+    assert compare(baseline, other)["only_one_right"] == [2, 11]
+    # Other videos, or no bits, as in runs of earlier versions: unpaired.
+    run.write("data.json", {**DATA, "val": {"videos": 50, "fingerprint": "w"}})
+    apart = compare(baseline, run)
+    assert apart["only_one_right"] is None
+    assert apart["accuracy_interval"] != result["accuracy_interval"]
+
+
+def test_a_damaged_line_of_bits_is_damage(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
+    for bits in ("%", 3, None, "AA=="):
+        row = {**with_bits(evaluation(17, 0, 35.0), "1" * 12), "right": bits}
+        run = written(tmp_path / f"run {bits}", tiny(), [row])
+        rival = written(tmp_path / f"rival {bits}", tiny(), [with_bits(evaluation(17, 0, 35.0), "1" * 12)])
+        with pytest.raises(CheckpointError, match="the logs are damaged"):
+            compare(rival, run)
+
+
+def test_a_run_of_an_earlier_version_can_be_compared(
+    tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path
+) -> None:
+    rows = [
+        {k: v for k, v in evaluation(step, 0.5, t).items() if k != "clock_seconds"} for step, t in ((8, 9), (17, 35))
+    ]
+    run = written(tmp_path / "old", tiny(), rows)
+    old = run.recipe().to_yaml().replace("times: 6", "per_phase: 1")
+    assert "per_phase" in old
+    run.write("recipe.yaml", old)
+    result = compare(baseline, run)
+    assert result["runs"][1]["clock_seconds"] == 35 + 2 * 2
+    assert result["warnings"] == [
+        "old: from an earlier version, so the time by the clock excludes start-up and checkpoints"
+    ]
 
 
 def test_the_recipes_differences_are_listed(baseline: RunDir, run: RunDir) -> None:
@@ -139,7 +195,7 @@ def test_times_of_different_devices_are_not_divided(
     assert result["speedups"]["at_equal_accuracy"] is None
     assert result["speedups"]["steps"] == 54 / 17
     (warning,) = result["warnings"]
-    assert warning.startswith("times are not divided, the runs were made on different devices: ")
+    assert warning.startswith("times are not compared, because the runs used different devices: ")
     assert f"{key} {ENV[key]} and {value}" in warning
     assert "3.43x" not in text(result)
     assert "different devices" in text(result)
@@ -149,7 +205,7 @@ def test_an_unfinished_run_is_said_to_be_one(tiny: Callable[..., Recipe], baseli
     run = written(tmp_path / "fast", tiny(), [evaluation(11, 0.25, 25.0)])
     result = compare(baseline, run)
     assert not result["runs"][1]["finished"]
-    assert result["warnings"] == ["fast is unfinished: its numbers stop after 11 steps"]
+    assert result["warnings"] == ["fast is unfinished: its numbers are those after 11 steps"]
     assert result["runs"][1]["clips"] == 128 + 64 + 48 + 28
     assert result["baseline_best"]["seconds"] is None
     assert "not reached" in text(result)
@@ -157,11 +213,11 @@ def test_an_unfinished_run_is_said_to_be_one(tiny: Callable[..., Recipe], baseli
 
 
 def test_other_data_and_other_recipes_are_said(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
-    run = written_run(tmp_path, tiny("optim.lr=0.1", "hardware.workers=3"))
+    run = written_run(tmp_path, tiny("optim.lr=0.1", "hardware.workers=3", "hardware.precision=bf16"))
     run.write("data.json", {**DATA, "val": {"videos": 12, "fingerprint": "w"}})
     assert compare(baseline, run)["warnings"] == [
-        "the runs saw different training or validation videos",
-        "the recipes differ in more than schedule: optim.lr",
+        "the runs have different training or validation videos",
+        "the recipes do not only differ in schedule, but also in optim.lr, hardware.precision",
     ]
 
 
@@ -169,7 +225,7 @@ def test_a_run_without_an_evaluation_cannot_be_compared(
     tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path
 ) -> None:
     run = written(tmp_path / "fast", tiny(), [])
-    with pytest.raises(UsageError, match="fast: no evaluation yet; wait until its first one, or continue it with"):
+    with pytest.raises(UsageError, match="fast: no evaluation yet; wait for the first one, or resume the run with"):
         compare(baseline, run)
 
 
@@ -181,10 +237,10 @@ def test_a_run_compared_with_itself_gains_nothing(baseline: RunDir) -> None:
 
 def test_the_result_is_plain_json(baseline: RunDir, run: RunDir) -> None:
     result = compare(baseline, run)
-    assert json.loads(json.dumps(result, allow_nan=False))["schema"] == "mgtrain.compare/2"
+    assert json.loads(json.dumps(result, allow_nan=False))["schema"] == "mgtrain.compare/3"
     assert set(result) == {
-        "schema", "runs", "speedups", "accuracy_difference", "accuracy_noise", "baseline_best", "recipe_differences",
-        "warnings", "verdict",
+        "schema", "runs", "speedups", "accuracy_difference", "accuracy_interval", "only_one_right", "mcnemar", "margin",
+        "judged", "baseline_best", "recipe_differences", "warnings", "verdict",
     }  # fmt: skip
 
 
@@ -196,6 +252,18 @@ def test_the_table_shows_both_runs_and_the_gain(baseline: RunDir, run: RunDir) -
     assert "2:00 min" in time
     assert "30.0 s" in time
     assert "4.00x" in time
+    assert "mean class" not in shown  # which these runs do not know
+
+
+def test_mean_class_accuracy_stands_beside_top_1(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    counts = {"correct": [8, 1, 0], "counts": [10, 2, 0]}  # all that earlier versions logged
+    slow, fast = ({**evaluation(step, 0.75, 30.0), **counts} for step in (54, 17))
+    baseline = written(tmp_path / "slow", tiny("schedule={name: baseline}"), [slow])
+    run = written(tmp_path / "fast", tiny(), [{**fast, "mean_class": 0.7}])
+    result = compare(baseline, run)
+    assert [summary["mean_class"] for summary in result["runs"]] == [pytest.approx(0.65), 0.7]
+    (line,) = [line for line in text(result).splitlines() if line.startswith("mean class")]
+    assert line.split()[2:] == ["65.0", "%", "70.0", "%", "+5.0"]
 
 
 def test_runs_on_several_labels_are_compared_by_mean_average_precision(
@@ -209,47 +277,19 @@ def test_runs_on_several_labels_are_compared_by_mean_average_precision(
     result = compare(baseline, run)
     assert (result["accuracy_difference"], result["baseline_best"]["accuracy"]) == (0.25, 0.25)
     assert result["baseline_best"]["seconds"] == pytest.approx(15)  # half-way from nothing to 50 %
-    assert "mAP 50.0 % against 25.0 %" in result["verdict"]
+    assert "mAP 50.0 % against 25.0 %, cannot tell: one seed shows" in result["verdict"]
+    assert result["accuracy_interval"] == [None, None]
 
 
 def test_what_was_gained_can_be_demanded(baseline: RunDir, run: RunDir) -> None:
     result = compare(baseline, run)
-    demand(result, {"speedup": 3.4, "steps": 3, "accuracy": 25, "top1": 24.9})
+    demand(result, {"speedup": 3.4, "clock": 2.9, "steps": 3, "accuracy": 25, "top1": 24.9})
     with pytest.raises(ThresholdError, match=r"^speedup is 3\.43, less than 3\.5$"):
         demand(result, {"speedup": 3.5})
     with pytest.raises(ThresholdError, match=r"^accuracy is 25\.00, less than 25\.1$"):
         demand(result, {"accuracy": 25.1})
-    with pytest.raises(UsageError, match="--fail-under sped: allowed are speedup, steps, accuracy, top1"):
+    with pytest.raises(UsageError, match="--fail-under sped: allowed are speedup, clock, steps, accuracy, top1"):
         demand(result, {"sped": 1})
     run.write("env.json", {**run.read("env.json"), "threads": 64})
-    with pytest.raises(ThresholdError, match="speedup is not known: the runs were made on different devices"):
+    with pytest.raises(ThresholdError, match="speedup is not known, because the runs used different devices"):
         demand(compare(baseline, run), {"speedup": 1})
-
-
-def test_seeds_of_a_recipe_are_one_group(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    runs = []
-    for seed, (slow, fast) in enumerate([(0.5, 0.6), (0.6, 0.8), (0.7, 0.7)]):
-        recipe = tiny("schedule={name: baseline}", f"seed={seed}")
-        runs.append(written(tmp_path / f"slow{seed}", recipe, [evaluation(54, slow, 120.0 + seed, 12)]))
-        runs.append(written(tmp_path / f"fast{seed}", tiny(f"seed={seed}"), [evaluation(17, fast, 40.0, 12)]))
-    result = compare_groups(runs)
-    slow, fast = result["groups"]
-    assert ([r["name"] for r in slow["runs"]], fast["seeds"]) == (["slow0", "slow1", "slow2"], [0, 1, 2])
-    assert slow["accuracy"] == pytest.approx({"mean": 0.6, "sd": 0.1, "interval": 4.303 * 0.1 / 3**0.5})
-    assert fast["accuracy_difference"] == pytest.approx(0.1)
-    assert fast["speedups"] == pytest.approx(
-        {"steps": 54 / 17, "multiply_adds": 3456 / 1088, "train_seconds": 121 / 40}
-    )
-    console = Console(file=io.StringIO(), width=200)
-    console.print(render_groups(result))
-    shown: str = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("slow0", "60.0 %", "10.0", "±24.8", "+10.0", "3.18x fewer", "3.02x less"):
-        assert words in shown
-    write_csv(runs, tmp_path / "runs.csv")
-    rows = (tmp_path / "runs.csv").read_text().splitlines()
-    assert len(rows) == 7
-    assert rows[0].startswith("name,finished,steps,")
-    runs[1].write("env.json", {**runs[1].read("env.json"), "threads": 64})
-    apart = compare_groups(runs)
-    assert "train_seconds" not in apart["groups"][1]["speedups"]
-    assert apart["warnings"]

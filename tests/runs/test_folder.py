@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mgtrain.errors import CheckpointError, UsageError
-from mgtrain.runs.folder import RunDir, find_run, speedup_at_equal_accuracy, time_to_accuracy
+from mgtrain.runs.folder import RunDir, find_run
+from mgtrain.runs.history import speedup_at_equal_accuracy, time_to_accuracy
 
 
 def rows(*pairs: tuple[float, float]) -> list[dict[str, float]]:
@@ -110,12 +111,12 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_runs_are_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"none: no run directory .*; no runs in runs/ yet"):
+    with pytest.raises(UsageError, match=r"none: not a run directory, .*; no runs in runs/ yet"):
         find_run("none")
     for name in ("second", "first"):
         RunDir(Path("runs") / name).write("recipe.yaml", "seed: 0\n")
     assert find_run("first").path == Path("runs/first")
     assert find_run("runs/first").path == Path("runs/first")
     assert find_run(tmp_path / "runs/second").name == "second"
-    with pytest.raises(UsageError, match=r"none: no run directory .*; runs here: first, second"):
+    with pytest.raises(UsageError, match=r"none: not a run directory, .*; runs here: first, second"):
         find_run("none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,6 +19,8 @@ from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.compare import compare
 from mgtrain.runs.folder import RunDir
+from mgtrain.runs.groups import compare_groups, grouped, verdicts
+from mgtrain.runs.history import History
 from mgtrain.runs.report import render_report, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -46,7 +49,7 @@ def runs(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) 
     made = []
     for name, words in (("<b>slow", ("schedule={name: baseline}",)), ("fast", ())):
         made.append(RunDir(folder / name))
-        fit(tiny(*words, "evaluation.per_phase=2"), made[-1], World())
+        fit(tiny(*words, "evaluation.times=6"), made[-1], World())
     data = made[1].read("data.json")
     for run in made:
         run.write("data.json", {**data, "classes": [HOSTILE, *data["classes"][1:]]})
@@ -85,6 +88,8 @@ def test_the_page_says_what_the_comparison_says(runs: list[RunDir], page: Page) 
         "1.50x more",
         f"{100 * result['runs'][1]['accuracy']:.1f} %",
         "16x8x16²",
+        "mean class",
+        f"{100 * result['runs'][1]['mean_class']:.1f} %",
         "schedule.name",
     ):
         assert words in page.text, words
@@ -92,7 +97,7 @@ def test_the_page_says_what_the_comparison_says(runs: list[RunDir], page: Page) 
 
 def test_every_figure_has_words_and_a_table(page: Page) -> None:
     pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(pictures) == 5 + 2 * 2
+    assert len(pictures) == 6 + 2 * 2
     assert all(len(picture["aria-label"] or "") > 20 for picture in pictures)
     assert sum(tag == "details" for tag, _ in page.tags) >= len(pictures)
     shown = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -106,7 +111,7 @@ def test_every_figure_has_words_and_a_table(page: Page) -> None:
 def test_time_is_split_into_all_there_is(runs: list[RunDir]) -> None:
     from mgtrain.runs.report import _describe
 
-    view = _describe(runs[1], "#000000")
+    view = _describe(History(runs[1]), "#000000")
     last = runs[1].rows("evals.jsonl")[-1]
     assert sum(part["compute"] + part["data"] for part in view["split"]) == pytest.approx(last["train_seconds"])
     assert [part["phase"] for part in view["split"]] == list(range(6))
@@ -128,12 +133,24 @@ def test_one_run_and_runs_without_their_data_are_reported_as_well(runs: list[Run
     assert not [tag for tag, _ in page.tags if tag == "img"]
 
 
-def test_damaged_logs_are_one_line(runs: list[RunDir], tmp_path: Path) -> None:
-    import shutil
+def test_seeds_are_judged_together(tiny: Callable[..., Recipe], runs: list[RunDir], tmp_path: Path) -> None:
+    both = [*runs]
+    for n, run in enumerate(runs):
+        shutil.copytree(run.path, tmp_path / f"again{n}")
+        both.append(RunDir(tmp_path / f"again{n}"))
+        both[-1].write("recipe.yaml", run.recipe().to_yaml().replace("seed: 3", "seed: 4"))
+    page = Page(render_report(both))
+    (said,) = verdicts(compare_groups(grouped(both)))
+    assert said in page.text
+    assert "2 pairs of runs" in said
+    assert "equal accuracies do not show the spread" in page.text
+    assert "pairs of runs" not in Page(render_report(runs)).text
 
+
+def test_damaged_logs_are_one_line(runs: list[RunDir], tmp_path: Path) -> None:
     shutil.copytree(runs[1].path, tmp_path / "bad")
     (tmp_path / "bad" / "plan.json").write_text('{"videos": 24, "flops_per_clip": []}')
-    with pytest.raises(CheckpointError, match="its logs are damaged"):
+    with pytest.raises(CheckpointError, match="the logs are damaged"):
         render_report([RunDir(tmp_path / "bad")])
 
 

@@ -27,6 +27,8 @@ def test_scores_confusion_and_calibration_by_hand() -> None:
     scores = SOME.scores()
     assert (scores.top1, scores.top5, scores.videos) == (0.5, 1.0, 4)
     assert (scores.correct, scores.counts) == ((1, 0, 1), (1, 2, 1))
+    assert scores.mean_class == pytest.approx((1 + 0 + 1) / 3)
+    assert scores.row()["mean_class"] == SOME.describe(CLASSES)["mean_class"] == scores.mean_class
     assert scores.loss == pytest.approx(-np.log([0.9, 0.3, 0.25, 0.7]).mean())
     assert SOME.confusion().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 1]]
     calibration = SOME.calibration()
@@ -59,11 +61,13 @@ def test_videos_with_several_labels_are_scored_by_mean_average_precision() -> No
     assert (scores.top1, scores.top5, scores.counts, scores.correct) == (0.25, 0.75, (2, 2, 0), (1, 2, 0))
     exact = -(labels * np.log(rows) + (1 - labels) * np.log(1 - rows)).mean()
     assert scores.loss == pytest.approx(exact, rel=1e-6)
+    assert scores.mean_class is None
+    assert "mean_class" not in {**scores.row(), **some.describe(CLASSES)}
     facts, text = some.describe(CLASSES), some.render(CLASSES, views=2, per_class=True)
     assert (facts["mean_ap"], "confusion" in facts) == (scores.mean_ap, False)
     assert "mAP 66.67 %  top-1 25.00 %" in text
     assert "cat                              75.0 %  of 2" in text
-    assert "taken most often" not in text
+    assert "most frequent mistakes" not in text
     assert scores.row()["mean_ap"] == scores.mean_ap
 
 
@@ -71,8 +75,16 @@ def test_no_videos_are_no_accuracy() -> None:
     none = predictions([], [])
     none = Predictions(none.numbers, none.labels, np.empty((0, 3), np.float32))
     assert (none.scores().videos, none.scores().top1, none.scores().interval()) == (0, 0.0, (0.0, 1.0))
+    assert (none.scores().mean_class, none.scores().row()["mean_class"]) == (None, None)
     assert none.calibration().error == 0
+    assert "mean class" not in none.render(CLASSES, 1, per_class=True)
     assert "0 videos" in none.render(CLASSES, 1, per_class=True)
+
+
+def test_mean_class_accuracy_weighs_classes_alike_and_knows_only_those_with_videos() -> None:
+    # Nine cats of which all are right, a dog that is not, no emu.
+    scores = predictions([[0.8, 0.1, 0.1]] * 10, [0] * 9 + [1]).scores()
+    assert (scores.top1, scores.mean_class, scores.per_class()) == (0.9, 0.5, [1.0, 0.0, None])
 
 
 def test_classes_that_are_equally_probable_are_taken_in_their_order() -> None:
@@ -93,9 +105,9 @@ def test_the_interval_holds_the_shares_from_which_this_is_no_surprise(right: int
 def test_people_are_told_what_is_confused_and_how_sure_that_is() -> None:
     text = SOME.render(CLASSES, views=30, per_class=True)
     assert "dog                               0.0 %  of 2" in text
-    assert "taken most often: dog for cat (1), dog for emu (1)" in text
-    assert "first choice has a probability of 67.5 % on average; expected calibration error 37.5 %" in text
-    assert "top-1 50.00 %" in text
+    assert "most frequent mistakes: dog as cat (1), dog as emu (1)" in text
+    assert "mean confidence 67.5 %, expected calibration error 37.5 %" in text
+    assert "top-1 50.00 %  mean class 66.67 %  top-5" in text
     assert "4 videos, 30 views each; 95 % interval of top-1: 15.0 to 85.0 %" in text
 
 
@@ -110,6 +122,10 @@ def test_the_table_has_every_bit_of_every_probability(tmp_path: Path) -> None:
     assert [row["path"] for row in table] == [videos.name(n) for n in (0, 2, 5, 7, 8)]
     assert [row["label"] for row in table] == ["cat", "emu", "emu", "dog", "emu"]
     assert [row["predicted"] for row in table] == [CLASSES[n] for n in rows.argmax(1)]
+    accuracy: dict[str, list[bool]] = {}  # mean class accuracy follows from the table
+    for row in table:
+        accuracy.setdefault(row["label"], []).append(row["label"] == row["predicted"])
+    assert np.mean([np.mean(right) for right in accuracy.values()]) == pytest.approx(some.scores().mean_class)
     assert np.array_equal(np.array([[row[name] for name in CLASSES] for row in table], np.float32), rows)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
 
@@ -137,6 +153,6 @@ def test_a_journal_gives_back_all_ranks_rows_but_a_torn_one(tmp_path: Path) -> N
 
 def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
     Journal(tmp_path / "s.csv", "this", classes=3).append(0, np.array([0]), np.zeros((1, 3), np.float32))
-    with pytest.raises(UsageError, match=r"s\.csv\.part-0: an evaluation of something else is under way"):
+    with pytest.raises(UsageError, match=r"s\.csv\.part-0: is of another unfinished evaluation"):
         Journal(tmp_path / "s.csv", "that", classes=3).read()
     Journal(tmp_path / "other.csv", "that", classes=3).read()

@@ -27,7 +27,8 @@ def logged(folder: Path, recipe: Recipe, steps: int, pace: float = 2.0) -> RunDi
     run.write("plan.json", {"videos": 24})
     for step in list(plan)[:steps]:
         row = {"step": step.index + 1, "phase": step.phase.index, "epoch": step.epoch, "lr": step.lr, "loss": 1.25,
-               "top1": 0.5, "train_seconds": pace * (step.index + 1), "data_seconds": step.index + 1.0}  # fmt: skip
+               "top1": 0.5, "train_seconds": pace * (step.index + 1), "data_seconds": step.index + 1.0,
+               "clock_seconds": 70.0 + step.index}  # fmt: skip
         run.append("steps.jsonl", row)
         if step.index + 1 == plan.phases[0].end_step:
             run.append("evals.jsonl", {"step": step.index + 1, "top1": 0.4, "train_seconds": row["train_seconds"]})
@@ -44,11 +45,17 @@ def shown(run: RunDir, baseline: RunDir | None = None) -> str:
 def test_a_run_under_way_says_where_it_is_and_what_is_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     text = shown(logged(tmp_path / "run", tiny(), 5))
     expected = (
-        "run: step 5 of 17", "phase 2 of 6 (", "turn 2 of 3, step 2 of 3 in it", "loss 1.250", "10.0 s of training",
-        "50 % waiting for data; about 24.0 s to go", "top-1 40.0 % after step 3, best 40.0 %",
+        "run: step 5 of 17", "phase 2 of 6 (", "turn 2 of 3, step 2 of 3", "loss 1.250", "10.0 s of training",
+        "50 % waiting for data, 1:14 min by the clock; about 24.0 s left", "top-1 40.0 % after step 3, best 40.0 %",
     )  # fmt: skip
     for words in expected:
         assert words in text, words
+
+
+def test_mean_class_accuracy_is_shown_where_it_is_known(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = logged(tmp_path / "run", tiny(), 5)
+    run.append("evals.jsonl", {"step": 5, "top1": 0.5, "train_seconds": 10.0, "mean_class": 0.25})
+    assert "top-1 50.0 %, mean class 25.0 % after step 5, best 50.0 %" in shown(run)
 
 
 def test_a_finished_run_has_nothing_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -74,18 +81,18 @@ def test_the_baseline_at_the_same_time_and_step_is_told(tiny: Callable[..., Reci
     rival.write("recipe.yaml", tiny("schedule={name: baseline}").to_yaml())
     rival.append("evals.jsonl", {"step": 20, "top1": 0.3, "train_seconds": 5.0})
     rival.append("evals.jsonl", {"step": 40, "top1": 0.8, "train_seconds": 60.0})
-    assert "slow: after as much time 30.0 %, after as many steps not evaluated yet" in shown(run, rival)
+    assert "slow: 30.0 % after the same time, not evaluated yet after the same steps" in shown(run, rival)
 
 
 def test_a_silent_run_is_said_to_be(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     run = logged(tmp_path / "run", tiny(), 5)
     os.utime(run.path / "steps.jsonl", (time.time() - 3600,) * 2)
-    assert "nothing new for 1:00 h: it evaluates, or has stopped (--resume)" in shown(run)
+    assert "no log line for 1:00 h: it is evaluating or has stopped (--resume)" in shown(run)
 
 
 def test_nothing_to_see_and_damage_are_one_line(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     run = logged(tmp_path / "run", tiny(), 0)
-    with pytest.raises(UsageError, match="no step is logged yet; look again in a while"):
+    with pytest.raises(UsageError, match="no step is logged yet; try again later"):
         look(run)
     run.append("steps.jsonl", {"step": 1, "phase": 99})
     with pytest.raises(CheckpointError, match="damaged"):

@@ -165,11 +165,12 @@ def test_no_phase_is_lost_however_few_the_videos() -> None:
         assert all(phase.steps >= 1 for phase in plan.phases)
 
 
-def test_milestones_end_every_phase() -> None:
-    plan = make_plan(multigrid(), 1_000)
-    assert set(plan.milestones(1)) == {phase.end_step for phase in plan.phases}
-    assert set(plan.milestones(1)) <= set(plan.milestones(3))
-    assert len(plan.milestones(3)) == 3 * 14
+def test_milestones_are_equal_shares_whatever_the_phases() -> None:
+    plan, rival = make_plan(multigrid(), 1_000), make_plan(multigrid("schedule={name: baseline}"), 1_000)
+    assert plan.milestones(1) == (len(plan),)
+    assert plan.milestones(4) == (271, 542, 814, 1085)
+    assert len(rival.milestones(4)) == 4
+    assert plan.milestones(10_000) == tuple(range(1, len(plan) + 1))  # at most one after each step
 
 
 def test_shapes_are_those_that_steps_have() -> None:
@@ -186,6 +187,9 @@ def test_fingerprints_tell_plans_apart() -> None:
         == plans[0].fingerprint()
         != make_plan(multigrid(), 999).fingerprint()
     )
+    # That of the first checkpoints: whoever adds a key must not change it, or they could not be resumed.
+    recipe = load_recipe("k400_slowfast_8x8_r50_multigrid")
+    assert make_plan(recipe, 240_000).fingerprint() == "2a03cd4b2dd3a50c"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,7 @@ def test_numbers_of_gpus_that_part_pairs_to_be_mixed_are_refused(mix: str) -> No
     with pytest.raises(PlanError, match=r"phase 4 has steps of 64 clips, 1 on each of 64 GPUs, but augment\.mixup"):
         check_world(plan, 64)
     alone = make_plan(multigrid(f"augment.{mix}=0.2", "batch.clips=7", "batch.bn_clips=7"), 1_000)
-    with pytest.raises(PlanError, match=r"7 clips, 7 on each of 1 GPUs, but .* pairs; use a batch\.clips and a number"):
+    with pytest.raises(PlanError, match=r"7 clips, 7 on each of 1 GPUs, but .* pairs; choose batch\.clips and"):
         check_world(alone, 1)
 
 
@@ -263,3 +267,44 @@ def test_any_recipe_plans(
     step = plan[len(plan) // 2]
     assert 1 <= step.grid.stride[0] <= step.grid.stride[1]
     assert step.grid.crop <= step.grid.short_side[0] + 1 <= step.grid.short_side[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("scaling", "first_phase", "fourth_phase"),
+    [
+        ("long", [0.8, 0.8, 0.8], [0.1, 0.1, 0.1]),
+        ("both", [1.6, 0.8, 0.8], [0.4, 0.2, 0.1]),
+        ("none", [0.1, 0.1, 0.1], [0.1, 0.1, 0.1]),
+    ],
+)
+def test_the_learning_rate_follows_the_cycles_that_are_named(
+    scaling: str, first_phase: list[float], fourth_phase: list[float]
+) -> None:
+    plan = make_plan(multigrid(f"schedule.lr_scaling={scaling}", "optim.warmup_epochs=0"), 240_000)
+    for phase, expected in ((plan.phases[0], first_phase), (plan.phases[3], fourth_phase)):
+        first = phase.first_step
+        assert [plan[step].lr for step in range(first, first + 3)] == pytest.approx(expected)
+    usual = make_plan(multigrid("optim.warmup_epochs=0"), 240_000)
+    assert (plan.fingerprint() == usual.fingerprint()) is (scaling == "long")
+    assert plan.totals() == usual.totals()
+    warm = make_plan(multigrid(f"schedule.lr_scaling={scaling}"), 240_000)
+    end = next(step for step in range(len(warm)) if warm[step].epoch >= 34)
+    assert warm[end - 3].lr == pytest.approx(plan[end - 3].lr, rel=0.01)  # it rises to the rate in force
+
+
+def test_the_learning_rate_may_grow_as_the_root_of_the_batch() -> None:
+    linear, root = (
+        make_plan(multigrid("optim.warmup_epochs=0", f"optim.scaling={scaling}"), 240_000)
+        for scaling in ("linear", "sqrt")
+    )
+    factors = [root.phase_lr(b) / linear.phase_lr(a) for a, b in zip(linear.phases, root.phases, strict=True)]
+    assert factors[:4] == pytest.approx([8**-0.5, 4**-0.5, 2**-0.5, 1])
+    assert root.fingerprint() != linear.fingerprint()
+
+
+def test_without_fine_tuning_every_stage_has_a_long_cycle() -> None:
+    plan = make_plan(multigrid("schedule.fine_tune=false"), 240_000)
+    assert [phase.shape for phase in plan.phases] == [phase.shape for phase in plan.phases[:4]] * 4
+    assert [phase.lr_stage for phase in plan.phases] == [stage for stage in range(4) for _ in range(4)]
+    assert plan.totals().epochs == pytest.approx(358.5, abs=0.01)
+    assert len(make_plan(multigrid("schedule.fine_tune=false", "optim.stages=[10]"), 1000).phases) == 4

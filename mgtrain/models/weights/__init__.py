@@ -1,3 +1,4 @@
-"""Weights from elsewhere: in come files of other projects and a network, out go loaded tensors and a report of what
-matched, under our names and in our shapes. Nothing in a file is executed.
+"""Load weights, also those of other projects: read the file, convert names and shapes, report what matched.
+
+Nothing in a file is executed.
 """

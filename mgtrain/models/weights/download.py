@@ -12,9 +12,13 @@ from mgtrain.models import TORCHVISION
 
 
 def download(source: str) -> tuple[Path, tuple[str, ...]]:
-    """The weights of the network that `torchvision:NAME` names, kept in torch's cache, and their classes.
+    """Download the weights of `torchvision:NAME` to torch's cache; return the file and the names of its classes.
 
-    2-D networks have those of ImageNet, whose classes are nothing to a video, the others those of Kinetics-400.
+    Video networks are trained on Kinetics-400. 2-D networks are trained on ImageNet, whose classes are not returned.
+
+    Raises:
+        UsageError: torchvision has no such weights here.
+        MissingCapabilityError: the download fails.
     """
     from torchvision.models import ResNet50_Weights, ResNet101_Weights, get_model_weights
 
@@ -24,7 +28,7 @@ def download(source: str) -> tuple[Path, tuple[str, ...]]:
         **{f"torchvision:{name}": get_model_weights(name)["DEFAULT"] for name in TORCHVISION},
     }
     if source not in known:
-        raise UsageError(f"--from {source}: allowed are {', '.join(known)}; give other weights as a file")
+        raise UsageError(f"--from {source}: must be one of {', '.join(known)}; give other weights as a file")
     url: str = known[source].url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.is_file():

@@ -1,7 +1,8 @@
-"""The tensors of a file of weights, by name. Nothing that a file says is run.
+"""Read the tensors of a file of weights. Nothing in a file is executed.
 
-safetensors hold no code. torch's files are pickles, which torch's own restricted reader opens. Caffe2's are pickles of
-numpy arrays: the reader here knows these and plain containers, and builds the arrays itself, from bytes that it checks.
+safetensors files contain no code. torch's files are pickles, read with torch's restricted unpickler. Caffe2's files are
+pickles of numpy arrays, read with the unpickler below, which allows only arrays and plain containers and builds the
+arrays itself.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mgtrain.errors import CheckpointError
+from mgtrain.errors import CheckpointError, short_of_memory
 
 ZIP = b"PK\x03\x04"
-LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch < 1.6's files, a number
+LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle, a number, in files of torch < 1.6
 STATE_KEYS = ("model_state", "state_dict", "model")  # PySlowFast and PyTorchVideo, MMAction2 and many, timm
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth, .pyth or Caffe2 .pkl file; its contents say which it is, not its name.
+    """Read the tensors, by name, of a .safetensors, .pth, .pyth or Caffe2 .pkl file. Its name does not matter.
 
     Raises:
-        CheckpointError: it cannot be read, holds no tensors, or asks for more than data.
+        CheckpointError: the file cannot be read, contains no tensors, or needs more than data to be read.
     """
     try:
         with path.open("rb") as file:
@@ -44,6 +45,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 content = _read_caffe2(file)
     except (pickle.UnpicklingError, SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError,
             EOFError, RuntimeError, MemoryError, RecursionError, OverflowError, AssertionError) as error:  # fmt: skip
+        if short_of_memory():
+            raise MemoryError from error
         raise CheckpointError(f"{path}: cannot be read as weights: {_cause(error)}") from None
     for key in STATE_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -51,7 +54,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     named = content.items() if isinstance(content, dict) else ()
     tensors = {str(name): value for name, value in named if isinstance(value, Tensor) and _is_plain(value)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors under names; give a file of a model's weights")
+        raise CheckpointError(f"{path}: contains no named tensors; give a file of a model's weights")
     return tensors
 
 
@@ -60,12 +63,12 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _cause(error: Exception) -> str:
-    """One line; of what is refused, its name."""
+    """The error in one line; if the reader refused an object, its name."""
     refused = re.search(r"GLOBAL ([\w.]+)|(?:global|class|type):? ([\w.]+\.[\w.]+)", str(error))
     if refused:
         return (
-            f"it asks for {refused[1] or refused[2]}, and only tensors and plain data are read, so that no file can "
-            "run code; save the model's state_dict alone"
+            f"it contains {refused[1] or refused[2]}, but only tensors and plain data are allowed, because other "
+            "objects can run code; save only the model's state_dict"
         )
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
@@ -81,11 +84,11 @@ def _read_caffe2(file: BinaryIO) -> dict[str, Tensor]:
 
 
 class _Dtype:
-    """What a pickle says of a number's type: `f4`, and later the order of its bytes."""
+    """A dtype in a pickle: `f4`, and then its byte order."""
 
     def __init__(self, kind: str, *_: Any) -> None:
         if not re.fullmatch(r"[<>=|]?([fiu][1248]|b1)", kind):
-            raise pickle.UnpicklingError(f"arrays of {kind[:20]!r} are no weights")
+            raise pickle.UnpicklingError(f"it contains arrays of {kind[:20]!r}, which are not weights")
         self.dtype = np.dtype(kind)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -94,7 +97,7 @@ class _Dtype:
 
 
 class _Array:
-    """What a pickle says of an array: its shape, type and bytes, as numpy writes them."""
+    """An array in a pickle: its shape, type and bytes, as numpy writes them."""
 
     def __init__(self, *_: Any) -> None:
         self.array = np.empty(0)
@@ -115,7 +118,7 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """A reader of pickles in which every name stands for something of this module, or is refused."""
+    """An unpickler that maps each known name to an object of this module and refuses all others."""
 
     KNOWN: dict[tuple[str, str], Callable[..., Any]] = {  # noqa: RUF012
         ("multiarray", "_reconstruct"): _Array,

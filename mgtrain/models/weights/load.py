@@ -1,4 +1,4 @@
-"""From a file of weights to a model's: names, shapes, and a report of what came of it."""
+"""Load a file of weights into a model: convert names and shapes, and report what matched."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ from mgtrain.recipe import Init
 from mgtrain.recipe.model import ModelOptions
 
 WRAPPERS = r"^(module\.|model\.)+"  # of DistributedDataParallel, of PySlowFast around PyTorchVideo, of checkpoints
-COUNTER = "num_batches_tracked"  # of BatchNorm; no weight, and not everywhere
+COUNTER = "num_batches_tracked"  # of BatchNorm: not a weight, and some files lack it
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A network's tensors under their common names (see `mgtrain.models.weights.naming`)."""
+    """A network's tensors by their common names (see `mgtrain.models.weights.naming`)."""
 
     project: str
     tensors: Mapping[str, Tensor]
-    notes: Sequence[str]  # what the project's networks compute differently
+    notes: Sequence[str]  # differences between the project's networks and ours
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Which of a model's tensors a file had."""
+    """Which of a model's tensors came from a file."""
 
     project: str
     matched: Sequence[str]
-    inflated: Sequence[str]  # those of the matched that were made of 2-D kernels
-    missing: Mapping[str, str]  # the model's others, and why; they stay as they were
-    classifier: str  # the layer of the model that gives the logits
-    unused: Sequence[str]  # the file's others
-    resized: str  # what is to be said of another classifier; empty: nothing
+    inflated: Sequence[str]  # matched tensors that were inflated from 2-D kernels
+    missing: Mapping[str, str]  # the model's other tensors, which did not change, and why they do not match
+    classifier: str  # the layer of the model that computes the logits
+    unused: Sequence[str]  # the file's other tensors
+    resized: str  # a remark if the classifier has another size; else empty
     notes: Sequence[str]
 
     @property
     def share(self) -> float:
-        """How many of the model's tensors the file had, of 1; another classifier does not count."""
+        """The share of the model's tensors that matched, without a classifier of another size."""
         missing = [name for name in self.missing if not (self.resized and name.startswith(f"{self.classifier}."))]
         return len(self.matched) / max(1, len(self.matched) + len(missing))
 
@@ -69,7 +69,7 @@ class Report:
         return asdict(self)
 
     def lines(self, shown: int = 6) -> list[str]:
-        """The report as people read it, with the first few of what did not match."""
+        """The report as text, with the first few tensors that did not match."""
         total = len(self.matched) + len(self.missing)
         lines = [f"{self.project}: matched {len(self.matched)} of {total} tensors"]
         if self.inflated:
@@ -84,35 +84,49 @@ class Report:
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def demand(self, share: float, path: Path) -> None:
-        """Raises `ThresholdError` where the file had less than `share` of the model's tensors."""
+        """Raise `ThresholdError` if less than `share` of the model's tensors matched."""
         if self.share < share:
             lacking = sorted(set(self.missing), key=lambda name: (name.startswith(self.classifier), name))
             raise ThresholdError(
                 f"{path}: matched {len(self.matched)} of {len(self.matched) + len(self.missing)} tensors, a share of "
-                f"{math.floor(1000 * self.share) / 1000:g} where {share:g} is demanded (such as {lacking[0]}, "
-                f"{self.missing[lacking[0]]}); use the model that the weights are of, or lower "
+                f"{math.floor(1000 * self.share) / 1000:g}, below the required {share:g} (for example {lacking[0]}: "
+                f"{self.missing[lacking[0]]}); use the model that the weights belong to, or lower "
                 "--at-least (in a recipe, init.at_least)"
             )
 
 
 def read_weights(path: Path, common: bool = True) -> Weights:
-    """A file's tensors: under their common names, whichever of the known projects wrote it, or as they are.
+    """Read a file's tensors: with common names, whichever known project they are from, or with the file's own names.
 
     Raises:
-        CheckpointError: it cannot be read, or its names are none that we know.
+        CheckpointError: the file cannot be read, or its names are not those of a known project.
     """
     return named(path, read_tensors(path), common)
 
 
 def named(path: Path, tensors: Mapping[str, Tensor], common: bool) -> Weights:
-    """The tensors that were in a file, as `read_weights` names them."""
-    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in tensors.items()}
+    """Rename a file's tensors, as `read_weights` does.
+
+    Raises:
+        CheckpointError: a tensor has NaN or infinite values, or the names are not those of a known project.
+    """
+    averaged = {name for name in tensors if name.startswith("ema.") and f"model.{name[4:]}" in tensors}
+    plain = {f"model.{name[4:]}": tensors[name] for name in averaged}  # a checkpoint's average takes the weights' place
+    plain = {name: tensor for name, tensor in {**tensors, **plain}.items() if name not in averaged}
+    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in plain.items()}
+    for name, tensor in found.items():
+        odd = tensor.isnan() | (tensor.isinf() if common else tensor.isposinf())  # an own network's mask may hold -inf
+        if odd.any() and not _is_state(name):
+            raise CheckpointError(
+                f"{path}: {name} has NaN or infinity in {int(odd.sum()):,} of its {odd.numel():,} values; "
+                "use earlier weights"
+            )
     if not common:
         return Weights("the file", {name: t for name, t in found.items() if not _is_state(name)}, ())
     naming = next((n for n in NAMINGS if any(re.match(n.sign, name) for name in found)), None)
     if naming is None:
         raise CheckpointError(
-            f"{path}: holds tensors such as {min(found)!r}, which no network that we know has; known are those of "
+            f"{path}: has tensors such as {min(found)!r}, which no known network has; known are the networks of "
             f"{', '.join(n.project for n in NAMINGS)}"
         )
     renamed = {
@@ -125,10 +139,13 @@ def named(path: Path, tensors: Mapping[str, Tensor], common: bool) -> Weights:
 
 
 def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
-    """The `model:` section, and `classes`, of the network that the weights are of; `name` where they fit several.
+    """The `model:` section, and `classes`, of the network that the weights belong to.
+
+    `name` chooses the network if the weights fit several, as 2-D weights do.
 
     Raises:
-        CheckpointError: it is none of ours, or, being 2-D, does not say which it is to become.
+        CheckpointError: the weights do not fit our networks, or fit several and there is no `name`.
+        UsageError: no network has that name.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.tensors.items()}
     stem = shapes.get("slow.stem.conv.weight", ())
@@ -141,15 +158,14 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
         with torch.device("meta"):
             logits = f"{classifier_of(build_model(name, classes=2))}.weight"
         if logits not in shapes:
-            raise CheckpointError(f"weights that hold no {logits!r} are none of {name}")
+            raise CheckpointError(f"the weights have no {logits!r}, so they are not those of {name}")
         return {"name": name, "classes": shapes[logits][0]}
     if name is not None and name not in own:
         raise UsageError(f"no model is called {name!r}; choose one of {', '.join([*own, *TORCHVISION])}")
     chosen = name or next((key for key, fits in own.items() if fits and len(stem) == 5), None)
     if chosen is None or not stem:
         raise CheckpointError(
-            f"weights of {weights.project} with a stem of {stem} say not which model they are of; "
-            f"choose one of {', '.join(own)}"
+            f"weights of {weights.project} with a stem of {stem} fit several models; choose one of {', '.join(own)}"
         )
     blocks = tuple(len({key.split(".")[2] for key in shapes if re.match(rf"slow\.{s}\.\d", key)}) for s in STAGES[1:])
     depth = next((depth for depth, known in STAGE_BLOCKS.items() if known == blocks), blocks)
@@ -162,14 +178,14 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
         return {**options, "classes": shapes["head.linear.weight"][0]}
     except (ValidationError, LookupError, ZeroDivisionError):
         raise CheckpointError(
-            f"weights of {weights.project} that would be a model {options} have no shape of it; "
+            f"weights of {weights.project} do not have the shapes of a model {options}; "
             "use init.weights in a recipe to load what fits"
         ) from None
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> Report:
-    """Put the weights into the model, in place, as far as they fit; of another classifier, the model keeps its own."""
+    """Copy the weights into the model where names and shapes fit, but not a classifier of another size."""
     unused, resized, classifier = dict(weights.tensors), "", classifier_of(model)
     common = OWN.common if is_ours(model) else str
     values: dict[str, Tensor] = {}
@@ -178,13 +194,16 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
     logits = weights.tensors.get(f"{classifier}.weight")
     if logits is not None and fit_shape(logits, state[f"{classifier}.weight"].shape) is None:
         theirs, ours = tuple(logits.shape), tuple(state[f"{classifier}.weight"].shape)
-        resized = f"the classifier (classes, features) is {theirs} in the file and {ours} here, so it starts afresh"
+        resized = (
+            f"the classifier (classes, features) is {theirs} in the file and {ours} here, so it starts from random "
+            "weights"
+        )
     for own, target in state.items():
         value = unused.pop(common(own), None)
         if value is None:
             missing[own] = "absent"
         elif own.startswith(f"{classifier}.") and resized:
-            missing[own] = "another classifier"
+            missing[own] = "classifier of another size"
         elif (fitted := fit_shape(value, target.shape)) is None:
             missing[own] = f"{tuple(value.shape)} in the file, {tuple(target.shape)} here"
         else:
@@ -192,26 +211,26 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
             values[own] = value
     for module in model.modules():
         if isinstance(module, GroupBatchNorm3d):
-            module.groups = 0  # the groups' statistics start from those that came
+            module.groups = 0  # the groups' statistics start from the loaded ones
     inflated = [name for name, value in values.items() if value.ndim == 4]
     return Report(weights.project, [*values], inflated, missing, classifier, sorted(unused), resized, weights.notes)
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Whether tensors of other projects have a place in the model: whether its stages are those of `STAGES`."""
+    """Whether the model is one of ours, with the stages of `STAGES`, so that tensors of other projects fit."""
     return isinstance(model, SlowFast | I3D)
 
 
 def _is_state(name: str) -> bool:
-    """Whether a tensor is no weight: a counter, or what an optimizer remembers."""
+    """Whether a tensor is not a weight but a counter or an optimizer's state."""
     return name.endswith(COUNTER) or name.startswith("optimizer.")
 
 
 def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
-    """The tensor in another shape, where one way is right; else None.
+    """Convert a tensor to another shape, if there is one correct way; else None.
 
-    A kernel (out, in, H, W) is inflated. One of a single frame stands in the middle of a longer one, which computes the
-    same. Sizes of 1 come and go (Caffe2 writes some classifiers as convolutions).
+    A kernel (out, in, H, W) is inflated. A kernel of one frame becomes the middle of a longer one, which computes the
+    same. Dimensions of size 1 are added or removed (Caffe2 writes some classifiers as convolutions).
 
     >>> fit_shape(torch.ones(8, 4, 3, 3), (8, 4, 5, 3, 3)).unique()
     tensor([0.2000])
@@ -228,17 +247,17 @@ def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
 
 
 def inflate(kernel: Tensor, channels: int, frames: int) -> Tensor:
-    """A 2-D kernel (out, in, H, W) as a 3-D one (out, channels, frames, H, W) that computes the same of a still clip.
+    """Inflate a 2-D kernel (out, in, H, W) to (out, channels, frames, H, W); a still clip has the same output.
 
-    It is repeated over time and divided by its length (Carreira & Zisserman 2017, section 2.1.4). Channels beyond its
-    own, which SlowFast's lateral connections bring, weigh nothing at first.
+    The kernel is repeated over time and divided by `frames` (Carreira & Zisserman 2017, section 2.1.4). Further
+    channels, those of SlowFast's lateral connections, get zeros.
     """
     kernel = F.pad(kernel, (0, 0, 0, 0, 0, max(0, channels - kernel.shape[1])))  # (out, channels, H, W)
     return kernel.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """The names of the classes that `save_weights` or a checkpoint stored; none where nobody has said them."""
+    """The names of the classes in a file of `save_weights` or a checkpoint; empty if it has none."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -257,7 +276,7 @@ def save_weights(
     source: str = OWN.project,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the model's tensors, or some of them, as safetensors; `init: {weights: ...}` reads them."""
+    """Write the model's tensors, or those in `only`, as safetensors, which `init: {weights: ...}` reads."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
     metadata = {"format": "mgtrain.weights/1", "source": source, "model": json.dumps(options), **(notes or {})}
     if classes:
@@ -270,11 +289,12 @@ def save_weights(
 
 
 def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
-    """Do what a recipe's `init:` says: load the weights, if the run is a fresh one, and freeze what is to be frozen.
+    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers.
 
     Raises:
         CheckpointError: the file cannot be read.
-        ThresholdError: it has too little of the model.
+        ThresholdError: too few of the model's tensors match.
+        UsageError: the network does not have the stages to freeze.
     """
     if init.weights and fresh:
         path = Path(init.weights)
@@ -286,14 +306,14 @@ def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
 
 
 def freeze(model: nn.Module, init: Init) -> None:
-    """Take the stages up to `init.freeze` out of training, and BatchNorm's statistics with them, or all of those.
+    """Freeze the stages up to `init.freeze`, with their BatchNorm statistics; all statistics with `init.freeze_bn`.
 
     Raises:
         UsageError: the network has no such stages.
     """
     classifier, stages = classifier_of(model), STAGES[: ("none", *STAGES[:-1], "backbone").index(init.freeze)]
     if init.freeze not in ("none", "backbone") and not is_ours(model):
-        raise UsageError(f"init.freeze {init.freeze}: only our models have such stages; use none or backbone")
+        raise UsageError(f"init.freeze {init.freeze}: only SlowFast and I3D have such stages; use none or backbone")
 
     def frozen(name: str) -> bool:
         if init.freeze == "backbone":

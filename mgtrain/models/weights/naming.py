@@ -1,8 +1,8 @@
-"""How each project names the tensors of its networks, as tables of rules that lead to common names.
+"""Tables of rules that convert each project's tensor names to common names.
 
-The common names are `<pathway>.<stage>.<rest>`: `slow.stem.conv.weight`, `fast.res2.0.norm1.bias`,
-`slow.res3.nonlocal1.query.weight`, `laterals.res4.conv.weight`; and `head.linear.weight`. A network with one pathway
-has the slow one. Within a block, `rest` is as in `mgtrain.models`.
+Common names are `<pathway>.<stage>.<rest>`: `slow.stem.conv.weight`, `fast.res2.0.norm1.bias`,
+`slow.res3.nonlocal1.query.weight`, `laterals.res4.conv.weight`; and `head.linear.weight`. The pathway of a network with
+a single one is `slow`. Within a block, `rest` is as in `mgtrain.models`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ IMAGENET_PIXELS = "its inputs are normalized by ImageNet's mean and deviation, n
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """A project's names as regular expressions, each replaced wherever it is found, one after the other."""
+    """A project's names: `rules` are regular expressions and replacements, applied one after the other."""
 
     project: str
-    sign: str  # what one of its names, and no other project's, begins with
+    sign: str  # pattern of the start of a name that identifies the project
     rules: Rules
-    ignored: str = "$^"  # names of what is no weight, such as an optimizer's state
-    convert: Callable[[Tensors], Tensors] = lambda tensors: tensors  # for what differs by more than its name
-    notes: Rules = ()  # (pattern of common names, what a network with such a tensor computes differently there)
+    ignored: str = "$^"  # pattern of names that are not weights, such as an optimizer's state
+    convert: Callable[[Tensors], Tensors] = lambda tensors: tensors  # for differences other than names
+    notes: Rules = ()  # (pattern of common names, how the project's networks with such a tensor differ from ours)
 
     def common(self, name: str) -> str:
         """The common name of one of the project's tensors."""
@@ -44,9 +44,9 @@ class Naming:
 
 
 def _mmaction2_differences(tensors: Tensors) -> Tensors:
-    """Reorder the classifier's columns, as MMAction2's SlowFast has the fast pathway's features first.
+    """Reorder the classifier's columns, because MMAction2's SlowFast has the fast pathway's features first.
 
-    The last convolution of a non-local block has no bias there: it gets one of zero.
+    The last convolution of its non-local blocks has no bias, so it gets a bias of zero.
     """
     for name in [name for name in tensors if ".nonlocal" in name and name.endswith(".out.weight")]:
         tensors.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensors[name])))
@@ -95,10 +95,10 @@ CAFFE2 = Naming(
     "Caffe2",
     sign=r"(t_)?conv1_w",
     rules=(
-        # 1. The last part: `_w`, `_b` of a convolution, `_bn_s`, `_bn_b`, `_bn_rm`, `_bn_riv` of a BatchNorm.
+        # 1. The suffix: `_w`, `_b` of a convolution, `_bn_s`, `_bn_b`, `_bn_rm`, `_bn_riv` of a BatchNorm.
         *((rf"_bn_{theirs}$", f"_norm.{ours}") for theirs, ours in CAFFE2_NORM),
         *((rf"_{theirs}$", f"_conv.{ours}") for theirs, ours in (("w", "weight"), ("b", "bias"))),
-        # 2. Where it is.
+        # 2. The pathway, stage and block.
         (r"^t_pool1_subsample_", "laterals.stem."),
         (r"^t_res(\d)_\d+_branch2c_bn_subsample_", r"laterals.res\1."),
         (r"^t_(?=res|conv1)", "fast."),
@@ -106,7 +106,7 @@ CAFFE2 = Naming(
         (r"\.(res_)?conv1_", ".stem."),
         (r"\.res(\d)_(\d+)_", r".res\1.\2."),
         (r"^nonlocal_conv(\d)_(\d+)_", r"slow.res\1.nonlocal\2."),
-        # 3. Which one it is there.
+        # 3. The layer within the block.
         *BRANCH1,
         *((rf"\.branch2{letter}_(conv|norm)\.", rf".\g<1>{number}.") for letter, number in LETTERS),
         *((rf"\.{theirs}_conv\.", f".{ours}.") for theirs, ours in PROJECTIONS),
@@ -160,7 +160,7 @@ MMACTION2 = Naming(
     ),
 )
 
-# The 2-D ResNets, whose names timm shares.
+# The 2-D ResNets of torchvision and timm.
 TORCHVISION_2D = Naming(
     "torchvision",
     sign=r"layer1\.0\.conv1\.weight",

@@ -1,136 +1,111 @@
-"""Runs as one HTML file: what was gained, how, and how to see it again. It needs nothing from elsewhere."""
+"""A report of runs as one self-contained HTML file: costs, accuracy, figures, and how to reproduce them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from mgtrain import __version__
-from mgtrain.console import duration
-from mgtrain.errors import CheckpointError
-from mgtrain.runs.compare import compare, guarded, multiply_adds_until, summarize, times
-from mgtrain.runs.folder import RunDir, accuracy
+from mgtrain.runs.compare import COST_ROWS, compare, shown_cost, times
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.groups import compare_groups, grouped, verdicts
+from mgtrain.runs.history import History, guarded
 from mgtrain.runs.report.figures import COLOURS, curves, schedule, time_split
+from mgtrain.runs.report.page import render_page, write_text
 
-MOST_CLASSES = 12  # that changed most, or are confused most
+MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 
 
 def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
-    """Write what `mgtrain report` shows; the first run is the others' baseline.
+    """Write a report; the first run is the baseline of the others.
 
-    `frames` are pictures of clips, as `engine.examples.example_frames` gives them.
+    `frames` are pictures of clips from `engine.examples.example_frames`.
 
     Raises:
         CheckpointError: a run's logs are damaged, or the file cannot be written.
     """
-    page = render_report(runs, frames)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+    write_text(path, render_report(runs, frames))
 
 
 def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ()) -> str:
-    """The page."""
-    comparisons = [compare(runs[0], run) for run in runs[1:]]
+    """The report as HTML."""
+    histories = [History(run) for run in runs]
+    comparisons = [compare(histories[0], history) for history in histories[1:]]
+    groups = grouped(histories)
+    several = any(len(members) > 1 for members in groups.values()) and len(groups) > 1
+    together = compare_groups(groups) if several and all(c["runs"][0]["finished"] for c in comparisons) else None
     with guarded(*runs):
-        described = [_describe(run, colour) for run, colour in zip(runs, _colours(len(runs)), strict=True)]
+        described = [_describe(run, COLOURS[n % len(COLOURS)]) for n, run in enumerate(histories)]
         figures = [figure for view in described for figure in (schedule(view), time_split(view))]
         context = {
             "version": __version__,
             "runs": described,
             "comparisons": comparisons,
+            "together": {"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
             "rows": _table(described, comparisons),
             "curves": curves(described),
             "figures": figures,
             "classes": [_changes(described[0], view) for view in described[1:]],
             "frames": frames,
-            "duration": duration,
         }
-    environment = Environment(
-        loader=PackageLoader("mgtrain.runs.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(context)
+    return render_page("report.html.j2", **context)
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[n % len(COLOURS)] for n in range(count)]
-
-
-def _describe(run: RunDir, colour: str) -> dict[str, Any]:
-    """All that the page tells of one run, as plain values."""
-    evals, plan = run.rows("evals.jsonl"), run.read("plan.json")
-    summary = summarize(run)
-    work = multiply_adds_until(run, [row["step"] for row in evals])
+def _describe(run: History, colour: str) -> dict[str, Any]:
+    """The template's values for one run."""
     return {
         "name": run.name,
         "colour": colour,
-        "summary": summary,
-        "recipe": run.recipe().to_yaml(),
-        "environment": run.read("env.json"),
-        "data": {key: value for key, value in run.read("data.json").items() if key != "classes"},
-        "classes": run.read("data.json")["classes"],
-        "phases": plan["phases"],
-        "split": _split(run, plan),
-        "curve": [
-            {
-                "seconds": row["train_seconds"],
-                "steps": row["step"],
-                "epochs": row["epoch"],
-                "multiply_adds": done,
-                "gpu_hours": summary.gpu_hours * row["train_seconds"] / max(summary.train_seconds, 1e-9),
-                "accuracy": accuracy(row),
-                "loss": row["loss"],
-            }
-            for row, done in zip(evals, work, strict=True)
-        ],
-        "last": evals[-1],
+        "summary": run.summary,
+        "recipe": run.recipe.to_yaml(),
+        "environment": run.env,
+        "data": {key: value for key, value in run.data.items() if key != "classes"},
+        "classes": run.data["classes"],
+        "phases": run.plan_file["phases"],
+        "split": _split(run),
+        "curve": run.curve(),
+        "last": run.evals[-1],
     }
 
 
-def _split(run: RunDir, plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Seconds of computing, of waiting for data and of evaluating, in each phase."""
-    ends = {phase["index"]: phase["first_step"] + phase["steps"] for phase in plan["phases"]}
-    rows = [*run.rows("steps.jsonl"), *run.rows("evals.jsonl")]
-    found, before = [], (0.0, 0.0)
-    for index, end in ends.items():
-        mine = [row for row in rows if row["step"] <= end]
+def _split(run: History) -> list[dict[str, Any]]:
+    """Seconds of computing, of waiting for data and of evaluating in each phase."""
+    rows = [*run.steps, *run.evals]
+    found, train, data = [], 0.0, 0.0
+    for phase in run.plan_file["phases"]:
+        index = phase["index"]
+        mine = [row for row in rows if row["step"] <= phase["first_step"] + phase["steps"]]
         if not any(row["phase"] == index for row in mine):
             continue
-        now = max(row["train_seconds"] for row in mine), max(row["data_seconds"] for row in mine)
-        waiting = now[1] - before[1]
-        evaluating = sum(row["eval_seconds"] for row in run.rows("evals.jsonl") if row["phase"] == index)
+        before = train, data
+        train, data = (max(row[key] for row in mine) for key in ("train_seconds", "data_seconds"))
+        waiting = data - before[1]
+        evaluating = sum(row["eval_seconds"] for row in run.evals if row["phase"] == index)
         found.append(
-            {"phase": index, "compute": now[0] - before[0] - waiting, "data": waiting, "evaluation": evaluating}
+            {"phase": index, "compute": train - before[0] - waiting, "data": waiting, "evaluation": evaluating}
         )
-        before = now
     return found
 
 
 def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as in the paper: what a run cost, and what came out, with the gain over the baseline."""
+    """The rows of the table of costs and results, with gains over the baseline."""
     summaries = [view["summary"] for view in described]
-    rows = [
-        ("epochs", [f"{s.epochs:.1f}" for s in summaries], "epochs"),
-        ("steps", [f"{s.steps:,}" for s in summaries], "steps"),
-        ("clips", [f"{s.clips:,}" for s in summaries], "clips"),
-        ("multiply-adds, forward", [f"{s.multiply_adds:.3g}" for s in summaries], "multiply_adds"),
-        ("training time", [duration(s.train_seconds) for s in summaries], "train_seconds"),
-        ("GPU-hours", [f"{s.gpu_hours:.3g}" for s in summaries], "gpu_hours"),
-        ("waiting for data", [f"{100 * s.data_seconds / max(s.train_seconds, 1e-9):.0f} %" for s in summaries], None),
-        ("evaluation, apart", [duration(s.eval_seconds) for s in summaries], None),
-        (summaries[0].metric, [f"{100 * s.accuracy:.1f} %" for s in summaries], None),
-        (f"best {summaries[0].metric}", [f"{100 * s.best_accuracy:.1f} %" for s in summaries], None),
-        ("top-5", [f"{100 * s.top5:.1f} %" for s in summaries], None),
-    ]
+    metric = summaries[0].metric
+    rows = [(label, [shown_cost(asdict(s), key, form) for s in summaries], key) for label, key, form in COST_ROWS]
+    results = (
+        (metric, "accuracy"),
+        (f"best {metric}", "best_accuracy"),
+        ("mean class", "mean_class"),
+        ("top-5", "top5"),
+    )
+    for label, key in results:
+        shares = [getattr(summary, key) for summary in summaries]
+        if any(share is not None for share in shares):
+            rows.append((label, ["" if share is None else f"{100 * share:.1f} %" for share in shares], key))
 
-    def gain(comparison: dict[str, Any], key: str | None) -> str:
+    def gain(comparison: dict[str, Any], key: str) -> str:
         ratio = comparison["speedups"].get(key)
         return "" if ratio is None else times(ratio)
 
@@ -141,7 +116,7 @@ def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, 
 
 
 def _changes(baseline: dict[str, Any], view: dict[str, Any]) -> dict[str, Any]:
-    """The classes whose accuracy changed most from the baseline's to a run's."""
+    """The classes whose accuracy differs most from the baseline's, and the most frequent mistakes."""
 
     def shares(last: dict[str, Any]) -> list[float | None]:
         if last.get("precision") is not None:
@@ -158,7 +133,7 @@ def _changes(baseline: dict[str, Any], view: dict[str, Any]) -> dict[str, Any]:
     ] if view["classes"] == baseline["classes"] else []  # fmt: skip
     rows.sort(key=lambda row: -abs(row["after"] - row["before"]))
     mistakes = [
-        {"class": view["classes"][label], "taken": view["classes"][taken], "videos": count}
-        for label, taken, count in view["last"].get("mistakes", ())
+        {"class": view["classes"][label], "predicted": view["classes"][predicted], "videos": count}
+        for label, predicted, count in view["last"].get("mistakes", ())
     ]
     return {"name": view["name"], "rows": rows[:MOST_CLASSES], "of": len(rows), "mistakes": mistakes}

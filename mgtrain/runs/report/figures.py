@@ -1,4 +1,4 @@
-"""The report's drawings, as SVG that takes its ink from the page, so that they read on light and on dark."""
+"""The report's figures, as SVG with the page's text colour, readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mgtrain.errors import UsageError
 
-COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # 3:1 at least on white and on black
-INK = "#010203"  # stands for the page's colour of text
-LABELLED = 0.05  # of all steps, that a phase needs to have room for its frames and pixels
+COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # contrast of 3:1 on white and on black
+INK = "#010203"  # placeholder for the page's text colour
+LABELLED = 0.05  # share of all steps from which on a phase has room for its label
 COMPUTE, DATA, EVALUATION = "#4c86c6", "#d9772b", "#8a8a8a"
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
@@ -30,7 +30,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A figure and what it shows in words, with its numbers as a table for those who do not see it."""
+    """A figure with a title, and its data as a table for screen readers."""
 
     title: str
     svg: Markup
@@ -39,7 +39,7 @@ class Drawing:
 
 
 def drawn(name: str, description: str, draw: Callable[[Axes], None], size: tuple[float, float] = (7.5, 3.2)) -> Markup:
-    """An SVG element of what `draw` puts on axes; `name` keeps its identifiers apart from other figures'."""
+    """The SVG element of what `draw` draws; `name` makes its ids different from other figures'."""
     with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
@@ -56,15 +56,16 @@ def drawn(name: str, description: str, draw: Callable[[Axes], None], size: tuple
 
 
 def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
-    """Accuracy against training time, steps and epochs."""
+    """Accuracy against training time, wall-clock time, steps, epochs, multiply-adds and device-hours."""
     found = []
     metric = views[0]["summary"].metric
     for key, label, unit in (
-        ("seconds", "minutes of training", 60),
-        ("steps", "steps", 1),
-        ("epochs", "epochs", 1),
+        ("train_seconds", "minutes of training", 60),
+        ("clock_seconds", "minutes by the clock", 60),
+        ("step", "steps", 1),
+        ("epoch", "epochs", 1),
         ("multiply_adds", "tera-multiply-adds, forward", 1e12),
-        ("gpu_hours", "GPU-hours", 1),
+        ("gpu_hours", "device-hours", 1),
     ):
 
         def draw(axes: Axes, key: str = key, label: str = label, unit: float = unit) -> None:
@@ -110,17 +111,17 @@ def schedule(view: dict[str, Any]) -> Drawing:
     title = f"schedule of {view['name']}"
     words = f"{title}: {len(phases)} phases, mini-batches of {rows[0][2]} to {rows[-1][2]}"
     svg = drawn(f"schedule-{view['colour']}", words, draw)
-    return Drawing(title, svg, ["phase", "steps", "mini-batches, by turns", "learning rate", "to epoch"], rows)
+    return Drawing(title, svg, ["phase", "steps", "alternating mini-batches", "learning rate", "to epoch"], rows)
 
 
 def save_schedule(phases: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the drawing of a plan's phases as a file, on white: SVG, PNG or PDF, as its name says.
+    """Draw a plan's phases on white to an SVG, PNG or PDF file.
 
     Raises:
-        UsageError: it cannot be written, or its name says none of these.
+        UsageError: the file cannot be written, or has another suffix.
     """
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise UsageError(f"{path}: has to end in .svg, .png or .pdf")
+        raise UsageError(f"{path}: the file's name must end in .svg, .png or .pdf")
     with rc_context({**STYLE, "svg.hashsalt": "schedule"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         _draw_schedule(figure.add_subplot(), phases, COLOURS[0])
@@ -132,7 +133,7 @@ def save_schedule(phases: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _draw_schedule(axes: Axes, phases: Sequence[dict[str, Any]], colour: str) -> None:
-    """Clips of each phase's mini-batches, the range of the short cycle shaded, and the learning rate."""
+    """Draw the clips of each phase's mini-batches, with the range of the short cycle shaded, and the learning rate."""
     rates = axes.twinx()
     end = phases[-1]["first_step"] + phases[-1]["steps"]
     for phase in phases:
@@ -159,7 +160,7 @@ def _draw_schedule(axes: Axes, phases: Sequence[dict[str, Any]], colour: str) ->
 
 
 def time_split(view: dict[str, Any]) -> Drawing:
-    """Where the time of each phase went."""
+    """The time of each phase: computing, waiting for data and evaluating."""
     split = view["split"]
     names = [f"{part['phase'] + 1}" for part in split]
 
@@ -186,5 +187,5 @@ LABELS = {"compute": "computing", "data": "waiting for data", "evaluation": "eva
 
 
 def _plain(name: str) -> str:
-    """A name that matplotlib shows as it is: it leaves those that begin with _ out of legends."""
+    """A label for a legend: matplotlib hides those that begin with _."""
     return f"\u200b{name}" if name.startswith("_") else name

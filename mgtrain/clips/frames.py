@@ -1,0 +1,151 @@
+"""Read clips from a folder of frames: only the pictures of a clip's own frames, and no more pixels than it needs.
+
+A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where a clip is no larger, so the cost of a clip shrinks with its grid,
+as the network's does. Pillow decodes, or simplejpeg where it is installed: the same pixels in 55 to 76 % of the time,
+since both are libjpeg-turbo.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+
+import numpy as np
+from PIL import Image
+
+from mgtrain.clips.cut import Cut, VideoInfo
+from mgtrain.clips.decode import MAX_PIXELS
+from mgtrain.clips.pictures import Clip
+from mgtrain.clips.stages import stage
+from mgtrain.data.frames import list_frames
+from mgtrain.errors import VideoError
+
+try:
+    decode_jpeg: Callable[..., np.ndarray] | None = import_module("simplejpeg").decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+SHRUNK = (8, 4, 2)  # what a JPEG's width and height may be divided by; the results are rounded up
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+
+class FrameFolder:
+    """An open folder of frames, read like a `VideoFile`. `fps` is the rate at which its frames were taken."""
+
+    first = 0  # number of its first frame in what is at `path`
+
+    def __init__(self, path: str | os.PathLike[str], fps: float | None) -> None:
+        self.path = os.fspath(path)
+        self.damage = ""
+        self.lacking = ""  # which frames are missing, after `decodable`
+        self._frames = list_frames(self.path)
+        if fps is None:
+            raise VideoError(f"{self.path}: a folder of frames has no frame rate; set data.fps to that of the frames")
+        with self._opened(0) as picture:
+            self._type, (width, height) = picture.format, picture.size
+        self.info = VideoInfo(len(self._frames), fps, width, height)
+
+    def __enter__(self) -> FrameFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def codec(self) -> str:
+        """The format of the pictures, such as jpeg."""
+        return str(self._type).lower()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all pictures."""
+        with os.scandir(self.path) as entries:
+            return sum(entry.stat().st_size for entry in entries)
+
+    def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
+        """The clips, each uint8 (T, crop, crop, 3) RGB, of pictures shrunk as far as none is enlarged later."""
+        shrunk = [self._shrink(cut) for cut in cuts]
+        clips = [Clip(cut if by == 1 else self._smaller(cut, by)) for cut, by in zip(cuts, shrunk, strict=True)]
+        for by in dict.fromkeys(shrunk):
+            these = [clip for clip, own in zip(clips, shrunk, strict=True) if own == by]
+            for index in sorted({index for clip in these for index in clip.cut.frames}):
+                picture = self._picture(index, by)
+                for clip in these:
+                    clip.put((index,), picture)
+        return [clip.pixels() for clip in clips]
+
+    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
+        """Frames as uint8 (H, W, 3) RGB, each with the wanted number that it stands for."""
+        for index in wanted:
+            yield self._picture(min(index, self.info.frames - 1), 1), (index,)
+
+    def decodable(self, wanted: range | None = None) -> int:
+        """The number of frames that can be decoded, of all or the wanted ones; `damage` says what ended it early."""
+        count, self.damage = 0, ""
+        wanted = range(self.info.frames) if wanted is None else wanted
+        self.lacking = self._frames.gaps(wanted)
+        try:
+            for index in wanted:
+                self._picture(index, 1)
+                count += 1
+        except VideoError as error:
+            self.damage = str(error).removeprefix(f"{self.path}/").partition(";")[0]
+        return count
+
+    def _shrink(self, cut: Cut) -> int:
+        """By how much the sides of pictures may be divided for a clip."""
+        if self._type != "JPEG":
+            return 1
+        return next((by for by in SHRUNK if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
+
+    def _smaller(self, cut: Cut, by: int) -> Cut:
+        """The cut in pixels of shrunk pictures, whose region is rounded to these."""
+
+        def rounded(offset: int, extent: int) -> tuple[int, int]:
+            first, end = round(offset / by), round((offset + extent) / by)
+            return first, max(1, end - first)
+
+        left, width = rounded(cut.region[0], cut.region[2])
+        top, height = rounded(cut.region[1], cut.region[3])
+        return Cut(cut.frames, (left, top, width, height), cut.crop, cut.flip)
+
+    @stage("decode")
+    def _picture(self, index: int, by: int) -> np.ndarray:
+        """A frame, its sides divided by `by`, uint8 (h, w, 3) RGB; one of another size than the first is resized."""
+        size = -(-self.info.width // by), -(-self.info.height // by)
+        file = self._frames.file(index)
+        try:
+            with open(file, "rb") as opened:
+                data = opened.read()
+            if decode_jpeg is not None and data.startswith(b"\xff\xd8"):
+                try:
+                    pixels: np.ndarray = decode_jpeg(data, "RGB", min_width=size[0], min_height=size[1])
+                except ValueError:  # Pillow decides what is damaged
+                    pass
+                else:
+                    if pixels.shape == (*size[::-1], 3):
+                        return pixels
+            with self._opened(index, data) as picture:
+                if by > 1:
+                    picture.draft("RGB", (self.info.width // by, self.info.height // by))
+                upright = picture.convert("RGB")
+                return np.asarray(upright if upright.size == size else upright.resize(size))
+        except (OSError, ValueError, SyntaxError) as error:
+            cause = getattr(error, "strerror", None) or str(error)
+            raise VideoError(f"{file}: {cause}; replace this frame, or leave the video out of the list") from error
+
+    def _opened(self, index: int, data: bytes | None = None) -> Image.Image:
+        """A frame whose header has been read."""
+        file = self._frames.file(index)
+        try:
+            picture = Image.open(file if data is None else io.BytesIO(data), formats=FORMATS)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            cause = getattr(error, "strerror", None) or "not a picture that can be read"
+            raise VideoError(f"{file}: {cause}; replace this frame, or leave the video out of the list") from error
+        if picture.width * picture.height > MAX_PIXELS or picture.mode[0] in "IF":
+            what = f"{picture.width} x {picture.height} pixels of mode {picture.mode}"
+            picture.close()
+            raise VideoError(f"{file}: {what}; allowed are {MAX_PIXELS:,} pixels of 8 bits a channel")
+        return picture

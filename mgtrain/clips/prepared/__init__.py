@@ -1,0 +1,306 @@
+"""Prepared videos: files at several sizes in which every frame is a key frame, and an index of the frames.
+
+The loader decodes only the 8 frames of a clip of 8 frames, however long it is, and small frames for a small short side.
+So coarse clips take less time to load than fine ones, as they do in the network.
+
+    prepared.json            the `Settings` that the set was prepared with
+    videos.jsonl             the manifest, a line for each video: its source, sizes in pixels and bytes, checksums
+    offsets.bin              uint32: for each file, the offset of its first frame and of each frame's end
+    index.npy                a row for each video, sorted by the hash of its path; memory-mapped
+    256/train/a b.avi.mp4    an ordinary video: `train/a b.avi` at a short side of 256 pixels
+    shards/00000.tar         optional: tar files that contain these files; the index has their offsets
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from pydantic import TypeAdapter, ValidationError
+
+from mgtrain.clips.cut import Cut, VideoInfo
+from mgtrain.clips.decode import decoded, one_thread
+from mgtrain.clips.pictures import Clip, UnconvertibleError, box_around, converted
+from mgtrain.clips.prepared.shards import Shards, check_shards, shard_path
+from mgtrain.clips.stages import stage
+from mgtrain.data.manifest import key_of
+from mgtrain.errors import DataError, VideoError
+
+SCHEMA, SHARDED = "mgtrain.prepared/1", "mgtrain.prepared/2"
+EVERY_HEADER = bytes((1, 100, 0, 40, 0xFF, 0xE0, 0))  # avcC without parameter sets: each frame has its own
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of a prepared set."""
+
+    levels: tuple[int, ...]  # short sides in pixels, largest first
+    quality: int  # H.264's constant rate factor; smaller is better
+    fps: float | None  # frame rate to which faster videos are reduced; None: keep all frames
+    shards: int | None = None  # maximum bytes of a tar file; None: a file for each video and level
+
+
+def row_type(settings: Settings) -> np.dtype:
+    """The dtype of a row of the index: length and size of the original video, and its file at each level."""
+    level = [("width", "<i4"), ("height", "<i4"), ("start", "<i8")]  # width 0: no file; start: index in `offsets.bin`
+    level += [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8")] if settings.shards else []
+    original = [("frames", "<i4"), ("fps", "<f8"), ("width", "<i4"), ("height", "<i4")]  # frames 0: a bad video
+    return np.dtype([("key", "<u8"), *original, ("stored", "<i4"), ("levels", level, (len(settings.levels),))])
+
+
+def level_path(folder: Path, level: int, relative: str) -> Path:
+    """The file of a video at a level."""
+    return folder / str(level) / f"{relative}.mp4"
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings that the folder was prepared with.
+
+    Raises:
+        DataError: it is not a prepared set.
+    """
+    file = folder / "prepared.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(f"{file}: cannot be read: {cause}; write the set with `mgtrain data prepare`") from None
+    schema = facts.pop("schema", None) if isinstance(facts, dict) else None
+    if schema not in (SCHEMA, SHARDED):
+        raise DataError(
+            f"{file}: has schema {schema!r}, but this version of mgtrain reads {SCHEMA!r} and {SHARDED!r}; "
+            "prepare the set again"
+        )
+    try:
+        return TypeAdapter(Settings).validate_python(facts)
+    except ValidationError as error:
+        raise DataError(f"{file}: is damaged: {error.errors()[0]['msg']}; prepare the set again") from None
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """Write the settings of a set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"schema": SHARDED if settings.shards else SCHEMA, **asdict(settings)}
+    if not settings.shards:
+        del facts["shards"]
+    text = json.dumps(facts, indent=1) + "\n"
+    (folder / "prepared.json").write_text(text, encoding="utf-8")
+
+
+def read_index(folder: Path, settings: Settings) -> np.ndarray:
+    """`index.npy`, mapped into memory: `row_type` (N,).
+
+    Raises:
+        DataError: the set is incomplete, or the index does not belong to it.
+    """
+    try:
+        rows = np.load(folder / "index.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{folder}: is incomplete; resume `mgtrain data prepare`") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype != row_type(settings) or rows.shape < (1,):
+        raise DataError(f"{folder / 'index.npy'}: not an index of these levels; prepare the set again")
+    return rows
+
+
+class PreparedSet:
+    """A prepared set, open for reading. Its index is memory-mapped, so it takes little memory."""
+
+    def __init__(self, folder: str | os.PathLike[str], check: bool = True) -> None:
+        self.folder = Path(folder)
+        self.settings = read_settings(self.folder)
+        self._rows = read_index(self.folder, self.settings)
+        try:
+            self._offsets = np.memmap(self.folder / "offsets.bin", np.uint32, mode="r")
+        except (OSError, ValueError):
+            raise DataError(f"{folder}: is incomplete; resume `mgtrain data prepare`") from None
+        self._shards = Shards(self.folder) if self.settings.shards else None
+        if self._shards and check:
+            check_shards(self.folder, self._rows["levels"])
+
+    def __reduce__(self) -> tuple[type[PreparedSet], tuple[Path, bool]]:
+        # Another process maps the files again, because the pickled index of a million videos takes 60 MB.
+        return PreparedSet, (self.folder, False)
+
+    def find(self, paths: Iterable[str]) -> np.ndarray:
+        """The rows of videos, given their paths relative to the data's root: int32 (N,), -1 if not in the set."""
+        keys = np.fromiter((key_of(path) for path in paths), np.uint64)
+        rows = np.searchsorted(self._rows["key"], keys).clip(max=len(self._rows) - 1)
+        return np.where(self._rows["key"][rows] == keys, rows, -1).astype(np.int32)
+
+    @stage("open")
+    def open(self, row: int, relative: str) -> PreparedVideo:
+        """The video of a row, with its path relative to the data's root. Raises `VideoError` if it is a bad video."""
+        return PreparedVideo(self, self._rows[row], relative)
+
+    @contextmanager
+    def file(self, place: np.void, path: Path) -> Iterator[tuple[int, int]]:
+        """Open the file with a video's level, its own at `path` or a shard; return it and the offset of the level.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        if self._shards:
+            shard = self._shards.open(int(place["shard"]))  # not closed while this has a hold on it
+            yield shard.file, int(place["offset"])
+        else:
+            file = os.open(path, os.O_RDONLY)
+            try:
+                yield file, 0
+            finally:
+                os.close(file)
+
+    def where(self, place: np.void, path: Path) -> str:
+        """What messages call the file of a video's level."""
+        if not self._shards:
+            return str(path)
+        return f"{shard_path(self.folder, int(place['shard']))}, member {path.relative_to(self.folder)}"
+
+    def offsets(self, start: int, first: int) -> tuple[int, int]:
+        """The bytes of a frame in its file, (begin, end)."""
+        return int(self._offsets[start + first]), int(self._offsets[start + first + 1])
+
+
+class PreparedVideo:
+    """A video of a prepared set, read like a `VideoFile`: `info` describes the original, `read` decodes clips."""
+
+    def __init__(self, prepared: PreparedSet, row: np.void, relative: str) -> None:
+        self._set, self._row, self._relative = prepared, row, relative
+        self.info = VideoInfo(int(row["frames"]), float(row["fps"]), int(row["width"]), int(row["height"]))
+        if min(self.info.frames, self.info.width, self.info.height) < 1 or not self.info.fps > 0:
+            raise VideoError(f"{relative}: could not be prepared; {prepared.folder / 'videos.jsonl'} says why")
+
+    def __enter__(self) -> PreparedVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
+        """Decode clips, uint8 (T, crop, crop, 3) RGB, each from the smallest level that needs no enlargement."""
+        levels = [self._level(cut) for cut in cuts]
+        stored = [self._stored(cut, level) for cut, level in zip(cuts, levels, strict=True)]
+        clips: dict[int, np.ndarray] = {}
+        for level in dict.fromkeys(levels):
+            these = [n for n in range(len(cuts)) if levels[n] == level]
+            clips.update(zip(these, self._read(level, [stored[n] for n in these]), strict=True))
+        return [clips[n] for n in range(len(cuts))]
+
+    def _level(self, cut: Cut) -> int:
+        """The smallest level that needs no enlargement, or else the largest."""
+        least = cut.crop - 0.5
+        sizes = self._row["levels"]
+        large_enough = [
+            n
+            for n in range(len(sizes))
+            if min(
+                cut.region[2] * sizes[n]["width"] / self.info.width,
+                cut.region[3] * sizes[n]["height"] / self.info.height,
+            )
+            >= least
+        ]
+        return max(large_enough, default=0)
+
+    def _stored(self, cut: Cut, level: int) -> Cut:
+        """The cut in frames and pixels of the level's file."""
+        stored, size = int(self._row["stored"]), self._row["levels"][level]
+        frames = tuple(stored_frame(k, self.info.frames, stored) for k in cut.frames)
+        left, width = stretch(cut.region[0], cut.region[2], self.info.width, int(size["width"]))
+        top, height = stretch(cut.region[1], cut.region[3], self.info.height, int(size["height"]))
+        return Cut(frames, (left, top, width, height), cut.crop, cut.flip)
+
+    def _read(self, level: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
+        """Decode clips from a level's file; each frame is decoded once for all clips."""
+        size = self._row["levels"][level]
+        decoder, start = decoder_of((int(size["width"]), int(size["height"]))), int(size["start"])
+        path = level_path(self._set.folder, self._set.settings.levels[level], self._relative)
+        where = self._set.where(size, path)
+
+        def frames(file: int, first: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+            wanted = sorted({index for cut in cuts for index in cut.frames})
+            with suppress(AttributeError, IndexError, OSError, OverflowError):  # macOS has no posix_fadvise
+                for index in wanted:  # so that a cold disk reads all of them while the first is decoded
+                    begin, end = self._set.offsets(start, index)
+                    os.posix_fadvise(file, first + begin, end - begin, os.POSIX_FADV_WILLNEED)
+            for index in wanted:
+                try:
+                    begin, end = self._set.offsets(start, index)
+                    frame = decoder.frame(read_bytes(file, first + begin, first + end))
+                except (IndexError, OSError, OverflowError, MemoryError):  # the index belongs to other files
+                    frame = None
+                if frame is None:
+                    raise VideoError(f"{where}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
+                yield frame, (index,)
+
+        box = box_around([cut.region for cut in cuts])
+        clips = [Clip(cut, box[:2]) for cut in cuts]
+        try:
+            with self._set.file(size, path) as place:
+                for picture, indices in converted(frames(*place), decoder.size, box, decoder.reformatter):
+                    for clip in clips:
+                        clip.put(indices, picture)
+        except UnconvertibleError as error:
+            raise VideoError(f"{where}: {error}; `mgtrain data verify` looks for damage") from error
+        except OSError as error:
+            raise VideoError(f"{where}: {error.strerror}; `mgtrain data prepare` makes what is missing") from error
+        return [clip.pixels() for clip in clips]
+
+
+def stored_frame(index: int, frames: int, stored: int) -> int:
+    """The number, of `stored` frames, of the frame shown in the middle of the original's frame `index` of `frames`.
+
+    >>> [stored_frame(k, frames=8, stored=4) for k in range(8)]
+    [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+    return (2 * index + 1) * stored // (2 * frames)
+
+
+def stretch(offset: int, extent: int, source: int, target: int) -> tuple[int, int]:
+    """Scale a stretch of pixels (offset, extent) from a picture of length `source` to one of length `target`.
+
+    >>> stretch(offset=100, extent=150, source=300, target=200)
+    (67, 100)
+    """
+    first = min(round(offset * target / source), target - 1)
+    return first, min(max(1, round(extent * target / source)), target - first)
+
+
+@stage("demux")
+def read_bytes(file: int, begin: int, end: int) -> bytes:
+    """Read bytes `begin .. end` of an open file."""
+    return os.pread(file, end - begin, begin)
+
+
+@dataclass(slots=True)
+class Decoder:
+    """A decoder for stored frames of one size."""
+
+    size: tuple[int, int]  # width, height
+    codec: av.VideoCodecContext
+    reformatter: VideoReformatter
+
+    def frame(self, data: bytes) -> av.VideoFrame | None:
+        """Decode a frame; None if it is damaged."""
+        try:
+            frames = decoded(self.codec, av.Packet(data))
+            if not frames:
+                frames = decoded(self.codec, None)
+                self.codec.flush_buffers()
+        except (av.FFmpegError, ValueError):
+            return None
+        return frames[0] if frames and not frames[0].is_corrupt else None
+
+
+@lru_cache(maxsize=8)
+def decoder_of(size: tuple[int, int]) -> Decoder:
+    """This process's decoder for frames of a size. Reusing it halves the time of a clip."""
+    codec = one_thread(av.VideoCodecContext.create("h264", "r"))
+    codec.extradata = EVERY_HEADER
+    return Decoder(size, codec, VideoReformatter())

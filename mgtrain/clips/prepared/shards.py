@@ -1,0 +1,70 @@
+"""Shards: the files of a prepared set as members of plain tar files, read where they lie."""
+
+from __future__ import annotations
+
+import os
+import resource
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from mgtrain.errors import DataError
+
+BLOCK = 512  # bytes; members start at multiples of it
+
+
+class Shard:
+    """A shard, open for reading by `os.pread`, which processes that are forked later may share."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+
+class Shards:
+    """The shards of a set. In each process the last ones stay open, up to a quarter of what `ulimit -n` allows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened = lru_cache(max(1, min(1 << 16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)))(Shard)
+
+    def open(self, number: int) -> Shard:
+        """A shard. Raises OSError."""
+        return self._opened(shard_path(self._folder, number))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """The tar file of a shard."""
+    return folder / "shards" / f"{number:05d}.tar"
+
+
+def padded(size: int) -> int:
+    """Bytes that a member of so many bytes takes in a tar file, without its header.
+
+    >>> padded(1), padded(512)
+    (512, 512)
+    """
+    return -(-size // BLOCK) * BLOCK
+
+
+def check_shards(folder: Path, levels: np.ndarray) -> None:
+    """Check that the shards that an index points to are there and long enough; `levels` are those of all its rows.
+
+    Raises:
+        DataError: a shard is missing or truncated.
+    """
+    there = levels[levels["width"] > 0]
+    for number in np.unique(there["shard"]).tolist():
+        members, path = there[there["shard"] == number], shard_path(folder, number)
+        end = int((members["offset"] + members["size"]).max())
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size < end:
+            problem = "is missing" if size is None else f"has {size:,} bytes instead of {end:,} or more"
+            raise DataError(
+                f"{path}: {problem}; copy this shard again, or delete what is left of it and make its {len(members):,} "
+                "files again with `mgtrain data prepare`"
+            )

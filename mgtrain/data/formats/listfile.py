@@ -1,0 +1,221 @@
+"""Lists of `path label` lines, the format of PySlowFast and MMAction."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+
+from mgtrain.data.formats.dialect import quoted, recognize, with_slashes
+from mgtrain.data.formats.reading import numbered_lines
+from mgtrain.data.formats.times import Columns, are_files, cells_before_label, numbers_before_label
+from mgtrain.data.stretch import Stretch, parted
+from mgtrain.data.videos import Videos, leaves_root
+from mgtrain.errors import DataError, UsageError
+
+NO_LABEL = "-"
+MOST_CLASSES = 1_000_000
+SAMPLE = 10_000  # lines to recognize a list's dialect from
+
+
+def read_list(root: str, source: str, classes: Sequence[str] | None, outside_root: bool = False) -> Videos:
+    """The videos of the text file `source`: one `path label` or `path,label` per line, paths relative to `root`.
+
+    The label is the last field, so paths may contain spaces and commas. If the first line names the columns, as in
+    `path,label`, path and label are found by name and other columns are ignored. Either may be in double quotes. A
+    label is the number of a class, or with `classes` its name; without `classes` the classes are the numbers up to the
+    largest label. Several labels of a video are separated by semicolons (`3;17`), a dash means none, and either makes
+    the set multi-label. Empty lines and lines that start with # are skipped. The video files need not exist.
+
+    Paths outside the root (`..`, or absolute) are refused unless `outside_root`. Symbolic links are not resolved, so
+    the root may contain links to other disks. `remarks` describe what was recognized beyond `path label`.
+
+    Raises:
+        DataError: a line is not valid, or there is no video.
+    """
+    listing = Path(root, source)
+    lines = [(number, line) for number, line in numbered_lines(listing) if not line.startswith("#")]
+    numbers = {name: number for number, name in enumerate(classes or ())}
+
+    def is_label(text: str) -> bool:
+        return text in numbers or all(map(_is_number, text.split(";")))
+
+    dialect = recognize([line for _, line in lines[:SAMPLE]], is_label)
+    lines = lines[dialect.header :]
+    fields = [dialect.split(line) for _, line in lines]
+    remarks = [dialect.remark] if dialect.remark else []
+    if with_slashes(root, [path for path, _ in fields]):
+        remarks.append("backslashes read as slashes")
+        fields = [(path.replace("\\", "/"), text) for path, text in fields]
+    stretches: list[Stretch | None] = []
+    if dialect.stretch:
+        stretches = [_stretch(dialect.stretch, dialect.fields(line), f"{listing}:{n}: {line!r}") for n, line in lines]
+    elif not dialect.columns and all(is_label(text) for _, text in fields):
+        paths, stretches, form = _before_label(root, listing, lines, [path for path, _ in fields])
+        fields = [(path, text) for path, (_, text) in zip(paths, fields, strict=True)]
+        remarks += [f"read as `{form}`"] if form else []
+    meaning: dict[str, int | tuple[int, ...]] = {}  # text of a label -> its number or numbers
+    row_of: dict[str, int] = {}  # path -> its first index in `rows`
+    rows: list[tuple[str, int | tuple[int, ...], int]] = []  # path, label, line
+    for (number, line), (path, text), stretch in zip_longest(lines, fields, stretches):
+        if text not in meaning or not path:
+            meaning[text] = _parse_label(line, path, text, numbers, f"{listing}:{number}", len(dialect.fields(line)))
+        path, written = _parted(path, f"{listing}:{number}: {path!r}")
+        path = _within(path, root, f"{listing}:{number}", outside_root)
+        if stretch or written:
+            path += str(stretch or written)
+        label = meaning[text]
+        row = row_of.setdefault(path, len(rows))
+        rows.append((path, label, number))
+        _, known, first = rows[row]
+        if known != label:
+            raise DataError(f"{listing}:{number}: {path!r} has label {label}, but {known} in line {first}; keep one")
+    if not rows:
+        raise DataError(f"{listing}: lists no video; write one `path label` per line")
+    if not classes:
+        labels = {n for label in meaning.values() for n in ([label] if isinstance(label, int) else label)} or {0}
+        classes = [str(n) for n in range(max(labels) + 1)]
+        if 0 not in labels and len(labels) == max(labels) > 1:
+            remarks.append(
+                f"labels run from 1 to {max(labels)}, so class 0 has no video; to count from 1, name the classes 1 to "
+                f"{max(labels)}, one per line, in {listing.parent / 'classes.txt'} and set data.classes={max(labels)}"
+            )
+    videos = Videos.of(root, ((path, label) for path, label, _ in rows), classes)
+    return replace(videos, remarks=tuple(f"{listing}: {remark}" for remark in remarks))
+
+
+def _before_label(
+    root: str, listing: Path, lines: Sequence[tuple[int, str]], texts: Sequence[str]
+) -> tuple[list[str], list[Stretch | None], str]:
+    """The paths and stretches of rows without a header, from what stands before each label, and their form."""
+    count = numbers_before_label(root, texts)
+    if not count:
+        return [*texts], [], ""
+    cells = [cells_before_label(text, count) for text in texts]
+    paths = [path for path, *_ in cells]
+    files = are_files(root, paths)
+    if files and count == 1:
+        raise DataError(
+            f"{listing}:{lines[0][0]}: {lines[0][1]!r} is `path number label`, which is for folders of frames; write "
+            "`path label` or `path start end label`, or name the columns in a first line such as `path,number,label`"
+        )
+    columns = Columns("t" if files else "n", 1 if count == 2 else None, count)
+    rows = zip(cells, lines, strict=True)
+    stretches = [_stretch(columns, row, f"{listing}:{number}: {line!r}") for row, (number, line) in rows]
+    return paths, stretches, ("path start end label" if files else f"path {'start ' * (count == 2)}frames label")
+
+
+def _parted(path: str, where: str) -> tuple[str, Stretch | None]:
+    """The path, and the stretch that is written after it."""
+    path, stretch = parted(path)
+    if stretch and not stretch.start < stretch.end:
+        raise DataError(
+            f"{where}: {stretch.start:g} to {stretch.end:g} has nothing in it; the end must be after the start"
+        )
+    return path, stretch
+
+
+def _stretch(columns: Columns, cells: Sequence[str], where: str) -> Stretch | None:
+    try:
+        return columns.stretch(cells)
+    except ValueError as error:
+        advice = (
+            "start and end are seconds, with the end after the start"
+            if columns.unit == "t"
+            else ("frames are whole numbers, counted from 0, with the end after the start")
+        )
+        raise DataError(f"{where}: {error}; {advice}") from None
+
+
+def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]]) -> list[Path]:
+    """Write the given rows of each set as a list, `folder/<name>.csv`, and their classes as `folder/classes.txt`.
+
+    With the same `data.root` and `data.format=list` a recipe reads the same videos, classes and labels from them.
+
+    Raises:
+        UsageError: one of the files exists with other contents, or cannot be written.
+        DataError: a list cannot contain one of the paths.
+    """
+    texts = {f"{name}.csv": _text(videos, rows) for name, (videos, rows) in lists.items()}
+    classes = next(iter(lists.values()))[0].classes
+    texts["classes.txt"] = "".join(f"{name}\n" for name in classes)
+    path = folder
+    try:
+        for name, text in texts.items():
+            path = folder / name
+            if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+                raise UsageError(f"{path}: exists with other contents; remove it, or choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            path = folder / name
+            path.write_bytes(text.encode())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            path.unlink(missing_ok=True)  # it is incomplete
+        raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another folder") from None
+    return [folder / name for name in texts]
+
+
+def _text(videos: Videos, rows: Iterable[int]) -> str:
+    """Lines from which `read_list` reads the same videos."""
+    place = {name: number for number, name in enumerate(videos.classes)}
+    # Write a class's name if its number is the name of another class.
+    words = [name if place.get(str(n), n) != n else str(n) for n, name in enumerate(videos.classes)]
+    lines = []
+    for row in rows:
+        name = videos.name(row)
+        path = quoted(f"./{name}" if name[0] in "# " else name)
+        if path != path.rstrip() or re.search(r"[\r\n\udc80-\udcff]", path) or leaves_root(path):
+            raise DataError(
+                f"{videos.path(row)!r}: a list cannot contain this path; it must be UTF-8, within {videos.root}, "
+                "without line breaks or spaces at its end; rename the file"
+            )
+        lines.append(f"{path} {';'.join(words[n] for n in videos.labels(row)) or NO_LABEL}\n")
+    return "".join(lines)
+
+
+def _parse_label(
+    line: str, path: str, text: str, numbers: dict[str, int], where: str, fields: int
+) -> int | tuple[int, ...]:
+    """The number of the label, or those of several labels."""
+    parts = [text] if text in numbers else [part.strip() for part in text.split(";")]
+    if parts == [NO_LABEL]:
+        return ()
+    labels = [
+        numbers[part] if part in numbers else int(float(part)) for part in parts if part in numbers or _is_number(part)
+    ]
+    if len(labels) < len(parts) or not path:
+        allowed = "the number or the name of a class" if numbers else "the number of a class (0, 1, ...)"
+        more = ", or name the columns in a first line such as `path,label,name`" if fields > 2 else ""
+        raise DataError(
+            f"{where}: {line!r} does not end in a label; write `path label`, where the label is {allowed}{more}"
+        )
+    for label in labels:
+        if not 0 <= label < (len(numbers) or MOST_CLASSES):
+            raise DataError(
+                f"{where}: label {label} is out of range; it must be 0 to {(len(numbers) or MOST_CLASSES) - 1}"
+            )
+    return labels[0] if len(labels) == 1 else tuple(sorted(set(labels)))
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number, or one as pandas writes it in a column with missing values: `3.0`."""
+    return re.fullmatch(r"-?[0-9]{1,9}(\.0+)?", text, re.ASCII) is not None
+
+
+def _within(path: str, root: str, where: str, outside_root: bool) -> str:
+    """The path relative to the root. Raises `DataError` if it is outside the root, unless that is allowed."""
+    if path[0] not in "./" and os.path.normpath(path) == path:
+        return path  # the fast path, for lists of a million videos
+    absolute_root = os.path.abspath(root)
+    relative = os.path.relpath(os.path.join(absolute_root, path), absolute_root)
+    if leaves_root(relative) and not outside_root:
+        raise DataError(
+            f"{where}: {path!r} is outside of {root}; set data.root to a folder that contains all videos, "
+            "or allow it with data.outside_root=true"
+        )
+    return relative

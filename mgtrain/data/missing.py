@@ -1,0 +1,85 @@
+"""Find listed videos without a file before training, and suggest what to correct."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from functools import cache
+
+from mgtrain.data.frames import list_frames
+from mgtrain.data.stretch import file_of
+from mgtrain.data.videos import EXAMPLES, Videos, printable
+from mgtrain.errors import DataError, VideoError
+
+log = logging.getLogger(__name__)
+
+
+def missing_rows(videos: Videos) -> list[int]:
+    """The rows whose file does not exist."""
+    files = cache(_files)
+    split = (os.path.split(videos.file(row)) for row in range(len(videos)))
+    return [row for row, (folder, name) in enumerate(split) if name not in files(folder)]
+
+
+def check_present(kind: str, videos: Videos, most: float) -> None:
+    """Log a warning about missing files.
+
+    Raises:
+        DataError: more than this fraction of the videos is missing.
+    """
+    rows = missing_rows(videos)
+    if not rows:
+        return
+    examples = ", ".join(printable(videos.name(row)) for row in rows[:EXAMPLES]) + (", ..." if rows[EXAMPLES:] else "")
+    text = (
+        f"{len(rows)} of {len(videos)} {kind} videos are not in {videos.root}: {examples}; {explain(videos, rows[0])}"
+    )
+    if len(rows) > most * len(videos):
+        raise DataError(text)
+    log.warning(text)
+
+
+def explain(videos: Videos, row: int) -> str:
+    """A likely cause of a missing file, from the files that exist near it, and what to do."""
+    path, name = videos.file(row), file_of(videos.name(row))
+    if os.path.isdir(path):
+        try:
+            list_frames(path)
+        except VideoError as error:
+            return str(error)
+    folder, base = os.path.split(path)
+    stem = os.path.splitext(base)[0]
+    there = sorted(_files(folder))
+    for start in (base, stem):
+        longer = [file for file in there if file.startswith(start) and not file[len(start) :][:1].isalnum()]
+        if longer:
+            return f"{folder} has {printable(longer[0])!r}; write names as they are there, with what follows {start!r}"
+    parts = name.split("/")
+    for first in range(1, len(parts)):
+        rest = os.path.join(*parts[first:])
+        if os.path.lexists(os.path.join(videos.root, rest)):
+            start = "/".join(parts[:first])
+            return f"{os.path.join(videos.root, rest)} exists; leave out {start!r} at the start of the rows"
+    for place in (os.path.dirname(os.path.abspath(videos.root)), *sorted(_folders(videos.root))):
+        if os.path.lexists(os.path.join(place, name)):
+            return f"{os.path.join(place, name)} exists; set data.root={place}"
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}; correct data.root or the rows"
+    near = difflib.get_close_matches(base, there, n=1) or there[:1]
+    return f"{folder} {f'has {printable(near[0])!r}' if near else 'is empty'}; correct data.root or the rows"
+
+
+def _files(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(name for name in os.listdir(folder or "."))
+    except OSError:
+        return frozenset()
+
+
+def _folders(root: str) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return [entry.path for entry in entries if entry.is_dir()]
+    except OSError:
+        return []

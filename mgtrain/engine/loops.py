@@ -1,0 +1,164 @@
+"""Multigrid in a training loop of one's own: the batches, BatchNorm groups and evaluations of a plan.
+
+`fit` is made of the same parts, so a loop that uses them has its losses. A process group that the loop has initialized
+with torch.distributed is respected: each rank gets its share of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mgtrain.clips.loader import BadVideos
+from mgtrain.clips.loader import train_batches as load_batches
+from mgtrain.data.videos import Videos
+from mgtrain.engine import evaluate as evaluation
+from mgtrain.engine import recalibrate as recalibration
+from mgtrain.engine.start import first_model
+from mgtrain.engine.step import augmented
+from mgtrain.errors import UsageError
+from mgtrain.models.foreign import fitted
+from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.part import Part, set_part
+from mgtrain.processes.distributed import World, joined, unwrap
+from mgtrain.recipe import Recipe
+from mgtrain.rng import Draw, seed_of
+from mgtrain.runs.scores import Scores
+from mgtrain.schedule import Plan, Step, check_world
+
+Device = torch.device | str | None  # None: the current GPU, or the CPU where there is none
+
+
+class Batches:
+    """What `train_batches` returns: an iterable of known length, for a loop, Lightning or anything that takes one."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, videos: Videos, start: int, device: Device) -> None:
+        self._recipe, self._plan, self._videos, self._start, self._device = recipe, plan, videos, start, device
+
+    def __len__(self) -> int:
+        """Steps from `start` on."""
+        return len(self._plan) - self._start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        world = joined(self._device)
+        check_world(self._plan, world.size)
+        bad = BadVideos(len(self._videos), self._recipe.data.max_bad_fraction)
+        batches = load_batches(self._videos, self._recipe, self._plan.steps(self._start), world, bad)
+        for step, (clips, labels) in zip(self._plan.steps(self._start), batches, strict=True):
+            part = _part(step, self._recipe, world, 0, len(clips))
+            yield augmented(clips, labels, part, step, self._recipe)
+
+
+def train_batches(recipe: Recipe, plan: Plan, videos: Videos, start: int = 0, device: Device = None) -> Batches:
+    """This rank's share of each step from `start` on, decoded ahead by `hardware.workers` processes, on its device.
+
+    Each item is a network's input, float32 (b, 3, T, S, S), augmented and normalized as the recipe says, and its
+    targets: int64 (b,), or where clips are mixed or have several labels, float32 (b, classes). T and S change from step
+    to step, and b is `step.shape.clips` divided by the number of ranks. `device` None: the current GPU, or the CPU.
+
+    Raises:
+        PlanError: on iteration, the ranks cannot share the steps.
+        DataError: on iteration, too many videos cannot be decoded.
+    """
+    return Batches(recipe, plan, videos, start, device)
+
+
+def make_model(recipe: Recipe, device: Device = None) -> nn.Module:
+    """The recipe's network with the weights that `fit` starts from: random ones by its seed, or `init.weights`.
+
+    It takes clips, float (b, 3, T, S, S), of any size, and returns logits (b, classes).
+
+    Raises:
+        CheckpointError: `init.weights` cannot be read or is of another network.
+    """
+    return first_model(recipe, joined(device))
+
+
+def group_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace a network's BatchNorm3d and dropout, in place, by layers that `at_step` tells which clips they see.
+
+    BatchNorm then normalizes over groups of `batch.bn_clips` clips in a step of any shape, and dropout's mask does not
+    depend on the number of ranks. Tensors keep their names and values; without `at_step` the layers act as before.
+
+    Raises:
+        UsageError: a layer, such as SyncBatchNorm, normalizes over clips and cannot be split into groups.
+    """
+    return fitted(model)
+
+
+@contextmanager
+def at_step(model: nn.Module, step: Step, recipe: Recipe, first: int = 0, clips: int | None = None) -> Iterator[None]:
+    """Within it the network is trained on this rank's clips of a step: do the forward and the backward pass there.
+
+    For gradient accumulation, `first` and `clips` say which of the rank's clips the pass sees; they must be whole
+    BatchNorm groups (of `step.shape.clips // step.bn_groups` clips). Default: all.
+
+    Raises:
+        UsageError: a BatchNorm of the network has no groups, or the clips are not whole groups of this rank.
+    """
+    world = joined()
+    share, group = step.shape.clips // world.size, step.shape.clips // step.bn_groups
+    count = share - first if clips is None else clips
+    whole = min(share, group)
+    if first % whole or count % whole or not 0 <= first < first + count <= share:
+        raise UsageError(
+            f"at_step: clips {first} to {first + count} of the {share} of this rank are not whole BatchNorm groups; "
+            f"use multiples of {whole}"
+        )
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.training and not isinstance(layer, GroupBatchNorm3d):
+            raise UsageError(f"{name}: this {type(layer).__name__} has no groups; use mgtrain.group_batchnorm(model)")
+    set_part(model, _part(step, recipe, world, first, count))
+    try:
+        yield
+    finally:
+        set_part(model, None)
+
+
+def recalibrate(
+    model: nn.Module, recipe: Recipe, plan: Plan, videos: Videos, steps: int, device: Device = None
+) -> None:
+    """Before an evaluation after `steps` steps: measure BatchNorm's statistics on the evaluation's shape, if needed.
+
+    They are needed where recent steps had other shapes; `videos` are those of training. All ranks take part.
+    """
+    count = recalibration.batches_needed(recipe, plan, steps)
+    with _mode_kept(model):
+        recalibration.recalibrate(unwrap(model), videos, count, recipe, joined(device))
+        set_part(model, None)
+
+
+def evaluate(
+    model: nn.Module, recipe: Recipe, videos: Videos, views: tuple[int, int] = (1, 1), device: Device = None
+) -> Scores:
+    """The network's scores on the evaluation's grid, the mean over `views` (in time, crops) of each video.
+
+    All ranks take part, and all get the scores of all videos: `top1`, `top5` (fractions), `loss` (nats), and more.
+
+    Raises:
+        NonFiniteError: a class probability is NaN.
+    """
+    with _mode_kept(model):
+        return evaluation.evaluate(unwrap(model), videos, recipe, joined(device), views).scores()
+
+
+def _part(step: Step, recipe: Recipe, world: World, first: int, clips: int) -> Part:
+    """So many clips of this rank's share of a step, from `first` on."""
+    seed, share = seed_of(recipe.seed, Draw.STEP, step.index), step.shape.clips // world.size
+    first_of_all = world.rank * share + first
+    return Part(first_of_all, clips, step.shape.clips, step.bn_groups, world.size, seed, world.gather)
+
+
+@contextmanager
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each layer is in the mode, of training or evaluation, that it was in."""
+    before = {layer: layer.training for layer in model.modules()}
+    try:
+        yield
+    finally:
+        for layer, mode in before.items():
+            layer.training = mode

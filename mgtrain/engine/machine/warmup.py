@@ -1,0 +1,173 @@
+"""Before the first step: run every shape once, and compile it if that saves time over its steps.
+
+Weights, statistics and gradients do not change.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from mgtrain.console import duration
+from mgtrain.engine.checks import pass_clips
+from mgtrain.engine.machine.memory import lack_explained
+from mgtrain.engine.step import autocast, memory_format
+from mgtrain.grid import Shape
+from mgtrain.models.norm import undisturbed
+from mgtrain.models.part import Part, set_part
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.schedule import Plan, Step
+
+log = logging.getLogger(__name__)
+
+MODES = {"default": "default", "graphs": "reduce-overhead"}  # of torch.compile
+FIRST_GAIN, FIRST_SECONDS = 0.2, 60.0  # saved share of a step and compile time, assumed for the first shape
+PASSES = 3  # timed ones, after two that compile
+
+Kind = tuple[Shape, int]  # of a step: its shape and number of BatchNorm groups; each kind is compiled separately
+Run = Callable[[Step], AbstractContextManager[object]]
+
+
+def set_up(recipe: Recipe, device: torch.device) -> None:
+    """On a GPU, apply the recipe's `hardware.tf32` and `hardware.deterministic` to this process."""
+    if device.type != "cuda":
+        return
+    for products in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
+        products.fp32_precision = "tf32" if recipe.hardware.tf32 else "ieee"
+    deterministic = recipe.hardware.deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Operations without a deterministic kernel warn that two runs may differ.
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: World) -> Run:
+    """Run each kind of step from `start` on once; returns a function that makes the context of a step.
+
+    On a GPU cuDNN chooses its algorithms. With `hardware.compile` the kind with the most work left is compiled and
+    timed first, then every other kind whose steps would save more time than compiling takes.
+    """
+    compiles = recipe.hardware.compile != "no"
+    if not compiles and world.device.type == "cpu":
+        return lambda step: nullcontext()
+    left = _steps_left(plan, start)
+    with undisturbed(model), world.watchdog.paused():
+        eager = {}
+        for kind, (step, _) in left.items():
+            with lack_explained(step, recipe, world):
+                eager[kind] = world.from_main(_timed(model, recipe, step, world))
+        chosen = _compiled(model, recipe, left, eager, world) if compiles else frozenset()
+    model.zero_grad(set_to_none=True)
+    return lambda step: compiled(model, recipe) if _kind(step) in chosen else nullcontext()
+
+
+@contextmanager
+def compiled(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Within the block calls of the model are compiled, once per input shape.
+
+    Evaluations and recalibration have other shapes and BatchNorm settings and are not compiled.
+    """
+    if not hasattr(model, "compiled_call"):
+        model.compile(dynamic=False, mode=MODES[recipe.hardware.compile])
+        object.__setattr__(model, "compiled_call", model._compiled_call_impl)
+    model._compiled_call_impl = model.compiled_call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+
+
+def _compiled(
+    model: nn.Module, recipe: Recipe, left: dict[Kind, tuple[Step, int]], eager: dict[Kind, float], world: World
+) -> frozenset[Kind]:
+    """Compile the kinds for which that pays; returns those that have become faster.
+
+    If one cannot be compiled, it and the remaining kinds are not.
+    """
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(left))
+    chosen, spent = set(), 0.0
+    gain, seconds = FIRST_GAIN, FIRST_SECONDS
+    for kind in sorted(left, key=lambda kind: -left[kind][1] * eager[kind]):
+        (shape, groups), (step, steps) = kind, left[kind]
+        whole = pass_clips(recipe, shape, groups, world.size) == shape.clips // world.size
+        if not whole or not pays(steps, eager[kind], gain, seconds):
+            continue  # each micro-batch of several would be compiled separately
+        begun, now, failed = time.perf_counter(), 0.0, False
+        try:
+            with compiled(model, recipe):
+                now = _timed(model, recipe, step, world)
+        except Exception as error:  # of torch, of a compiler, or out of memory
+            cause, failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", True
+            log.warning("cannot compile %s with %d BatchNorm groups, running it uncompiled: %s", shape, groups, cause)
+        if world.sum(torch.tensor(float(failed))):  # all ranks must decide alike
+            break
+        now, seconds = world.from_main((now, time.perf_counter() - begun - PASSES * now))
+        gain, spent = 1 - now / eager[kind], spent + seconds
+        log.info(f"compiled {shape} in {duration(seconds)}: {1e3 * eager[kind]:.0f} -> {1e3 * now:.0f} ms a pass")
+        if gain > 0:
+            chosen.add(kind)
+    log.info(f"{len(chosen)} of {len(left)} shapes use compiled code, after {duration(spent)} of compiling")
+    return frozenset(chosen)
+
+
+def pays(steps: int, seconds: float, gain: float, cost: float) -> bool:
+    """Whether saving the share `gain` of `steps` steps of `seconds` exceeds the `cost` of compiling, in seconds.
+
+    >>> pays(steps=1000, seconds=0.5, gain=0.2, cost=60), pays(steps=100, seconds=0.5, gain=0.2, cost=60)
+    (True, False)
+    """
+    return steps * seconds * gain > cost
+
+
+def _kind(step: Step) -> Kind:
+    return step.shape, step.bn_groups
+
+
+def _steps_left(plan: Plan, start: int) -> dict[Kind, tuple[Step, int]]:
+    """Each kind of the remaining steps -> the next step of the kind, and how many there are."""
+    found: dict[Kind, tuple[Step, int]] = {}
+    for phase in plan.phases:
+        for turn in range(len(phase.shapes)):
+            first = max(start, phase.first_step)
+            first += (turn - (first - phase.first_step)) % len(phase.shapes)
+            steps = len(range(first, phase.end_step, len(phase.shapes)))
+            if steps:
+                step, before = found.get(_kind(plan[first]), (plan[first], 0))
+                found[_kind(step)] = step, before + steps
+    return found
+
+
+def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
+    """Seconds of a forward and backward pass of a micro-batch, the minimum of `PASSES`; all ranks run together."""
+    shape, share = step.shape, step.shape.clips // world.size
+    clips = pass_clips(recipe, shape, step.bn_groups, world.size)
+    pixels = torch.zeros(clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
+    pixels = pixels.to(memory_format=memory_format(recipe))
+    part = Part(world.rank * share, clips, shape.clips, step.bn_groups, world.size, 0, world.gather)
+    times = []
+    model.train()
+    for _ in range(2 + PASSES):
+        set_part(model, part)
+        wait_for_gpu(world.device)
+        begun = time.perf_counter()
+        with autocast(recipe, world):
+            model(pixels).float().sum().backward()
+        wait_for_gpu(world.device)
+        times.append(time.perf_counter() - begun)
+    return min(times[2:])
+
+
+def wait_for_gpu(device: torch.device) -> None:
+    """Wait until a GPU has computed everything, to take the time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

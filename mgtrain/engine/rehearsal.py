@@ -1,0 +1,94 @@
+"""A dry run: everything up to one step of each shape, which shows before a long run whether it works."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mgtrain.clips.loader import BadVideos, train_batches
+from mgtrain.console import size
+from mgtrain.engine.finite import NonFiniteSteps
+from mgtrain.engine.machine.memory import Memory
+from mgtrain.engine.start import start
+from mgtrain.engine.step import train_step
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe
+from mgtrain.runs.boards import check_boards
+from mgtrain.runs.folder import RunDir
+from mgtrain.schedule.totals import steps_of_shapes
+
+
+def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
+    """Start as `fit` does, then train the first step of each shape; plain values of the schema mgtrain.dry_run/1.
+
+    Raises:
+        MgtrainError: what the run itself would raise.
+    """
+    check_boards(recipe.logging)
+    local = recipe.logging.model_copy(update={"wandb": None, "mlflow": None})
+    recipe = recipe.model_copy(update={"logging": local})
+    training = start(recipe, run, world, resume=False, allow_changes=False)
+    recipe, plan, learner = training.recipe, training.plan, training.learner
+    firsts, counts = plan.first_steps(), steps_of_shapes(plan)
+    estimated = Memory(recipe, firsts)
+    bad_videos = BadVideos(len(training.train), recipe.data.max_bad_fraction)
+    batches = train_batches(training.train, recipe, firsts.values(), world, bad_videos)
+    bad, rows = NonFiniteSteps(recipe, plan, training.train), []
+    for shape, step in firsts.items():
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
+        times = [time.perf_counter()]
+        clips, labels = next(batches)
+        times.append(time.perf_counter())
+        with training.step(step):
+            result = train_step(training.replica, learner.optimizer, learner.scaler, clips, labels, step, recipe, world)
+        bad.add(step, result.bad)
+        bad.report(0, run)  # waits for the device
+        times.append(time.perf_counter())
+        mine = torch.tensor([times[1] - times[0], times[2] - times[1], _peak(world.device)], dtype=torch.float64)
+        data_seconds, step_seconds, peak = world.gather(mine.to(world.device)).amax(0).tolist()
+        rows.append(
+            {
+                "shape": asdict(shape),
+                "steps": counts[shape],
+                "data_seconds": data_seconds,
+                "step_seconds": step_seconds,
+                "estimated_bytes": estimated.step(shape, step.bn_groups, world.size),
+                "peak_bytes": int(peak),
+            }
+        )
+        world.watchdog.beat()
+    run.close()
+    return {"schema": "mgtrain.dry_run/1", "device": world.device.type, "ranks": world.size, "shapes": rows}
+
+
+def render(found: dict[str, Any]) -> Table:
+    """What `rehearse` found as a table for the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    on_gpu = found["device"] == "cuda"
+    peak = "peak of the GPU" if on_gpu else "peak of the process so far"
+    for column in ("shape", "steps", "waited for data", "first step", "estimated memory", peak):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found["shapes"]:
+        shape = row["shape"]
+        table.add_row(
+            f"{shape['clips']}x{shape['frames']}x{shape['crop']}²",
+            f"{row['steps']:,}",
+            f"{row['data_seconds']:.2f} s",
+            f"{row['step_seconds']:.2f} s",
+            size(row["estimated_bytes"]),
+            size(row["peak_bytes"]),
+        )
+    return table
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes: the most that this GPU has held since the statistics were reset, or this process since it started."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

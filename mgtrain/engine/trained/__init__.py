@@ -1,0 +1,131 @@
+"""Trained networks: load a checkpoint or another project's weights, predict, and export.
+
+It takes a file of weights and returns class probabilities or a file in another format. Nothing here trains, and a
+Python module that a checkpoint names is imported only if the user trusts it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from mgtrain.data import check_labels, listed_classes, open_videos, usable
+from mgtrain.data.manifest import checksum
+from mgtrain.data.missing import check_present
+from mgtrain.data.videos import Videos
+from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.step import to_device
+from mgtrain.errors import CheckpointError, DataError, UsageError
+from mgtrain.models.weights.files import read_tensors
+from mgtrain.models.weights.load import freeze, is_ours, load_weights, named, read_classes
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe, load_recipe, parse_recipe
+from mgtrain.recipe.model import OwnOptions
+from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, read_info
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained network, its recipe and its classes."""
+
+    model: nn.Module
+    recipe: Recipe
+    classes: tuple[str, ...]  # names, or numbers if they have no names
+    step: int | None  # of the run; None for other weights
+    recalibrated: bool  # whether BatchNorm's running statistics are those of the evaluation's shape
+    identity: str  # hash of the file and the recipe
+    averaged: bool = False  # whether these are a checkpoint's averaged weights, not those of its last step
+
+    @property
+    def named(self) -> bool:
+        """Whether the classes have names."""
+        return not all(name.isdecimal() for name in self.classes)
+
+
+def load_trained(
+    path: Path, recipe: str | None, overrides: Sequence[str], world: World, trust: Sequence[str] = ()
+) -> Trained:
+    """Load the network in a file to this rank's device. A checkpoint contains its recipe; other weights need `recipe`.
+
+    If a checkpoint has averaged weights (`optim.ema`), the network gets these.
+
+    A checkpoint may come from anywhere, so a Python module in its recipe is imported only if it is in `trust`.
+
+    Raises:
+        CheckpointError, ThresholdError: the file cannot be read, does not fit the recipe's network, or needs a module
+            that is not trusted.
+        UsageError: a recipe is missing, or given for a checkpoint.
+    """
+    ours = is_checkpoint(path)
+    tensors = {} if ours else read_tensors(path)
+    if ours and recipe is not None:
+        raise UsageError(f"{path}: contains its recipe; leave out --recipe, and change keys with section.key=value")
+    if not ours and recipe is None:
+        raise UsageError(
+            f"{path}: contains weights without a recipe; name the recipe that cuts clips for them, such as "
+            "--recipe k400_slowfast_8x8_r50_baseline"
+        )
+    if recipe is not None:
+        made = load_recipe(recipe, overrides)
+        classes, step, recalibrated = read_classes(path), None, True
+    else:
+        info = read_info(path)
+        made = parse_recipe(info.recipe, str(path), overrides, saved=True)
+        classes, step, recalibrated = tuple(info.classes), info.step, info.recalibrated
+        recalibrated = recalibrated or made.evaluation.recalibration_batches == 0
+        if isinstance(made.model, OwnOptions) and made.model.module not in trust:
+            raise CheckpointError(
+                f"{path}: loading it runs the Python module {made.model.module!r} of its recipe; if you trust that "
+                f"module, as installed here or in {Path.cwd()}, add --trust {made.model.module}"
+            )
+    classes = classes or tuple(map(str, range(made.data.classes)))
+    if len(classes) != made.data.classes:
+        raise CheckpointError(
+            f"{path}: has {len(classes)} classes, but data.classes is {made.data.classes}; set it to {len(classes)}"
+        )
+    check_shapes(made, [made.evaluation_shape])
+    model, averaged = to_device(make_model(made), made, world), False
+    if ours:
+        load_model(path, model)
+        averaged = load_average(path, dict(model.named_parameters()))
+    else:
+        report = load_weights(model, named(path, tensors, is_ours(model)))
+        report.demand(1.0, path)
+        if report.resized:
+            raise CheckpointError(f"{path}: {report.resized}; set data.classes to the file's number of classes")
+    freeze(model, made.init)
+    how = made.model_dump_json(exclude={"hardware", "logging", "faults"})
+    identity = hashlib.sha256(f"{checksum(path)} {how} {made.hardware.precision}".encode()).hexdigest()
+    return Trained(model.eval(), made, classes, step, recalibrated, identity, averaged)
+
+
+def evaluation_videos(trained: Trained) -> Videos:
+    """The videos of `data.val`, with the network's classes; it does not need the training videos.
+
+    Raises:
+        DataError: they have other classes, or several labels each where the recipe expects one.
+    """
+    data = trained.recipe.data
+    listed = (listed_classes(data.root, data.val) if trained.named else None) or ()
+    for number, (there, here) in enumerate(zip(listed, trained.classes, strict=False)):
+        if there != here:
+            raise DataError(
+                f"{data.root}: class {number} is {there!r} in classes.txt but {here!r} in the network; list the same "
+                "classes in the same order"
+            )
+    known = trained.named or trained.step is not None  # a run knows all its classes, even if they are numbers
+    videos = open_videos(data.format, data.root, data.val, trained.classes if known else None, data.outside_root)
+    if len(videos.classes) != len(trained.classes):
+        raise DataError(
+            f"{data.root}: {data.val} has {len(videos.classes)} classes, but the network has {len(trained.classes)}; "
+            "list the network's classes in a classes.txt in the same folder"
+        )
+    check_labels(data, data.val, videos)
+    (videos,) = usable(data, videos)
+    if not data.prepared:
+        check_present("validation", videos, data.max_bad_fraction)
+    return videos

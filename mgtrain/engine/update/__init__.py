@@ -1,0 +1,1 @@
+"""How a step changes the weights: the optimizer over groups of parameters, and the moving average of the weights."""

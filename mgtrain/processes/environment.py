@@ -1,0 +1,20 @@
+"""torchrun's environment variables, read without importing torch."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_launched() -> bool:
+    """Whether torchrun (or `launch`) started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def rank_of_environment() -> int:
+    """This process's rank; known before the ranks are connected."""
+    return int(os.environ.get("RANK", 0))
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the ranks after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -1,0 +1,73 @@
+"""Where a run shows its curves: TensorBoard always, Weights & Biases and MLflow if the recipe names them.
+
+All are a `Board`. TensorBoard writes to the run's folder, so its errors are the run's. The others are services that may
+be slow, gone or broken: each runs in a process of its own (`relay.py`), which cannot stop or delay the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mgtrain.errors import MissingCapabilityError
+from mgtrain.recipe import Logging
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}  # key: module, what pip installs
+
+
+class Board(Protocol):
+    """Shows scalars, parameters and images of a run."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the curves, after `step` finished steps; a tag such as `val/top1` names each."""
+
+    def parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Add the run's recipe keys to the table of runs; `metrics` are the tags to show beside them."""
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Add a picture, uint8 (H, W, 3)."""
+
+    def close(self, failed: bool) -> None:
+        """Write what is left; `failed`: the run has been stopped before its end."""
+
+
+def check_boards(named: Logging) -> None:
+    """Refuse services whose package is not installed, without importing it.
+
+    Raises:
+        MissingCapabilityError: says what to install.
+    """
+    for key in asked_for(named):
+        module, package = PACKAGES[key]
+        if find_spec(module) is None:
+            raise MissingCapabilityError(
+                f"logging.{key}: the package {module} is not installed; run `pip install {package}`, or set "
+                f"logging.{key}=null"
+            )
+
+
+def open_boards(named: Logging, name: str, identity: str, folder: Path) -> list[Board]:
+    """The services that the recipe names, for a run of that name; under the same identity a resumed one continues."""
+    from mgtrain.runs.boards.relay import Relay
+
+    facts = {"name": name, "identity": identity, "folder": str(folder.absolute())}
+    boards: list[Board] = []
+    for key in asked_for(named):
+        try:
+            boards.append(Relay(key, {"target": getattr(named, key), **facts}))
+        except OSError as error:
+            log.warning("%s: cannot be started: %s; the run continues without it", key, error)
+    return boards
+
+
+def asked_for(named: Logging) -> list[str]:
+    """The keys of the services that the recipe names."""
+    return [key for key in PACKAGES if getattr(named, key) is not None]

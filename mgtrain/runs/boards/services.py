@@ -1,0 +1,91 @@
+"""Weights & Biases and MLflow as boards. They may block and raise: `relay.py` runs them in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+PARAMETERS = 100  # that MLflow takes at once
+START_SECONDS = 30.0  # to connect to Weights & Biases before logging offline
+
+
+class WandB:
+    """A run at Weights & Biases, in the project (or `entity/project`) `target`; offline if that fails."""
+
+    def __init__(self, target: str, name: str, identity: str, folder: str) -> None:
+        import wandb
+
+        self._wandb: Any = wandb
+        entity, _, project = target.rpartition("/")
+        options: dict[str, Any] = {
+            "entity": entity or None,
+            "project": project,
+            "name": name,
+            "id": identity,
+            "resume": "allow",
+            "dir": folder,
+            "settings": wandb.Settings(init_timeout=START_SECONDS, console="off"),
+        }
+        try:
+            self._run: Any = wandb.init(**options)
+        except Exception as error:  # no network, no account, a refused key
+            sys.stderr.write(
+                f"mgtrain: wandb: {' '.join(str(error).split())[:300]}; logging offline, upload it with "
+                f"`wandb sync {folder}/wandb/offline-run-*`\n"
+            )
+            self._run = wandb.init(**options, mode="offline")
+        self._run.define_metric("*", step_metric="step")  # a resumed run logs some steps again
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        self._run.config.update(dict(values), allow_val_change=True)
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        self._run.log({tag: self._wandb.Image(pixels), "step": step})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """A run of the MLflow experiment `target`, at the server that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, target: str, name: str, identity: str, folder: str) -> None:
+        from mlflow import entities
+        from mlflow.tracking import MlflowClient
+
+        self._entities: Any = entities
+        self._client: Any = MlflowClient()
+        found = self._client.get_experiment_by_name(target)
+        experiment = found.experiment_id if found else self._client.create_experiment(target)
+        runs = self._client.search_runs([experiment], filter_string=f"tags.`mgtrain.id` = '{identity}'")
+        tags = {"mgtrain.id": identity}
+        run = runs[0] if runs else self._client.create_run(experiment, run_name=name, tags=tags)
+        self._run = run.info.run_id
+        if runs:
+            self._client.set_terminated(self._run, "RUNNING")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        metrics = [self._entities.Metric(tag, float(value), now, step) for tag, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        parameters = [self._entities.Param(key, str(value)) for key, value in values.items()]
+        for first in range(0, len(parameters), PARAMETERS):
+            self._client.log_batch(self._run, params=parameters[first : first + PARAMETERS])
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        self._client.log_image(self._run, pixels, artifact_file=f"{tag}_step_{step}.png")
+
+    def close(self, failed: bool) -> None:
+        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+
+
+SERVICES = {"wandb": WandB, "mlflow": MLflow}

@@ -1,0 +1,229 @@
+"""Compare groups of runs, such as the seeds of two recipes: means, confidence intervals and verdicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mgtrain.console import duration
+from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.recipe import affects_results
+from mgtrain.runs.compare import DEVICE_KEYS, MARGIN, times, unfair_keys
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.history import History, Summary, guarded
+from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
+
+SCHEMA = "mgtrain.groups/2"
+NOT_ONLY_SCHEDULE = "does not only differ in schedule, but also in"
+COSTS = ("steps", "epochs", "multiply_adds", "train_seconds", "clock_seconds")
+COLUMNS = ("", "runs", "accuracy", "± sd", "95 %", "steps", "epochs", "training time", "gain", "by the clock", "gain")
+SEED_KEYS = ("seed", "data.train", "data.val")  # keys in which the runs of a group may differ: seed and fold
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The data of one run that a comparison of groups needs."""
+
+    summary: Summary
+    recipe: Mapping[str, Any]  # dotted key -> value
+    env: Mapping[str, Any]  # `env.json`
+
+    @classmethod
+    def of(cls, run: RunDir | History) -> Outcome:
+        """The outcome of a run in a folder."""
+        history = History.of(run)
+        with guarded(history):
+            return cls(history.summary, history.recipe.flat(), history.env)
+
+    @property
+    def pair(self) -> tuple[Any, ...]:
+        """The seed and fold, which are the same for its partner in another group."""
+        return tuple(self.recipe[key] for key in SEED_KEYS)
+
+    @property
+    def group(self) -> str:
+        """The recipe without seed and fold, the same for all runs of a group."""
+        kept = {key: value for key, value in self.recipe.items() if affects_results(key) and key not in SEED_KEYS}
+        return json.dumps(kept, sort_keys=True)
+
+
+def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
+    """Group runs of the same recipe with any seeds and lists of videos; a group has the name of its first run."""
+    found: dict[str, list[Outcome]] = {}
+    for run in runs:
+        outcome = Outcome.of(run)
+        found.setdefault(outcome.group, []).append(outcome)
+    named: dict[str, list[Outcome]] = {}
+    for members in found.values():
+        name = members[0].summary.name
+        named[f"{name} ({len(named) + 1})" if name in named else name] = members  # runs in different folders
+    return named
+
+
+def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARGIN) -> dict[str, Any]:
+    """Compare groups with the first one: plain values of the schema mgtrain.groups/2.
+
+    Runs are paired by seed and fold if there are at least two pairs; otherwise Welch's t compares the groups.
+    Unfinished runs are skipped with a warning.
+
+    Raises:
+        UsageError: no run of the first group is finished.
+    """
+    warnings, done = [], {}
+    for name, members in groups.items():
+        done[name] = [outcome for outcome in members if outcome.summary.finished]
+        for summary in (outcome.summary for outcome in members if not outcome.summary.finished):
+            warnings.append(f"{summary.name} is unfinished ({summary.steps:,} steps) and not in the means")
+    base_name = next(iter(groups))
+    base = done[base_name]
+    if not base:
+        raise UsageError(f"{base_name}: no run of this group is finished; compare two runs to see their progress")
+    outcomes = [outcome for members in done.values() for outcome in members]
+    same = len({tuple(outcome.env[key] for key in DEVICE_KEYS) for outcome in outcomes}) == 1
+    if not same:
+        warnings.append("times are not compared, because the runs used different devices")
+    rows = []
+    for name, members in done.items():
+        if not members:
+            continue
+        if len(members) == 1:
+            warnings.append(f"{name}: one run does not show the spread between seeds; train more seeds")
+        elif mean([o.summary.accuracy for o in members]).sd == 0:
+            warnings.append(f"{name}: {len(members)} equal accuracies do not show the spread; train more seeds")
+        row: dict[str, Any] = {
+            "name": name,
+            "runs": [asdict(outcome.summary) for outcome in members],
+            "seeds": [outcome.recipe["seed"] for outcome in members],
+            "accuracy": asdict(mean([outcome.summary.accuracy for outcome in members])),
+            **{key: asdict(mean([getattr(outcome.summary, key) for outcome in members])) for key in COSTS},
+        }
+        rows.append(row | (_against(base, members, name, same, margin, warnings) if name != base_name else {}))
+    return {"schema": SCHEMA, "margin": margin, "groups": rows, "warnings": warnings}
+
+
+def _against(
+    base: Sequence[Outcome], members: Sequence[Outcome], name: str, same: bool, margin: float, warnings: list[str]
+) -> dict[str, Any]:
+    """Compare a group with the first one, paired if possible; adds to `warnings`."""
+    flat, rival = members[0].recipe, base[0].recipe
+    unfair = unfair_keys({key: 0 for key in {**rival, **flat} if rival.get(key) != flat.get(key)})
+    if unfair := [key for key in unfair if key not in SEED_KEYS]:
+        warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
+    pairs = _pairs(base, members)
+    paired = len(pairs) > 1
+    if paired and len(pairs) < max(len(base), len(members)):
+        warnings.append(
+            f"{name}: only {len(pairs)} runs have a partner of the same seed and fold; the others are ignored"
+        )
+    first, second = ([pair[n] for pair in pairs] for n in (0, 1)) if paired else (base, members)
+
+    def values(outcomes: Sequence[Outcome], key: str) -> list[float]:
+        return [getattr(outcome.summary, key) for outcome in outcomes]
+
+    change = (paired_means if paired else welch)(values(first, "accuracy"), values(second, "accuracy"))
+    gains = {
+        key: asdict(ratio(values(first, key), values(second, key), paired))
+        for key in COSTS
+        if same or not key.endswith("seconds")
+    }
+    return {
+        "pairs": len(pairs) if paired else None,
+        "difference": asdict(change),
+        "speedups": gains,
+        "judged": judge(change.scaled(100), margin),
+    }
+
+
+def _pairs(base: Sequence[Outcome], members: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+    """Pairs of runs with the same seed and fold; none if a group has several runs with the same seed and fold."""
+    first, second = ({outcome.pair: outcome for outcome in outcomes} for outcomes in (base, members))
+    if len(first) < len(base) or len(second) < len(members):
+        return []
+    return [(first[pair], second[pair]) for pair in first if pair in second]
+
+
+def render_groups(result: dict[str, Any]) -> Group:
+    """The groups for the terminal: warnings, table, verdicts."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for n, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if n else "left")
+    for row in table_rows(result):
+        table.add_row(*map(Text, row))
+    notes = [Text(f"note: {warning}", style="yellow") for warning in result["warnings"]]
+    lines = [Text(verdict, style="bold") for verdict in verdicts(result)]
+    return Group(*notes, table, *([Text("")] if lines else []), *lines)
+
+
+def table_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The cells of `COLUMNS` for each group, with its gain over the first."""
+
+    def ends(value: Mapping[str, Any]) -> str:
+        low, high = value["low"], value["high"]
+        return "" if low is None else f"{100 * max(0, low):.1f} to {100 * min(1, high):.1f}"
+
+    def gain(group: Mapping[str, Any], key: str) -> str:
+        found = group.get("speedups", {}).get(key)
+        return "" if found is None else spread(found)
+
+    return [
+        [
+            group["name"],
+            str(len(group["runs"])),
+            f"{100 * group['accuracy']['value']:.1f} % {group['runs'][0]['metric']}",
+            f"{100 * group['accuracy']['sd']:.1f}" if group["accuracy"]["sd"] else "",
+            ends(group["accuracy"]),
+            f"{group['steps']['value']:,.0f}",
+            f"{group['epochs']['value']:.1f}",
+            duration(group["train_seconds"]["value"]),
+            gain(group, "train_seconds"),
+            duration(group["clock_seconds"]["value"]),
+            gain(group, "clock_seconds"),
+        ]
+        for group in result["groups"]
+    ]
+
+
+def spread(found: Mapping[str, Any]) -> str:
+    """A ratio with its interval, such as `3.67x (3.60 to 3.75)`."""
+    ends = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+    return f"{found['value']:.2f}x{ends}"
+
+
+def verdicts(result: dict[str, Any]) -> list[str]:
+    """A sentence for each group except the first."""
+    base, *others = result["groups"]
+    lines = []
+    for group in others:
+        gains = group["speedups"]
+        time = f"{times(gains['steps']['value'], 'fewer')} steps"
+        if "train_seconds" in gains:
+            time = (
+                f"{spread(gains['train_seconds'])} less training time, "
+                f"{spread(gains['clock_seconds'])} less by the clock, {time}"
+            )
+        sizes = len(base["runs"]), len(group["runs"])
+        counts = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
+        runs = f"{group['pairs']} pairs of runs" if group["pairs"] else counts
+        metric = group["runs"][0]["metric"]
+        lines.append(f"{group['name']} against {base['name']}: {time}; {metric}: {group['judged']}, {runs}")
+    return lines
+
+
+def write_csv(outcomes: Iterable[Outcome], path: Path) -> None:
+    """Write a CSV file with a row for each run: its summary and its seed."""
+    rows = [{**asdict(outcome.summary), "seed": outcome.recipe["seed"]} for outcome in outcomes]
+    try:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None

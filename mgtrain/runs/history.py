@@ -1,0 +1,245 @@
+"""A run's logs and their summary, for `compare`, `watch`, `report`, `study` and the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir, is_number
+from mgtrain.runs.scores import mean_class, unpacked
+from mgtrain.schedule import Plan, make_plan
+
+EVALUATED = ("step", "train_seconds", "data_seconds", "eval_seconds", "clock_seconds", "top1", "top5", "videos")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The costs and results of a run."""
+
+    name: str
+    finished: bool
+    steps: int
+    epochs: float
+    clips: int
+    voxels: int
+    multiply_adds: float  # in forward passes
+    train_seconds: float  # without evaluations and checkpoints
+    clock_seconds: float  # start-up, training, evaluations and checkpoints
+    gpu_hours: float  # training time times ranks, also on CPUs
+    data_seconds: float  # part of the training time spent waiting for data
+    eval_seconds: float
+    evaluations: int
+    metric: str  # the kind of accuracy: top-1, or mAP if videos have several labels
+    accuracy: float  # of the last evaluation
+    best_accuracy: float
+    top1: float
+    top5: float
+    videos: int  # in the evaluation
+    mean_class: float | None = None  # mean class accuracy; None if videos have several labels
+
+
+class History:
+    """A run's files; each is read once, when it is needed."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.name, self.path = run, run.name, run.path
+
+    @classmethod
+    def of(cls, run: RunDir | History) -> History:
+        """The history of a run, which may already be open."""
+        return run if isinstance(run, History) else cls(run)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.run.recipe()
+
+    @cached_property
+    def plan_file(self) -> dict[str, Any]:
+        """`plan.json`."""
+        return self.run.read("plan.json")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return make_plan(self.recipe, self.plan_file["videos"])
+
+    @cached_property
+    def env(self) -> dict[str, Any]:
+        """`env.json`."""
+        return self.run.read("env.json")
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """`data.json`."""
+        return self.run.read("data.json")
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The logged steps."""
+        return self.run.rows("steps.jsonl")
+
+    @cached_property
+    def evals(self) -> list[dict[str, Any]]:
+        """The evaluations. For runs of earlier versions, `clock_seconds` is the sum of training and evaluations."""
+        rows = self.run.rows("evals.jsonl")
+        evaluating = accumulate(row.get("eval_seconds", 0.0) for row in rows)
+        clock = [row["train_seconds"] + seconds for row, seconds in zip(rows, evaluating, strict=True)]
+        return [{"clock_seconds": seconds, **row} for row, seconds in zip(rows, clock, strict=True)]
+
+    @property
+    def knows_clock(self) -> bool:
+        """Whether wall-clock time was logged, which includes start-up and checkpoints."""
+        return all("clock_seconds" in row for row in self.run.rows("evals.jsonl"))
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The summary of the logs.
+
+        Raises:
+            UsageError: there is no evaluation yet.
+            CheckpointError: a number is missing.
+        """
+        evals, plan = self.evals, self.plan
+        if not evals:
+            raise UsageError(f"{self.path}: no evaluation yet; wait for the first one, or resume the run with --resume")
+        last = evals[-1]
+        classes = class_accuracy(last)
+        if not all(is_number(row[key]) for row in evals for key in EVALUATED) or not is_number(classes or 0.0):
+            names = ", ".join((*EVALUATED, "mean_class"))
+            raise CheckpointError(f"{self.path}: evals.jsonl is damaged: {names} must be numbers")
+        shapes = [plan[index].shape for index in range(last["step"])]
+        clips = sum(shape.clips for shape in shapes)
+        return Summary(
+            name=self.name,
+            finished=last["step"] == len(plan),
+            steps=last["step"],
+            epochs=clips / plan.videos,
+            clips=clips,
+            voxels=sum(shape.voxels for shape in shapes),
+            multiply_adds=self.multiply_adds_until([last["step"]])[0],
+            train_seconds=last["train_seconds"],
+            clock_seconds=last["clock_seconds"],
+            gpu_hours=last["train_seconds"] * self.env["ranks"] / 3600,
+            data_seconds=last["data_seconds"],
+            eval_seconds=sum(row["eval_seconds"] for row in evals),
+            evaluations=len(evals),
+            metric=accuracy_name(last),
+            accuracy=accuracy(last),
+            best_accuracy=max(map(accuracy, evals)),
+            top1=last["top1"],
+            top5=last["top5"],
+            videos=last["videos"],
+            mean_class=classes,
+        )
+
+    def multiply_adds_until(self, ends: Sequence[int]) -> list[float]:
+        """The multiply-adds of the forward passes of all steps before each of `ends`."""
+        per_clip = {(row["frames"], row["crop"]): row["multiply_adds"] for row in self.plan_file["flops_per_clip"]}
+        shapes = (step.shape for step in self.plan[: max(ends)])
+        sums = list(accumulate(shape.clips * per_clip[shape.frames, shape.crop] for shape in shapes))
+        return [float(sums[end - 1]) for end in ends]
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The cost up to each evaluation, and its accuracy and loss."""
+        work = self.multiply_adds_until([row["step"] for row in self.evals])
+        return [
+            {
+                "step": row["step"],
+                "epoch": row["epoch"],
+                "train_seconds": row["train_seconds"],
+                "clock_seconds": row["clock_seconds"],
+                "multiply_adds": done,
+                "gpu_hours": row["train_seconds"] * self.env["ranks"] / 3600,
+                "accuracy": accuracy(row),
+                "loss": row["loss"],
+            }
+            for row, done in zip(self.evals, work, strict=True)
+        ]
+
+    def right(self) -> np.ndarray | None:
+        """For each validation video, 1 if the last evaluation was right, 0 if not, -1 if it was skipped: int8 (V,).
+
+        None for runs of earlier versions, which did not log it.
+        """
+        last = self.evals[-1]
+        return unpacked(last["right"], last["videos"], last["left_out"]) if "right" in last else None
+
+
+@contextmanager
+def guarded(*runs: RunDir | History) -> Iterator[None]:
+    """Raise `CheckpointError` for an error within the block, which reads the runs' logs: they are damaged."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{' or '.join(str(run.path) for run in runs)}: the logs are damaged ({type(error).__name__}: {error}); "
+            "copy the run again, or repeat it"
+        ) from None
+
+
+def accuracy(row: dict[str, Any]) -> float:
+    """An evaluation's accuracy: mean average precision if videos have several labels, else top-1."""
+    value: float = row["mean_ap"] if row.get("mean_ap") is not None else row["top1"]
+    return value
+
+
+def accuracy_name(row: dict[str, Any]) -> str:
+    """The name of `accuracy`: top-1 or mAP."""
+    return "top-1" if row.get("mean_ap") is None else "mAP"
+
+
+def class_accuracy(row: dict[str, Any]) -> float | None:
+    """Mean class accuracy of an evaluation, computed from the counts for runs of earlier versions."""
+    if row.get("mean_ap") is not None:
+        return None
+    value: float | None = row.get("mean_class", mean_class(row.get("correct", ()), row.get("counts", ())))
+    return value
+
+
+def best_until(evals: Sequence[dict[str, Any]], key: str, limit: float) -> float | None:
+    """The best accuracy up to a `limit` of `train_seconds`, `step` or `epoch`; None if there is no evaluation yet.
+
+    >>> best_until([{"top1": 0.2, "step": 10}, {"top1": 0.6, "step": 20}], "step", 15)
+    0.2
+    """
+    return max((accuracy(row) for row in evals if row[key] <= limit), default=None)
+
+
+def time_to_accuracy(evals: Sequence[dict[str, Any]], target: float) -> float | None:
+    """Seconds of training until `target` was reached, interpolated between evaluations; None if it was not.
+
+    >>> time_to_accuracy([{"top1": 0.2, "train_seconds": 10.0}, {"top1": 0.6, "train_seconds": 20.0}], target=0.5)
+    17.5
+    """
+    before, before_seconds = 0.0, 0.0
+    for row in evals:
+        seconds: float = row["train_seconds"]
+        now = accuracy(row)
+        if now >= target:
+            part = (target - before) / (now - before) if now > before else 1.0
+            return before_seconds + max(0.0, part) * (seconds - before_seconds)
+        before, before_seconds = max(before, now), seconds
+    return None
+
+
+def speedup_at_equal_accuracy(baseline: Sequence[dict[str, Any]], run: Sequence[dict[str, Any]]) -> float | None:
+    """The ratio of the training times until the highest accuracy that both runs have reached; None if there is none.
+
+    >>> slow = [{"top1": 0.5, "train_seconds": 40.0}]
+    >>> speedup_at_equal_accuracy(slow, [{"top1": 0.5, "train_seconds": 10.0}])
+    4.0
+    """
+    if not baseline or not run:
+        return None
+    both = min(max(map(accuracy, baseline)), max(map(accuracy, run)))
+    theirs, ours = time_to_accuracy(baseline, both), time_to_accuracy(run, both)
+    return theirs / ours if theirs and ours else None

@@ -1,0 +1,111 @@
+"""The definition of a study: its runs are all combinations of variants, folds and seeds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError, model_validator
+
+from mgtrain.errors import RecipeError
+from mgtrain.recipe import Recipe, Section, find_recipe, load_recipe
+from mgtrain.recipe.load import locate, parse_yaml
+
+Words = tuple[str, ...]
+Margin = Annotated[float, Field(ge=0, le=100)]
+
+
+class Variant(Section):
+    """One variant of the recipe."""
+
+    recipe: str | None = Field(None, description="recipe file or shipped recipe; null: the study's")
+    overrides: Words = Field((), description="changes of its keys, such as optim.lr=0.05")
+
+
+class Study(Section):
+    """A question, and the runs that answer it."""
+
+    question: str = Field(description="the study's question, its title")
+    paper: str = Field("", description="the result of Wu et al. (2020) or others")
+    recipe: str = Field(description="recipe file, relative to the study's folder, or shipped recipe")
+    overrides: Words = Field((), description="changes of keys for all runs")
+    variants: dict[str, Variant] = Field(description="name -> variant; the others are compared with the first one")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(description="seeds of each variant")
+    folds: dict[str, Words] = Field({}, description="name -> overrides of a fold, such as data.train and data.val")
+    margin: Margin = Field(1.0, description="points by which an accuracy may be lower without counting as lower")
+
+    @model_validator(mode="after")
+    def _has_distinct_names(self) -> Study:
+        for what, names in (("variants", self.variants), ("seeds", self.seeds)):
+            if not names:
+                raise ValueError(f"{what} is empty; name at least one")
+        short = [plain(name) for name in [*self.variants, *self.folds]]
+        if len(set(short)) < len(short) or "" in short or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("variants, folds and seeds must differ in letters or digits; rename one")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a study."""
+
+    variant: str
+    name: str  # of its folder and its result
+    words: tuple[str, ...]  # for `mgtrain fit`: the recipe and all overrides
+    recipe: Recipe
+
+
+def load_study(file: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        RecipeError: one line, `file:line: what is wrong, what is allowed`.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}:1: cannot be read: {error}; give a YAML file, such as studies/demo.yaml") from None
+    tree = parse_yaml(text, str(file), f"a study is a mapping with the keys {', '.join(Study.model_fields)}")
+    try:
+        return Study.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        keys, line = locate(first["loc"], tree)
+        allowed = f"; allowed: {', '.join(Study.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        what = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{file}:{line}: {'.'.join(keys) or 'study'}: {what}{allowed}") from None
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{file}:1: cannot be understood: {error}") from None
+
+
+def runs_of(study: Study, file: Path) -> list[Run]:
+    """All runs, one seed after the other, so that a busy hour of the machine affects all variants.
+
+    Raises:
+        RecipeError: a recipe does not exist, or an override is invalid.
+    """
+    folds: Sequence[tuple[str, Words]] = [*study.folds.items()] or [("", ())]
+    made = []
+    for seed in study.seeds:
+        for fold, fold_words in folds:
+            for name, variant in study.variants.items():
+                recipe = variant.recipe or study.recipe
+                beside = file.parent / recipe
+                recipe = str(beside if beside.is_file() else find_recipe(recipe))
+                words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
+                parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
+                made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
+    return made
+
+
+def plain(name: str) -> str:
+    """A name with letters, digits and underscores only, for files.
+
+    >>> plain("epochs x 1.5")
+    'epochs_x_1_5'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

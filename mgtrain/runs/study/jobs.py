@@ -1,0 +1,109 @@
+"""Run a study's runs as separate processes, several at a time, each on its own cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgtrain.console import note
+from mgtrain.errors import StoppedError
+from mgtrain.processes.signals import StopRequest
+from mgtrain.runs.study.definition import Run
+
+POLL_SECONDS = 0.2
+STOPPED = (75, 130)  # exit codes of runs that a signal stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A running process."""
+
+    run: Run
+    slot: int  # index of its share of cores
+    process: subprocess.Popen[bytes]
+
+
+def shares_of_cores(jobs: int) -> list[list[int]]:
+    """The usable cores in equal shares, one per job; more jobs than cores share cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    each = max(1, len(cores) // jobs)
+    return [[cores[(slot * each + n) % len(cores)] for n in range(each)] for slot in range(jobs)]
+
+
+def train_all(
+    runs: Sequence[Run],
+    folder: Path,
+    command: Sequence[str],
+    jobs: int,
+    options: Sequence[str],
+    finished: Callable[[Run], None],
+) -> list[tuple[Run, int]]:
+    """Train runs in order with `command`, `jobs` at a time; returns those that failed, with their exit codes.
+
+    `options` are passed to `mgtrain fit`. `finished` is called after each finished run. The output of a run is in
+    output.txt in its folder.
+
+    Raises:
+        StoppedError: a signal stopped the study; the runs have saved a checkpoint.
+    """
+    shares, left, active, failed = shares_of_cores(jobs), list(runs), list[Job](), list[tuple[Run, int]]()
+    told = False
+    with StopRequest() as asked:
+        while left or active:
+            if asked.signal and not told:
+                left.clear()
+                told = True
+                for job in active:
+                    job.process.terminate()
+            while left and len(active) < jobs:
+                slot = min(set(range(jobs)) - {job.slot for job in active})
+                run = left.pop(0)
+                active.append(Job(run, slot, _start(run, folder, command, options, shares[slot], jobs)))
+                note(f"{run.name}: started, {len(left)} waiting")
+            for job in [job for job in active if job.process.poll() is not None]:
+                active.remove(job)
+                code = job.process.returncode
+                if code == 0:
+                    finished(job.run)
+                    note(f"{job.run.name}: finished")
+                elif not (asked.signal and code in (*STOPPED, -15)):
+                    failed.append((job.run, code))
+                    note(f"{job.run.name}: failed with exit code {code}, see {folder / job.run.name}/output.txt")
+            time.sleep(POLL_SECONDS if active else 0)
+    if asked.signal:
+        raise StoppedError("stopped by a signal, the runs are saved; run the same command again to resume the study")
+    return failed
+
+
+def _start(
+    run: Run, folder: Path, command: Sequence[str], options: Sequence[str], cores: Sequence[int], jobs: int
+) -> subprocess.Popen[bytes]:
+    """Start a run, pinned to its cores if it shares the machine with others."""
+    here = folder / run.name
+    here.mkdir(parents=True, exist_ok=True)
+    words = [*command, "fit", *run.words, "--name", f"{here}", "--resume", *options]
+    threads = {"OMP_NUM_THREADS": str(len(cores))} if jobs > 1 else {}
+    with (here / "output.txt").open("ab") as output, pinned(cores if jobs > 1 else ()):
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | threads,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def pinned(cores: Sequence[int]) -> Iterator[None]:
+    """Restrict this process and those that it starts to `cores` within the block; no restriction if empty."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,198 @@
+"""The results of a study's runs: a small JSON file for each, and a page that compares them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from pydantic import ValidationError
+
+from mgtrain import __version__
+from mgtrain.console import duration
+from mgtrain.errors import CheckpointError
+from mgtrain.recipe import Recipe, affects_results
+from mgtrain.recipe.load import RETIRED
+from mgtrain.runs.compare import unfair_keys
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
+from mgtrain.runs.history import History, Summary, guarded
+from mgtrain.runs.report.figures import COLOURS, drawn
+from mgtrain.runs.report.page import render_page, write_text
+from mgtrain.runs.study.definition import Run, Study
+
+SCHEMA = "mgtrain.result/1"
+PLACES = ("data.root", "data.prepared")  # keys that may differ between a result and its study
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The result of one run."""
+
+    variant: str
+    outcome: Outcome
+    curve: Sequence[Mapping[str, float]]  # step, seconds and accuracy of each evaluation
+
+
+def keep_result(run: Run, folder: RunDir, file: Path) -> None:
+    """Write a finished run's result."""
+    history = History(folder)
+    with guarded(history):
+        outcome = Outcome.of(history)
+        curve = [
+            {key: round(row[key], 4) for key in ("step", "train_seconds", "clock_seconds", "multiply_adds", "accuracy")}
+            for row in history.curve()
+        ]
+    value = {
+        "schema": SCHEMA,
+        "variant": run.variant,
+        "summary": asdict(outcome.summary),
+        "curve": curve,
+        "environment": dict(outcome.env),
+        "recipe": dict(outcome.recipe),
+    }
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def read_result(file: Path) -> Result:
+    """Read a result's file.
+
+    Raises:
+        CheckpointError: it is damaged, or not a result.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if value["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {value['schema']}, not {SCHEMA}")
+        outcome = Outcome(Summary(**value["summary"]), value["recipe"], value["environment"])
+        return Result(value["variant"], outcome, value["curve"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a readable result ({error}); remove it to repeat the run") from None
+
+
+def known_result(run: Run, file: Path) -> Result | None:
+    """The result of a run, or None.
+
+    Raises:
+        CheckpointError: the study's recipe has changed since.
+    """
+    if not file.is_file():
+        return None
+    result = read_result(file)
+    now, then = json.loads(json.dumps(run.recipe.flat())), completed(result.outcome.recipe)
+    changed = [
+        f"{key} {then.get(key)} -> {now.get(key)}"
+        for key in {**now, **then}
+        if now.get(key) != then.get(key) and affects_results(key) and key not in PLACES
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{file}: the study's recipe has changed since: {'; '.join(changed)}; "
+            "remove the file to repeat the run, or rename the variant"
+        )
+    return result
+
+
+def completed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe of an earlier version with the defaults of newer keys, and without retired ones."""
+    tree: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *sections, key = dotted.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        if dotted not in RETIRED:
+            node[key] = value
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(Recipe.model_validate_json(json.dumps(tree), strict=True).flat()))
+    except (ValidationError, AttributeError, TypeError):
+        return flat  # not a valid recipe
+    return found
+
+
+def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
+    """The comparison of the variants in the study's order: plain values of the schema mgtrain.groups/2."""
+    groups = {name: [r.outcome for r in results if r.variant == name] for name in study.variants}
+    compared = compare_groups({name: found for name, found in groups.items() if found}, study.margin)
+    lacking = [name for name, found in groups.items() if not found]
+    if lacking:
+        compared["warnings"].insert(0, f"no result yet: {', '.join(lacking)}")
+    # The variants of a study differ on purpose.
+    compared["warnings"] = [warning for warning in compared["warnings"] if NOT_ONLY_SCHEDULE not in warning]
+    return compared
+
+
+def changes_of(results: Sequence[Result], name: str, base: str) -> str:
+    """The differences of a variant's recipe from that of the variant `base`, as overrides."""
+    ours, theirs = (next(r.outcome.recipe for r in results if r.variant == variant) for variant in (name, base))
+    keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    kept = [key for key in keys if key.partition(".")[0] == "schedule" or key in unfair_keys(dict.fromkeys(keys))]
+    return " ".join(f"{key}={json.dumps(ours[key])}" for key in kept if key in ours and ours[key] is not None)
+
+
+def facts_of(results: Sequence[Result]) -> dict[str, list[str]]:
+    """Devices, versions and commits of the runs, and their total time."""
+    env = [result.outcome.env for result in results]
+    seconds = sum(result.outcome.summary.clock_seconds for result in results)
+
+    def each(*keys: str) -> list[str]:
+        return sorted({" ".join(str(e[key]) for key in keys) for e in env})
+
+    return {
+        "device": each("device"),
+        "processes and threads of a run": [" x ".join(pair.split()) for pair in each("ranks", "threads")],
+        "PyTorch": each("torch"),
+        "mgtrain": each("mgtrain"),
+        "commits": sorted({str(e["git"] or "unknown") for e in env}),
+        "runs": [f"{len(results)} runs, {duration(seconds)} in all"],
+    }
+
+
+def draw_curves(axes: Axes, results: Sequence[Result], colours: Mapping[str, str], key: str, unit: float) -> None:
+    """Draw the accuracy of every run against a key of its curve, in units of `unit`."""
+    for variant, colour in colours.items():
+        for n, result in enumerate(result for result in results if result.variant == variant):
+            x, y = ([point[of] / per for point in result.curve] for of, per in ((key, unit), ("accuracy", 0.01)))
+            axes.plot(x, y, color=colour, label=variant if n == 0 else None, alpha=0.8, linewidth=1.2)
+            axes.plot(x[-1:], y[-1:], color=colour, marker="o", markersize=4)
+    axes.set_ylabel(f"{results[0].outcome.summary.metric}, %")
+    axes.set_xlim(0, None)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def write_study_page(study: Study, file: Path, results: Sequence[Result], path: Path) -> None:
+    """Write the study in `file` as one HTML file: question, table, verdicts, curves, differences of the recipes."""
+    compared = summed_up(study, results)
+    variants = [group["name"] for group in compared["groups"]]
+    colours = {variant: COLOURS[n % len(COLOURS)] for n, variant in enumerate(variants)}
+    title = "accuracy against time by the clock, a line for each run"
+
+    def draw(axes: Axes) -> None:
+        draw_curves(axes, results, colours, "clock_seconds", 60)
+        axes.set_xlabel("minutes by the clock")
+
+    page = render_page(
+        "study.html.j2",
+        version=__version__,
+        name=file.stem,
+        file=file,
+        study=study,
+        columns=COLUMNS,
+        rows=table_rows(compared),
+        colours=[colours[variant] for variant in variants],
+        verdicts=verdicts(compared),
+        warnings=compared["warnings"],
+        figure={"title": title, "svg": drawn(f"study-{file.stem}", title, draw)},
+        changes=[(variant, changes_of(results, variant, variants[0])) for variant in variants],
+        runs=[
+            [r.outcome.summary.name, r.variant, f"{100 * r.outcome.summary.accuracy:.1f} %",
+             duration(r.outcome.summary.train_seconds), duration(r.outcome.summary.clock_seconds)]
+            for r in results
+        ],
+        facts=facts_of(results),
+    )  # fmt: skip
+    write_text(path, page)

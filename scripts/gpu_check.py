@@ -1,0 +1,193 @@
+#!/usr/bin/env python
+"""Check mgtrain on a GPU, and measure it, in under seven minutes: what is worth most comes first.
+
+    python scripts/gpu_check.py --out gpu_check.json
+
+Each section has a deadline of its own, and its rows are printed and written as they come, so a check that is cut short
+leaves what it has found. Exit code 0: all is as it should be; 1: a row is marked `!!`, or a section failed or was cut.
+`--sections 3 4` runs some; without a GPU, or with `--toy`, everything is tiny. Sections 2, 3, 6 and 11 run on several
+GPUs, with 8 clips on each:
+
+    torchrun --nproc-per-node 8 scripts/gpu_check.py --ranks
+
+A machine without a network needs torch, torchvision and what else `setup.cfg` requires. Beforehand fetch the wheels
+that it lacks, for its Python (more platforms, more wheels that fit), and make videos for sections 10 and 11:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
+        --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \\
+        av pydantic pydantic-core annotated-types typing-inspection ruamel.yaml
+    python scripts/gpu_check.py --make videos
+
+There, in a copy of this repository:
+
+    pip install --no-index --no-deps --target /tmp/site wheels/*.whl
+    PYTHONPATH=.:/tmp/site python scripts/gpu_check.py --data videos --out gpu_check.json
+
+`--pyslowfast CHECKOUT` races PySlowFast in section 5. Of its repository that takes `slowfast` and `configs`, and of
+wheels, some of which are to be built (`pip wheel --no-deps -w wheels`): fvcore, iopath, yacs, simplejson, portalocker,
+tabulate, termcolor, parameterized, pyyaml, tqdm and pytorchvideo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_runs import end_to_end, loading, losses, make_videos, memory, resuming
+from gpu_sections import Check, Row, compiling, machine, normalization, peers, shapes, waits
+
+from mgtrain.processes.distributed import World, connect
+
+SECONDS_OF_HANGING = 180.0  # after which the watchdog ends several ranks, of which one may wait for another
+DIGITS = 4  # that are shown
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the check."""
+
+    run: Callable[[Check], Iterator[Row]]
+    seconds: float  # until it is cut; 410 in all
+    ranks: bool = False  # whether it runs on several
+
+
+SECTIONS = (
+    Section(machine, 15), Section(waits, 25, ranks=True), Section(shapes, 90, ranks=True), Section(normalization, 20),
+    Section(peers, 40), Section(losses, 35, ranks=True), Section(memory, 30), Section(compiling, 50),
+    Section(resuming, 20), Section(loading, 25), Section(end_to_end, 60, ranks=True),
+)  # fmt: skip
+
+
+class OutOfTime(BaseException):
+    """A section's deadline is past; no `Exception`, which code under way might take for a fault of its own."""
+
+
+class Report:
+    """Rows, printed as they come and written to a file that is complete at any time; silent on ranks but the first."""
+
+    def __init__(self, file: Path | None, shown: bool) -> None:
+        self.file, self.shown = file if shown else None, shown
+        self.rows: list[Row] = []
+
+    def add(self, section: int, row: Row) -> None:
+        """Take in a row of a section: `name`, `good` (None: nothing to judge) and what was found."""
+        self.rows.append({"section": section, **row})
+        if self.shown:
+            found = "   ".join(f"{key} {shown(value)}" for key, value in row.items() if key not in ("name", "good"))
+            print(f"{'!!' if row.get('good') is False else '  '} {row['name']:28} {found}", flush=True)
+        if self.file:
+            beside = self.file.with_name(f"{self.file.name}.part")
+            beside.write_text(json.dumps(self.rows, indent=1, default=str) + "\n", encoding="utf-8")
+            beside.replace(self.file)
+
+    @property
+    def bad(self) -> list[str]:
+        """The names of rows that are not as they should be."""
+        return [f"{row['section']} {row['name']}" for row in self.rows if row.get("good") is False]
+
+
+def shown(value: Any) -> str:
+    """A value in few digits.
+
+    >>> shown(1234.5678), shown(0.00012345), shown("fp32"), shown([1, 2])
+    ('1235', '0.0001234', 'fp32', '[1, 2]')
+    """
+    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="default: %(default)s")
+    parser.add_argument("--sections", type=int, nargs="+", choices=range(1, len(SECTIONS) + 1), metavar="N")
+    parser.add_argument("--data", type=Path, help="folder that --make wrote; without it, a few videos are made")
+    parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the videos for --data, and stop")
+    parser.add_argument("--pyslowfast", type=Path, metavar="CHECKOUT", help="race this PySlowFast in section 5")
+    parser.add_argument("--toy", action="store_true", help="everything tiny, as without a GPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--ranks", action="store_true", help="torchrun started this")
+    options = parser.parse_args()
+    if options.make:
+        make_videos(options.make, toy=options.toy)
+        return
+    with connect(options.device, SECONDS_OF_HANGING if options.ranks else float("inf")) as world:
+        toy = options.toy or world.device.type == "cpu"
+        if world.device.type == "cpu":
+            torch.set_num_threads(1)  # of which tiny work has enough
+        report = Report(options.out, world.main)
+        run(Check(world, toy, options.data, options.pyslowfast), options.sections, report)
+    if world.main:
+        verdict = f"look at {', '.join(report.bad)}" if report.bad else "all is well"
+        print(f"{len(report.rows)} rows in {options.out}: {verdict}")
+    sys.exit(bool(report.bad))
+
+
+def run(check: Check, wanted: Iterable[int] | None, report: Report) -> None:
+    """Run the sections, each until its deadline; a fault of one does not end the others."""
+    for number, section in enumerate(SECTIONS, start=1):
+        if (wanted and number not in wanted) or (check.world.size > 1 and not section.ranks):
+            continue
+        if report.shown:
+            print(f"\n{number}. {(section.run.__doc__ or '').splitlines()[0]}", flush=True)
+        start = time.monotonic()
+        try:
+            with alarm(section.seconds) if check.world.size == 1 else nullcontext():
+                for row in in_time(section.run(check), section.seconds, check.world):
+                    report.add(number, row)
+        except OutOfTime:
+            report.add(number, {"name": "cut", "good": False, "seconds": section.seconds})
+        except Exception as error:
+            lines = traceback.extract_tb(error.__traceback__)
+            where = " < ".join(f"{Path(line.filename).name}:{line.lineno}" for line in reversed(lines[-4:]))
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            report.add(number, {"name": "failed", "good": False, "error": said, "at": where})
+        report.add(number, {"name": "took", "seconds": time.monotonic() - start})
+        clean_up()
+
+
+def in_time(rows: Iterator[Row], seconds: float, world: World) -> Iterator[Row]:
+    """The rows, for so many seconds; all ranks stop after the same one."""
+    start = time.monotonic()
+    for row in rows:
+        yield row
+        world.watchdog.beat()
+        if world.from_main(time.monotonic() - start > seconds):
+            raise OutOfTime
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Within, `OutOfTime` is raised in the main thread after so many seconds, wherever Python is at work."""
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def clean_up() -> None:
+    """Leave nothing of a section to the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

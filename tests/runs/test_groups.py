@@ -1,0 +1,151 @@
+"""Groups of runs: pairs by seed and fold, Welch's t otherwise, and what is said where they show nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_compare import evaluation, written
+
+from mgtrain.errors import UsageError
+from mgtrain.recipe import Recipe
+from mgtrain.runs.folder import RunDir
+from mgtrain.runs.groups import Outcome, compare_groups, grouped, render_groups, verdicts, write_csv
+
+BASELINE = "schedule={name: baseline}"
+
+
+def many(
+    folder: Path, recipe: Callable[..., Recipe], name: str, accuracies: Sequence[float], *words: str, seconds: float,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4), step: int | None = None, **env: Any,
+) -> list[RunDir]:  # fmt: skip
+    """Runs of a recipe, one seed each; training takes `seconds`, and one more for each seed."""
+    last = step or (54 if BASELINE in words else 17)
+    return [
+        written(folder / f"{name}_{seed}", recipe(*words, f"seed={seed}"), [evaluation(last, top1, seconds + n)], **env)
+        for n, (seed, top1) in enumerate(zip(seeds, accuracies, strict=False))
+    ]
+
+
+def shown(result: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=250)
+    console.print(render_groups(result))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_seeds_of_a_recipe_are_one_group_and_pairs(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.5, 0.6, 0.7), BASELINE, seconds=120.0)
+    fast = many(tmp_path, tiny, "fast", (0.6, 0.8, 0.7), "evaluation.times=3", seconds=40.0)
+    mixed = [run for pair in zip(slow, fast, strict=True) for run in pair]
+    result = compare_groups(grouped(mixed))
+    base, group = result["groups"]
+    assert ([r["name"] for r in base["runs"]], group["seeds"]) == (["slow_0", "slow_1", "slow_2"], [0, 1, 2])
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t of 2 degrees of freedom
+    expected = {"value": 0.6, "low": 0.6 - half, "high": 0.6 + half, "sd": 0.1, "count": 3}
+    assert base["accuracy"] == pytest.approx(expected)
+    # Differences of the pairs are 10, 20 and 0 points: their mean is as exact as the groups' means are not.
+    assert group["pairs"] == 3
+    assert (group["difference"]["value"], group["difference"]["sd"]) == pytest.approx((0.1, 0.1))
+    assert (group["difference"]["low"], group["difference"]["high"]) == pytest.approx((0.1 - half, 0.1 + half))
+    gain = group["speedups"]["train_seconds"]
+    assert gain["value"] == pytest.approx((120 / 40 * 121 / 41 * 122 / 42) ** (1 / 3))
+    assert 2.8 < gain["low"] < gain["value"] < gain["high"] < 3.1
+    assert group["speedups"]["steps"]["value"] == pytest.approx(54 / 17)
+    assert group["speedups"]["clock_seconds"]["value"] == pytest.approx((129 * 130 * 131 / 49 / 50 / 51) ** (1 / 3))
+    assert result["warnings"] == []
+    (verdict,) = verdicts(result)
+    assert "fewer steps; top-1: cannot tell: about 3 more seeds would (difference +10.0, 95 % from -14.8" in verdict
+    assert verdict in shown(result)
+    for words in ("slow_0", "60.0 % top-1", "35.2 to 84.8", "2.95x", "3 pairs of runs"):
+        assert words in shown(result), words
+
+
+def test_pairs_show_what_unpaired_groups_do_not(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    hard = (0.5, 0.6, 0.7, 0.8, 0.9)  # seeds, or folds, differ much more than the recipes
+    slow = many(tmp_path, tiny, "slow", hard, BASELINE, seconds=120.0)
+    near = [top1 + change for top1, change in zip(hard, (0.01, 0.02, 0.0, 0.01, 0.02), strict=True)]
+    paired = compare_groups(grouped([*slow, *many(tmp_path, tiny, "fast", near, seconds=40.0)]))["groups"][1]
+    assert paired["judged"].startswith("not lower (difference +1.2, 95 % from +0.2 to +2.2, margin 1 point")
+    other = many(tmp_path, tiny, "other", near, seconds=40.0, seeds=(5, 6, 7, 8, 9))
+    apart = compare_groups(grouped([*slow, *other]))["groups"][1]
+    assert apart["pairs"] is None
+    assert apart["judged"].startswith("cannot tell: about ")
+    assert apart["difference"]["value"] == pytest.approx(paired["difference"]["value"])
+
+
+def test_folds_pair_by_their_lists(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    runs = []
+    for name, words, accuracies in (("slow", (BASELINE,), (0.3, 0.9)), ("fast", (), (0.31, 0.92))):
+        for fold, top1 in enumerate(accuracies):
+            recipe = tiny(*words, f"data.val=val_{fold}.csv", f"data.train=train_{fold}.csv")
+            runs.append(
+                written(tmp_path / f"{name}{fold}", recipe, [evaluation(17 if name == "fast" else 54, top1, 9.0)])
+            )
+    group = compare_groups(grouped(runs))["groups"][1]
+    assert group["pairs"] == 2
+    assert group["difference"]["sd"] == pytest.approx(0.01 / 2**0.5)
+
+
+def test_unfinished_runs_are_named_first_and_left_out(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.6, 0.7), BASELINE, seconds=120.0)
+    late = many(tmp_path, tiny, "late", (0.1,), BASELINE, seconds=20.0, seeds=(9,), step=9)
+    fast = many(tmp_path, tiny, "fast", (0.6, 0.75), seconds=40.0)
+    result = compare_groups(grouped([*slow, *late, *fast]))
+    assert result["warnings"][0] == "late_9 is unfinished (9 steps) and not in the means"
+    assert result["groups"][0]["accuracy"]["value"] == pytest.approx(0.65)
+    assert shown(result).splitlines()[0].startswith("note: late_9 is unfinished")
+    with pytest.raises(UsageError, match="late_9: no run of this group is finished"):
+        compare_groups(grouped([*late, *fast]))
+
+
+def test_equal_numbers_and_single_runs_show_no_spread(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.6, 0.6), BASELINE, seconds=120.0)
+    fast = many(tmp_path, tiny, "fast", (0.6, 0.6), seconds=40.0)
+    result = compare_groups(grouped([*slow, *fast]))
+    assert result["warnings"] == [
+        "slow_0: 2 equal accuracies do not show the spread; train more seeds",
+        "fast_0: 2 equal accuracies do not show the spread; train more seeds",
+    ]
+    assert result["groups"][0]["accuracy"]["low"] is None
+    assert "±0.0" not in shown(result)
+    assert "60.0 to 60.0" not in shown(result)
+    assert result["groups"][1]["judged"].startswith("cannot tell: 2 equal differences show no spread")
+    alone = compare_groups(grouped([*slow, *fast[:1]]))
+    assert "fast_0: one run does not show the spread between seeds; train more seeds" in alone["warnings"]
+    assert alone["groups"][1]["judged"].startswith("cannot tell: one seed")
+
+
+def test_what_else_differs_is_said(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.5, 0.6, 0.7), BASELINE, seconds=120.0)
+    fast = many(tmp_path, tiny, "fast", (0.5, 0.7), "optim.lr=0.1", seconds=40.0, seeds=(1, 2), threads=64)
+    result = compare_groups(grouped([*slow, *fast]))
+    assert result["warnings"] == [
+        "times are not compared, because the runs used different devices",
+        "fast_1: does not only differ in schedule, but also in optim.lr",
+        "fast_1: only 2 runs have a partner of the same seed and fold; the others are ignored",
+    ]
+    assert "train_seconds" not in result["groups"][1]["speedups"]
+    assert result["groups"][1]["speedups"]["steps"]["value"] == pytest.approx(54 / 17)
+
+
+def test_groups_are_kept_apart_by_recipe_not_by_name(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    runs = many(tmp_path / "a", tiny, "run", (0.5, 0.6), BASELINE, seconds=120.0)
+    runs += many(tmp_path / "b", tiny, "run", (0.7, 0.8), seconds=40.0)
+    runs += many(tmp_path / "c", tiny, "run", (0.6, 0.7), "hardware.precision=bf16", "hardware.workers=2", seconds=40.0)
+    found = compare_groups(grouped(runs))["groups"]
+    assert [(g["name"], len(g["runs"])) for g in found] == [("run_0", 2), ("run_0 (2)", 2), ("run_0 (3)", 2)]
+    assert found[1]["accuracy"]["value"] == pytest.approx(0.75)
+
+
+def test_a_table_has_a_line_for_each_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    runs = many(tmp_path, tiny, "slow", (0.5, 0.6, 0.7), BASELINE, seconds=120.0)
+    write_csv(map(Outcome.of, runs), tmp_path / "runs.csv")
+    rows = (tmp_path / "runs.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert rows[0].startswith("name,finished,steps,")
+    assert rows[1].endswith(",0")
