@@ -1,4 +1,4 @@
-"""A watch over one rank: a run that hangs, or whose launcher is gone, ends and says what it was doing."""
+"""A watchdog that ends a rank if it hangs or its launcher is gone, and reports what the rank was doing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 CHECKS_PER_SECOND = 2
+WAITS_LONGER = 1.5  # a rank without a video in work likely waits for one that hangs in a video, which reports first
 
 
 class Watchdog:
-    """Ends the process when `seconds` have passed since `beat`, with all threads' stacks and the videos being decoded.
+    """Ends the process `seconds` after the last `beat`, and prints all stacks and the videos being decoded.
 
-    Of a rank it also ends the process when its launcher is gone, as a killed one cannot stop its ranks. It may be gone
-    already; then `launcher`, its process id, tells.
+    It also ends the process if its parent is not `launcher` (a process id): a killed launcher cannot stop its ranks.
     """
 
     def __init__(self, seconds: float, rank: int = 0, launcher: int | None = None) -> None:
@@ -28,12 +28,21 @@ class Watchdog:
         self._last, self._over = float("inf"), threading.Event()
 
     def beat(self) -> None:
-        """Something was done: a step, or clips arrived."""
+        """Report progress: a step is done, or clips have arrived."""
         self._last = time.monotonic()
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not watch for hangs within the block, whose duration is unknown, as that of compiling is."""
+        self._last = float("inf")
+        try:
+            yield
+        finally:
+            self.beat()
+
+    @contextmanager
     def looking_at(self, decoding: Callable[[], list[str]]) -> Iterator[None]:
-        """Name what `decoding` says if this rank hangs in here: the videos that are being decoded."""
+        """Report the videos that `decoding` returns if this rank hangs within the block."""
         self._decoding.append(decoding)
         try:
             yield
@@ -41,29 +50,31 @@ class Watchdog:
             self._decoding.remove(decoding)
 
     @contextmanager
-    def on_watch(self) -> Iterator[Watchdog]:
-        """Watch until the end of the block: the launcher at once, for hangs from the first beat on."""
+    def on_watch(self) -> Iterator[None]:
+        """Watch within the block: the launcher from its start, for hangs from the first `beat`."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
-            yield self
+            yield
         finally:
             self._over.set()
 
     def _watch(self) -> None:
         while not self._over.wait(1 / CHECKS_PER_SECOND):
             if self._launcher is not None and os.getppid() != self._launcher:
-                self._leave("its launcher is gone")
+                self._end("its launcher is gone")
             idle = time.monotonic() - self._last
-            if idle > self.seconds:
+            if idle <= self.seconds:
+                continue
+            videos = [path for decoding in self._decoding for path in decoding()]
+            if videos or idle > WAITS_LONGER * self.seconds:
                 faulthandler.dump_traceback(sys.stderr)
-                videos = [path for decoding in self._decoding for path in decoding()]
                 what = f"while decoding {', '.join(videos)}" if videos else "with no video being decoded"
-                self._leave(
-                    f"nothing has happened for {idle:.0f} s (faults.timeout_seconds), {what}; the stacks are above; "
+                self._end(
+                    f"no progress for {idle:.0f} s (faults.timeout_seconds), {what}; the stacks are above; "
                     "run again with --resume"
                 )
 
-    def _leave(self, why: str) -> NoReturn:
+    def _end(self, why: str) -> NoReturn:
         sys.stderr.write(f"mgtrain: rank {self.rank} ends: {why}\n")
         sys.stderr.flush()
         os._exit(1)

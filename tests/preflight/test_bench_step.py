@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import mgtrain.preflight.bench_step
 from mgtrain.cli import app
 from mgtrain.engine.checks import make_model
-from mgtrain.preflight.bench_step import bench_step, convolutions_alone, measured
+from mgtrain.preflight.bench_step import bench_step, convolutions_alone, half_precision_gain, measured
+from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
@@ -28,10 +31,9 @@ def test_every_shape_of_the_plan_is_measured_and_adds_up(tiny: Callable[..., Rec
     for row in result["shapes"]:
         parts = [row[key] for key in ("copy", "forward", "backward", "update")]
         assert all(part > 0 for part in parts)
-        assert sum(parts) <= row["seconds"] * 1.5  # medians, each by itself
         assert row["clips_per_second"] == row["clips"] / row["seconds"]
         assert row["convolutions"] > 0
-        assert row["flops"] == pytest.approx(row["peak_share"] * result["matrix_product_flops"])
+        assert row["flops"] == pytest.approx(row["peak_share"] * result["peak_flops"])
         assert row["peak_bytes"] is None or row["peak_bytes"] > 1 << 20
     assert result["slowest_over_fastest"] >= 1
 
@@ -45,12 +47,23 @@ def test_a_part_of_each_batch_has_the_volume_of_two_clips_and_whole_groups(tiny:
     assert all(clips % groups == 0 for clips, groups in found.values())
 
 
-def test_convolutions_alone_are_all_of_the_networks(tiny: Callable[..., Recipe]) -> None:
+def test_convolutions_alone_are_all_of_the_networks(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny()
     model = make_model(recipe)
-    one = convolutions_alone(model, recipe, (1, 3, 4, 32, 32), World(), repeats=3)
-    many = convolutions_alone(model, recipe, (16, 3, 4, 32, 32), World(), repeats=3)
-    assert 0 < one < many
+    assert convolutions_alone(model, recipe, (1, 3, 4, 32, 32), World(), repeats=1) > 0
+    timed: list[int] = []
+
+    def one_second(layer: Any, size: Any, *_: Any) -> float:
+        timed.append(size[0])
+        return 1.0
+
+    monkeypatch.setattr(mgtrain.preflight.bench_step, "_time_layer", one_second)
+    layers = sum(isinstance(layer, torch.nn.Conv3d) for layer in model.modules())
+    assert convolutions_alone(model, recipe, (16, 3, 4, 32, 32), World(), repeats=1) == layers
+    assert 0 < len(timed) < layers  # layers that are alike are timed once
+    assert set(timed) == {16}
     assert not any(parameter.grad is not None for parameter in model.parameters())
     assert torch.is_grad_enabled()
 
@@ -62,5 +75,18 @@ def test_the_command_prints_a_table_or_json(tiny_text: str, tmp_path: Path, monk
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["schema"] == "mgtrain.bench_step/1"
     result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--videos", "24"])
-    assert "at equal volume the slowest shape takes" in result.stdout
+    assert "per voxel, the slowest shape takes" in result.stdout
     assert "64x2x16²" in result.stdout
+
+
+def test_half_precision_is_timed_where_the_cpu_has_it(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = tmp_path / "cpuinfo"
+    monkeypatch.setattr("mgtrain.processes.cores.CPUINFO", flags)
+    for found, has in (("flags : avx2", False), ("flags : avx512f avx512_bf16 fma", True), ("flags : amx_bf16", True)):
+        flags.write_text(f"processor : 0\nmodel name : One\ncpu family : 6\nmodel : 143\n{found}\n\nprocessor : 1\n")
+        gain = half_precision_gain(tiny(), 24, World())
+        assert gain is not None if has else gain is None
+        assert gain is None or gain > 0
+    assert cpu_name() == "One, family 6, model 143"
