@@ -3,13 +3,13 @@
 
     python scripts/bench_decode.py [--pyslowfast CHECKOUT] [--loader] [--json]
 
-The videos are made once and kept: 340 x 256 pixels, 10 s at 30 frames/s, H.264 with B-frames, with a key frame every
-250 frames (the default of x264) and every 12. Every contestant reads the same clips (video, start and, except for
-PySlowFast, region) in its own process with one thread on one core. They alternate within a round, so that load on the
-machine affects all equally; ratios are taken within a round. Files are in the page cache. CPU time counts, because
-other processes disturb it less than wall-clock time; loaders (--loader) are measured by wall-clock time.
+Two sets of the same videos are made once and kept: 340 x 256 pixels, 10 s at 30 frames/s, H.264 with B-frames, with a
+key frame every 250 frames (the default of x264) and every 12. All contestants read the same clips (video, start and,
+except for PySlowFast, region), each in a separate process with one thread on one core. They alternate within a round,
+so that load on the machine affects all equally; ratios are computed per round. The files are cached. Decoding is
+measured in CPU time, which other processes disturb less than wall-clock time; loaders (--loader) in wall-clock time.
 
-Contestants, each as a training path of that library would be written:
+Contestants, each written as a user of the library would write it for training:
 
     mgtrain      `VideoFile` and `cut_random`, as the loader calls them: uint8
     PySlowFast   `Kinetics.__getitem__` of a checkout in train mode, decoding with PyAV: normalised float32
@@ -17,24 +17,24 @@ Contestants, each as a training path of that library would be written:
     frames       the same videos as folders of JPEGs (quality 90), decoded by Pillow
     simplejpeg   the same folders, decoded by simplejpeg, if it is installed
     stretches    the same videos as stretches of one long recording
-    torchcodec   `get_frames_at` with approximate seeking, then torchvision's `resized_crop`, faster than its own: uint8
+    torchcodec   `get_frames_at` with approximate seeking, then `resized_crop` of torchvision, which is faster: uint8
     decord       `get_batch`, then torchvision's `resized_crop`: uint8
-    plain        decoding, with PyAV, every frame from the key frame before the clip to its last frame, and nothing else
-    floor        the same, but frames that no other frame needs are skipped unless they are sampled
+    plain        PyAV decodes every frame from the key frame before the clip to its last frame, and nothing else
+    floor        the same, but skips frames that neither the clip nor other frames need
 
 torchcodec and decord are measured if they are installed (torchcodec needs FFmpeg's libraries). PySlowFast's modules are
 loaded one by one from the checkout, with stubs for what Kinetics clips do not use: fvcore's CfgNode and Registry,
-iopath, pandas, cv2, scipy. At its commit 287ec007, `decoder.py` is changed in memory, because its PyAV path fails on
-changes that were made for the torchvision path:
+iopath, pandas, cv2, scipy. At its commit 287ec007, changes for the torchvision path broke the PyAV path, so
+`decoder.py` is patched in memory:
 
-    1. The sampling rate and number of frames come as lists of one; `pyav_decode` takes them as numbers.
-    2. `decode` looks for None among the clips that are decoded; `pyav_decode` gives it a list of one clip.
-    3. `decode` returns the clips' times, which its PyAV path never sets; they are zeros.
-    4. The start of a clip is not drawn; it is the one that all contestants use.
+    1. The sampling rate and number of frames come as lists of one number; `pyav_decode` unpacks them.
+    2. `decode` expects a list of clips; `pyav_decode` returns a list of one clip.
+    3. `decode` returns the clips' times, which the PyAV path never sets; they are zeros.
+    4. The start of a clip is not random, but the one that all contestants use.
 
 Two things favour PySlowFast. Its PyAV path decodes (frames - 1) * stride + 2 frames from the clip's start, up to a
-tenth fewer than the others, and repeats the last. And with PyAV's defaults and two cores, it took a fifth more CPU time
-at 8 frames.
+tenth fewer than the others, and repeats the last. And it runs with one thread on one core: with PyAV's defaults and two
+cores, it took a fifth more CPU time at 8 frames.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ WIDTH, HEIGHT, FPS = 340, 256, 30
 KEY_FRAMES = (250, 12)  # frames from one key frame to the next, of each set of videos
 WORKERS = 2  # processes of a loader
 
-Read = Callable[[ClipRequest], Any]  # the clip, in whatever form and type the library's users would have it
+Read = Callable[[ClipRequest], Any]  # returns the clip in the form and type that the library's users would have
 Contestant = Callable[[Sequence[str], "Job"], Read]
 Rates = dict[str, list[float]]  # contestant -> clips/s per core in each round
 ByJob = dict[str, Rates]
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def grid(self) -> Grid:
-        """The short side is drawn from what multigrid training draws it from, at this crop."""
+        """The grid of these clips, with the range of short sides that multigrid training uses at this crop."""
         return Grid(self.frames, self.crop, (self.stride, self.stride), (round(256 * self.crop / 224), 320))
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--clips", type=int, default=40, help="clips per job and round")
     parser.add_argument("--loader", action="store_true", help=f"measure whole loaders of {WORKERS} workers")
-    parser.add_argument("--cores", type=int, nargs="+", help="cores to use: the first, or all by loaders; else 0 and 1")
+    parser.add_argument("--cores", type=int, nargs="+", help="decode on the first, load on all; default: the first two")
     parser.add_argument("--smoke", action="store_true", help="one round of two clips of short videos")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -129,7 +129,7 @@ def main() -> None:
     if unknown := set(options.contestants or ()) - set(contestants):
         parser.error(f"no contestant {min(unknown)!r}; choose among {', '.join(contestants)}")
     contestants = {name: contestants[name] for name in options.contestants or contestants}
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants' processes
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the contestants' processes
 
     sets = make_videos(options.videos, videos=2 if options.smoke else 12, frames=80 if options.smoke else 300)
     race = partial(compare, sets=sets, jobs=jobs, repeats=options.repeats)
@@ -137,7 +137,7 @@ def main() -> None:
         measures = {
             name: partial(loader_rate, options.clips, len(cores), contestant)
             for name, contestant in contestants.items()
-            if name not in ("plain", "floor", "prepared")  # the first two make no clips
+            if name not in ("plain", "floor", "prepared")  # the first two return no clips
         }
         alone = {"loader": partial(one_worker_rate, options.clips), "loop": partial(loop_rate, options.clips)}
         measured = {
@@ -166,9 +166,9 @@ def compare(
     repeats: int,
     cores: Sequence[int],
 ) -> dict[str, ByJob]:
-    """The rates of all jobs on all sets of videos: contestants alternate, each in its own process.
+    """Measure all contestants on all jobs and sets of videos: they alternate, each in a separate process.
 
-    One that cannot do the first job takes no part, and it is said why.
+    A contestant that fails at the first job is left out, with a message that says why.
     """
     rates: dict[str, ByJob] = {videos: {str(job): {} for job in jobs} for videos in sets}
     turns = [*product(range(repeats), sets, jobs)]
@@ -183,7 +183,7 @@ def compare(
                 except (ImportError, OSError, RuntimeError) as error:
                     if turn != turns[0]:
                         raise
-                    print(f"{name} takes no part: {str(error).splitlines()[0]}", file=sys.stderr)
+                    print(f"{name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
                     del processes[name]
                 else:
                     rates[videos][str(job)].setdefault(name, []).append(rate)
@@ -191,19 +191,19 @@ def compare(
 
 
 def process(cores: Sequence[int]) -> ProcessPoolExecutor:
-    """One process on these cores."""
-    spawn = multiprocessing.get_context("spawn")  # several copies of FFmpeg do not mix
+    """Start one process on these cores."""
+    spawn = multiprocessing.get_context("spawn")  # several copies of FFmpeg conflict in one process
     return ProcessPoolExecutor(1, mp_context=spawn, initializer=settle, initargs=(cores,))
 
 
 def settle(cores: Sequence[int]) -> None:
     os.sched_setaffinity(0, cores)
-    multiprocessing.set_start_method("fork", force=True)  # of the workers of a loader, as users have it
+    multiprocessing.set_start_method("fork", force=True)  # for a loader's workers, as by default
     warnings.filterwarnings("ignore", "This DataLoader will create")  # the cores may be fewer than the workers
 
 
 def machine() -> dict[str, str]:
-    """The machine and versions, on which the figures depend."""
+    """The CPU, its cores and the versions of the packages, on which the figures depend."""
     packages = ("av", "torch", "pillow", "simplejpeg", "torchcodec", "decord")
     installed = {name: metadata.version(name) for name in packages if importlib.util.find_spec(name)}
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -215,7 +215,7 @@ def machine() -> dict[str, str]:
 
 
 def report(title: str, by_job: ByJob) -> None:
-    """A table of rates, and below it what they are of those of the contestants that others are compared with."""
+    """Print a table of rates, and tables of their ratios to the rates of PySlowFast, plain and loop."""
     names = list(dict.fromkeys(chain.from_iterable(by_job.values())))
 
     def table(head: str, cell: Callable[[Rates, str], str]) -> None:
@@ -230,13 +230,13 @@ def report(title: str, by_job: ByJob) -> None:
     table("", lambda r, name: f"{statistics.median(r[name]):.1f} ({min(r[name]):.1f}-{max(r[name]):.1f})")
     for rival in ("PySlowFast", "plain", "loop"):
         if rival in names:
-            table(f"of {rival}", partial(ratio, rival=rival))
+            table(f"vs {rival}", partial(ratio, rival=rival))
 
 
 def decode_rate(clips: int, contestant: Contestant, paths: Sequence[str], job: Job) -> float:
-    """Clips per second of CPU time of a reader that reads the first `clips` clips of the job."""
+    """Clips per second of CPU time, for the first `clips` clips of the job."""
     read, requests = contestant(paths, job), [request(position, len(paths), job) for position in range(clips)]
-    read(requests[0])  # what happens once only is no part of the rate
+    read(requests[0])  # costs that occur only once do not count
     start = time.process_time()
     for wanted in requests:
         read(wanted)
@@ -244,7 +244,7 @@ def decode_rate(clips: int, contestant: Contestant, paths: Sequence[str], job: J
 
 
 def request(position: int, videos: int, job: Job) -> ClipRequest:
-    """The clip at a position of the stream, as a run of seed 0 would ask for it."""
+    """The request for the clip at a position of a run with seed 0."""
     return ClipRequest(Order(0, videos).at(position), position, job.grid)
 
 
@@ -267,7 +267,7 @@ def mgtrain(paths: Sequence[str], job: Job) -> Read:
 
 
 def prepared(paths: Sequence[str], job: Job) -> Read:
-    """The same pictures out of a prepared set, made beside the videos when it is first asked for."""
+    """Read the clips from a prepared set, which the first call makes beside the videos."""
     from mgtrain.clips.prepared import PreparedSet, Settings
     from mgtrain.preflight.prepare import prepare
 
@@ -277,7 +277,7 @@ def prepared(paths: Sequence[str], job: Job) -> Read:
     done = prepare(root, names, folder, Settings((256, 160), 25, None), 1)
     ready = PreparedSet(folder)
     rows = ready.find(names)
-    print(f"{folder.name}: {sum(done.bytes) / done.originals:.2f}x the bytes", file=sys.stderr)
+    print(f"{folder.name}: {sum(done.bytes) / done.originals:.2f}x the bytes of the originals", file=sys.stderr)
 
     def read(wanted: ClipRequest) -> np.ndarray:
         with ready.open(int(rows[wanted.video]), names[wanted.video]) as file:
@@ -287,7 +287,7 @@ def prepared(paths: Sequence[str], job: Job) -> Read:
 
 
 def frames(paths: Sequence[str], job: Job, decoder: str = "pillow") -> Read:
-    """The same pictures out of folders of JPEGs, made beside the videos when they are first asked for."""
+    """Read the clips from folders of JPEGs, which the first call makes beside the videos."""
     from PIL import Image
 
     import mgtrain.clips.frames as module
@@ -317,7 +317,7 @@ def frames(paths: Sequence[str], job: Job, decoder: str = "pillow") -> Read:
 
 
 def stretches(paths: Sequence[str], job: Job) -> Read:
-    """The same pictures out of one long file, made beside the videos when it is first asked for."""
+    """Read the clips from stretches of one long file, which the first call makes beside the videos."""
     import av
 
     from mgtrain.clips.decode import VideoFile
@@ -376,7 +376,7 @@ def decord(paths: Sequence[str], job: Job) -> Read:
 
 
 def resized_crop(frames: torch.Tensor, clip: Cut) -> torch.Tensor:
-    """The way of torchvision's users: uint8 (T, 3, H, W) -> uint8 (T, 3, S, S)."""
+    """Crop and resize with torchvision, as its users do: uint8 (T, 3, H, W) -> uint8 (T, 3, S, S)."""
     from torchvision.transforms.v2 import functional
 
     left, top, width, height = clip.region
@@ -401,7 +401,7 @@ def plain(paths: Sequence[str], job: Job, skip: bool = False) -> Read:
                 missing.difference_update(frame.pts for frame in packet.decode())
                 if not missing:
                     return
-        raise AssertionError(f"{paths[wanted.video]}: frames at {sorted(missing)} do not come out")
+        raise AssertionError(f"{paths[wanted.video]}: the decoder returns no frames at {sorted(missing)}")
 
     return read
 
@@ -415,7 +415,7 @@ def packets_from(container: Any, stream: Any, pts: int) -> Iterator[Any]:
         first = next(packets)
         if first.pts <= pts:
             return chain([first], packets)
-        target = first.dts - 1  # it was found by its decoding time, but is shown later
+        target = first.dts - 1  # seeking uses decoding times; this key frame is shown after `pts`
 
 
 def pyslowfast(checkout: Path, paths: Sequence[str], job: Job) -> Read:
@@ -439,10 +439,10 @@ def pyslowfast(checkout: Path, paths: Sequence[str], job: Job) -> Read:
     def read(wanted: ClipRequest) -> torch.Tensor:
         start = cut(wanted, infos[wanted.video]).frames[0]
         slowfast.decoder.random = SimpleNamespace(uniform=lambda low, high: min(max(low, start), high))  # patch 4
-        np.random.seed(wanted.position)  # of its spatial draws
+        np.random.seed(wanted.position)  # for its random scale, crop and flip
         clip: torch.Tensor
         (clip,), _, index, _, _ = videos[wanted.video]
-        # It would quietly take another video for one that it cannot decode.
+        # PySlowFast silently replaces a video that it cannot decode.
         assert index == wanted.video, f"PySlowFast cannot decode {paths[wanted.video]}"
         return clip  # (3, T, S, S)
 
@@ -452,7 +452,7 @@ def pyslowfast(checkout: Path, paths: Sequence[str], job: Job) -> Read:
 @cache
 def load_pyslowfast(checkout: Path) -> SimpleNamespace:
     """PySlowFast's `kinetics` and `decoder` modules and its default configuration."""
-    import torchvision  # noqa: F401  # before stand-ins, of which it would make use
+    import torchvision  # noqa: F401  # before the stand-ins, which it would use
 
     class CfgNode(SimpleNamespace):
         pass
@@ -464,10 +464,10 @@ def load_pyslowfast(checkout: Path) -> SimpleNamespace:
         sys.modules[name] = module = ModuleType(name)
         vars(module).update(contents)
 
-    # 1. Packages without their __init__, which would import every data set.
+    # 1. Packages without their `__init__`, which would import every data set.
     for package in ("slowfast", "slowfast.datasets", "slowfast.utils", "slowfast.config"):
         stand_in(package, __path__=[str(checkout / package.replace(".", "/"))])
-    # 2. What is absent.
+    # 2. Modules that are absent.
     stand_in("fvcore")
     stand_in("fvcore.common")
     stand_in("fvcore.common.config", CfgNode=CfgNode)
@@ -485,7 +485,7 @@ def load_pyslowfast(checkout: Path) -> SimpleNamespace:
         ("return frames, fps, decode_all_video\n", "return [frames], fps, decode_all_video\n"),
         ("num_frames_orig = num_frames\n", "num_frames_orig = num_frames; start_end_delta_time = np.zeros((1, 3))\n"),
     ):
-        assert source.count(old) == 1, f"{path}: {old.strip()!r} is not there once; use commit 287ec007"
+        assert source.count(old) == 1, f"{path}: {old.strip()!r} does not occur exactly once; use commit 287ec007"
         source = source.replace(old, new)
     stand_in("slowfast.datasets.decoder", __package__="slowfast.datasets")
     decoder = sys.modules["slowfast.datasets.decoder"]
@@ -496,7 +496,7 @@ def load_pyslowfast(checkout: Path) -> SimpleNamespace:
     return SimpleNamespace(kinetics=kinetics, decoder=decoder, config=config)
 
 
-# PySlowFast joins them when there is a checkout.
+# `main` adds PySlowFast if there is a checkout.
 CONTESTANTS: dict[str, Contestant] = {
     "mgtrain": mgtrain,
     "prepared": prepared,
@@ -514,7 +514,7 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 class Clips(Dataset[torch.Tensor]):
-    """The clips of a contestant by their position."""
+    """The clips of a contestant, by position."""
 
     def __init__(self, read: Read, videos: int, job: Job) -> None:
         self.read, self.videos, self.job = read, videos, job
@@ -524,7 +524,7 @@ class Clips(Dataset[torch.Tensor]):
 
 
 def loader_rate(clips: int, cores: int, contestant: Contestant, paths: Sequence[str], job: Job) -> float:
-    """Clips per second and core that come out of a loader of two workers."""
+    """Clips per second per core from a loader with two workers."""
     if contestant is mgtrain:
         loader, _, _ = mgtrain_loader(paths, job, WORKERS)
     else:
@@ -534,7 +534,7 @@ def loader_rate(clips: int, cores: int, contestant: Contestant, paths: Sequence[
 
 
 def one_worker_rate(clips: int, paths: Sequence[str], job: Job) -> float:
-    """Clips per second of mgtrain's loader with one worker."""
+    """Clips per second from mgtrain's loader with one worker."""
     loader, _, _ = mgtrain_loader(paths, job, workers=1)
     return steady_rate(loader, job, 1, clips)
 
@@ -548,7 +548,7 @@ def loop_rate(clips: int, paths: Sequence[str], job: Job) -> float:
 
 
 def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterable[Any], Any, Any]:
-    """The batches of a run's loader, the data set behind it, and the plan."""
+    """The batches of a run's loader, the loader's data set, and the plan."""
     from mgtrain.clips.loader import BadVideos, train_batches
     from mgtrain.clips.units import RandomClips
     from mgtrain.data.videos import Videos
@@ -577,7 +577,7 @@ def mgtrain_loader(paths: Sequence[str], job: Job, workers: int) -> tuple[Iterab
 
 
 def steady_rate(loader: Iterable[Any], job: Job, workers: int, clips: int) -> float:
-    """Clips per second after the first batch of each worker, over at least `clips` clips and equally many of each."""
+    """Clips per second after each worker's first batch, over at least `clips` clips, equally many from each worker."""
     batches, timed = iter(loader), workers * -(-clips // (workers * job.batch))
     for _ in islice(batches, workers):
         pass
@@ -591,7 +591,7 @@ def steady_rate(loader: Iterable[Any], job: Job, workers: int, clips: int) -> fl
 
 
 def make_videos(folder: Path, videos: int, frames: int) -> dict[str, list[str]]:
-    """The paths of the videos of each set, made if they are not there: the same pictures in every set."""
+    """The paths of the videos of each set, which are made if missing; all sets show the same pictures."""
     sets = {
         f"key frame per {gap}": [folder / f"key_frame_per_{gap}" / f"{n:02}.mp4" for n in range(videos)]
         for gap in KEY_FRAMES
@@ -608,9 +608,9 @@ def make_videos(folder: Path, videos: int, frames: int) -> dict[str, list[str]]:
 
 
 def draw(rng: np.random.Generator, frames: int) -> Iterator[np.ndarray]:
-    """Pictures uint8 (H, W, 3): textured blobs that move before a textured background, a hand-held camera, noise."""
+    """Pictures uint8 (H, W, 3): moving textured blobs before a textured background; a hand-held camera; noise."""
     layers = [Layer.draw(rng, background=k == 0) for k in range(rng.integers(4, 7))]
-    noise = rng.uniform(1, 2.5)  # of the sensor, in levels
+    noise = rng.uniform(1, 2.5)  # of the sensor, in grey levels
     for t in range(frames):
         shake = rng.normal(0, 0.001, 2)
         picture, *blobs = (layer.at(t, shake) for layer in layers)  # (4, H, W)
@@ -662,13 +662,13 @@ class Layer:
         linear = np.array([[c, -s * aspect], [s, c * aspect]])
         affine = np.concatenate([linear, -linear @ centre[:, None]], axis=1)[None]  # (1, 2, 3), frame -> picture
         grid = affine_grid(torch.from_numpy(affine.astype(np.float32)), [1, 4, HEIGHT, WIDTH], align_corners=False)
-        grid = grid + 0.01 * torch.sin(9 * grid.flip(-1) + 0.15 * t)  # what is filmed is seldom rigid
+        grid = grid + 0.01 * torch.sin(9 * grid.flip(-1) + 0.15 * t)  # filmed things are seldom rigid
         padding = "reflection" if self.background else "zeros"
         return grid_sample(self.picture, grid, padding_mode=padding, align_corners=False)[0]
 
 
 def texture(rng: np.random.Generator, side: int, slope: float) -> np.ndarray:
-    """Noise whose amplitude falls with frequency as in photographs, of mostly one hue: (3, N, N), deviation 1."""
+    """Noise of mostly one hue, whose amplitude falls with frequency as in photographs: (3, N, N), deviation 1."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
     frequency[0, 0] = np.inf  # no mean
     spectrum = rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))

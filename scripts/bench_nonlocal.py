@@ -81,7 +81,7 @@ def race(name: str, pair: tuple[Attention, Attention], given: tuple[Tensor, ...]
 
 
 def seconds(attend: Attention, given: tuple[Tensor, ...]) -> float:
-    """Of a forward and a backward pass."""
+    """Seconds of a forward and a backward pass."""
     start = time.perf_counter()
     y = attend(*given)
     torch.autograd.grad(y, given, torch.ones_like(y))
@@ -89,7 +89,7 @@ def seconds(attend: Attention, given: tuple[Tensor, ...]) -> float:
 
 
 def mebibytes(attend: Attention, given: tuple[Tensor, ...]) -> float:
-    """Kept for the backward pass, each storage once."""
+    """MiB kept for the backward pass, each storage once."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 
 Both compute the same steps of a recipe's plan without loading data; the configurations alternate. With ranks, a step is
 timed with and without the exchange (`no_sync`), and a trace of one step is written for chrome://tracing or
-perfetto.dev: where they overlap, all-reduces lie beside the backward pass and not behind it.
+perfetto.dev: all-reduces that overlap with the backward pass lie beside it in the trace, not behind it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
         print(
             f"{row['shape']:>14}{one:>13.3f} s{two:>12.3f} s{one / two:>8.2f}x{100 * visible / two:>8.1f} %{overlap:>9}"
         )
-    print("exchange: share of a step that it adds; overlap: of the all-reduces' own time, what adds nothing")
+    print("exchange: share of a step that the exchange adds; overlap: share of the all-reduces' time that adds nothing")
 
 
 def start(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def start(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One rank."""
+    """Run one rank."""
     recipe = load_recipe(options.recipe, options.overrides)
     plan = make_plan(recipe, 1000)
     rows = []

@@ -1,16 +1,16 @@
-"""How fast prepared videos are opened and read: from a file each, and from the members of tar files (shards).
+"""Measure how fast prepared videos are opened and read, from a file each and from tar files (shards).
 
     python scripts/bench_shards.py --folder /scratch/bench [--videos 20000] [--rounds 5]
 
-It prepares a few synthetic videos, copies each many times into two prepared sets, one of files and one of shards, on
-the disk of `--folder`, and reads videos in random order from both by turns, in one process:
+The script prepares a few synthetic videos, copies each many times into two prepared sets, one of files and one of
+shards, on the disk of `--folder`, and reads videos in random order from both alternately, in one process:
 
 * opens: open the file, or find the member, and read the bytes of one frame; nothing is decoded.
 * clips: open, read and decode 8 frames of a crop of 112 pixels, as a loader process does.
 
-Each is measured with the data in the page cache, per second of CPU time; and by the clock after the system was told to
-drop the sets' pages (`posix_fadvise`), so that they are read from the disk. Names and inodes stay cached then, which
-favours files; as root on a machine of your own, `--drop-caches` drops these, too. Rates are medians over rounds.
+Each is measured with cached data, per second of CPU time, and by the clock after the system was told to drop the sets'
+pages from its cache (`posix_fadvise`), so that they are read from the disk. Names and inodes stay cached, which favours
+files; as root on a machine of your own, `--drop-caches` drops these, too. Rates are medians over rounds.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from mgtrain.rng import Draw, generator
 LEVEL = 160  # short side, pixels
 FRAMES, CROP = 8, 112  # of a clip
 SHARD = 2**28  # bytes
-CHUNK = 50  # videos read from one set before the other
+CHUNK = 50  # videos to read from one set before the other takes its turn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="new folder on the disk to measure; it is removed")
+    parser.add_argument("--folder", type=Path, required=True, help="new folder on the disk to measure; removed at end")
     parser.add_argument("--videos", type=int, default=20_000, help="videos of each set")
     parser.add_argument("--clips", type=int, default=2_000, help="clips to decode in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -89,7 +89,7 @@ def make_sets(folder: Path, videos: int) -> dict[str, PreparedSet]:
 
 
 def measure(sets: dict[str, PreparedSet], options: argparse.Namespace) -> None:
-    """Measure both sets by turns and print a table."""
+    """Measure both sets alternately and print a table."""
     tried: dict[str, tuple[Callable[[PreparedSet, int, str], object], int]] = {
         "opens": (open_one, options.videos),
         "clips": (decode_one, options.clips),
@@ -106,7 +106,7 @@ def measure(sets: dict[str, PreparedSet], options: argparse.Namespace) -> None:
                     if cache == "from disk":
                         dropped = drop(ready.folder, options.drop_caches)
                     else:
-                        run(act, ready, paths)  # into the cache
+                        run(act, ready, paths)  # so that they are cached
                 for first in range(0, count, CHUNK):
                     for name, ready in sets.items():
                         start = clock()

@@ -3,10 +3,10 @@
 
     python scripts/bench_step.py --pyslowfast CHECKOUT --threads 1 --repeats 5
 
-Each runs in its own process; their steps alternate, so that load on the machine affects both equally.
-A step is forward, loss, backward and SGD with Nesterov momentum, with BatchNorm over groups of one clip of the
-long-cycle batch, as mgtrain makes them and as PySlowFast's sub-batch BatchNorm does. Prints median
-seconds, the median and range of their ratios, and the peak memory of each process. Needs what scripts/parity.py needs.
+Each network runs in a separate process; their steps alternate, so that load on the machine affects both equally. A step
+is forward, loss, backward and SGD with Nesterov momentum. BatchNorm runs over groups of one clip of the long-cycle
+batch: mgtrain's groups against PySlowFast's sub-batch BatchNorm. Prints median seconds, the median and range of their
+ratios, and the peak memory of each process. Needs what scripts/parity.py needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mgtrain.processes.cores import cpu_name, instructions
 
-# name of ours, of PySlowFast's configuration, and whether it takes two pathways
+# our name of the network, and its configuration in PySlowFast
 MODELS = (("slowfast_r50", "SLOWFAST_8x8_R50"), ("i3d_r50", "I3D_8x8_R50"), ("i3d_nln_r50", "I3D_NLN_8x8_R50"))
 # clips, frames, crop, groups: the long cycle of 1 x 32 x 112, and two shapes of its short cycle
 SHAPES = ((8, 8, 79, 8), (4, 16, 79, 4), (2, 16, 112, 2), (1, 32, 112, 1), (16, 8, 56, 8), (4, 32, 56, 1))
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--pyslowfast", type=Path, help="a checkout; without it, mgtrain alone is timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both, by autocast")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both networks, by autocast")
     parser.add_argument("--fixed", action="store_true", help="compute convolutions in the forms chosen by rule")
     parser.add_argument("--models", nargs="+", default=[name for name, _ in MODELS])
     args = parser.parse_args()
@@ -80,8 +80,8 @@ class Racer:
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=run, args=(theirs, kind, network, args, shape))
         self._process.start()
-        theirs.close()  # so that a process which fails is not waited for
-        self._ours.recv()  # it has made a step that does not count
+        theirs.close()  # so that `recv` does not wait for a process that fails
+        self._ours.recv()  # after a first step, which does not count
 
     def step(self) -> float:
         """Seconds of a step."""
@@ -90,7 +90,7 @@ class Racer:
         return seconds
 
     def end(self) -> float:
-        """Most memory, in GiB."""
+        """End the process; returns its peak memory in GiB."""
         self._ours.send("end")
         gib: float = self._ours.recv()
         self._process.join()
@@ -98,7 +98,7 @@ class Racer:
 
 
 def run(pipe: Connection, kind: str, network: str, args: argparse.Namespace, shape: tuple[int, ...]) -> None:
-    """The process."""
+    """Run steps in the process of a racer."""
     import resource
 
     warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ def ours(
 def theirs(
     config: str, args: argparse.Namespace, x: Tensor, groups: int
 ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    """PySlowFast's network, with its own optimizer's settings."""
+    """PySlowFast's network, with the settings of its optimizer."""
     sys.path.insert(0, str(Path(__file__).parent))
     import parity
 

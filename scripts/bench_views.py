@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the gain from decoding a video once for all its views instead of once for each.
+"""Measure the gain from decoding a video once for all its views instead of once per view.
 
     python scripts/bench_views.py k400_slowfast_8x8_r50_baseline data.root=/data/k400 --views 10x3 --videos 20
 

@@ -2,10 +2,9 @@
 
     python scripts/evidence.py [--against clock_seconds|train_seconds|multiply_adds|step]
 
-Draw against multiply-adds if other processes used the machine, because times are unreliable then.
-
-It reads studies/*.yaml and studies/results/, and writes the lines between the marks of both pages,
-docs/assets/demo-light.svg and docs/assets/demo-dark.svg. It trains nothing; `mgtrain study studies/NAME.yaml` does.
+The script reads studies/*.yaml and studies/results/, and writes the lines between the marks of both pages,
+docs/assets/demo-light.svg and docs/assets/demo-dark.svg. It does not train; `mgtrain study studies/NAME.yaml` does.
+If other processes used the machine, draw against multiply-adds, because times are unreliable.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ AXES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--against", choices=AXES, default="multiply_adds", help="of the README's picture")
+    parser.add_argument("--against", choices=AXES, default="multiply_adds", help="x-axis of the README's picture")
     against = parser.parse_args().against
     sections, waiting = [], []
     for file in sorted(STUDIES.glob("*.yaml"), key=lambda file: (file.stem != "demo", file.stem)):

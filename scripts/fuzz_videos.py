@@ -3,18 +3,19 @@
 
     python scripts/fuzz_videos.py [--files 1000] [--seed 0] [--keep FOLDER] [VIDEO ...]
 
-Mutates the given videos, or small synthetic ones in several containers and codecs. Each file is read in a process that
-it may kill: it is opened, a coarse and a fine clip are cut at random, the views of an evaluation are read, and it
-is decoded to its end. A row of the table is a kind of mutation; a file is
+Mutates the given videos, or small synthetic ones in several containers and codecs. Each mutated file is read in a
+separate process, which it may crash: the process opens the file, cuts a coarse and a fine clip at random, reads the
+views of an evaluation, and decodes the file to its end. The table has a row for each kind of mutation, and counts these
+outcomes:
 
-    ok        read, and nothing else was opened
-    refused   reported as broken in one line
-    memory    the process needed more than --memory GB for it
-    hang      it took longer than --seconds
+    ok        the file was read, and nothing else was opened
+    refused   the file was reported as broken, in one line
+    memory    the process needed more than --memory GB
+    hang      the process took longer than --seconds
     crash     the process died, or raised an error that the loader does not expect
-    leak      something else was opened: a file that it names, or a connection to this machine
+    leak      something else was opened: a file that the video names, or a connection to this machine
 
-Exits with 1 if any file is one of the last four. Seconds and memory are those of the worst file of a kind.
+Exits with 1 if any file has one of the last four outcomes. Seconds and MB are those of the worst file of each kind.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ MOVIES = {  # name -> codec and options
     "fragmented.mp4": ("libx264", {"movflags": "frag_keyframe+empty_moov"}),
 }
 HUGE = (0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x10000000, 0xFFFF, 0)
-# Boxes of an mp4 whose numbers say how much there is: the first is 8, 12 or 16 bytes after the name.
+# Boxes of an mp4 that contain counts, the first of them 8, 12 or 16 bytes after the name.
 COUNTED = (b"stsz", b"stts", b"stsc", b"ctts", b"stco", b"stss", b"elst", b"mvhd", b"mdhd", b"tkhd", b"trun", b"dref")
 CANARY = "canary.ts"
 
@@ -76,7 +77,7 @@ class Reading:
     outcome: str
     cause: str
     seconds: float
-    bytes: int  # that the process grew by
+    bytes: int  # by which the process grew
 
 
 def main() -> None:
@@ -154,7 +155,7 @@ def read_as_training(path: Path, limit: int) -> Reading:
 
 
 def mutated(folder: Path, sources: list[Path], files: int, seed: int, port: int) -> list[tuple[Path, str]]:
-    """Write so many files; each with its kind of mutation."""
+    """Write `files` mutated files; returns each with its kind of mutation."""
     sources = [path for path in sources if path.stat().st_size > 64]
     data = [path.read_bytes() for path in sources]
     made = []
@@ -205,7 +206,7 @@ def _zeroed(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _huge_numbers(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
-    """Some of the four bytes that follow each other in the head of the file become extreme numbers."""
+    """Replace groups of four bytes near the start of the file by extreme numbers."""
     changed = bytearray(data)
     for place in rng.integers(min(len(data), 4096) - 4, size=int(rng.integers(1, 6))):
         changed[place : place + 4] = struct.pack(">I", int(rng.choice(HUGE)))
@@ -213,7 +214,7 @@ def _huge_numbers(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _huge_counts(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
-    """The boxes of an mp4 say that there are very many frames, chunks or seconds."""
+    """Make the boxes of an mp4 claim extreme numbers of frames, chunks or seconds."""
     places = [place for name in COUNTED if (place := data.find(name)) >= 0]
     if not places:
         return _huge_numbers(data, b"", rng)
@@ -225,7 +226,7 @@ def _huge_counts(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _huge_picture(data: bytes, _: bytes, rng: np.random.Generator) -> bytes:
-    """Width and height in the header of an mp4 or avi; elsewhere, numbers."""
+    """Set a huge width and height in the header of an mp4 or avi; in other files, huge numbers."""
     changed = bytearray(data)
     size = int(rng.choice([65535, 30000, 16384, 4097]))
     for name, offset, form in ((b"avc1", 28, ">HH"), (b"hvc1", 28, ">HH"), (b"hev1", 28, ">HH"), (b"strf", 12, "<ii")):
@@ -267,7 +268,7 @@ BYTES: dict[str, Callable[[bytes, bytes, np.random.Generator], bytes]] = {
 
 
 def _no_file(path: Path, rng: np.random.Generator) -> None:
-    """Anything but a video file: a folder, a pipe, a socket, an empty file, a link to itself, a device or nowhere."""
+    """Make anything but a video file: a folder, pipe, socket, empty file, or a link to itself, a device or nowhere."""
     match int(rng.integers(8)):
         case 0:
             path.mkdir()
@@ -289,7 +290,7 @@ def _no_file(path: Path, rng: np.random.Generator) -> None:
 
 
 def _playlist(rng: np.random.Generator, port: int) -> bytes:
-    """A text that makes some demuxer of FFmpeg open what it names."""
+    """A text file that makes one of FFmpeg's demuxers open the file or address that it names."""
     url = str(rng.choice([CANARY, f"http://127.0.0.1:{port}/v.ts", f"tcp://127.0.0.1:{port}", f"concat:{CANARY}"]))
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n"
     texts = [
@@ -309,7 +310,7 @@ def _playlist(rng: np.random.Generator, port: int) -> bytes:
 
 
 def _avi_with_subtitles(playlist: str) -> bytes:
-    """An avi whose subtitle stream (GAB2) is a playlist, which once made FFmpeg open what it names."""
+    """An avi whose subtitle stream (GAB2) is a playlist, which once made FFmpeg open the files that it names."""
     text = b"GAB2\0" + struct.pack("<HIHHI", 2, 0, 0, 4, len(playlist)) + playlist.encode()
     header = b"strh" + struct.pack("<I4s4s12I", 56, b"txts", b"\0" * 4, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0)
     stream = header + b"strf" + struct.pack("<I", 0)
@@ -322,7 +323,10 @@ def _avi_with_subtitles(playlist: str) -> bytes:
 
 @contextmanager
 def canaries(folder: Path) -> Iterator[tuple[int, Callable[[], bool]]]:
-    """A file and a port that no video may touch: the port, and whether one of them was touched since the last call."""
+    """Watch a file and a port that no video may touch.
+
+    Yields the port, and a function that says whether one of them was touched since its last call.
+    """
     canary = folder / CANARY
     canary.write_bytes(bytes(1000))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -341,7 +345,7 @@ def canaries(folder: Path) -> Iterator[tuple[int, Callable[[], bool]]]:
             return True
 
         with canary.open("rb"):
-            assert leaked(), "inotify does not tell of opened files"
+            assert leaked(), "inotify does not report opened files"
         yield listener.getsockname()[1], leaked
 
 
@@ -375,7 +379,7 @@ def table(kinds: dict[Path, str], readings: dict[Path, Reading]) -> str:
 
 
 def _reset_peak() -> int:
-    """Forget the peak of this process's memory; bytes it has now. Linux only."""
+    """Reset the peak of this process's memory, and return it in bytes. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 

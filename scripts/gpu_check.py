@@ -1,31 +1,32 @@
 #!/usr/bin/env python
-"""Check mgtrain on a GPU, and measure it, in under seven minutes: what is worth most comes first.
+"""Check and measure mgtrain on a GPU in under seven minutes, the most valuable checks first.
 
     python scripts/gpu_check.py --out gpu_check.json
 
-Each section has a deadline of its own, and its rows are printed and written as they come, so a check that is cut short
-leaves what it has found. Exit code 0: all is as it should be; 1: a row is marked `!!`, or a section failed or was cut.
-`--sections 3 4` runs some; without a GPU, or with `--toy`, everything is tiny. Sections 2, 3, 6 and 11 run on several
-GPUs, with 8 clips on each:
+Each section has a deadline, and its rows are printed and written as they come, so a check that is interrupted keeps its
+results. Exit code 0: all is well; 1: a row is marked `!!`, or a section failed or was cut at its deadline.
+`--sections 3 4` runs only these; without a GPU, or with `--toy`, all sizes are tiny. Sections 2, 3, 6 and 11 also run
+on several GPUs, with 8 clips on each:
 
     torchrun --nproc-per-node 8 scripts/gpu_check.py --ranks
 
-A machine without a network needs torch, torchvision and what else `setup.cfg` requires. Beforehand fetch the wheels
-that it lacks, for its Python (more platforms, more wheels that fit), and make videos for sections 10 and 11:
+A machine without a network needs torch, torchvision and the other packages that `setup.cfg` requires. Elsewhere, first
+download the wheels that it lacks, for its version of Python (with more platforms, pip finds more wheels), and make
+videos for sections 10 and 11:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
         --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \\
         av pydantic pydantic-core annotated-types typing-inspection ruamel.yaml
     python scripts/gpu_check.py --make videos
 
-There, in a copy of this repository:
+Then, on that machine, in a copy of this repository:
 
     pip install --no-index --no-deps --target /tmp/site wheels/*.whl
     PYTHONPATH=.:/tmp/site python scripts/gpu_check.py --data videos --out gpu_check.json
 
-`--pyslowfast CHECKOUT` races PySlowFast in section 5. Of its repository that takes `slowfast` and `configs`, and of
-wheels, some of which are to be built (`pip wheel --no-deps -w wheels`): fvcore, iopath, yacs, simplejson, portalocker,
-tabulate, termcolor, parameterized, pyyaml, tqdm and pytorchvideo.
+`--pyslowfast CHECKOUT` times PySlowFast in section 5. It needs the folders `slowfast` and `configs` of PySlowFast's
+repository, and these wheels, some of which you have to build (`pip wheel --no-deps -w wheels`): fvcore, iopath, yacs,
+simplejson, portalocker, tabulate, termcolor, parameterized, pyyaml, tqdm and pytorchvideo.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from gpu_sections import Check, Row, compiling, machine, normalization, peers, s
 
 from mgtrain.processes.distributed import World, connect
 
-SECONDS_OF_HANGING = 180.0  # after which the watchdog ends several ranks, of which one may wait for another
-DIGITS = 4  # that are shown
+SECONDS_OF_HANGING = 180.0  # after which the watchdog ends ranks, because with several one may wait for another
+DIGITS = 4  # to show
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Section:
 
     run: Callable[[Check], Iterator[Row]]
     seconds: float  # until it is cut; 410 in all
-    ranks: bool = False  # whether it runs on several
+    ranks: bool = False  # whether it also runs on several
 
 
 SECTIONS = (
@@ -70,18 +71,18 @@ SECTIONS = (
 
 
 class OutOfTime(BaseException):
-    """A section's deadline is past; no `Exception`, which code under way might take for a fault of its own."""
+    """A section's deadline has passed. Not an `Exception`, because interrupted code might catch and handle that."""
 
 
 class Report:
-    """Rows, printed as they come and written to a file that is complete at any time; silent on ranks but the first."""
+    """Rows, printed as they come and written to a file that is complete at any time, by the first rank only."""
 
     def __init__(self, file: Path | None, shown: bool) -> None:
         self.file, self.shown = file if shown else None, shown
         self.rows: list[Row] = []
 
     def add(self, section: int, row: Row) -> None:
-        """Take in a row of a section: `name`, `good` (None: nothing to judge) and what was found."""
+        """Add a row of a section: `name`, `good` (None: nothing to judge) and the findings."""
         self.rows.append({"section": section, **row})
         if self.shown:
             found = "   ".join(f"{key} {shown(value)}" for key, value in row.items() if key not in ("name", "good"))
@@ -93,12 +94,12 @@ class Report:
 
     @property
     def bad(self) -> list[str]:
-        """The names of rows that are not as they should be."""
+        """The names of the rows that are not good."""
         return [f"{row['section']} {row['name']}" for row in self.rows if row.get("good") is False]
 
 
 def shown(value: Any) -> str:
-    """A value in few digits.
+    """A value, rounded to a few digits.
 
     >>> shown(1234.5678), shown(0.00012345), shown("fp32"), shown([1, 2])
     ('1235', '0.0001234', 'fp32', '[1, 2]')
@@ -112,10 +113,10 @@ def main() -> None:
     parser.add_argument("--sections", type=int, nargs="+", choices=range(1, len(SECTIONS) + 1), metavar="N")
     parser.add_argument("--data", type=Path, help="folder that --make wrote; without it, a few videos are made")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the videos for --data, and stop")
-    parser.add_argument("--pyslowfast", type=Path, metavar="CHECKOUT", help="race this PySlowFast in section 5")
-    parser.add_argument("--toy", action="store_true", help="everything tiny, as without a GPU")
+    parser.add_argument("--pyslowfast", type=Path, metavar="CHECKOUT", help="time this PySlowFast in section 5")
+    parser.add_argument("--toy", action="store_true", help="use tiny sizes, as without a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--ranks", action="store_true", help="torchrun started this")
+    parser.add_argument("--ranks", action="store_true", help="required if torchrun starts this script")
     options = parser.parse_args()
     if options.make:
         make_videos(options.make, toy=options.toy)
@@ -123,7 +124,7 @@ def main() -> None:
     with connect(options.device, SECONDS_OF_HANGING if options.ranks else float("inf")) as world:
         toy = options.toy or world.device.type == "cpu"
         if world.device.type == "cpu":
-            torch.set_num_threads(1)  # of which tiny work has enough
+            torch.set_num_threads(1)  # enough for tiny sizes
         report = Report(options.out, world.main)
         run(Check(world, toy, options.data, options.pyslowfast), options.sections, report)
     if world.main:
@@ -133,7 +134,7 @@ def main() -> None:
 
 
 def run(check: Check, wanted: Iterable[int] | None, report: Report) -> None:
-    """Run the sections, each until its deadline; a fault of one does not end the others."""
+    """Run the sections, each until its deadline; an error in one does not stop the others."""
     for number, section in enumerate(SECTIONS, start=1):
         if (wanted and number not in wanted) or (check.world.size > 1 and not section.ranks):
             continue
@@ -156,7 +157,7 @@ def run(check: Check, wanted: Iterable[int] | None, report: Report) -> None:
 
 
 def in_time(rows: Iterator[Row], seconds: float, world: World) -> Iterator[Row]:
-    """The rows, for so many seconds; all ranks stop after the same one."""
+    """Yield rows for so many seconds; all ranks stop after the same row."""
     start = time.monotonic()
     for row in rows:
         yield row
@@ -167,7 +168,7 @@ def in_time(rows: Iterator[Row], seconds: float, world: World) -> Iterator[Row]:
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Within, `OutOfTime` is raised in the main thread after so many seconds, wherever Python is at work."""
+    """Raise `OutOfTime` in the main thread after so many seconds within the block, whatever Python code is running."""
 
     def ring(*_: object) -> None:
         raise OutOfTime
@@ -182,7 +183,7 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def clean_up() -> None:
-    """Leave nothing of a section to the next."""
+    """Free the memory that a section used, and reset its settings, before the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""Sections of `gpu_check.py`: losses, memory, and runs as a user makes them."""
+"""Sections of `gpu_check.py`: losses, memory, resuming, loading and whole runs."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import baseline_recipe, make_plan
 
-CLOSE = {"fp32": 1e-3, "tf32": 0.03, "bf16": 0.03, "fp16": 0.02}  # relative errors of losses of the first steps
+CLOSE = {"fp32": 1e-3, "tf32": 0.03, "bf16": 0.03, "fp16": 0.02}  # allowed relative errors of the first losses
 HALVES = (
     ("bf16", "{precision: bf16}", "bf16"),
     ("bf16, channels first", "{precision: bf16, channels_last: false}", "bf16"),
     ("fp16", "{precision: fp16}", "fp16"),
 )
 VIDEOS = {"train": 4, "val": 1}  # of each of 8 classes
-END_TO_END = 25.0  # seconds that a baseline run shall take
+END_TO_END = 25.0  # seconds that the baseline run should take
 
 
 # 6
 def losses(check: Check) -> Iterator[Row]:
-    """Losses of a GPU and of a CPU: precisions, layouts, recomputed blocks, micro-batches"""
+    """Losses on the GPU against those on a CPU: precisions, layouts, recomputed blocks, micro-batches"""
     for model in ("slowfast_r50", "i3d_nln_r50"):
         same = TINY.format(model)
         exact = first_losses(check.small(same), World())
@@ -56,16 +56,16 @@ def losses(check: Check) -> Iterator[Row]:
 
 
 def first_losses(recipe: Recipe, world: World, steps: int = 4) -> list[float]:
-    """Mean losses over all ranks of a plan's first steps."""
+    """Losses of a plan's first steps, averaged over all ranks."""
     trainer = Trainer(recipe, world)
-    with mock.patch("mgtrain.models.dropout.keep_mask", hashed_mask):  # on a CPU the masks of a GPU
+    with mock.patch("mgtrain.models.dropout.keep_mask", hashed_mask):  # also on a CPU, the masks of a GPU
         found = [trainer.step(step, trainer.batch(step)) for step in trainer.plan[:steps]]
     return [world.sum(loss).item() / world.size for loss in found]
 
 
 # 7
 def memory(check: Check) -> Iterator[Row]:
-    """Limits of memory are kept: what was estimated and what was taken"""
+    """Memory limits are kept: memory estimated, allocated and reserved"""
     for gib in (0.25, 0.5) if check.toy else (8, 20, 60):
         recipe = check.recipe("batch.clips=64", f"hardware.memory_gib={gib}")
         plan = make_plan(recipe, 1000)
@@ -86,7 +86,7 @@ def memory(check: Check) -> Iterator[Row]:
 
 # 9
 def resuming(check: Check) -> Iterator[Row]:
-    """A run that was stopped and resumed is the run that was not"""
+    """A run that was stopped and resumed equals one that was not"""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthesize(folder / "data", videos_per_class={"train": 4, "val": 1}, classes=BASIC_MOTIONS[:4], frames=24,
@@ -111,7 +111,7 @@ def resuming(check: Check) -> Iterator[Row]:
 
 # 10
 def loading(check: Check) -> Iterator[Row]:
-    """The loader on prepared videos, against what the GPU takes"""
+    """The loader's throughput on prepared videos, against what the GPU needs"""
     with videos_of(check) as words:
         recipe = check.recipe(*words)
         plan, train = make_plan(recipe, 1000), open_splits(recipe.data)["train"]
@@ -133,12 +133,12 @@ def end_to_end(check: Check) -> Iterator[Row]:
         recipe = check.recipe(*words, "evaluation.times=1", "evaluation.recalibration_batches=1")
         of_step = check.seconds.get(recipe.base, 0.05)
         epochs = (1 if check.toy else END_TO_END / of_step) * recipe.base.clips / len(open_splits(recipe.data)["train"])
-        shorter = epochs / sum(recipe.optim.stages)  # the schedule as a whole, shortened
+        shorter = epochs / sum(recipe.optim.stages)  # the whole schedule, shortened
         changes = {"stages": tuple(n * shorter for n in recipe.optim.stages), "warmup_epochs": 0.0}
         recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
         seconds = {}
         for name, one in (("baseline", baseline_recipe(recipe)), ("multigrid", recipe)):
-            place = check.world.from_main(str(Path(folder) / name))  # the main rank's: only it writes
+            place = check.world.from_main(str(Path(folder) / name))  # the main rank's, which alone writes
             run = RunDir(Path(place), writes=check.world.main)
             fit(one, run, check.world)
             last = check.world.from_main(run.rows("steps.jsonl")[-1] if check.world.main else {})
@@ -151,7 +151,7 @@ def end_to_end(check: Check) -> Iterator[Row]:
 
 
 def make_videos(folder: Path, toy: bool) -> None:
-    """Videos of Kinetics' size, and the prepared ones: what sections 10 and 11 read."""
+    """Make videos of Kinetics' size, and prepare them, for sections 10 and 11."""
     size, frames = ((64, 48), 24) if toy else ((340, 256), 150)
     synthesize(folder / "data", videos_per_class=VIDEOS, frames=frames, size=size)
     paths = [path.relative_to(folder / "data").as_posix() for path in sorted((folder / "data/videos").rglob("*.mp4"))]
@@ -161,7 +161,7 @@ def make_videos(folder: Path, toy: bool) -> None:
 
 @contextmanager
 def videos_of(check: Check) -> Iterator[tuple[str, ...]]:
-    """What a recipe says of the videos: those of `--data`, or some that are made for now."""
+    """Changes to a recipe, to read the videos of `--data`, or else temporary ones."""
     with tempfile.TemporaryDirectory() as made:
         folder = check.data or Path(check.world.from_main(made))
         if check.data is None and check.world.main:

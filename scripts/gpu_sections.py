@@ -1,4 +1,4 @@
-"""Sections of `gpu_check.py`: what the GPU does by itself, steps, normalization, PySlowFast's steps, compiled ones."""
+"""Sections of `gpu_check.py`: the machine, waits, steps of all shapes, BatchNorm, PySlowFast's and compiled steps."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ AUGMENTED = (
     "label_smoothing: 0.1}"
 )
 IN_PASSES = "hardware={micro_clips: 4, recompute: true, precision: bf16}"
-MOST_LAUNCHES = 2500  # of a step of SlowFast: 1,125 and some kernels for each of 110 convolutions
+MOST_LAUNCHES = 2500  # in a step of SlowFast: 1,125, and a few for each of 110 convolutions
 ACTIVATIONS = {"wide": (64, 256, 2, 56, 56), "narrow": (64, 8, 32, 112, 112)}  # larger than any cache
-TRAFFIC = 8  # times an activation goes through memory in normalization and ReLU, forward and backward: the least
+TRAFFIC = 8  # least number of times an activation goes through memory in BatchNorm and ReLU, forward and backward
 RACED = (1, 4, 7)  # of the eight shapes: 64x8x158², 16x16x224² and the base
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is checked, and what earlier sections have found."""
+    """The settings of the check, and the results of earlier sections."""
 
     world: World
     toy: bool
@@ -66,14 +66,14 @@ class Check:
         return self.world.device.type == "cuda"
 
     def recipe(self, *overrides: str) -> Recipe:
-        """SlowFast 8x8 on Kinetics with so many clips for each GPU, in bf16; tiny in a toy."""
+        """SlowFast 8x8 on Kinetics with `CLIPS` clips for each GPU, in bf16; tiny with `--toy`."""
         tiny = (*TINY_CLIP, TINY.format("slowfast_r50")) if self.toy else ()
-        precision = "bf16" if self.gpu else "fp32"  # in which oneDNN makes NaN of maps of one pixel on some CPUs
+        precision = "bf16" if self.gpu else "fp32"  # oneDNN's bf16 gives NaN for 1x1 maps on some CPUs
         usual = (f"batch.clips={CLIPS * self.world.size}", f"hardware.precision={precision}")
         return load_recipe(BASE, [*usual, *tiny, *overrides])
 
     def small(self, *overrides: str) -> Recipe:
-        """A network and clips that take no time, in fp32."""
+        """A tiny network and tiny clips, in fp32."""
         usual = (f"batch.clips={CLIPS * self.world.size}", "hardware.precision=fp32", *TINY_CLIP)
         return load_recipe(BASE, [*usual, TINY.format("slowfast_r50"), *overrides])
 
@@ -83,7 +83,7 @@ class Check:
 
 
 class Trainer:
-    """Steps of a recipe on made-up clips, which are the same on every device and for any number of ranks."""
+    """Steps of a recipe on random clips, which are the same on every device and for any number of ranks."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         set_up(recipe, world.device)
@@ -120,7 +120,7 @@ def row(name: str, good: bool | None = None, **found: Any) -> Row:
 
 # 1
 def machine(check: Check) -> Iterator[Row]:
-    """The machine: versions, TF32, BatchNorm's kernels, products and bandwidth"""
+    """The machine: versions, TF32, BatchNorm's kernels, matrix products and bandwidth"""
     device, world = check.world.device, check.world
     set_up(check.recipe(), device)
     findings = [*doctor.versions(), *doctor.devices(device)]
@@ -150,7 +150,7 @@ def waits(check: Check) -> Iterator[Row]:
         where = ""
         for step in list(trainer.plan.first_steps().values())[::3]:  # of 8, 4 and 1 groups
             batch = trainer.batch(step)
-            trainer.step(step, batch)  # the first of its shape may wait: torch asks the device what it has
+            trainer.step(step, batch)  # the first of its shape may wait: torch queries the device
             try:
                 with waiting_refused(check):
                     trainer.step(step, batch)
@@ -207,7 +207,7 @@ def wait(check: Check) -> None:
 
 
 def profiled(check: Check, call: Callable[[], object]) -> tuple[int | None, float | None]:
-    """How many kernels a call launches, and for how many seconds the GPU is at work on them; None: not known."""
+    """How many kernels a call launches, and for how many seconds the GPU is busy with them; None: unknown."""
     if not check.gpu:
         call()
         return None, None
@@ -225,7 +225,7 @@ def profiled(check: Check, call: Callable[[], object]) -> tuple[int | None, floa
 
 # 4
 def normalization(check: Check) -> Iterator[Row]:
-    """BatchNorm and ReLU, forward and backward, in bf16: GB/s at the least traffic there can be"""
+    """BatchNorm and ReLU, forward and backward, in bf16: GB/s, counting the least possible memory traffic"""
     device = check.world.device
     for name, (clips, *rest) in ACTIVATIONS.items():
         size = (clips, 8, 2, 4, 4) if check.toy else (clips, *rest)
@@ -250,7 +250,7 @@ def normalization(check: Check) -> Iterator[Row]:
             ways = {"plain_4d": four, "by_groups_5d": five, "flattened": ours, **({"kernels": ours} if kernels else {})}
             for way, function in ways.items():
                 if groups == 64 and way == "by_groups_5d" and not check.toy:
-                    continue  # slow, and known from 8
+                    continue  # slow, and 8 groups show enough
                 with mock.patch.object(fused, "usable", lambda _, way=way: way == "kernels"):
                     seconds = check.time(lambda f=function, g=groups, x=x, y=above: both_ways(f, x, g, y), 6)
                 rates[way] = TRAFFIC * x.nbytes / seconds / 1e9
@@ -269,7 +269,7 @@ def peers(check: Check) -> Iterator[Row]:
     if check.pyslowfast is None:
         yield row("left out", because="no --pyslowfast")
         return
-    from bench_step import theirs  # its imports are parity's
+    from bench_step import theirs  # needs what parity.py needs
 
     recipe, device = check.recipe(), check.world.device
     firsts = list(make_plan(recipe, 1000).first_steps().items())
@@ -296,7 +296,7 @@ def peers(check: Check) -> Iterator[Row]:
             except RuntimeError as error:
                 if "view size" not in str(error):
                     raise
-                found[name] = None  # its BatchNorm of several groups knows no channels_last
+                found[name] = None  # its BatchNorm over several groups does not support channels_last
             del model, optimizer, given, x
         best = min(seconds for seconds in found.values() if seconds is not None)
         ratio = best / check.seconds[shape] if shape in check.seconds else None

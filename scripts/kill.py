@@ -6,12 +6,12 @@ Each victim is a real `mgtrain fit` on a small synthetic data set; it is killed 
 
     anywhere     at a random time after its start
     saving       while a checkpoint is being written
-    evaluating   in a recalibration or evaluation
+    evaluating   during a recalibration or evaluation
     loader       only one of its loader processes
     rank         only one of its ranks (with several ranks)
 
 and started again with `--resume` until it finishes. Its weights, optimizer state, losses and scores must then equal
-those of the undisturbed run bit for bit, and its logs and TensorBoard must hold each step once. Linux only.
+those of an uninterrupted run bit for bit, and its logs and TensorBoard must contain each step once. Linux only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ POLL_SECONDS = 0.002
 
 
 def main() -> None:
-    """Kill until there were as many as asked for, print a table, exit with 1 if anything was lost."""
+    """Kill runs `--kills` times, print a table, and exit with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -76,7 +76,7 @@ def main() -> None:
             name = f"victim{runs.total()}"
             for kind in tortured(name, ranks, seconds[ranks], draw):
                 kills[ranks, kind] += 1
-                console.print(f"{kills.total()} kills: {name} on {ranks}, {kind}")
+                console.print(f"{kills.total()} kills: {name} on {ranks} ranks, {kind}")
             runs[ranks] += 1
             losses += [f"{name} on {ranks}: {what}" for what in lost(RunDir(Path(f"runs/{name}")), straight_run(ranks))]
             shutil.rmtree(f"runs/{name}")
@@ -91,16 +91,16 @@ def main() -> None:
 
 
 def straight_run(ranks: int) -> RunDir:
-    """The run that was left alone."""
+    """The uninterrupted run."""
     return RunDir(Path(f"runs/straight{ranks}"))
 
 
 def straight(ranks: int) -> float:
-    """Make it; how many seconds it took."""
+    """Train the uninterrupted run; returns how many seconds it took."""
     begin = time.monotonic()
     name = straight_run(ranks).name
     if start(name, ranks).wait() != 0:
-        raise SystemExit(f"the run does not even end when left alone:\n{Path(f'{name}.log').read_text()}")
+        raise SystemExit(f"the run fails even without a kill:\n{Path(f'{name}.log').read_text()}")
     return time.monotonic() - begin
 
 
@@ -113,7 +113,7 @@ def start(name: str, ranks: int) -> subprocess.Popen[bytes]:
 
 
 def tortured(name: str, ranks: int, seconds: float, draw: random.Random) -> list[str]:
-    """Start, kill, resume and so on, until the run ends; the kinds of kills it survived."""
+    """Start, kill and resume a run until it finishes; returns the kinds of kills that it survived."""
     kinds = []
     while True:
         process = start(name, ranks)
@@ -137,13 +137,13 @@ def tortured(name: str, ranks: int, seconds: float, draw: random.Random) -> list
 
 
 def after(seconds: float) -> Callable[[], bool]:
-    """Whether so many seconds have passed."""
+    """A function that says whether so many seconds have passed."""
     begin = time.monotonic()
     return lambda: time.monotonic() - begin > seconds
 
 
 def seen(there: Callable[[], bool], times: int) -> Callable[[], bool]:
-    """Whether something has come up so many times."""
+    """A function that says whether a condition has become true so many times."""
     count, before = 0, False
 
     def look() -> bool:
@@ -156,7 +156,7 @@ def seen(there: Callable[[], bool], times: int) -> Callable[[], bool]:
 
 
 def in_evaluation(run: RunDir, draw: random.Random) -> Callable[[], bool]:
-    """Whether a phase has been trained to its end and saved, and a moment has passed since."""
+    """A function that says whether a phase has been trained to its end and saved, a random moment ago."""
     since: float | None = None
     wait = draw.uniform(0, 0.6)
 
@@ -173,7 +173,7 @@ def in_evaluation(run: RunDir, draw: random.Random) -> Callable[[], bool]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -186,7 +186,7 @@ def children(pid: int) -> list[int]:
 
 
 def loaders(pid: int) -> list[int]:
-    """The loader processes of a run: the only descendants that have been given their name by torch."""
+    """The loader processes of a run: the only descendants that torch has named."""
     mine = children(pid)
     for found in mine:
         mine += children(found)
@@ -194,7 +194,7 @@ def loaders(pid: int) -> list[int]:
 
 
 def lost(run: RunDir, rival: RunDir) -> list[str]:
-    """What a run lacks that its rival has, in words."""
+    """The differences between a run and its uninterrupted rival, in words."""
     ours, theirs = (load_file(r.checkpoints()[-1]) for r in (run, rival))
     found = [f"tensors {sorted(ours.keys() ^ theirs.keys())[:3]}"] if ours.keys() != theirs.keys() else []
     found += [f"tensor {name}" for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])][:3]
@@ -206,7 +206,7 @@ def lost(run: RunDir, rival: RunDir) -> list[str]:
     for tag in ("train/loss", "val/top1"):
         curves = [[(event.step, event.value) for event in board.Scalars(tag)] for board in boards]
         if curves[0] != curves[1]:
-            found.append(f"TensorBoard's {tag}: {len(curves[0])} points, not the {len(curves[1])} of the other")
+            found.append(f"TensorBoard's {tag}: {len(curves[0])} points instead of {len(curves[1])}, or other values")
     return found
 
 

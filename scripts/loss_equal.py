@@ -23,8 +23,8 @@ from mgtrain.data import open_splits
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import make_plan
 
-MARGIN = 10  # times as much as rounding makes of it
-ROUNDING = 1e-7  # of a float32
+MARGIN = 10  # allowed: so many times the difference between layouts
+ROUNDING = 1e-7  # relative, of a float32
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         before = losses(options.before, words, Path(folder))
         layout = losses(options.before, [*words, f"hardware.channels_last={not last}".lower()], Path(folder))
         after = losses(options.after, words, Path(folder))
-    print(f"{'step':>5}{options.before[:12]:>15}{options.after[:12]:>15}{'difference':>12}{'of layouts':>12}")
+    print(f"{'step':>5}{options.before[:12]:>15}{options.after[:12]:>15}{'difference':>12}{'layouts':>12}")
     worst = rounding = 0.0
     equal = True
     for step, (one, other, third) in enumerate(zip(before, after, layout, strict=True)):
@@ -55,12 +55,12 @@ def main() -> None:
         worst, rounding = max(worst, differs), max(rounding, rounds)
         equal = equal and worst <= MARGIN * max(rounding, ROUNDING)
         print(f"{step:>5}{one:>15.7f}{other:>15.7f}{differs:>12.1e}{rounds:>12.1e}")
-    print(f"{'equal' if equal else 'NOT equal'}: at most {worst:.1e} of a loss, between layouts {rounding:.1e}")
+    print(f"{'equal' if equal else 'NOT equal'}: commits differ by up to {worst:.1e}, layouts by {rounding:.1e}")
     sys.exit(not equal)
 
 
 def losses(commit: str, words: list[str], scratch: Path) -> list[float]:
-    """Of each step that the commit trains."""
+    """The loss of each step that the commit trains."""
     folder = scratch / "checkout"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(folder), commit], check=True)
     try:

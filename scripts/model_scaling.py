@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""Estimate a run on many GPUs: computing, exchange of gradients and loading in every phase, and which of them waits.
+"""Estimate a run on many GPUs: computing, exchange of gradients and loading in every phase, and where GPUs wait.
 
     python scripts/model_scaling.py k400_slowfast_8x8_r50_multigrid --gpus 8 128
 
-It estimates and measures nothing. Its assumptions are options, and are printed:
+The script estimates everything and measures nothing. Its assumptions are options, and are printed:
 
-    GPU         3 x the forward pass's multiply-adds x 2, at --tflops per GPU, the same at every shape, and after them
-                the activations that are kept for the backward pass, --traffic times through memory at --bandwidth
+    GPU         3 x the forward pass's multiply-adds x 2, at --tflops per GPU, the same at every shape; then moving the
+                activations kept for the backward pass through memory, --traffic times at --bandwidth
     host        --launches of kernels a step, --launch-us of a core each, at any number of BatchNorm groups; the host
                 runs ahead of the GPU, so a step takes the longer of the two, which is `computing`
     exchange    gradients in float32, ring all-reduce of 2 (n-1)/n of their bytes at --gbytes per second and GPU,
-                --latency per bucket and hop of the ring; it runs beside the backward pass, two thirds of the
-                computing, but for the last bucket
+                --latency per bucket and hop of the ring; all but the last bucket overlaps with the backward pass, which
+                is two thirds of computing
     data        clips per second of one core, as `scripts/bench_decode.py` measured them (see README), fitted
                 by seconds = a + b x frames + c x frames x crop²; --cores for each GPU; loading runs beside computing
 
-A step takes the longer of loading, and of computing plus the exchange that is not overlapped; within a short cycle the
-loader catches up, so each phase is estimated by its mean step over a cycle.
+A step takes as long as loading, or as computing plus the exchange that does not overlap, whichever is slower. Within a
+short cycle the loader catches up, so the estimate of a phase is its mean step over a cycle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mgtrain.recipe import Recipe, load_recipe
 from mgtrain.schedule import baseline_recipe, check_world, make_plan
 
 BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's
-# frames, crop: clips per second of one core of an AMD EPYC, out of ordinary and out of prepared files
+# frames, crop: clips per second of one core of an AMD EPYC, from ordinary and from prepared files
 MEASURED = {(8, 112): (20.3, 371), (8, 158): (19.5, 304), (16, 224): (18.8, 147), (32, 224): (16.0, 78)}
 
 
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=8, help="clips of the base shape (default: %(default)s)")
     for name, value, what in (
         ("tflops", 300.0, "speed of a GPU's convolutions"),
-        ("bandwidth", 2700.0, "of a GPU's memory, GB/s"),
+        ("bandwidth", 2700.0, "bandwidth of a GPU's memory, GB/s"),
         ("traffic", 6.0, "times that an activation goes through memory"),
         ("launches", 1500.0, "kernels of a step"),
-        ("launch-us", 25.0, "microseconds of the host for each of them"),
+        ("launch-us", 25.0, "microseconds of the host for each kernel"),
     ):
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{what} (default: %(default)s)")
     parser.add_argument(
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def report(recipe: Recipe, gradients: int, gpus: int, options: Any) -> None:
-    """A line for each phase, and both runs' hours from either kind of files."""
+    """Print a line for each phase, and the times of both runs, from ordinary and from prepared files."""
     videos = recipe.data.videos or 240_000
     plan, baseline = make_plan(recipe, videos), make_plan(baseline_recipe(recipe), videos)
     shapes = dict.fromkeys([*plan.shapes(), recipe.base])
@@ -113,7 +113,7 @@ def report(recipe: Recipe, gradients: int, gpus: int, options: Any) -> None:
 
 
 def exchanged(gradients: int, gpus: int, compute: float, options: Any) -> tuple[float, float]:
-    """Seconds of all all-reduces, and those that the backward pass does not hide."""
+    """Seconds of all all-reduces, and the seconds that the backward pass does not hide."""
     if gpus == 1:
         return 0.0, 0.0
     buckets = -(-gradients // BUCKET)
@@ -126,7 +126,7 @@ def exchanged(gradients: int, gpus: int, compute: float, options: Any) -> tuple[
 
 
 def seconds_of_clip(shape: Shape, kind: int) -> float:
-    """Of one core, out of ordinary (0) or prepared files (1)."""
+    """Seconds of one core for a clip, from ordinary (0) or prepared files (1)."""
     terms = np.array([[1, frames, frames * crop**2 / 1e6] for frames, crop in MEASURED])
     times = np.array([1 / rates[kind] for rates in MEASURED.values()])
     weights = np.linalg.lstsq(terms / times[:, None], np.ones(len(times)), rcond=None)[0]  # least relative error

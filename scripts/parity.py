@@ -40,7 +40,7 @@ CLASSES = 10
 
 
 class Empty(types.ModuleType):
-    """A module in which any name is a class without anything, or 0 if it is all in capitals."""
+    """A module in which any name is an empty class, or 0 if it is in capitals."""
 
     __path__ = ()
 
@@ -51,7 +51,7 @@ class Empty(types.ModuleType):
 
 
 class Absent:
-    """Finds empty modules where the real ones are absent."""
+    """Imports empty modules in place of those in `ABSENT`."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.split(".")[0] in ABSENT or name.startswith("mmcv.ops"):
@@ -75,13 +75,13 @@ def bare(name: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """A published network: how it is made, what it is here, and on which clips (B, T, S) the two are compared."""
+    """A published network: how to make it, the options of ours, and the clips (B, T, S) to compare them on."""
 
     project: str
-    make: Callable[..., nn.Module]  # of a width
+    make: Callable[..., nn.Module]  # called with the width
     options: dict[str, Any]
     shapes: tuple[tuple[int, int, int], ...]
-    frames: Callable[[int], tuple[int, ...]] | None = None  # that its slow pathway is given; None: it takes clips
+    frames: Callable[[int], tuple[int, ...]] | None = None  # the slow pathway's; None: it takes whole clips
 
 
 def networks(checkout: Path) -> Iterator[tuple[str, Network]]:
@@ -145,7 +145,7 @@ def pytorchvideo() -> Iterator[tuple[str, Network]]:
         model.blocks[5].pool = nn.ModuleList([nn.AdaptiveAvgPool3d(1), nn.AdaptiveAvgPool3d(1)])
         return model
 
-    def i3d(width: int) -> nn.Module:  # with the arguments of its hub's i3d_r50
+    def i3d(width: int) -> nn.Module:  # with the arguments of i3d_r50 in PyTorchVideo's hub
         model: nn.Module = create_resnet(
             model_num_class=CLASSES, dropout_rate=0.0, stem_dim_out=width, head_activation=None,
             stem_conv_kernel_size=(5, 7, 7), stage1_pool=nn.MaxPool3d,
@@ -163,7 +163,7 @@ def pytorchvideo() -> Iterator[tuple[str, Network]]:
 
 
 class Recognizer(nn.Module):
-    """MMAction2's backbone and classifier, under the names of its checkpoints."""
+    """MMAction2's backbone and classifier, named as in its checkpoints."""
 
     def __init__(self, backbone: nn.Module, features: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Recognizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.backbone(x)
-        pathways = features[::-1] if isinstance(features, tuple) else [features]  # its head has the fast one first
+        pathways = features[::-1] if isinstance(features, tuple) else [features]  # its head expects the fast one first
         logits: Tensor = self.cls_head.fc_cls(torch.cat([p.mean((2, 3, 4)) for p in pathways], 1))
         return logits
 
@@ -205,13 +205,13 @@ def mmaction2() -> Iterator[tuple[str, Network]]:
         return Recognizer(backbone, 36 * width)
 
     yield "i3d, no stride in time", Network("MMAction2", i3d, {"name": "i3d_r50"}, ((2, 8, 112), (2, 5, 112)))
-    # It takes other slow frames than all others do, from 8 frames on.
+    # From 8 frames on, its slow pathway gets other frames than in all other projects.
     yield "slowfast, lateral_norm", Network("MMAction2", slowfast, {"name": "slowfast_r50"}, ((2, 4, 112),))
 
 
 @torch.no_grad()
 def compare(title: str, network: Network, width: int, dtype: torch.dtype, file: Path) -> Iterator[dict[str, Any]]:
-    """A row for each shape and mode: the published network's logits, and how far ours are from them, relatively."""
+    """A row for each shape and mode: the published network's logits, and the relative error of ours."""
     theirs = network.make(width).to(dtype)
     ours, after = (build_model(**network.options, classes=CLASSES, width=width, dropout=0).to(dtype) for _ in range(2))
     for clip_count, frames, crop in network.shapes:
@@ -239,13 +239,13 @@ def compare(title: str, network: Network, width: int, dtype: torch.dtype, file: 
 
 
 def fill(model: nn.Module) -> None:
-    """Give the model the weights of the formula."""
+    """Set the model's weights by the formula of the tests."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(torch.from_numpy(value(name, tuple(tensor.shape))))
 
 
 def take(theirs: nn.Module, ours: nn.Module, file: Path) -> int:
-    """Import a file of all of their tensors into our model; returns how many ours has."""
+    """Save their tensors to a file and import it into our model; returns how many match."""
     torch.save({"state_dict": theirs.state_dict()}, file)
     report = load_weights(ours, read_weights(file))
     report.demand(1.0, file)

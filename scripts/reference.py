@@ -82,7 +82,7 @@ def kind(hint: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that a table's cell can hold."""
+    """Text for a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 

@@ -111,7 +111,7 @@ def test_nothing_is_started_unless_asked_for(tiny: Callable[..., Recipe], tmp_pa
     [
         ("start", "mgtrain: wandb: ConnectionError: no network here; nothing is logged there, the run continues"),
         ("online", "mgtrain: wandb: no network here; logging offline, upload it with `wandb sync "),
-        ("call", "mgtrain: wandb: ConnectionError: the service is gone; some of what the run logs is left out there"),
+        ("call", "mgtrain: wandb: ConnectionError: the service is gone; some of what the run logs is missing there"),
         ("crash", ""),
         ("hang", ""),
         ("end", ""),
@@ -138,7 +138,7 @@ def test_a_service_in_trouble_neither_stops_nor_delays(
     assert said in capfd.readouterr().err
     assert board._process.poll() is not None  # type: ignore[attr-defined]
     assert ("has not finished in 3 s and is ended; the run is complete" in caplog.text) == hangs
-    assert ("logs nothing more, its messages say why" in caplog.text) == (trouble in ("start", "crash"))
+    assert ("has ended and logs nothing more (see its messages)" in caplog.text) == (trouble in ("start", "crash"))
     if trouble == "online":
         assert fake()[0][1] == "offline"
         assert len([words for words in fake() if words[0] == "log"]) == 300
@@ -157,7 +157,7 @@ def test_a_slow_service_loses_the_latest_messages(
     for step in range(1000):
         board.image(step, "clips/a", np.zeros((64, 64, 3), np.uint8))
     board.close(failed=False)
-    assert caplog.text.count("wandb: is too slow: some of what the run logs is left out there") == 1
+    assert caplog.text.count("wandb: is too slow: some of what the run logs is missing there") == 1
 
 
 def test_a_run_that_is_killed_ends_its_service_as_failed(

@@ -148,7 +148,7 @@ class PreparedSet:
             OSError: it cannot be opened.
         """
         if self._shards:
-            shard = self._shards.open(int(place["shard"]))  # not closed while this has a hold on it
+            shard = self._shards.open(int(place["shard"]))  # stays open while `shard` refers to it
             yield shard.file, int(place["offset"])
         else:
             file = os.open(path, os.O_RDONLY)
@@ -158,7 +158,7 @@ class PreparedSet:
                 os.close(file)
 
     def where(self, place: np.void, path: Path) -> str:
-        """What messages call the file of a video's level."""
+        """The name of the file of a video's level, for messages."""
         if not self._shards:
             return str(path)
         return f"{shard_path(self.folder, int(place['shard']))}, member {path.relative_to(self.folder)}"
@@ -236,7 +236,7 @@ class PreparedVideo:
                 except (IndexError, OSError, OverflowError, MemoryError):  # the index belongs to other files
                     frame = None
                 if frame is None:
-                    raise VideoError(f"{where}: frame {index} is damaged; `mgtrain data verify` looks for all of these")
+                    raise VideoError(f"{where}: frame {index} is damaged; `mgtrain data verify` lists all damage")
                 yield frame, (index,)
 
         box = box_around([cut.region for cut in cuts])
@@ -247,9 +247,9 @@ class PreparedVideo:
                     for clip in clips:
                         clip.put(indices, picture)
         except UnconvertibleError as error:
-            raise VideoError(f"{where}: {error}; `mgtrain data verify` looks for damage") from error
+            raise VideoError(f"{where}: {error}; `mgtrain data verify` lists all damage") from error
         except OSError as error:
-            raise VideoError(f"{where}: {error.strerror}; `mgtrain data prepare` makes what is missing") from error
+            raise VideoError(f"{where}: {error.strerror}; `mgtrain data prepare` writes what is missing") from error
         return [clip.pixels() for clip in clips]
 
 

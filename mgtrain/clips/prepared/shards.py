@@ -1,4 +1,4 @@
-"""Shards: the files of a prepared set as members of plain tar files, read where they lie."""
+"""Shards: the files of a prepared set as members of plain tar files, read in place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def padded(size: int) -> int:
-    """Bytes that a member of so many bytes takes in a tar file, without its header.
+    """The size of a member in a tar file, without its header, in bytes.
 
     >>> padded(1), padded(512)
     (512, 512)
@@ -52,7 +52,7 @@ def padded(size: int) -> int:
 
 
 def check_shards(folder: Path, levels: np.ndarray) -> None:
-    """Check that the shards that an index points to are there and long enough; `levels` are those of all its rows.
+    """Check that the shards of an index exist and are long enough; `levels` are those of all its rows.
 
     Raises:
         DataError: a shard is missing or truncated.
@@ -65,6 +65,6 @@ def check_shards(folder: Path, levels: np.ndarray) -> None:
         if size is None or size < end:
             problem = "is missing" if size is None else f"has {size:,} bytes instead of {end:,} or more"
             raise DataError(
-                f"{path}: {problem}; copy this shard again, or delete what is left of it and make its {len(members):,} "
-                "files again with `mgtrain data prepare`"
+                f"{path}: {problem}; copy this shard again, or delete it and run `mgtrain data prepare`, which writes its "
+                f"{len(members):,} files again"
             )

@@ -1,4 +1,4 @@
-"""A moving average of the weights: what is evaluated and exported in their place."""
+"""A moving average of the weights (EMA), which is evaluated and exported in their place."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def kept(decay: float, base_clips: int, step: Step) -> float:
     """The share of the average that a step keeps, a function of the step alone.
 
     `decay` is that of a step of `base_clips` clips; a step of k times as many keeps its k-th power, so that the average
-    spans as many clips in a multigrid run as in its baseline (Busbridge et al. 2023). Early on it keeps less, so that
-    it spans about a tenth of the clips so far, and the first weights are soon forgotten.
+    spans as many clips in a multigrid run as in its baseline (Busbridge et al. 2023). Early in a run it keeps less: it
+    then spans about a tenth of the clips so far, so the first weights are soon forgotten.
 
     >>> from mgtrain.recipe import load_recipe
     >>> from mgtrain.schedule import make_plan
@@ -52,7 +52,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the average's weights."""
+        """Put the average's weights into the model within the block."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._put(self.weights)
         try:

@@ -31,7 +31,7 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     The implementation is fused: it skips an update if `found_inf` is 1 on the device, without waiting for the GPU.
 
     Raises:
-        UsageError: the learning rate is to decay from layer to layer, and the network repeats no block.
+        UsageError: `optim.layer_decay` is below 1 and the network repeats no block.
     """
     parameters = dict(model.named_parameters())
     undecayed = undecayed_names(model, optim)
@@ -68,7 +68,7 @@ def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
     """The names of the parameters without weight decay.
 
     Those of normalizations; for AdamW also all vectors (biases, scales), tables of positions and tokens by their names,
-    and what the network's `no_weight_decay()` names, as timm's networks do.
+    and the names that the network's `no_weight_decay()` returns, if it has one as timm's networks do.
     """
     names = {
         f"{path}.{name}".removeprefix(".")
@@ -85,9 +85,9 @@ def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
 def layers(model: nn.Module) -> tuple[dict[str, int], int]:
     """Each parameter's layer, and the number of the last one, to which the classifier belongs.
 
-    0 is what comes before the first block that the network repeats, then each block is a layer; what stands between two
-    belongs to the one before, and what follows the last block is the last layer. Order is that of definition. Layers of
-    SlowFast and I3D, whose pathways are defined one after the other, are their stages.
+    Layer 0 is everything before the first block that the network repeats. Each block is a layer, together with what
+    follows it up to the next block; everything after the last block is the last layer. Parameters count in the order of
+    their definition. The layers of SlowFast and I3D are their stages, because their pathways are defined one by one.
 
     Raises:
         UsageError: the network repeats no block.
@@ -161,7 +161,7 @@ class _AdamW(_InPlace, torch.optim.AdamW):
 
 
 def _loss_of(closure: Closure) -> float | None:
-    """What a closure returns that computes the gradients first."""
+    """Call a closure, which computes the gradients, and return its loss."""
     if closure is None:
         return None
     with torch.enable_grad():

@@ -1,7 +1,7 @@
 """Where a run shows its curves: TensorBoard always, Weights & Biases and MLflow if the recipe names them.
 
-All are a `Board`. TensorBoard writes to the run's folder, so its errors are the run's. The others are services that may
-be slow, gone or broken: each runs in a process of its own (`relay.py`), which cannot stop or delay the run.
+Each is a `Board`. TensorBoard writes to the run's folder, so its errors are errors of the run. The others are services
+that may be slow, unreachable or broken: each runs in a process of its own (`relay.py`) and cannot stop or delay the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Board(Protocol):
         """Add a picture, uint8 (H, W, 3)."""
 
     def close(self, failed: bool) -> None:
-        """Write what is left; `failed`: the run has been stopped before its end."""
+        """Write what is pending; `failed`: the run stopped before its end."""
 
 
 def check_boards(named: Logging) -> None:
@@ -55,7 +55,7 @@ def check_boards(named: Logging) -> None:
 
 
 def open_boards(named: Logging, name: str, identity: str, folder: Path) -> list[Board]:
-    """The services that the recipe names, for a run of that name; under the same identity a resumed one continues."""
+    """The services that the recipe names, for the run `name`; a resumed run has the same `identity` and continues."""
     from mgtrain.runs.boards.relay import Relay
 
     facts = {"name": name, "identity": identity, "folder": str(folder.absolute())}

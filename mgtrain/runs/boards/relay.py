@@ -1,8 +1,8 @@
-"""A service's board in a process of its own: it may hang, fail or crash, and the run neither waits nor stops.
+"""A service's board in a process of its own, which may hang, fail or crash: the run neither waits nor stops.
 
     the run -> queue -> thread -> pipe -> process -> service
 
-Nothing of the service runs in the training process. What the service's process says goes to the terminal.
+Nothing of the service runs in the training process. The output of the service's process goes to the terminal.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mgtrain.runs.boards.services import SERVICES
 
 log = logging.getLogger(__name__)
 
-WAITING = 10_000  # messages that may wait for a slow service; later ones are left out
+WAITING = 10_000  # messages that may wait for a slow service; later ones are dropped
 SECONDS_TO_END = 60.0  # that a service has at the end of a run to upload what is left
 
 
 class Relay:
-    """A `Board` that passes everything to a service's process. No method waits, but for `close`, and none raises."""
+    """A `Board` that passes everything to a service's process. Only `close` waits, and no method raises."""
 
     def __init__(self, service: str, facts: Mapping[str, str]) -> None:
         self._service, self._lost = service, False
@@ -68,7 +68,7 @@ class Relay:
             log.warning(
                 "%s: has not finished in %.0f s and is ended; the run is complete", self._service, SECONDS_TO_END
             )
-            self._lost = True  # the thread, too, is about to find the process gone
+            self._lost = True  # the thread is about to notice that, too
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
@@ -76,7 +76,7 @@ class Relay:
         try:
             self._queue.put_nowait((name, args))
         except queue.Full:
-            self._lose("is too slow: some of what the run logs is left out there")
+            self._lose("is too slow: some of what the run logs is missing there")
 
     def _send(self) -> None:
         pipe = self._process.stdin
@@ -88,7 +88,7 @@ class Relay:
                 pipe.write(pickle.dumps((name, args)))
                 pipe.flush()
         except OSError:  # the process is gone
-            self._lose("logs nothing more, its messages say why; the run continues")
+            self._lose("has ended and logs nothing more (see its messages); the run continues")
         finally:
             with suppress(OSError):
                 pipe.close()
@@ -100,7 +100,7 @@ class Relay:
 
 
 def main(service: str, facts: str, seconds: str) -> int:
-    """The service's process: does what comes through stdin until it ends, which it also does if the run is killed."""
+    """The service's process: carry out the messages from stdin until it closes, also because the run was killed."""
     for number in STOP_SIGNALS:  # the run decides when it is over
         signal.signal(number, signal.SIG_IGN)
     pipe = os.fdopen(os.dup(0), "rb")
@@ -130,7 +130,7 @@ def main(service: str, facts: str, seconds: str) -> int:
         except Exception as error:
             if not said:
                 said = True
-                say(error, "some of what the run logs is left out there")
+                say(error, "some of what the run logs is missing there")
         if name == "close":
             return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PARAMETERS = 100  # that MLflow takes at once
+PARAMETERS = 100  # the most that MLflow takes at once
 START_SECONDS = 30.0  # to connect to Weights & Biases before logging offline
 
 
