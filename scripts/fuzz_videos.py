@@ -65,7 +65,7 @@ MOVIES = {  # name -> codec and options
     "fragmented.mp4": ("libx264", {"movflags": "frag_keyframe+empty_moov"}),
 }
 HUGE = (0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x10000000, 0xFFFF, 0)
-# Boxes of an mp4 that contain counts, the first of them 8, 12 or 16 bytes after the name.
+# Boxes of an mp4 that contain counts, the first of them 8 to 20 bytes after the name.
 COUNTED = (b"stsz", b"stts", b"stsc", b"ctts", b"stco", b"stss", b"elst", b"mvhd", b"mdhd", b"tkhd", b"trun", b"dref")
 CANARY = "canary.ts"
 

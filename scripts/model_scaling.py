@@ -12,8 +12,9 @@ The script estimates everything and measures nothing. Its assumptions are option
     exchange    gradients in float32, ring all-reduce of 2 (n-1)/n of their bytes at --gbytes per second and GPU,
                 --latency per bucket and hop of the ring; all but the last bucket overlaps with the backward pass, which
                 is two thirds of computing
-    data        clips per second of one core, as `scripts/bench_decode.py` measured them (see README), fitted
-                by seconds = a + b x frames + c x frames x crop²; --cores for each GPU; loading runs beside computing
+    data        clips per second of one core, as `scripts/bench_decode.py` measured them
+                (docs/explanation/performance.md), fitted by seconds = a + b x frames + c x frames x crop²; --cores for
+                each GPU; loading runs beside computing
 
 A step takes as long as loading, or as computing plus the exchange that does not overlap, whichever is slower. Within a
 short cycle the loader catches up, so the estimate of a phase is its mean step over a cycle.

@@ -292,14 +292,14 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: s
         optim = f"""\
   name: adamw
   lr: {2e-4 * math.sqrt(clips / 32):.2g}
-  scaling: sqrt                    # with the long cycle's batch
+  scaling: sqrt                    # how it grows with the long cycle's batch
   curve: cosine
-  stages: {stages}            # epochs of each stage, which has a long cycle in multigrid
+  stages: {stages}            # epochs of each stage
   warmup_epochs: {max(1, round(epochs / 30))}
   weight_decay: 0.05
   layer_decay: 0.8
   clip_norm: 1.0
-  ema: 0.99                        # decay per batch; the average is evaluated"""
+  ema: 0.99                        # decay per `batch.clips` clips; the average is evaluated"""
     root, lists = os.path.abspath(train.root), {k: json.dumps(v, ensure_ascii=False) for k, v in found.files.items()}
     return f"""\
 # {os.path.basename(root)}: {len(train.classes)} classes, {len(train):,} training and {len(found.val):,} validation \

@@ -65,6 +65,6 @@ def check_shards(folder: Path, levels: np.ndarray) -> None:
         if size is None or size < end:
             problem = "is missing" if size is None else f"has {size:,} bytes instead of {end:,} or more"
             raise DataError(
-                f"{path}: {problem}; copy this shard again, or delete it and run `mgtrain data prepare`, which writes its "
-                f"{len(members):,} files again"
+                f"{path}: {problem}; copy this shard again, or delete it and run `mgtrain data prepare`, which writes "
+                f"its {len(members):,} files again"
             )
