@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on a CPU; read when it is imported
 
 import mgtrain.engine.start
+import mgtrain.preflight.costs
+import mgtrain.preflight.init
 from mgtrain.data.synthetic import synthesize
 from mgtrain.engine.checks import check_shapes
 from mgtrain.engine.fit import fit
@@ -86,7 +88,8 @@ def shapes_tried_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mgtrain.engine.start, "check_shapes", check)
+        for module in (mgtrain.engine.start, mgtrain.preflight.init, mgtrain.preflight.costs):
+            patch.setattr(module, "check_shapes", check)
         yield
 
 

@@ -104,6 +104,7 @@ def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "demo_multigrid" in (tmp_path / "demo.html").read_text()
 
 
+@pytest.mark.slow
 def test_ones_own_data_run(motions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     videos = sorted(motions.rglob("*.mp4"))
     for c, name in enumerate(("wave", "bow")):

@@ -45,6 +45,7 @@ def of_section(rows: list[Row], section: int) -> dict[str, Row]:
     return {one["name"]: one for one in rows if one["section"] == section}
 
 
+@pytest.mark.slow
 def test_the_machine_and_its_loader_are_measured(tmp_path: Path, videos: Path) -> None:
     rows, printed = started(tmp_path, "--data", str(videos), "--sections", "1", "4", "10")
     machine, norms, loads = (of_section(rows, n) for n in (1, 4, 10))

@@ -479,6 +479,7 @@ def test_checkpoints_can_be_looked_at_and_verified(
     assert done.stderr == "mgtrain: 1 of 4 checkpoints are damaged; --resume skips them\n"
 
 
+@pytest.mark.slow
 def test_the_slurm_script_starts_the_ranks_and_puts_a_stopped_job_back(folder: Path) -> None:
     script = Path(__file__).parent.parent.parent / "docs/how-to/preemptible.slurm"
     stubs = folder / "bin"

@@ -143,7 +143,8 @@ def test_a_run_killed_around_an_evaluation_logs_it_once(
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("kind", ["frames", pytest.param("stretches", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the quick tests resume the loader on these
+@pytest.mark.parametrize("kind", ["frames", "stretches"])
 def test_a_run_on_other_sources_too_is_the_one_that_was_not_cut(
     tiny: Callable[..., Recipe], motions: Path, tmp_path: Path, kind: str
 ) -> None:

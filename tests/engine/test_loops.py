@@ -106,7 +106,9 @@ def run(folder: Path, program: str, text: str, *launcher: str) -> tuple[list[tup
     return [(int(number), shape, float(loss)) for number, shape, loss in steps], [*map(float, tops)]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lightning")) for name in PROGRAMS]
+)
 def test_the_programs_of_the_page_train_as_fit_does(
     program: str, tiny_text: str, straight: Path, tmp_path: Path
 ) -> None:

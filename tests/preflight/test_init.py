@@ -193,6 +193,7 @@ def test_size_grows_with_time_and_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert volume(1, 1e12)[1] > volume(1, 1e11)[1]
 
 
+@pytest.mark.slow
 def test_gpu_sizes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 4e14)
     world = World(device=torch.device("cuda"))
@@ -215,9 +216,13 @@ def test_a_transformer_is_fine_tuned_from_kinetics_weights(network: str, monkeyp
     assert recipe.init.weights.endswith(f"k400_{network}.safetensors")
     differing = recipe_differences(*(parse_recipe(text, "text") for text in made.texts.values()))
     assert {key.split(".")[0] for key in differing} == {"schedule"}
-    assert len(make_plan(propose(_found(short_side=256), World(), 1, 0.01, network).recipe, 96)) < len(
-        make_plan(recipe, 96)
-    )
+
+
+@pytest.mark.slow
+def test_a_transformer_has_fewer_epochs_in_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e14)
+    few, many = (propose(_found(short_side=256), World(), 1, hours, "swin3d_t").recipe for hours in (0.01, 10))
+    assert len(make_plan(few, 96)) < len(make_plan(many, 96))
 
 
 def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def test_two_ranks_train_as_one_does(pair: RunDir, alone: RunDir) -> None:
     assert_trained_alike(pair, alone, ranks=2)
 
 
+@pytest.mark.slow
 def test_four_ranks_train_as_one_does(mgtrain: Start, tiny_text: str, alone: RunDir, tmp_path: Path) -> None:
     plan = make_plan(alone.recipe(), 24)
     assert {phase.bn_groups for phase in plan.phases} == {8, 4, 2, 1}  # so a group spans 1, 2 or 4 of the ranks

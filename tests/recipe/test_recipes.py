@@ -12,8 +12,9 @@ from mgtrain.schedule import check_world, make_plan
 
 def is_like_another(name: str) -> bool:
     """Whether another recipe has the same network and its shapes."""
-    transformer = "_swin3d_t_" in name or "_mvit_v2_s_" in name
-    return name.endswith("_baseline") or (transformer and not name.startswith("ssv2"))
+    return name.endswith("_baseline") or not name.startswith(
+        ("demo", "k400_slowfast_8x8", "k400_i3d", "ssv2_slowfast", "ssv2_swin3d", "ut6")
+    )
 
 
 @pytest.mark.parametrize(
