@@ -6,16 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mgtrain.cli.options import (
-    Device,
-    Json,
-    Overrides,
-    RecipeArgument,
-    Videos,
-    check_finite,
-    connected,
-    parse_levels,
-)
+from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected, parse_levels
 from mgtrain.cli.prepare import LEVELS, QUALITY
 from mgtrain.console import out, progress
 from mgtrain.recipe import load_recipe

@@ -29,8 +29,7 @@ def compare(
         ),
     ] = None,
     margin: Annotated[
-        float,
-        typer.Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower."),
+        float, typer.Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
     ] = 1.0,
     json_: Json = False,
 ) -> None:

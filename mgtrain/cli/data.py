@@ -114,8 +114,7 @@ def split(
     to: ToFolder,
     val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
     folds: Annotated[
-        int | None,
-        typer.Option(min=2, max=1000, help="Make this many folds instead; each validates one split."),
+        int | None, typer.Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[

@@ -37,8 +37,7 @@ def fit(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run",
-            help="Do all that a run does up to one step of each shape, show time and memory, keep nothing.",
+            "--dry-run", help="Do all that a run does up to one step of each shape, show time and memory, keep nothing."
         ),
     ] = False,
     procs: Procs = None,

@@ -96,7 +96,7 @@ def prepare(
         out.print(
             f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
             f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
-            f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}",
+            f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}"
         )
 
 

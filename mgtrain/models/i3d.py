@@ -58,12 +58,7 @@ def i3d_r50(classes: int, *, width: int = 64, depth: int | Sequence[int] = 50, d
 
 
 def i3d_nln_r50(
-    classes: int,
-    *,
-    width: int = 64,
-    depth: int | Sequence[int] = 50,
-    dropout: float = 0.5,
-    attention: str = "softmax",
+    classes: int, *, width: int = 64, depth: int | Sequence[int] = 50, dropout: float = 0.5, attention: str = "softmax"
 ) -> I3D:
     """I3D with non-local blocks after every second block of res3 and res4: five in a ResNet-50."""
     return I3D(classes, width, depth, dropout, ((1, 3), (1, 3, 5)), attention)

@@ -120,8 +120,7 @@ class Augment(Section):
     erase: Fraction = Field(0.0, description="probability of erasing a random box of a clip")
     mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
     cutmix: NotNegative = Field(
-        0.0,
-        description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair uses one at random",
+        0.0, description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair uses one at random"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the label spread over all classes"
@@ -233,8 +232,7 @@ class Hardware(Section):
         "null: the GPU's memory",
     )
     recompute: bool = Field(
-        False,
-        description="keep only the blocks' inputs for the backward pass: less memory, about a third more time",
+        False, description="keep only the blocks' inputs for the backward pass: less memory, about a third more time"
     )
     compile: Literal["no", "default", "graphs"] = Field(
         "no",

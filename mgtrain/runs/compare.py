@@ -93,11 +93,7 @@ def accuracy_test(baseline: History, run: History) -> dict[str, Any]:
         a, b = a[known] == 1, b[known] == 1
         only = int((a & ~b).sum()), int((b & ~a).sum())
         found = paired_shares(int((a & b).sum()), *only, int((~a & ~b).sum()))
-        return {
-            "accuracy_interval": [found.low, found.high],
-            "only_one_right": list(only),
-            "mcnemar": mcnemar(*only),
-        }
+        return {"accuracy_interval": [found.low, found.high], "only_one_right": list(only), "mcnemar": mcnemar(*only)}
     shares = (round(theirs.top1 * theirs.videos), theirs.videos), (round(ours.top1 * ours.videos), ours.videos)
     found = unpaired_shares(*shares[0], *shares[1])
     return {"accuracy_interval": [found.low, found.high], "only_one_right": None, "mcnemar": None}

@@ -18,7 +18,6 @@ from typing import Any, overload
 from mgtrain.errors import PlanError
 from mgtrain.grid import Grid, Shape, train_grid
 from mgtrain.recipe import MultigridSchedule, Recipe
-from mgtrain.schedule.lr import cosine, stepwise, warmup
 
 MOST_STEPS = 10**12
 
@@ -219,17 +218,17 @@ class Plan(Sequence[Step]):
     def _scaled_lr(self, phase: Phase, index: int) -> float:
         optim = self._optim
         if optim.curve == "steps":
-            lr = stepwise(optim.lr, optim.gamma, phase.lr_stage)
+            lr = optim.lr * optim.gamma**phase.lr_stage
         else:
             # All stages keep the same share of their baseline steps, so progress in steps equals the baseline's.
-            lr = cosine(optim.lr, optim.end_lr, index / len(self))
+            lr = optim.end_lr + (optim.lr - optim.end_lr) * (1 + math.cos(math.pi * (index / len(self)))) / 2
         # Scaling by the long cycle's batch, not the short cycle's (Wu et al. 2020, section 3.4).
         return lr if self._lr_scaling == "none" else lr * self._growth(phase.shape.clips / self.base.clips)
 
     def _lr(self, phase: Phase, index: int, epoch: float) -> float:
         optim = self._optim
         if epoch < optim.warmup_epochs:
-            lr = warmup(optim.warmup_lr, self._warmup_target, epoch, optim.warmup_epochs)
+            lr = optim.warmup_lr + (self._warmup_target - optim.warmup_lr) * epoch / optim.warmup_epochs
         else:
             lr = self._scaled_lr(phase, index)
         if self._lr_scaling == "both":

@@ -54,14 +54,7 @@ def usable(x: Tensor) -> bool:
 
 
 def norm_groups(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    momentum: float,
-    eps: float,
-    relu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float, eps: float, relu: bool
 ) -> Tensor:
     """Normalize each group of (B, C, T, H, W), channels_last_3d, separately; with `relu`, apply ReLU.
 
@@ -104,14 +97,7 @@ class _NormGroups(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    momentum: float,
-    eps: float,
-    relu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """The normalized values, and each group's mean and 1 / deviation (groups, 2, C)."""
     from mgtrain.models.fused import kernels  # here, because it imports Triton, which CPU builds of torch lack
