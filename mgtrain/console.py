@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,20 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def table(
+    names: Sequence[str], rows: Iterable[Sequence[str]], left: int = 0, gap: int = 2, wrap: bool = False
+) -> Table:
+    """A table under a row of names; the first `left` columns are aligned left, the others right."""
+    made = Table(box=None, pad_edge=False, padding=(0, gap - gap // 2, 0, gap // 2), header_style="bold")
+    for n, name in enumerate(names):
+        made.add_column(name, justify="left" if n < left else "right", no_wrap=not wrap)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
 def counts_table(first: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     """A table of counts by row and column; `first` is the title of the row names."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for column in next(iter(rows.values())):
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
-    for name, counts in rows.items():
-        table.add_row(name, *(f"{count:,}" for count in counts.values()))
-    return table
+    columns = (column.replace("_", " ") for column in next(iter(rows.values())))
+    counts = ((name, *(f"{count:,}" for count in row.values())) for name, row in rows.items())
+    return table((first, *columns), counts, left=1)

@@ -11,11 +11,12 @@ import torch
 from rich.table import Table
 
 from mgtrain.clips.loader import BadVideos, train_batches
-from mgtrain.console import size
+from mgtrain.console import size, table
 from mgtrain.engine.finite import NonFiniteSteps
 from mgtrain.engine.machine.memory import Memory
 from mgtrain.engine.start import start
 from mgtrain.engine.step import train_step
+from mgtrain.grid import Shape
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.boards import check_boards
@@ -69,22 +70,20 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
 
 def render(found: dict[str, Any]) -> Table:
     """What `rehearse` found as a table for the terminal."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    on_gpu = found["device"] == "cuda"
-    peak = "peak of the GPU" if on_gpu else "peak of the process so far"
-    for column in ("shape", "steps", "waited for data", "first step", "estimated memory", peak):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in found["shapes"]:
-        shape = row["shape"]
-        table.add_row(
-            f"{shape['clips']}x{shape['frames']}x{shape['crop']}²",
+    peak = "peak of the GPU" if found["device"] == "cuda" else "peak of the process so far"
+    names = ("shape", "steps", "waited for data", "first step", "estimated memory", peak)
+    rows = (
+        (
+            str(Shape(**row["shape"])),
             f"{row['steps']:,}",
             f"{row['data_seconds']:.2f} s",
             f"{row['step_seconds']:.2f} s",
             size(row["estimated_bytes"]),
             size(row["peak_bytes"]),
         )
-    return table
+        for row in found["shapes"]
+    )
+    return table(names, rows)
 
 
 def _peak(device: torch.device) -> int:

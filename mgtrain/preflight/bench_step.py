@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from mgtrain.console import ShowProgress
+from mgtrain.console import ShowProgress, table
 from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips
 from mgtrain.engine.machine.memory import fit_memory
 from mgtrain.engine.machine.tuning import measure
@@ -208,19 +208,10 @@ def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | No
 
 def render(result: dict[str, Any]) -> Table:
     """The result as a table."""
-    table = Table(
-        title=f"a step on {result['device']}, {result['threads']} threads, {result['precision']}; "
-        f"products and convolutions reach {result['peak_flops'] / 1e9:,.0f} GFLOP/s",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
     names = ("shape", "measured", "step", "copy", "forward", "backward", "update", "clips/s", "GFLOP/s", "of peak",
              "over convs", "memory")  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in result["shapes"]:
-        table.add_row(
+    rows = (
+        (
             str(Shape(**row["shape"])),
             f"{row['clips']} clips",
             *(f"{1e3 * row[key]:,.0f} ms" for key in ("seconds", "copy", "forward", "backward", "update")),
@@ -230,8 +221,16 @@ def render(result: dict[str, Any]) -> Table:
             f"{row['over_convolutions']:.2f}x",
             "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB",
         )
-    table.caption = f"per voxel, the slowest shape takes {result['slowest_over_fastest']:.2f}x the time of the fastest"
-    return table
+        for row in result["shapes"]
+    )
+    made = table(names, rows, wrap=True)
+    made.title = (
+        f"a step on {result['device']}, {result['threads']} threads, {result['precision']}; "
+        f"products and convolutions reach {result['peak_flops'] / 1e9:,.0f} GFLOP/s"
+    )
+    made.title_justify = "left"
+    made.caption = f"per voxel, the slowest shape takes {result['slowest_over_fastest']:.2f}x the time of the fastest"
+    return made
 
 
 def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:

@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 
-from mgtrain.console import size
+from mgtrain.console import size, table
 from mgtrain.engine.checks import check_shapes, pass_clips
 from mgtrain.engine.machine.memory import Memory
 from mgtrain.grid import Shape
@@ -63,12 +62,10 @@ def multiply_adds(plan: Plan, flops: Mapping[Shape, int]) -> int:
 
 def render(found: dict[str, Any], gib: float | None) -> Group:
     """A table of the costs of each shape, and, with `gib`, the keys of the chosen micro-batches."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     per = f"per GPU of {found['gpus']}" if found["gpus"] > 1 else "on one device"
-    for name in ("shape", "steps", "multiply-adds", "frames to decode", f"memory {per}", "clips per pass"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in found["shapes"]:
-        table.add_row(
+    names = ("shape", "steps", "multiply-adds", "frames to decode", f"memory {per}", "clips per pass")
+    rows = (
+        (
             str(Shape(**row["shape"])),
             f"{row['steps']:,}",
             f"{row['multiply_adds'] / 1e9:,.0f} G",
@@ -76,8 +73,11 @@ def render(found: dict[str, Any], gib: float | None) -> Group:
             size(row["memory_bytes"]),
             f"{row['pass_clips']:,}",
         )
+        for row in found["shapes"]
+    )
+    shapes = table(names, rows)
     total = render_total("multiply_adds", found["multiply_adds"], found["baseline_multiply_adds"])
     if gib is None:
-        return Group(table, total)
+        return Group(shapes, total)
     keys = f"hardware.micro_clips={found['micro_clips'] or 'null'} hardware.recompute={found['recompute']}".lower()
-    return Group(table, total, f"this needs {keys}, which `mgtrain fit` chooses with hardware.memory_gib={gib:g}")
+    return Group(shapes, total, f"this needs {keys}, which `mgtrain fit` chooses with hardware.memory_gib={gib:g}")

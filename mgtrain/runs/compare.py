@@ -7,10 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from mgtrain.console import duration
+from mgtrain.console import duration, table
 from mgtrain.errors import ThresholdError, UsageError
 from mgtrain.recipe import affects_results, recipe_differences
 from mgtrain.runs.folder import RunDir
@@ -157,41 +156,33 @@ def shown_cost(summary: Mapping[str, Any], key: str, form: str) -> str:
 def render(result: dict[str, Any]) -> Group:
     """The comparison for the terminal: warnings, table, differences of the recipes, verdict."""
     theirs, ours = result["runs"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", theirs["name"], ours["name"], "gain"):
-        table.add_column(column, justify="left" if not column else "right")
-
-    def row(label: str, a: str, b: str, gain: str = "") -> None:
-        table.add_row(label, Text(a), Text(b), gain)
-
+    rows = []
     for label, key, form in COST_ROWS:
         gain = ""
         if key in result["speedups"]:
             ratio = result["speedups"][key]
             gain = "different devices" if ratio is None else times(ratio)
-        row(label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gain)
+        rows.append((label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gain))
     scores = ((ours["metric"], "accuracy"), ("top-1", "top1"), ("mean class", "mean_class"), ("top-5", "top5"))
     for name, key in scores:
         known = theirs[key] is not None and ours[key] is not None
         if known and (key == "accuracy" or name != ours["metric"]):
             a, b = (100 * summary[key] for summary in (theirs, ours))
-            row(name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}")
+            rows.append((name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}"))
     if result["only_one_right"] is not None:
         first, second = result["only_one_right"]
-        row("  videos that only this run gets right", f"{first:,}", f"{second:,}", f"p = {result['mcnemar']:.2g}")
+        label = "  videos that only this run gets right"
+        rows.append((label, f"{first:,}", f"{second:,}", f"p = {result['mcnemar']:.2g}"))
     best = result["baseline_best"]
     seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
     factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
-    row(
-        f"time to {100 * best['accuracy']:.1f} % {ours['metric']}",
-        duration(best["baseline_seconds"]),
-        seconds,
-        times(factor) if factor else "",
-    )
+    label = f"time to {100 * best['accuracy']:.1f} % {ours['metric']}"
+    rows.append((label, duration(best["baseline_seconds"]), seconds, times(factor) if factor else ""))
 
+    costs = table(("", theirs["name"], ours["name"], "gain"), rows, left=1, wrap=True)
     notes = [Text(f"note: {warning}", style="yellow") for warning in result["warnings"]]
     changed = [Text(f"  {key}: {_brief(a)} -> {_brief(b)}") for key, (a, b) in result["recipe_differences"].items()]
-    return Group(*notes, table, Text("\nthe recipes differ in" if changed else "\nthe recipes are the same"), *changed,
+    return Group(*notes, costs, Text("\nthe recipes differ in" if changed else "\nthe recipes are the same"), *changed,
                  Text(f"\n{result['verdict']}", style="bold"))  # fmt: skip
 
 

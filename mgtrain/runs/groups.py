@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from mgtrain.console import duration
+from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import affects_results
 from mgtrain.runs.compare import DEVICE_KEYS, MARGIN, times, unfair_keys
@@ -152,14 +151,9 @@ def _pairs(base: Sequence[Outcome], members: Sequence[Outcome]) -> list[tuple[Ou
 
 def render_groups(result: dict[str, Any]) -> Group:
     """The groups for the terminal: warnings, table, verdicts."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if n else "left")
-    for row in table_rows(result):
-        table.add_row(*map(Text, row))
     notes = [Text(f"note: {warning}", style="yellow") for warning in result["warnings"]]
     lines = [Text(verdict, style="bold") for verdict in verdicts(result)]
-    return Group(*notes, table, *([Text("")] if lines else []), *lines)
+    return Group(*notes, table(COLUMNS, table_rows(result), left=1, wrap=True), *([Text("")] if lines else []), *lines)
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:

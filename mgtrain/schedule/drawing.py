@@ -6,6 +6,7 @@ import math
 
 from rich.table import Table
 
+from mgtrain.console import table
 from mgtrain.schedule import Plan
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -14,11 +15,9 @@ COLUMNS = 72  # of a drawing
 
 def plan_table(plan: Plan, gpus: int | None) -> Table:
     """The phases of a plan, one per row; with `gpus`, also the clips per GPU."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in ("phase", "clips", "frames", "crop", "steps", "to epoch", "lr", "stride", "bn clips"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if gpus:
-        table.add_column(f"clips/GPU of {gpus}", justify="right", no_wrap=True)
+    names = ["phase", "clips", "frames", "crop", "steps", "to epoch", "lr", "stride", "bn clips"]
+    names += [f"clips/GPU of {gpus}"] if gpus else []
+    rows = []
     for phase in plan.phases:
         low, high = phase.grids[-1].stride
         row = [
@@ -32,8 +31,8 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
             str(low) if low == high else f"{low}..{high}",
             "/".join(str(shape.clips // phase.bn_groups) for shape in phase.shapes),
         ]
-        table.add_row(*row, *(["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
-    return table
+        rows.append(row + (["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
+    return table(names, rows, gap=1)
 
 
 def schedule_drawing(plan: Plan) -> str:
