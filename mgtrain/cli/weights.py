@@ -51,6 +51,8 @@ def import_weights(
     if (file is None) == (from_ is None):
         raise UsageError("give either a FILE or --from torchvision:NAME")
 
+    from dataclasses import asdict
+
     import torch
 
     from mgtrain.models import TORCHVISION, build_model
@@ -72,7 +74,7 @@ def import_weights(
     kept = {key: value for key, value in options.items() if key != "classes"}
     if json_:
         result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": to and str(to), "share": report.share}
-        out.print_json(data={**result, "model": kept, "classes": options["classes"], **report.describe()})
+        out.print_json(data={**result, "model": kept, "classes": options["classes"], **asdict(report)})
     else:
         for line in report.lines():
             out.print(line)

@@ -135,7 +135,6 @@ def batches_of(
         batch_size=None,
         sampler=units(),
         num_workers=workers,
-        collate_fn=_as_is,
         prefetch_factor=UNITS_PER_WORKER * STEPS_AHEAD if workers else None,
         worker_init_fn=_start_worker if workers else None,
         multiprocessing_context=_server() if workers else None,
@@ -226,10 +225,6 @@ def _end_with_the_run() -> None:
     assert run is not None, "a worker has a parent"
     run.join()
     os._exit(1)
-
-
-def _as_is(loaded: Any) -> Any:
-    return loaded
 
 
 def _start_worker(_: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,11 +66,6 @@ def file_of(name: str) -> str:
     ('a.mp4', 'a.mp4')
     """
     return parted(name)[0]
-
-
-def has_stretches(names: Iterable[str]) -> bool:
-    """Whether any of the names is a stretch."""
-    return any("#" in name and NAMED.fullmatch(name) for name in names)
 
 
 def _digits(number: float) -> str:

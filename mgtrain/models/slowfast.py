@@ -61,17 +61,22 @@ def take_frames(x: Tensor, frames: Sequence[int] | Tensor) -> Tensor:
 
 
 class SlowFast(nn.Module):
-    """SlowFast network: normalized clips (B, 3, T, S, S) to logits (B, classes)."""
+    """SlowFast on ResNets: normalized clips (B, 3, T, S, S) to logits (B, classes).
+
+    The slow stem has `width` channels, the fast one `width / beta_inv`. `depth` is 50, 101 or the numbers of blocks of
+    res2 .. res5. The slow pathway gets one frame in `alpha`.
+    """
 
     def __init__(
         self,
         classes: int,
-        width: int,
-        depth: int | Sequence[int],
-        alpha: int,
-        beta_inv: int,
-        fusion_kernel: int,
-        dropout: float,
+        *,
+        width: int = 64,
+        depth: int | Sequence[int] = 50,
+        alpha: int = 4,
+        beta_inv: int = 8,
+        fusion_kernel: int = 7,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         blocks = stage_blocks(depth)
@@ -91,23 +96,6 @@ class SlowFast(nn.Module):
             slow = torch.cat([slow_part(slow), lateral(fast)], dim=1)
         logits: Tensor = self.head(self.slow[-1](slow), self.fast[-1](fast))
         return logits
-
-
-def slowfast_r50(
-    classes: int,
-    *,
-    width: int = 64,
-    depth: int | Sequence[int] = 50,
-    alpha: int = 4,
-    beta_inv: int = 8,
-    fusion_kernel: int = 7,
-    dropout: float = 0.5,
-) -> SlowFast:
-    """SlowFast on ResNets with `width` channels in the slow stem and `width / beta_inv` in the fast one.
-
-    `depth` is 50, 101 or the numbers of blocks of res2 .. res5. The slow pathway gets one frame in `alpha`.
-    """
-    return SlowFast(classes, width, depth, alpha, beta_inv, fusion_kernel, dropout)
 
 
 def _pathway(width: int, blocks: Sequence[int], frames: Sequence[int], lateral: int) -> nn.ModuleList:

@@ -197,11 +197,9 @@ def render(stats: Stats) -> str:
 
 def draw_picture(stats: Stats, path: Path) -> None:
     """Draw videos per class, seconds, frames per second and sizes. Raises `UsageError` if it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     opened = f"{len(stats.probes):,} opened, {len(stats.broken):,} of them broken"
     figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {opened}", fontsize=12)
     (balance, seconds, fps, sizes) = figure.subplots(2, 2).flat

@@ -11,7 +11,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, overload
 
@@ -188,11 +187,7 @@ class Plan(Sequence[Step]):
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values for `plan.json` and `mgtrain plan --json`."""
-        return {"videos": self.videos, "steps": len(self), "epochs": self.totals().epochs, "phases": self._rows}
-
-    @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
-        return [
+        phases = [
             {
                 "index": phase.index,
                 "stage": phase.stage,
@@ -214,6 +209,7 @@ class Plan(Sequence[Step]):
             }
             for phase in self.phases
         ]
+        return {"videos": self.videos, "steps": len(self), "epochs": self.totals().epochs, "phases": phases}
 
     def _scaled_lr(self, phase: Phase, index: int) -> float:
         optim = self._optim

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,6 @@ class Report:
         """The share of the model's tensors that matched, without a classifier of another size."""
         missing = [name for name in self.missing if not (self.resized and name.startswith(f"{self.classifier}."))]
         return len(self.matched) / max(1, len(self.matched) + len(missing))
-
-    def describe(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return asdict(self)
 
     def lines(self, shown: int = 6) -> list[str]:
         """The report as text, with the first few tensors that did not match."""
