@@ -73,7 +73,7 @@ class BadVideos:
 
 
 def train_batches(
-    videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos
+    videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and the labels.
 
@@ -81,22 +81,27 @@ def train_batches(
     """
     order = Order.of(videos, recipe)
     requests = (step_requests(step, order, world.rank, world.size) for step in steps)
-    return batches_of(RandomClips(videos, recipe), requests, worker_count(recipe.hardware.workers, world), world, bad)
+    return batches_of(RandomClips(videos, recipe), requests, recipe, world, bad)
 
 
 def recalibration_batches(
-    videos: Videos, count: int, recipe: Recipe, world: World, bad: BadVideos
+    videos: Videos, count: int, recipe: Recipe, world: World, bad: BadVideos | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` batches of random training clips on the evaluation grid, the same in every call; as `train_batches`."""
     grid, share, order = evaluation_grid(recipe), recipe.batch.clips // world.size, Order.of(videos, recipe)
     firsts = (batch * recipe.batch.clips + world.rank * share for batch in range(count))
     steps = ([ClipRequest(order.at(c), c, grid) for c in range(first, first + share)] for first in firsts)
-    clips, workers = RandomClips(videos, recipe, Draw.RECALIBRATION), worker_count(recipe.hardware.workers, world)
-    return batches_of(clips, steps, workers, world, bad)
+    return batches_of(RandomClips(videos, recipe, Draw.RECALIBRATION), steps, recipe, world, bad)
 
 
 def view_batches(
-    videos: Videos, numbers: Sequence[int], recipe: Recipe, times: int, crops: int, world: World, bad: BadVideos
+    videos: Videos,
+    numbers: Sequence[int],
+    recipe: Recipe,
+    times: int,
+    crops: int,
+    world: World,
+    bad: BadVideos | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,).
 
@@ -105,20 +110,30 @@ def view_batches(
     dataset = ViewClips(videos, recipe, times, crops)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (numbers[first : first + per_batch] for first in range(0, len(numbers), per_batch))
-    return batches_of(dataset, batches, worker_count(recipe.hardware.workers, world), world, bad)
+    return batches_of(dataset, batches, recipe, world, bad)
 
 
-def worker_count(workers: int | None, world: World) -> int:
+def worker_count(recipe: Recipe, world: World) -> int:
     """Loader processes of this rank: `hardware.workers`, or if None its share of the cores, of which half on a CPU."""
-    if workers is not None:
-        return workers
+    if recipe.hardware.workers is not None:
+        return recipe.hardware.workers
     return max(1, min(16, world.cores // 2 if world.device.type == "cpu" else world.cores))
 
 
 def batches_of(
-    dataset: RandomClips | ViewClips, steps: Iterable[Sequence[Any]], workers: int, world: World, bad: BadVideos
+    dataset: RandomClips | ViewClips,
+    steps: Iterable[Sequence[Any]],
+    recipe: Recipe,
+    world: World,
+    bad: BadVideos | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Load each step's items with so many `workers`, in units, and join the units to batches on the device."""
+    """Load each step's items in units, and join the units to batches on the device.
+
+    Raises:
+        DataError: see `BadVideos`, by default those that `data.max_bad_fraction` allows.
+    """
+    workers = worker_count(recipe, world)
+    bad = bad or BadVideos(len(dataset.source.videos), recipe.data.max_bad_fraction)
     dataset.source.share(workers)
     pieces = UNITS_PER_WORKER * max(1, workers)
     lengths: list[int] = []  # units of the steps in progress; `units` adds to them as the workers ask for more

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgtrain.clips.loader import BadVideos, view_batches
+from mgtrain.clips.loader import view_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
 from mgtrain.errors import NonFiniteError
@@ -41,8 +41,7 @@ def evaluate(
     if journal is not None:
         numbers, probabilities = world.from_main(journal.read() if world.main else (numbers, probabilities))
     left = np.setdiff1d(np.arange(len(videos)), numbers)
-    bad = BadVideos(len(videos), recipe.data.max_bad_fraction)
-    batches = view_batches(videos, left[world.rank :: world.size].tolist(), recipe, times, crops, world, bad)
+    batches = view_batches(videos, left[world.rank :: world.size].tolist(), recipe, times, crops, world)
     mine: list[tuple[Tensor, Tensor]] = []
     for chosen, rows in predict(model, batches, times * crops, recipe, world):
         mine.append((chosen, rows))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from mgtrain.clips.loader import BadVideos, train_batches
+from mgtrain.clips.loader import train_batches
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import NonFiniteSteps
 from mgtrain.engine.recalibrate import batches_needed, recalibrate
@@ -47,9 +47,7 @@ def fit(
     training = start(recipe, run, world, resume, allow_changes)
     recipe, plan, learner, state = training.recipe, training.plan, training.learner, training.state
     train, val, milestones, model = training.train, training.val, training.milestones, training.learner.model
-    batches = train_batches(
-        train, recipe, plan.steps(state.step), world, BadVideos(len(train), recipe.data.max_bad_fraction)
-    )
+    batches = train_batches(train, recipe, plan.steps(state.step), world)
     record = Record(run, plan, state, len(val), world, baseline, began)
     bad, scores, any_rank = NonFiniteSteps(recipe, plan, train), None, Agreement(world)
 

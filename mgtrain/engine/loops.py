@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mgtrain.clips.loader import BadVideos
 from mgtrain.clips.loader import train_batches as load_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine import evaluate as evaluation
@@ -46,8 +45,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         world = joined(self._device)
         check_world(self._plan, world.size)
-        bad = BadVideos(len(self._videos), self._recipe.data.max_bad_fraction)
-        batches = load_batches(self._videos, self._recipe, self._plan.steps(self._start), world, bad)
+        batches = load_batches(self._videos, self._recipe, self._plan.steps(self._start), world)
         for step, (clips, labels) in zip(self._plan.steps(self._start), batches, strict=True):
             part = _part(step, self._recipe, world, 0, len(clips))
             yield augmented(clips, labels, part, step, self._recipe)

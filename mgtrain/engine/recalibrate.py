@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mgtrain.clips.loader import BadVideos, recalibration_batches
+from mgtrain.clips.loader import recalibration_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
 from mgtrain.models.norm import group_slots, merge_group_stats, reset_group_stats, set_momentum
@@ -33,8 +33,7 @@ def recalibrate(model: nn.Module, train: Videos, count: int, recipe: Recipe, wor
     Without BatchNorm, or with frozen statistics only, there is nothing to do.
     """
     if count and group_slots(model):
-        bad = BadVideos(len(train), recipe.data.max_bad_fraction)
-        recalibrate_bn(model, recalibration_batches(train, count, recipe, world, bad), recipe, world)
+        recalibrate_bn(model, recalibration_batches(train, count, recipe, world), recipe, world)
 
 
 def batches_needed(recipe: Recipe, plan: Plan, step: int) -> int:

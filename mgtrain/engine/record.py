@@ -212,7 +212,7 @@ def environment(recipe: Recipe, world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
         "ranks": world.size,
         "threads": torch.get_num_threads(),
-        "workers": worker_count(recipe.hardware.workers, world),
+        "workers": worker_count(recipe, world),
         "git": _git_revision(),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mgtrain.clips.loader import BadVideos, train_batches
+from mgtrain.clips.loader import train_batches
 from mgtrain.console import size, table
 from mgtrain.engine.finite import NonFiniteSteps
 from mgtrain.engine.machine.memory import Memory
@@ -37,8 +37,7 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
     recipe, plan, learner = training.recipe, training.plan, training.learner
     firsts, counts = plan.first_steps(), steps_of_shapes(plan)
     estimated = Memory(recipe, firsts)
-    bad_videos = BadVideos(len(training.train), recipe.data.max_bad_fraction)
-    batches = train_batches(training.train, recipe, firsts.values(), world, bad_videos)
+    batches = train_batches(training.train, recipe, firsts.values(), world)
     bad, rows = NonFiniteSteps(recipe, plan, training.train), []
     for shape, step in firsts.items():
         if world.device.type == "cuda":

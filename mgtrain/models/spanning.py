@@ -96,16 +96,12 @@ class NormSpanningGpus(torch.autograd.Function):
 def _var_mean(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Population variance and mean of (B, C, T, H, W) over all but the channels: (C) each."""
     x = x.to(dtype)
-    if x.device.type != "cpu":
-        return torch.var_mean(x, AXES, correction=0)
     _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.0, TINY_EPS)
     return inv_std.pow(-2) - TINY_EPS, mean
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of the gradient and of the gradient times the normalized clips, over all but the channels: (C) each."""
-    if x.device.type != "cpu":
-        return grad.sum(AXES), (grad * (x - _spread(mean))).sum(AXES) * inv_std
     _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
         grad, x, None, mean, inv_std.pow(-2), None, None, False, 0.0, [False, True, True]
     )
@@ -148,8 +144,3 @@ def by_rows(x: Tensor) -> bool:
     """
     last = x.is_contiguous(memory_format=torch.channels_last_3d)
     return last and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _spread(x: Tensor) -> Tensor:
-    """One number per channel (C) as (C, 1, 1, 1), to broadcast over (B, C, T, H, W)."""
-    return x.view(-1, 1, 1, 1)

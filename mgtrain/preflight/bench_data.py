@@ -54,7 +54,7 @@ def bench_data(
     if step_seconds is None:
         check_shapes(recipe, [recipe.base])
         ((_, step_seconds),) = measure_steps(recipe, plans["baseline"], [plans["baseline"][0]], world)
-    workers = worker_count(recipe.hardware.workers, world)
+    workers = worker_count(recipe, world)
     step, total = step_seconds, len(steps) * (1 if recipe.data.prepared else 2)
 
     def bench(name: str, recipe: Recipe, videos: Videos, done: int) -> dict[str, Any]:

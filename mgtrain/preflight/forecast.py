@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mgtrain.clips.loader import BadVideos, view_batches, worker_count
+from mgtrain.clips.loader import view_batches, worker_count
 from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes, make_model
@@ -70,9 +70,8 @@ def waiting_phases(estimate: dict[str, Any]) -> str:
 def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: float) -> float:
     """Videos per second of an evaluation, including loading, measured for about `seconds` after the first batch."""
     model = to_device(make_model(recipe), recipe, world)
-    bad = BadVideos(len(val), recipe.data.max_bad_fraction)
     start, done = time.perf_counter(), 0
-    found = predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world, bad), 1, recipe, world)
+    found = predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world), 1, recipe, world)
     for n, (numbers, _) in enumerate(found):
         if n == 0 and len(numbers) < len(val):  # includes starting the workers
             start = time.perf_counter()
@@ -116,7 +115,7 @@ def forecast(
         runs[name] = {**training, **clock, "multiply_adds": multiply_adds(plan, flops)}
     return {
         "schema": "mgtrain.forecast/2",
-        "workers": worker_count(recipe.hardware.workers, world),
+        "workers": worker_count(recipe, world),
         "busy_cores": busy,
         "prepared": recipe.data.prepared is not None,
         "shapes": [{"shape": asdict(shape), "multiply_adds": flops[shape], **asdict(rates[shape])} for shape in rates],

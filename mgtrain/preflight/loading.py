@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, batches_of, worker_count
+from mgtrain.clips.loader import UNITS_PER_WORKER, batches_of, worker_count
 from mgtrain.clips.order import ClipRequest, Order
 from mgtrain.clips.stages import Stages
 from mgtrain.clips.units import RandomClips
@@ -73,11 +73,10 @@ def measure_loading(
     milliseconds["rest"] = 1000 * core.seconds / core.clips - sum(milliseconds.values())  # cutting, copying, Python
 
     # Batches are small enough that several arrive within the time; the first three start the workers.
-    workers = worker_count(recipe.hardware.workers, world)
-    pieces = UNITS_PER_WORKER * max(1, workers)
+    pieces = UNITS_PER_WORKER * max(1, worker_count(recipe, world))
     batch = min(shape.clips, pieces * math.ceil(core.clips / core.seconds * seconds / 8))
     steps = ([next(requests) for _ in range(batch)] for _ in count())
-    batches = batches_of(dataset, steps, workers, world, BadVideos(len(videos), recipe.data.max_bad_fraction))
+    batches = batches_of(dataset, steps, recipe, world)
     for _ in range(3):
         next(batches)
     start, delivered = time.perf_counter(), 0
