@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 import av
 import numpy as np
 from PIL import Image
+
+from mgtrain.clips.cut import Cut, VideoInfo
+from mgtrain.clips.decode import VideoFile
 
 BITS = 8
 SIZE = (128, 64)  # width, height: one block of 16 x 32 pixels per bit
@@ -62,6 +65,12 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def decode(path: Path, cut_of: Callable[[VideoInfo], Sequence[Cut]]) -> list[np.ndarray]:
+    """The clips that `cut_of` chooses, given the video's `VideoInfo`: each uint8 (T, crop, crop, 3) RGB."""
+    with VideoFile(path) as video:
+        return video.read(cut_of(video.info))
 
 
 def write_frames(

@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from types import TracebackType
 from typing import Any
 
 import av
@@ -78,9 +77,7 @@ class VideoFile:
     def __enter__(self) -> VideoFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -102,21 +99,18 @@ class VideoFile:
         assert self._container.input_was_opened, "read() after close()"
         box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
         clips = [Clip(cut, box[:2]) for cut in cuts]
-        for picture, indices in self._pictures(sorted({index for cut in cuts for index in cut.frames}), box):
+        for picture, indices in self.pictures(sorted({index for cut in cuts for index in cut.frames}), box):
             for clip in clips:
                 clip.put(indices, picture)
         return [clip.pixels() for clip in clips]
 
-    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
+    def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
         """Decode frames, uint8 (H, W, 3) RGB, upright, each with its ascending frame numbers among `wanted`.
 
-        If a video is damaged, it may start again and repeat numbers.
+        With `box`, only that part of the frames, in the coordinates of stored frames (before rotation). If a video is
+        damaged, it may start again and repeat numbers.
         """
-        return self._pictures(wanted, (0, 0, *self._size))
-
-    def _pictures(self, wanted: Sequence[int], box: Box) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """As `pictures`, but only a box of the frames, in the coordinates of stored frames (before rotation)."""
-        none = True
+        none, box = True, box or (0, 0, *self._size)
         try:
             for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):
                 none = False
@@ -353,16 +347,6 @@ class VideoFile:
 
 class _UntimedError(Exception):
     """Timestamps are missing or do not increase, or the packets take too much memory."""
-
-
-def decode(path: str | os.PathLike[str], cut_of: Callable[[VideoInfo], Sequence[Cut]]) -> list[np.ndarray]:
-    """Decode the clips that `cut_of` chooses, given the video's `VideoInfo`: each uint8 (T, crop, crop, 3) RGB.
-
-    Raises:
-        VideoError: the video cannot be read; names the file and the cause.
-    """
-    with VideoFile(path) as video:
-        return video.read(cut_of(video.info))
 
 
 @stage("decode")

@@ -34,7 +34,7 @@ class Part:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.whole.__exit__(None, None, None)
+        self.whole.__exit__()
 
     @property
     def codec(self) -> str:
@@ -86,5 +86,5 @@ def open_source(path: str | os.PathLike[str], fps: float | None = None) -> Reade
     try:
         return Part(whole, stretch)
     except VideoError:
-        whole.__exit__(None, None, None)
+        whole.__exit__()
         raise

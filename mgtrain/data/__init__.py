@@ -6,7 +6,6 @@ in a fixed order), splits, an index of the files, and a synthetic set. Nothing h
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,10 +46,6 @@ def open_videos(
     Raises:
         DataError: the annotations cannot be read, or are not valid.
     """
-    if format not in DATASETS:
-        near = difflib.get_close_matches(format, DATASETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(map(repr, DATASETS))}"
-        raise DataError(f"no data set format {format!r}; {hint}")
     options = {"outside_root": True} if outside_root else {}
     try:
         check_exists(Path(root), "folder of videos")

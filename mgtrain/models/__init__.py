@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 from torch import nn
 
-from mgtrain.errors import UsageError
 from mgtrain.models.foreign import own_network, torchvision_video
 from mgtrain.models.i3d import i3d_nln_r50, i3d_r50
 from mgtrain.models.slowfast import SlowFast
@@ -32,8 +31,6 @@ def build_model(name: str, *, classes: int, **options: Any) -> nn.Module:
     """Build the named network, from normalized clips, float (B, 3, T, S, S), to logits (B, classes).
 
     Raises:
-        UsageError: no network has that name, or it is the user's own and cannot be built.
+        UsageError: it is the user's own network and cannot be built.
     """
-    if name not in MODELS:
-        raise UsageError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}")
     return MODELS[name](classes, **options)

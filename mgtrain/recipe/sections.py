@@ -55,19 +55,11 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
-    def _outside_by_lists_only(self) -> Data:
+    def _consistent(self) -> Data:
         if self.outside_root and self.format != "list":
             raise ValueError(f"outside_root is for format: list; format {self.format} has no paths")
-        return self
-
-    @model_validator(mode="after")
-    def _balances_one_label(self) -> Data:
         if self.multi_label and self.balance != "none":
             raise ValueError("balance needs one label per video; set it to none with multi_label")
-        return self
-
-    @model_validator(mode="after")
-    def _mirrored_once(self) -> Data:
         for name, count in Counter(name for pair in self.mirrored for name in pair).items():
             if count > 1:
                 raise ValueError(f"mirrored names the class {name!r} twice; name a class at most once")

@@ -67,16 +67,6 @@ class Scores:
         return wilson(round(self.top1 * self.videos), self.videos)
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """How well confidence, the probability of the most probable class, agrees with accuracy, in `BINS` equal bins."""
-
-    error: float  # expected calibration error: mean of |confidence - accuracy| over the videos
-    counts: tuple[int, ...]  # videos in each bin
-    confidence: tuple[float | None, ...]  # mean of each bin; None for an empty one
-    accuracy: tuple[float | None, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
     """The class probabilities of videos, one row per video."""
@@ -156,19 +146,22 @@ class Predictions:
         pairs = [(*divmod(int(n), len(confusion)), int(confusion.flat[n])) for n in most]
         return [pair for pair in pairs if pair[2]]
 
-    def calibration(self) -> Calibration:
-        """The calibration of the confidence."""
+    def calibration(self) -> tuple[float, list[dict[str, Any]]]:
+        """How well confidence, the probability of the most probable class, agrees with accuracy.
+
+        The expected calibration error, which is the mean of |confidence - accuracy| over the videos; and of each of
+        `BINS` equal bins of confidence, the number of videos and their mean confidence and accuracy, None without any.
+        """
         confidence = self.probabilities.max(1, initial=0).astype(np.float64)
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         counts = np.bincount(bins, minlength=BINS)
         sure = np.bincount(bins, confidence, BINS)
         right = np.bincount(bins, self.right, BINS)
-
-        def means(sums: np.ndarray) -> tuple[float | None, ...]:
-            return tuple(float(s / n) if n else None for s, n in zip(sums, counts, strict=True))
-
         error = float(np.abs(sure - right).sum()) / max(1, len(self.numbers))
-        return Calibration(error, tuple(counts.tolist()), means(sure), means(right))
+        return error, [
+            {"videos": n, "confidence": s / n if n else None, "accuracy": r / n if n else None}
+            for n, s, r in zip(counts.tolist(), sure.tolist(), right.tolist(), strict=True)
+        ]
 
     def right_row(self, videos: int) -> dict[str, Any]:
         """Which of all `videos` were right, as bits, and which could not be read: part of a row of `evals.jsonl`."""
@@ -177,7 +170,7 @@ class Predictions:
 
     def describe(self, classes: Sequence[str]) -> dict[str, Any]:
         """All scores as plain values."""
-        scores, calibration = self.scores(), self.calibration()
+        scores, (error, bins) = self.scores(), self.calibration()
         kind = {"mean_ap": scores.mean_ap} if self.multi_label else {"confusion": self.confusion().tolist()}
         return {
             "top1": scores.top1,
@@ -189,11 +182,8 @@ class Predictions:
             "per_class": dict(zip(classes, scores.per_class(), strict=True)),
             "counts": dict(zip(classes, scores.counts, strict=True)),
             **kind,
-            "calibration_error": calibration.error,
-            "calibration": [
-                {"videos": n, "confidence": sure, "accuracy": right}
-                for n, sure, right in zip(calibration.counts, calibration.confidence, calibration.accuracy, strict=True)
-            ],
+            "calibration_error": error,
+            "calibration": bins,
         }
 
     def render(self, classes: Sequence[str], views: int, per_class: bool) -> str:
@@ -210,7 +200,7 @@ class Predictions:
         confidence = float(self.probabilities.max(1, initial=0).mean()) if scores.videos else 0.0
         lines.append(
             f"calibration: mean confidence {100 * confidence:.1f} %, "
-            f"expected calibration error {100 * self.calibration().error:.1f} %"
+            f"expected calibration error {100 * self.calibration()[0]:.1f} %"
         )
         low, high = scores.interval()
         return "\n".join(

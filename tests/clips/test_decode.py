@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from videos import SIZE, number_of, numbered_picture, write_video
+from videos import SIZE, decode, number_of, numbered_picture, write_video
 
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
-from mgtrain.clips.decode import VideoFile, decode
+from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.pictures import Clip, resample
 from mgtrain.clips.timing import shown
 from mgtrain.errors import VideoError
@@ -422,6 +422,6 @@ def test_decoding_prints_nothing(tmp_path: Path):
     path = write_video(tmp_path / "v.mp4", 60)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     cut = "Cut((0, 50), (0, 0, 9, 9), 9, False)"
-    code = f"from mgtrain.clips.decode import *; decode({str(path)!r}, lambda info: [{cut}])"
+    code = f"from mgtrain.clips.decode import *; VideoFile({str(path)!r}).read([{cut}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

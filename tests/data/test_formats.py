@@ -196,8 +196,6 @@ def test_a_missing_list_or_root_is_told_with_what_there_is(tmp_path: Path):
         open_videos("list", str(tmp_path), "tran.csv")
     with pytest.raises(DataError, match=r"no such folder of videos; .* has 'train.csv', 'val.csv'$"):
         open_videos("list", str(tmp_path / "0000"), "train.csv")
-    with pytest.raises(DataError, match="no data set format 'lists'; did you mean 'list'"):
-        open_videos("lists", str(tmp_path), "train.csv")
     assert [*DATASETS] == [
         "list", "kinetics", "folder", "something_something", "charades", "ucf101", "hmdb51"
     ]  # fmt: skip

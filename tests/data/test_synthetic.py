@@ -158,8 +158,3 @@ def test_an_interrupted_set_is_finished(made: Path):
     assert told == [(n, 6) for n in range(1, 7)]
     assert (made / "videos/val/left_0.mp4").stat().st_size > 500
     assert json.loads((made / "synthetic.json").read_text())["seed"] == 0
-
-
-def test_an_unknown_motion_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="no motion 'sideways'; choose from left, right"):
-        synthesize(tmp_path, classes=("sideways",))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from videos import decode
 
 from mgtrain.clips.cut import cut_views
-from mgtrain.clips.decode import decode
 from mgtrain.clips.units import evaluation_grid
 from mgtrain.data import open_videos
 from mgtrain.engine.checks import make_model

@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from mgtrain.engine.checks import check_shapes
-from mgtrain.errors import UsageError
 from mgtrain.grid import Shape
 from mgtrain.models import MODELS, TORCHVISION, build_model
 from mgtrain.models.nonlocal3d import NonLocal3d, _tokens
@@ -124,11 +123,6 @@ def test_options_that_make_no_sense_are_refused():
 def test_options_are_read_without_torch():
     code = "import sys, mgtrain.recipe.model; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_an_unknown_model_is_named_with_the_known_ones():
-    with pytest.raises(UsageError, match="'c3d'; choose one of slowfast_r50, i3d_r50, i3d_nln_r50"):
-        build_model("c3d", classes=5)
 
 
 def test_slow_frames_of_the_authors_code():

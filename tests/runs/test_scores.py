@@ -31,12 +31,12 @@ def test_scores_confusion_and_calibration_by_hand() -> None:
     assert scores.row()["mean_class"] == SOME.describe(CLASSES)["mean_class"] == scores.mean_class
     assert scores.loss == pytest.approx(-np.log([0.9, 0.3, 0.25, 0.7]).mean())
     assert SOME.confusion().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 1]]
-    calibration = SOME.calibration()
+    error, bins = SOME.calibration()
     # Confidences 0.9, 0.6, 0.5, 0.7 are of bins of their own; the first and the last are right.
-    assert calibration.error == pytest.approx((0.1 + 0.6 + 0.5 + 0.3) / 4)
-    assert [n for n, count in enumerate(calibration.counts) if count] == [7, 9, 10, 13]
-    assert (calibration.confidence[13], calibration.accuracy[13]) == (pytest.approx(0.9), 1.0)
-    assert calibration.confidence[0] is None
+    assert error == pytest.approx((0.1 + 0.6 + 0.5 + 0.3) / 4)
+    assert [n for n, found in enumerate(bins) if found["videos"]] == [7, 9, 10, 13]
+    assert (bins[13]["confidence"], bins[13]["accuracy"]) == (pytest.approx(0.9), 1.0)
+    assert bins[0]["confidence"] is None
 
 
 def test_average_precision_is_the_sum_over_thresholds() -> None:
@@ -76,7 +76,7 @@ def test_no_videos_are_no_accuracy() -> None:
     none = Predictions(none.numbers, none.labels, np.empty((0, 3), np.float32))
     assert (none.scores().videos, none.scores().top1, none.scores().interval()) == (0, 0.0, (0.0, 1.0))
     assert (none.scores().mean_class, none.scores().row()["mean_class"]) == (None, None)
-    assert none.calibration().error == 0
+    assert none.calibration()[0] == 0
     assert "mean class" not in none.render(CLASSES, 1, per_class=True)
     assert "0 videos" in none.render(CLASSES, 1, per_class=True)
 
