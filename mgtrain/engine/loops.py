@@ -18,14 +18,13 @@ from mgtrain.data.videos import Videos
 from mgtrain.engine import evaluate as evaluation
 from mgtrain.engine import recalibrate as recalibration
 from mgtrain.engine.start import first_model
-from mgtrain.engine.step import augmented
+from mgtrain.engine.step import augmented, part_of
 from mgtrain.errors import UsageError
 from mgtrain.models.foreign import fitted
 from mgtrain.models.norm import GroupBatchNorm3d
-from mgtrain.models.part import Part, set_part
-from mgtrain.processes.distributed import World, joined, unwrap
+from mgtrain.models.part import set_part
+from mgtrain.processes.distributed import joined, unwrap
 from mgtrain.recipe import Recipe
-from mgtrain.rng import Draw, seed_of
 from mgtrain.runs.scores import Scores
 from mgtrain.schedule import Plan, Step, check_world
 
@@ -47,7 +46,7 @@ class Batches:
         check_world(self._plan, world.size)
         batches = load_batches(self._videos, self._recipe, self._plan.steps(self._start), world)
         for step, (clips, labels) in zip(self._plan.steps(self._start), batches, strict=True):
-            part = _part(step, self._recipe, world, 0, len(clips))
+            part = part_of(step, self._recipe, world, 0, len(clips))
             yield augmented(clips, labels, part, step, self._recipe)
 
 
@@ -110,7 +109,7 @@ def at_step(model: nn.Module, step: Step, recipe: Recipe, first: int = 0, clips:
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training and not isinstance(layer, GroupBatchNorm3d):
             raise UsageError(f"{name}: this {type(layer).__name__} has no groups; use mgtrain.group_batchnorm(model)")
-    set_part(model, _part(step, recipe, world, first, count))
+    set_part(model, part_of(step, recipe, world, first, count))
     try:
         yield
     finally:
@@ -142,13 +141,6 @@ def evaluate(
     """
     with _mode_kept(model):
         return evaluation.evaluate(unwrap(model), videos, recipe, joined(device), views).scores()
-
-
-def _part(step: Step, recipe: Recipe, world: World, first: int, clips: int) -> Part:
-    """So many clips of this rank's share of a step, from `first` on."""
-    seed, share = seed_of(recipe.seed, Draw.STEP, step.index), step.shape.clips // world.size
-    first_of_all = world.rank * share + first
-    return Part(first_of_all, clips, step.shape.clips, step.bn_groups, world.size, seed, world.gather)
 
 
 @contextmanager

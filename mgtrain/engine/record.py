@@ -31,7 +31,7 @@ from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, accuracy, best_until, speedup_at_equal_accuracy
-from mgtrain.runs.scores import Predictions, Scores
+from mgtrain.runs.scores import Predictions
 from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
@@ -169,10 +169,10 @@ class Record:
         run.scalars(step.index + 1, {tag: value for tag, value in values.items() if value is not None} | compared)
         times = self._progress.take_times().items()
         run.scalars(step.index + 1, {f"step_seconds/{shape}": float(np.median(seconds)) for shape, seconds in times})
-        of = " of the averaged weights" if weights == "ema" else ""
+        found = ", ".join(scores.accuracies(1)) + (" of the averaged weights" if weights == "ema" else "")
         log.info(
             f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
-            f"({phase.name}), lr {step.lr:.3g}: {_accuracy(scores)}{of}, {duration(row['train_seconds'])} of training "
+            f"({phase.name}), lr {step.lr:.3g}: {found}, {duration(row['train_seconds'])} of training "
             f"({100 * row['data_seconds'] / row['train_seconds']:.0f} % waiting for data), "
             f"{duration(row['clock_seconds'])} by the clock{speedup}"
         )
@@ -193,12 +193,6 @@ class Record:
             values["compare/speedup"] = speedup
             gained = f", {speedup:.2f}x faster than {name} at equal accuracy"
         return values, beside, gained
-
-
-def _accuracy(scores: Scores) -> str:
-    mean_ap = "" if scores.mean_ap is None else f"mAP {100 * scores.mean_ap:.1f} %, "
-    mean_class = "" if scores.mean_class is None else f"mean class {100 * scores.mean_class:.1f} %, "
-    return f"{mean_ap}top-1 {100 * scores.top1:.1f} %, {mean_class}top-5 {100 * scores.top5:.1f} %"
 
 
 def environment(recipe: Recipe, world: World) -> dict[str, Any]:

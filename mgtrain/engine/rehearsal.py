@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ from rich.table import Table
 from mgtrain.clips.loader import train_batches
 from mgtrain.console import size, table
 from mgtrain.engine.finite import NonFiniteSteps
-from mgtrain.engine.machine.memory import Memory
+from mgtrain.engine.machine.memory import Memory, peak, reset_peak
 from mgtrain.engine.start import start
 from mgtrain.engine.step import train_step
 from mgtrain.grid import Shape
@@ -40,8 +39,7 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
     batches = train_batches(training.train, recipe, firsts.values(), world)
     bad, rows = NonFiniteSteps(recipe, plan, training.train), []
     for shape, step in firsts.items():
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(world.device)
+        reset_peak(world.device)
         times = [time.perf_counter()]
         clips, labels = next(batches)
         times.append(time.perf_counter())
@@ -50,8 +48,8 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
         bad.add(step, result.bad)
         bad.report(0, run)  # waits for the device
         times.append(time.perf_counter())
-        mine = torch.tensor([times[1] - times[0], times[2] - times[1], _peak(world.device)], dtype=torch.float64)
-        data_seconds, step_seconds, peak = world.gather(mine.to(world.device)).amax(0).tolist()
+        mine = torch.tensor([times[1] - times[0], times[2] - times[1], peak(world.device)], dtype=torch.float64)
+        data_seconds, step_seconds, peak_bytes = world.gather(mine.to(world.device)).amax(0).tolist()
         rows.append(
             {
                 "shape": asdict(shape),
@@ -59,7 +57,7 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
                 "data_seconds": data_seconds,
                 "step_seconds": step_seconds,
                 "estimated_bytes": estimated.step(shape, step.bn_groups, world.size),
-                "peak_bytes": int(peak),
+                "peak_bytes": int(peak_bytes),
             }
         )
         world.watchdog.beat()
@@ -69,8 +67,8 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
 
 def render(found: dict[str, Any]) -> Table:
     """What `rehearse` found as a table for the terminal."""
-    peak = "peak of the GPU" if found["device"] == "cuda" else "peak of the process so far"
-    names = ("shape", "steps", "waited for data", "first step", "estimated memory", peak)
+    measured = "peak of the GPU" if found["device"] == "cuda" else "peak of the process"
+    names = ("shape", "steps", "waited for data", "first step", "estimated memory", measured)
     rows = (
         (
             str(Shape(**row["shape"])),
@@ -83,10 +81,3 @@ def render(found: dict[str, Any]) -> Table:
         for row in found["shapes"]
     )
     return table(names, rows)
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes: the most that this GPU has held since the statistics were reset, or this process since it started."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

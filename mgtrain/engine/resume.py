@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -139,5 +138,4 @@ def finished(run: RunDir, recipe: Recipe) -> Scores | None:
         return None
     if changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe):
         return None
-    known: dict[str, Any] = {field.name: last.get(field.name) for field in fields(Scores)}
-    return Scores(**known)
+    return Scores.of(last)

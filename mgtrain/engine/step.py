@@ -115,12 +115,15 @@ def hits(logits: Tensor, targets: Tensor) -> Tensor:
 
 def parts(step: Step, recipe: Recipe, world: World) -> Iterator[Part]:
     """The micro-batches of this rank's share of a step (see `pass_clips`)."""
-    total, groups = step.shape.clips, step.bn_groups
-    share, size = total // world.size, pass_clips(recipe, step.shape, groups, world.size)
-    seed = seed_of(recipe.seed, Draw.STEP, step.index)
+    share, size = step.shape.clips // world.size, pass_clips(recipe, step.shape, step.bn_groups, world.size)
     for first in range(0, share, size):
-        clips = min(size, share - first)
-        yield Part(world.rank * share + first, clips, total, groups, world.size, seed, world.gather)
+        yield part_of(step, recipe, world, first, min(size, share - first))
+
+
+def part_of(step: Step, recipe: Recipe, world: World, first: int, clips: int) -> Part:
+    """So many clips of this rank's share of a step, from `first` on."""
+    seed, share = seed_of(recipe.seed, Draw.STEP, step.index), step.shape.clips // world.size
+    return Part(world.rank * share + first, clips, step.shape.clips, step.bn_groups, world.size, seed, world.gather)
 
 
 def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from mgtrain.console import ShowProgress, table
 from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips
-from mgtrain.engine.machine.memory import fit_memory
+from mgtrain.engine.machine.memory import fit_memory, peak, reset_peak
 from mgtrain.engine.machine.tuning import measure
 from mgtrain.engine.machine.warmup import set_up, wait_for_gpu
 from mgtrain.engine.step import autocast, memory_format, to_device, train_step
@@ -54,20 +52,20 @@ def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress:
     recipe = fit_memory(recipe, plan, world)
     firsts = plan.first_steps()
     flops = check_shapes(recipe, firsts)
-    peak = max(matrix_product(recipe, world), picture_convolution(recipe, world))
+    fastest = max(matrix_product(recipe, world), picture_convolution(recipe, world))
     model = to_device(make_model(recipe), recipe, world)
     choose(model, measure(recipe, plan, world))
     rows: list[dict[str, Any]] = []
     for n, (shape, step) in enumerate(firsts.items(), start=1):
-        _reset_peak(world)
+        reset_peak(world.device)
         row = time_step(model, recipe, step, world, repeats)
-        row["peak_bytes"] = _peak(world)
+        row["peak_bytes"] = peak(world.device)
         size = (row["clips"], 3, shape.frames, shape.crop, shape.crop)
         row["convolutions"] = convolutions_alone(model, recipe, size, world, repeats)
         row["over_convolutions"] = row["seconds"] / row["convolutions"]
         row["clips_per_second"] = row["clips"] / row["seconds"]
         row["flops"] = 2 * FORWARD_AND_BACKWARD * flops[shape] * row["clips_per_second"]
-        row["peak_share"] = row["flops"] / peak
+        row["peak_share"] = row["flops"] / fastest
         rows.append({"shape": asdict(shape), **row})
         progress("measuring", n, len(firsts))
     of_volume = [row["seconds"] / row["clips"] / shape.frames / shape.crop**2
@@ -76,7 +74,7 @@ def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress:
         "device": cpu_name() if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
         "threads": torch.get_num_threads(),
         "precision": recipe.hardware.precision,
-        "peak_flops": peak,  # per second; a multiply-add is two
+        "peak_flops": fastest,  # per second; a multiply-add is two
         "shapes": rows,
         "slowest_over_fastest": max(of_volume) / min(of_volume),
     }
@@ -200,9 +198,7 @@ def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | No
         hardware = recipe.hardware.model_copy(update={"precision": precision})
         in_it = baseline_recipe(recipe.model_copy(update={"hardware": hardware}))
         plan = make_plan(in_it, videos)
-        model = to_device(make_model(in_it), in_it, world)
-        choose(model, measure(in_it, plan, world))
-        seconds[precision] = time_step(model, in_it, plan[0], world, STEPS)["seconds"]
+        ((_, seconds[precision]),) = step_seconds(in_it, plan, [plan[0]], world)
     return seconds["fp32"] / seconds["bf16"]
 
 
@@ -219,7 +215,7 @@ def render(result: dict[str, Any]) -> Table:
             f"{row['flops'] / 1e9:,.0f}",
             f"{100 * row['peak_share']:.0f} %",
             f"{row['over_convolutions']:.2f}x",
-            "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB",
+            f"{row['peak_bytes'] / 2**30:.2f} GiB",
         )
         for row in result["shapes"]
     )
@@ -260,20 +256,3 @@ def _time_layer(
         torch.autograd.grad(y, [layer.weight, *([x] if needs_grad else [])], above)
 
     return statistics.median(seconds_of(forward_and_backward, repeats + 1, world.device)[1:])
-
-
-def _reset_peak(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-
-
-def _peak(world: World) -> int | None:
-    """Peak bytes of the GPU, or of this process, since `_reset_peak`; None if not known."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError, StopIteration):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return None

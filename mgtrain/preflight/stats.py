@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, duration, no_progress, size
 from mgtrain.data.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError, UsageError, VideoError
+from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
 from mgtrain.rng import Draw, generator
 
@@ -116,7 +115,7 @@ def make_stats(
     fps: float | None = None,
     progress: ShowProgress = no_progress,
 ) -> Stats:
-    """Open a random `sample` of the videos in `workers` processes, or in this one if `workers` is 0.
+    """Open a random `sample` of the videos in `workers` processes; one that crashes its process counts as broken.
 
     `fps` is the rate of folders of frames.
 
@@ -125,27 +124,13 @@ def make_stats(
     """
     drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
     paths = [videos.path(int(row)) for row in np.sort(drawn)]
-    probe = partial(probe_video, fps=fps)
-    probes: list[Probe] = []
-
-    def take(found: Probe) -> None:
-        probes.append(found)
+    probes: dict[str, Probe] = {}
+    for path, found in isolated(partial(probe_video, fps=fps), dict.fromkeys(paths), max(1, workers)):
+        if isinstance(found, Lost):
+            found = Probe(None, "", 0, printable(f"{path}: crashes the decoder ({found.cause})"))
+        probes[path] = found
         progress("videos opened", len(probes), len(paths))
-
-    if workers == 0:
-        for path in paths:
-            take(probe(path))
-    else:
-        with ProcessPoolExecutor(min(workers, len(paths))) as pool:
-            try:
-                for found in pool.map(probe, paths, chunksize=max(1, min(16, len(paths) // (4 * workers)))):
-                    take(found)
-            except BrokenProcessPool:
-                raise DataError(
-                    f"{videos.root}: a worker process died at or after {paths[len(probes)]}; remove that video, "
-                    "or find it with --workers 0"
-                ) from None
-    made = Stats(videos, tuple(probes), clip)
+    made = Stats(videos, tuple(probes[path] for path in paths), clip)
     if len(made.broken) == len(paths):
         raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened; first error: {made.broken[0]}")
     return made

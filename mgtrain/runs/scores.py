@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class Scores:
         """Mean accuracy of the classes with videos; None without videos, or if videos have several labels."""
         return None if self.precision is not None else mean_class(self.correct, self.counts)
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Scores:
+        """The scores in a row of `evals.jsonl`."""
+        known: dict[str, Any] = {field.name: row.get(field.name) for field in fields(cls)}
+        return cls(**known)
+
     def row(self) -> dict[str, Any]:
         """The scores as part of a row of `evals.jsonl`."""
         mean = {"mean_class": self.mean_class} if self.precision is None else {"mean_ap": self.mean_ap}
@@ -53,14 +59,15 @@ class Scores:
             return [*self.precision]
         return [right / count if count else None for right, count in zip(self.correct, self.counts, strict=True)]
 
+    def accuracies(self, digits: int) -> list[str]:
+        """Each kind of accuracy that is known, in percent."""
+        found = {"mAP": self.mean_ap, "top-1": self.top1, "mean class": self.mean_class, "top-5": self.top5}
+        return [f"{name} {100 * value:.{digits}f} %" for name, value in found.items() if value is not None]
+
     def line(self, views: int) -> str:
         """Accuracy and loss in one line; each video has so many `views`."""
-        mean_ap = "" if self.mean_ap is None else f"mAP {100 * self.mean_ap:.2f} %  "
-        mean_class = "" if self.mean_class is None else f"mean class {100 * self.mean_class:.2f} %  "
-        return (
-            f"{mean_ap}top-1 {100 * self.top1:.2f} %  {mean_class}top-5 {100 * self.top5:.2f} %  loss {self.loss:.3f}  "
-            f"on {self.videos} videos, {views} {'view' if views == 1 else 'views'} each"
-        )
+        videos = f"on {self.videos} videos, {views} {'view' if views == 1 else 'views'} each"
+        return "  ".join([*self.accuracies(2), f"loss {self.loss:.3f}", videos])
 
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the top-1 accuracy (see `wilson`)."""

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
 from videos import write_video
 
+from mgtrain.clips.sources import open_source
 from mgtrain.data import open_splits
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
+from mgtrain.preflight import stats as module
 from mgtrain.preflight.stats import draw_picture, make_stats, render
 from mgtrain.recipe import Clip, Recipe
 
@@ -78,6 +82,18 @@ def test_a_sample_is_drawn_by_the_seed_and_workers_change_nothing(tiny: Callable
 def test_a_set_in_which_nothing_opens_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"none of 1 videos can be opened; first error: .*gone.mp4: No such file"):
         make_stats(Videos.of(str(tmp_path), [("gone.mp4", 0)], ("x",)), CLIP, workers=0)
+
+
+def test_a_video_that_kills_its_process_is_broken_and_costs_no_other(mixed: Videos, monkeypatch: pytest.MonkeyPatch):
+    def opened(path: str, fps: float | None) -> Any:
+        return os._exit(9) if path.endswith("exact.mp4") else open_source(path, fps)
+
+    monkeypatch.setattr(module, "open_source", opened)  # worker processes are forked
+    for workers in (0, 2):
+        facts, root = make_stats(mixed, CLIP, workers=workers).describe(), mixed.root
+        assert (facts["frames"]["min"], facts["frames"]["max"], facts["broken"]["count"]) == (20, 30, 2)
+        assert facts["broken"]["examples"][1].startswith(f"{root}/broken.mp4: ")
+        assert facts["broken"]["examples"][0] == f"{root}/exact.mp4: crashes the decoder (ended with exit code 9)"
 
 
 def test_the_picture_is_a_png(mixed: Videos, tmp_path: Path):

@@ -1,10 +1,13 @@
-"""Estimate the memory of a training step without running it, and choose micro-batches that fit a limit."""
+"""The memory of a training step: estimate it without running one, choose micro-batches that fit, measure it."""
 
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -168,3 +171,21 @@ def _kept(model: nn.Module, shape: Shape) -> tuple[int, int]:
         hook.remove()
     sums = [sum(storage.nbytes() for storage in kept.values()) for kept in (everything, outside)]
     return sums[0] // CLIPS, (sums[1] + largest) // CLIPS
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak` count from now on: the memory of a GPU, or of this process, for which it needs Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that a GPU, or on a CPU this process, has held since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,6 +14,7 @@ from mgtrain.runs.groups import compare_groups, grouped, verdicts
 from mgtrain.runs.history import History, guarded
 from mgtrain.runs.report.figures import COLOURS, curves, schedule, time_split
 from mgtrain.runs.report.page import render_page, write_text
+from mgtrain.runs.scores import Scores
 
 MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 
@@ -117,19 +118,11 @@ def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, 
 
 def _changes(baseline: dict[str, Any], view: dict[str, Any]) -> dict[str, Any]:
     """The classes whose accuracy differs most from the baseline's, and the most frequent mistakes."""
-
-    def shares(last: dict[str, Any]) -> list[float | None]:
-        if last.get("precision") is not None:
-            precision: list[float | None] = last["precision"]
-            return precision
-        return [right / n if n else None for right, n in zip(last["correct"], last["counts"], strict=True)]
-
+    before, after = (Scores.of(run["last"]).per_class() for run in (baseline, view))
     rows = [
-        {"name": name, "before": before, "after": after, "videos": videos}
-        for name, before, after, videos in zip(
-            view["classes"], shares(baseline["last"]), shares(view["last"]), view["last"]["counts"], strict=True
-        )
-        if before is not None and after is not None
+        {"name": name, "before": a, "after": b, "videos": videos}
+        for name, a, b, videos in zip(view["classes"], before, after, view["last"]["counts"], strict=True)
+        if a is not None and b is not None
     ] if view["classes"] == baseline["classes"] else []  # fmt: skip
     rows.sort(key=lambda row: -abs(row["after"] - row["before"]))
     mistakes = [
