@@ -12,7 +12,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from mgtrain.errors import CheckpointError, LackError, NonFiniteError, lack_of
 from mgtrain.models.norm import put_group_stats
+from mgtrain.runs.folder import replacing
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +83,13 @@ def save_checkpoint(
         )
     facts = json.dumps(asdict(info))
     checksum = _checksum(facts, tensors, tensors.__getitem__)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": FORMAT, "info": facts, "sha256": checksum})
-        _fsync(temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "info": facts, "sha256": checksum})
+            _fsync(temporary)
         _fsync(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # the folder may not exist
-            temporary.unlink()
         raise CheckpointError(
             f"{path}: cannot be written: {error}; earlier checkpoints are unchanged; "
             "free some space, then run again with --resume"

@@ -135,11 +135,10 @@ class RunDir:
         """Write a file atomically: text, or a dict as JSON."""
         if self.writes:
             text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-            temporary = self.path / f".{name}.tmp"
             with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, self.path / name)
+                with replacing(self.path / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add a line to `steps.jsonl` or `evals.jsonl`."""
@@ -225,6 +224,22 @@ class RunDir:
         if self.writes:
             for path in set(self.checkpoints()[:-keep]) - set(also):
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file atomically: the block writes to a temporary path, which then takes the place of `path`.
+
+    If the block fails, the file at `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the folder may not exist
+            temporary.unlink()
+        raise
 
 
 def is_number(value: object) -> bool:

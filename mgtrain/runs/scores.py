@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mgtrain.data.videos import Videos
+from mgtrain.runs.folder import replacing
 from mgtrain.runs.statistics import wilson
 
 BINS = 15  # of confidence, for the expected calibration error (Guo et al. 2017)
@@ -216,15 +217,16 @@ class Predictions:
 
     def write_csv(self, path: Path, videos: Videos) -> None:
         """Write a CSV file with a row for each video: path, label, predicted class, probability of every class."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["path", "label", "predicted", *videos.classes])
             for number, first, row in zip(self.numbers.tolist(), self.first.tolist(), self.probabilities, strict=True):
                 labels = ";".join(videos.classes[label] for label in videos.labels(number))
                 names = videos.name(number), labels, videos.classes[first]
                 writer.writerow([*names, *(f"{p:.9g}" for p in row.tolist())])  # 9 digits are exact for float32
-        temporary.replace(path)
 
 
 def mean_class(correct: Sequence[int], counts: Sequence[int]) -> float | None:

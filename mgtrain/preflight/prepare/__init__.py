@@ -33,6 +33,7 @@ from mgtrain.errors import DataError, MissingCapabilityError
 from mgtrain.preflight.prepare.shards import Member, ShardWriter, is_there, members_of, shard_problem
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.rng import Draw, generator
+from mgtrain.runs.folder import replacing
 
 SAMPLE = 8  # random videos from which the time and size of the set are estimated
 OF_VIDEO = {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}
@@ -262,12 +263,10 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
                 place["shard"], place["offset"], place["size"] = level["shard"], level["offset"], level["bytes"]
     rows.sort(order="key")
     assert (rows["key"][1:] != rows["key"][:-1]).all(), "two paths with one hash"
-    temporary = folder / ".index.npy"
-    with temporary.open("wb") as file:
+    with replacing(folder / "index.npy") as temporary, temporary.open("wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / "index.npy")
 
 
 def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mgtrain.errors import CheckpointError
+from mgtrain.runs.folder import replacing
 
 
 def render_page(template: str, **context: Any) -> str:
@@ -25,12 +25,9 @@ def write_text(path: Path, page: str) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        with suppress(OSError):  # the folder may not exist
-            temporary.unlink()
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
