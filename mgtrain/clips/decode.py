@@ -167,7 +167,7 @@ class VideoFile:
         self._unread: Iterator[av.VideoFrame] | None = self._decode(self._container.demux(self._stream))
 
     def _error(self, cause: str) -> VideoError:
-        return VideoError(f"{self.path}: {cause}; replace this video or leave it out of the list")
+        return VideoError(f"{self.path}: {cause}; replace this video or remove it from the list")
 
     @stage("open")
     def _probe(self) -> VideoInfo:

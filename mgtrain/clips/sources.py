@@ -24,7 +24,7 @@ class Part:
         if self.first >= info.frames:
             raise VideoError(
                 f"{whole.path}{stretch}: starts after the end, which is at frame {info.frames}, "
-                f"{info.frames / info.fps:.2f} s; correct its times or leave it out of the list"
+                f"{info.frames / info.fps:.2f} s; correct its times or remove it from the list"
             )
         self.whole = whole
         self.info = replace(info, frames=min(end, info.frames) - self.first)

@@ -91,7 +91,7 @@ def list_frames(folder: str) -> Frames:
     try:
         return _listed(folder, os.stat(folder).st_mtime_ns)
     except OSError as error:
-        raise VideoError(f"{folder}: {error.strerror}; replace this video or leave it out of the list") from error
+        raise VideoError(f"{folder}: {error.strerror}; replace this video or remove it from the list") from error
 
 
 @lru_cache(maxsize=CACHED)

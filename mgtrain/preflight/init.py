@@ -284,7 +284,7 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: s
     optim = f"""\
   lr: {lr:.4g}
   stages: {stages}            # epochs of each learning rate
-  warmup_epochs: {max(1, round(epochs / 30))}
+  warmup_epochs: {max(1, round(epochs / 6))}
   warmup_lr: {lr / 10:.4g}"""
     init = ""
     if weights is not None:

@@ -295,7 +295,7 @@ def refusal(path: Path | str) -> str:
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
-    assert message.endswith("; replace this video or leave it out of the list")
+    assert message.endswith("; replace this video or remove it from the list")
     return message
 
 

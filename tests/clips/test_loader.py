@@ -251,7 +251,7 @@ def test_a_broken_video_is_named_once_and_counted(
     assert list(bad.causes) == [path]
     (message,) = caplog.messages
     assert message.startswith(f"video left out: {path}: ")
-    assert message.endswith("; replace this video or leave it out of the list")
+    assert message.endswith("; replace this video or remove it from the list")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
