@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,8 +123,9 @@ class _InPlace(torch.optim.Optimizer):
             self._update(group, [p for p in group["params"] if p.grad is not None], scaling)
         return loss
 
+    @abstractmethod
     def _update(self, group: dict[str, Any], params: Sequence[Any], scaling: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Update a group's parameters in place from their gradients."""
 
 
 class _SGD(_InPlace, torch.optim.SGD):
