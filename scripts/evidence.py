@@ -33,7 +33,7 @@ AXES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--against", choices=AXES, default="multiply_adds", help="x-axis of the README's picture")
+    parser.add_argument("--against", choices=AXES, default="train_seconds", help="x-axis of the README's picture")
     against = parser.parse_args().against
     sections, waiting = [], []
     for file in sorted(STUDIES.glob("*.yaml"), key=lambda file: (file.stem != "demo", file.stem)):

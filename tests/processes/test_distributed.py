@@ -137,26 +137,32 @@ def test_a_small_mistake_would_be_seen(
     assert not all(right[:4])
 
 
-def test_two_ranks_augment_as_one_does(
+@pytest.fixture
+def both(
     mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
-) -> None:
-    (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, *AUGMENTED, "--procs", 2)
-    assert done.returncode == 0, done.stderr
-    alone = RunDir(tmp_path / "alone")
-    fit(tiny(*AUGMENTED), alone, World())
-    assert_trained_alike(RunDir(tmp_path / "runs/tiny"), alone, ranks=2)
+) -> Callable[..., tuple[RunDir, RunDir]]:
+    """Trains with overrides on two ranks and on one; asserts that they train alike."""
+
+    def train(*overrides: str) -> tuple[RunDir, RunDir]:
+        (tmp_path / "tiny.yaml").write_text(tiny_text)
+        done = mgtrain(tmp_path, *FIT, *overrides, "--procs", 2)
+        assert done.returncode == 0, done.stderr
+        together, alone = RunDir(tmp_path / "runs/tiny"), RunDir(tmp_path / "alone")
+        fit(tiny(*overrides), alone, World())
+        assert_trained_alike(together, alone, ranks=2)
+        return together, alone
+
+    return train
+
+
+def test_two_ranks_augment_as_one_does(both: Callable[..., tuple[RunDir, RunDir]]) -> None:
+    both(*AUGMENTED)
 
 
 def test_two_ranks_clip_and_average_with_adamw_as_one_does(
-    mgtrain: Start, tiny: Callable[..., Recipe], tiny_text: str, tmp_path: Path
+    both: Callable[..., tuple[RunDir, RunDir]], tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    (tmp_path / "tiny.yaml").write_text(tiny_text)
-    done = mgtrain(tmp_path, *FIT, *ADAMW, "--procs", 2)
-    assert done.returncode == 0, done.stderr
-    alone, together = RunDir(tmp_path / "alone"), RunDir(tmp_path / "runs/tiny")
-    fit(tiny(*ADAMW), alone, World())
-    assert_trained_alike(together, alone, ranks=2)
+    together, alone = both(*ADAMW)
     ours, theirs = (load_file(run.checkpoints()[-1]) for run in (together, alone))
     averaged = [name for name in theirs if name.startswith("ema.")]
     assert len(averaged) > 10
