@@ -113,15 +113,15 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
         PlanError: hardware.micro_clips does not allow that.
     """
     for phase in plan.phases:
-        for shape in phase.shapes:
-            smallest, limit = _smallest_pass(shape, phase.bn_groups, ranks), micro_limit(recipe, shape)
+        for shape, groups in phase.batches():
+            smallest, limit = _smallest_pass(shape, groups, ranks), micro_limit(recipe, shape)
             if limit is not None and limit < smallest:
                 raise PlanError(
                     f"hardware.micro_clips {recipe.hardware.micro_clips} allows {limit} clips of "
                     f"{shape.frames}x{shape.crop}², but phase {phase.index + 1} has {smallest} in one BatchNorm group; "
                     "raise it, or lower batch.bn_clips"
                 )
-            clips = pass_clips(recipe, shape, phase.bn_groups, ranks)
+            clips = pass_clips(recipe, shape, groups, ranks)
             if recipe.augment.mixes and clips % 2:
                 raise PlanError(
                     f"hardware.micro_clips {recipe.hardware.micro_clips} makes micro-batches of {clips} clips in phase "

@@ -204,6 +204,11 @@ class MultigridSchedule(Section):
         description="scale the learning rate by the batch of the long cycle or of both; the paper found that scaling "
         "by the short cycle's hurts",
     )
+    bn_groups: Literal["long", "both"] = Field(
+        "long",
+        description="batch that sets the number of BatchNorm groups; long: the long cycle's, so that groups grow with "
+        "the short cycle's batch, as in the authors' code; both: groups always have `batch.bn_clips` clips",
+    )
 
 
 Schedule = Annotated[BaselineSchedule | MultigridSchedule, Field(discriminator="name")]

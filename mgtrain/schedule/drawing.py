@@ -29,7 +29,7 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
             f"{phase.end_clip / plan.videos:.2f}",
             f"{plan.phase_lr(phase):.4g}",
             str(low) if low == high else f"{low}..{high}",
-            "/".join(str(shape.clips // phase.bn_groups) for shape in phase.shapes),
+            "/".join(str(shape.clips // groups) for shape, groups in phase.batches()),
         ]
         rows.append(row + (["/".join(str(shape.clips // gpus) for shape in phase.shapes)] if gpus else []))
     return table(names, rows, gap=1)

@@ -10,7 +10,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, overload
 
@@ -43,7 +43,8 @@ class Phase:
     first_clip: int  # position in the run's endless stream of clips
     shapes: tuple[Shape, ...]  # the short cycle: coarse first, the long-cycle shape last
     grids: tuple[Grid, ...]  # one for each shape
-    bn_groups: int  # BatchNorm groups of the global batch, the same for each shape
+    bn_groups: int  # BatchNorm groups of the global batch at the long-cycle shape
+    groups: tuple[int, ...] = field(repr=False)  # the same for each shape; not in the fingerprint
 
     @property
     def shape(self) -> Shape:
@@ -59,6 +60,10 @@ class Phase:
     def end_clip(self) -> int:
         """The first position in the stream of clips after the phase."""
         return self.first_clip + clips_before(self.shapes, self.steps)
+
+    def batches(self) -> Iterator[tuple[Shape, int]]:
+        """Each shape of the short cycle with its number of BatchNorm groups."""
+        return zip(self.shapes, self.groups, strict=True)
 
     @property
     def name(self) -> str:
@@ -142,7 +147,7 @@ class Plan(Sequence[Step]):
             self._lr(phase, index, epoch),
             epoch,
             first_clip,
-            phase.bn_groups,
+            phase.groups[turn],
         )
 
     def steps(self, start: int = 0) -> Iterator[Step]:
@@ -182,7 +187,8 @@ class Plan(Sequence[Step]):
         """A short hash that is the same for equal plans."""
         what = (self.videos, self.base, self.phases, self._optim)
         # Only what is unusual, which keeps the hashes of earlier versions.
-        unusual = [word for word in (self._lr_scaling, self._optim.scaling) if word not in ("long", "linear")]
+        unusual: list[object] = [key for key in (self._lr_scaling, self._optim.scaling) if key not in ("long", "linear")]
+        unusual += [phase.groups for phase in self.phases if len(set(phase.groups)) > 1]
         return hashlib.sha256(repr((*what, *unusual)).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
@@ -202,9 +208,9 @@ class Plan(Sequence[Step]):
                         "frames": shape.frames,
                         "crop": shape.crop,
                         "short_side": list(grid.short_side),
-                        "bn_clips": shape.clips // phase.bn_groups,
+                        "bn_clips": shape.clips // groups,
                     }
-                    for shape, grid in zip(phase.shapes, phase.grids, strict=True)
+                    for shape, grid, groups in zip(phase.shapes, phase.grids, phase.groups, strict=True)
                 ],
             }
             for phase in self.phases
@@ -252,13 +258,26 @@ def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
     """
     phases: list[Phase] = []
     first_step = first_clip = 0
+    grouping = recipe.schedule.bn_groups if isinstance(recipe.schedule, MultigridSchedule) else "long"
     exact_clips = [s.steps * sum(shape.clips for shape in s.cycle) / len(s.cycle) for s in stretches]
     for index, (stretch, exact_end) in enumerate(zip(stretches, accumulate(exact_clips), strict=True)):
         grids = tuple(train_grid(s, recipe.base, recipe.clip.stride, recipe.clip.short_side) for s in stretch.cycle)
-        groups = bn_groups(stretch.cycle[-1], recipe.batch.bn_clips)
+        groups = tuple(
+            bn_groups(shape if grouping == "both" else stretch.cycle[-1], recipe.batch.bn_clips)
+            for shape in stretch.cycle
+        )
         steps = _nearest_steps(stretch.cycle, exact_end - first_clip)
         phase = Phase(
-            index, stretch.stage, stretch.lr_stage, first_step, steps, first_clip, stretch.cycle, grids, groups
+            index,
+            stretch.stage,
+            stretch.lr_stage,
+            first_step,
+            steps,
+            first_clip,
+            stretch.cycle,
+            grids,
+            groups[-1],
+            groups,
         )
         phases.append(phase)
         first_step, first_clip = phase.end_step, phase.end_clip
@@ -283,7 +302,7 @@ def _nearest_steps(cycle: Sequence[Shape], clips: float) -> int:
 
 
 def bn_groups(shape: Shape, bn_clips: int) -> int:
-    """The number of BatchNorm groups of `bn_clips` clips in the long-cycle `shape`, over all GPUs.
+    """The number of BatchNorm groups of `bn_clips` clips in a batch of `shape`, over all GPUs.
 
     >>> bn_groups(Shape(512, 8, 158), bn_clips=8)
     64
@@ -304,7 +323,7 @@ def check_world(plan: Plan, ranks: int) -> None:
     Raises:
         PlanError: they cannot; names the phase and what to change.
     """
-    batches = [(f"phase {p.index + 1} has steps", shape, p.bn_groups) for p in plan.phases for shape in p.shapes]
+    batches = [(f"phase {p.index + 1} has steps", shape, groups) for p in plan.phases for shape, groups in p.batches()]
     for what, shape, groups in [*batches, ("recalibration has batches", plan.base, plan.base_bn_groups)]:
         if shape.clips % ranks:
             raise PlanError(

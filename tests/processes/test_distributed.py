@@ -42,7 +42,7 @@ AUGMENTED = (
 # With AdamW, rounding decides the direction of a weight whose gradients are next to nothing, unless eps is larger.
 ADAMW = (
     *GENTLE, "optim.name=adamw", "optim.eps=0.001", "optim.clip_norm=0.1", "optim.ema=0.9", "optim.layer_decay=0.9",
-    "optim.stages=[4, 2]",
+    "schedule.bn_groups=both", "optim.stages=[4, 2]",
 )  # fmt: skip
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
 
@@ -159,7 +159,7 @@ def test_two_ranks_augment_as_one_does(both: Callable[..., tuple[RunDir, RunDir]
     both(*AUGMENTED)
 
 
-def test_two_ranks_clip_and_average_with_adamw_as_one_does(
+def test_two_ranks_clip_and_average_with_adamw_and_equal_groups_as_one_does(
     both: Callable[..., tuple[RunDir, RunDir]], tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     together, alone = both(*ADAMW)

@@ -292,6 +292,24 @@ def test_the_learning_rate_follows_the_cycles_that_are_named(
     assert warm[end - 3].lr == pytest.approx(plan[end - 3].lr, rel=0.01)  # it rises to the rate in force
 
 
+def test_batchnorm_groups_may_keep_their_size_within_the_short_cycle() -> None:
+    usual, equal = (make_plan(multigrid(f"schedule.bn_groups={groups}"), 240_000) for groups in ("long", "both"))
+    for phase, same in zip(usual.phases, equal.phases, strict=True):
+        assert {shape.clips // groups for shape, groups in same.batches()} == {8}
+        assert [shape.clips // groups for shape, groups in phase.batches()] == [
+            8 * shape.clips // phase.shape.clips for shape in phase.shapes
+        ]
+        for offset, (shape, groups) in enumerate(same.batches()):
+            assert equal[same.first_step + offset].bn_groups == groups == shape.clips // 8
+    assert equal.fingerprint() != usual.fingerprint()
+    assert equal.totals() == usual.totals()
+    with pytest.raises(PlanError, match="6 clips cannot be split into BatchNorm groups of 4 clips"):
+        make_plan(
+            multigrid("schedule={name: multigrid, bn_groups: both, long_cycle: []}", "batch={clips: 3, bn_clips: 4}"),
+            999,
+        )
+
+
 def test_the_learning_rate_may_grow_as_the_root_of_the_batch() -> None:
     linear, root = (
         make_plan(multigrid("optim.warmup_epochs=0", f"optim.scaling={scaling}"), 240_000)

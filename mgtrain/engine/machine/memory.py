@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Memory:
 
     def most(self, plan: Plan, ranks: int) -> tuple[int, Shape]:
         """Bytes of the plan's largest step, and its shape."""
-        steps = ((self.step(s, p.bn_groups, ranks), s) for p in plan.phases for s in p.shapes[: p.steps])
+        steps = ((self.step(s, n, ranks), s) for p in plan.phases for s, n in islice(p.batches(), p.steps))
         return max(steps, key=lambda step: step[0])
 
     def limit(self, plan: Plan, ranks: int, gib: float) -> Recipe:

@@ -163,7 +163,7 @@ def uses_of(recipe: Recipe, plan: Plan, world: World) -> dict[Kind, Use]:
     with torch.device("meta"):
         model = make_model(recipe)
     uses: dict[Kind, Use] = {}
-    groups = {shape: phase.bn_groups for phase in plan.phases for shape in phase.shapes}
+    groups = dict(batch for phase in plan.phases for batch in phase.batches())
     for shape, steps in steps_of_shapes(plan).items():
         clips = pass_clips(recipe, shape, groups[shape], world.size)
         add_uses(uses, model.train(), shape, clips, steps * shape.clips / world.size)
