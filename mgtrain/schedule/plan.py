@@ -185,11 +185,11 @@ class Plan(Sequence[Step]):
 
     def fingerprint(self) -> str:
         """A short hash that is the same for equal plans."""
-        what = (self.videos, self.base, self.phases, self._optim)
+        what: list[object] = [self.videos, self.base, self.phases, self._optim]
         # Only what is unusual, which keeps the hashes of earlier versions.
-        unusual: list[object] = [key for key in (self._lr_scaling, self._optim.scaling) if key not in ("long", "linear")]
-        unusual += [phase.groups for phase in self.phases if len(set(phase.groups)) > 1]
-        return hashlib.sha256(repr((*what, *unusual)).encode()).hexdigest()[:16]
+        what += [key for key in (self._lr_scaling, self._optim.scaling) if key not in ("long", "linear")]
+        what += [phase.groups for phase in self.phases if len(set(phase.groups)) > 1]
+        return hashlib.sha256(repr(tuple(what)).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values for `plan.json` and `mgtrain plan --json`."""
