@@ -29,6 +29,7 @@ class Draw(IntEnum):
     PREPARE = 12  # the order in which videos are prepared
     NOISE = 13  # clips that test an exported network
     BALANCE = 14  # the order of a class's videos where data.balance repeats them
+    BOOTSTRAP = 15  # how often each replicate has a video, for the error of mean average precision
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

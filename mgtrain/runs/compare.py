@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,7 @@ from mgtrain.errors import ThresholdError, UsageError
 from mgtrain.recipe import affects_results, recipe_differences
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded, speedup_at_equal_accuracy, time_to_accuracy
-from mgtrain.runs.statistics import Interval, judge, mcnemar, paired_shares, unpaired_shares
+from mgtrain.runs.statistics import Interval, judge, mcnemar, paired_shares, quantile_normal, unpaired_shares
 
 SCHEMA = "mgtrain.compare/3"
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
@@ -79,13 +80,16 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
 
 
 def accuracy_test(baseline: History, run: History) -> dict[str, Any]:
-    """The confidence interval of the difference in top-1 accuracy, paired if both runs have the same videos.
+    """The confidence interval of the difference in accuracy, paired for top-1 if both runs have the same videos.
 
-    Mean average precision has none.
+    That of mean average precision takes the runs' errors for independent, so it is too wide for the same videos.
     """
     theirs, ours = baseline.summary, run.summary
     if ours.metric != "top-1":
-        return {"accuracy_interval": [None, None], "only_one_right": None, "mcnemar": None}
+        errors = [history.evals[-1].get("mean_ap_sd") for history in (baseline, run)]
+        half = None if None in errors else quantile_normal() * math.hypot(*errors)
+        ends = [None if half is None else ours.accuracy - theirs.accuracy + sign * half for sign in (-1, 1)]
+        return {"accuracy_interval": ends, "only_one_right": None, "mcnemar": None}
     a, b = baseline.right(), run.right()
     if a is not None and b is not None and baseline.data["val"]["fingerprint"] == run.data["val"]["fingerprint"]:
         known = (a >= 0) & (b >= 0)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from mgtrain.data.videos import Videos
+from mgtrain.rng import Draw, generator
 from mgtrain.runs.folder import replacing
-from mgtrain.runs.statistics import wilson
+from mgtrain.runs.statistics import quantile_normal, wilson
 
 BINS = 15  # of confidence, for the expected calibration error (Guo et al. 2017)
 MISTAKES = 5  # most frequent pairs of confused classes
 LEAST = 1e-30  # lower limit of the probabilities in a loss
+REPLICATES = range(20, 201)  # of the bootstrap of mean average precision: fewer for many videos and classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Scores:
     correct: tuple[int, ...]  # correctly classified videos of each class
     counts: tuple[int, ...]  # videos of each class
     precision: tuple[float | None, ...] | None = None  # average precision of each class, with several labels
+    mean_ap_sd: float | None = None  # standard error of their mean over samples of as many videos, by the bootstrap
 
     @property
     def mean_ap(self) -> float | None:
@@ -71,7 +74,10 @@ class Scores:
         return "  ".join([*self.accuracies(2), f"loss {self.loss:.3f}", videos])
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the top-1 accuracy (see `wilson`)."""
+        """The 95 % confidence interval of the top-1 accuracy (see `wilson`), or of mAP if its error is known."""
+        if self.mean_ap is not None and self.mean_ap_sd is not None:
+            half = quantile_normal() * self.mean_ap_sd
+            return max(0.0, self.mean_ap - half), min(1.0, self.mean_ap + half)
         return wilson(round(self.top1 * self.videos), self.videos)
 
 
@@ -119,6 +125,7 @@ class Predictions:
             tuple(right.sum(0).tolist()),
             tuple(there.sum(0).tolist()),
             tuple(average_precision(*pair) for pair in zip(there.T, self.probabilities.T, strict=True)),
+            mean_ap_sd(there, self.probabilities),
         )
 
     @property
@@ -179,11 +186,13 @@ class Predictions:
     def describe(self, classes: Sequence[str]) -> dict[str, Any]:
         """All scores as plain values."""
         scores, (error, bins) = self.scores(), self.calibration()
-        kind = {"mean_ap": scores.mean_ap} if self.multi_label else {"confusion": self.confusion().tolist()}
+        if self.multi_label:
+            kind = {"mean_ap": scores.mean_ap, "mean_ap_interval": scores.interval()}
+        else:
+            kind = {"mean_class": scores.mean_class, "confusion": self.confusion().tolist()}
         return {
             "top1": scores.top1,
-            "top1_interval": scores.interval(),
-            **({} if self.multi_label else {"mean_class": scores.mean_class}),
+            **({} if self.multi_label else {"top1_interval": scores.interval()}),
             "top5": scores.top5,
             "loss": scores.loss,
             "videos": scores.videos,
@@ -211,8 +220,9 @@ class Predictions:
             f"expected calibration error {100 * self.calibration()[0]:.1f} %"
         )
         low, high = scores.interval()
+        kind = "top-1" if scores.mean_ap is None else "mAP"
         return "\n".join(
-            [*lines, f"{scores.line(views)}; 95 % interval of top-1: {100 * low:.1f} to {100 * high:.1f} %"]
+            [*lines, f"{scores.line(views)}; 95 % interval of {kind}: {100 * low:.1f} to {100 * high:.1f} %"]
         )
 
     def write_csv(self, path: Path, videos: Videos) -> None:
@@ -251,6 +261,29 @@ def average_precision(right: np.ndarray, scores: np.ndarray) -> float | None:
     ends = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # the last of each run of equal scores
     found = np.cumsum(right[order])[ends]
     return float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / found[-1])
+
+
+def mean_ap_sd(right: np.ndarray, scores: np.ndarray) -> float | None:
+    """The standard error of mean average precision, bool and float (V, classes), by a bootstrap over the videos.
+
+    None if fewer than two replicates have a right video.
+    """
+    count = len(right)
+    if not count:
+        return None
+    replicates = min(REPLICATES[-1], max(REPLICATES[0], 2 * 10**8 // right.size))
+    times = generator(0, Draw.BOOTSTRAP).multinomial(count, np.full(count, 1 / count), size=replicates)  # (R, V)
+    total, known = np.zeros(replicates), np.zeros(replicates)
+    for row, score in zip(right.T, scores.T, strict=True):
+        order = np.argsort(-score, kind="stable")
+        ends = np.flatnonzero(np.diff(score[order], append=-np.inf))
+        drawn = times[:, order]
+        found, taken = (drawn * row[order]).cumsum(1)[:, ends], drawn.cumsum(1)[:, ends]
+        area = (np.diff(found, prepend=0, axis=1) * found / np.maximum(taken, 1)).sum(1)
+        total += area / np.maximum(found[:, -1], 1)
+        known += found[:, -1] > 0
+    means = total[known > 0] / known[known > 0]
+    return float(means.std(ddof=1)) if len(means) > 1 else None
 
 
 def packed(right: np.ndarray) -> str:

@@ -279,6 +279,10 @@ def test_runs_on_several_labels_are_compared_by_mean_average_precision(
     assert result["baseline_best"]["seconds"] == pytest.approx(15)  # half-way from nothing to 50 %
     assert "mAP 50.0 % against 25.0 %, cannot tell: one seed shows" in result["verdict"]
     assert result["accuracy_interval"] == [None, None]
+    baseline = written(tmp_path / "slow_2", tiny("schedule={name: baseline}"), [{**slow[0], "mean_ap_sd": 0.03}])
+    known = compare(baseline, written(tmp_path / "fast_2", tiny(), [{**fast[0], "mean_ap_sd": 0.04}]))
+    assert known["accuracy_interval"] == [pytest.approx(0.25 - 1.96 * 0.05, abs=1e-4), pytest.approx(0.348, abs=1e-4)]
+    assert "not lower (difference +25.0, 95 % from +15.2 to +34.8" in known["verdict"]
 
 
 def test_what_was_gained_can_be_demanded(baseline: RunDir, run: RunDir) -> None:

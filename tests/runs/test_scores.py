@@ -11,7 +11,7 @@ import pytest
 from mgtrain.data.videos import Videos
 from mgtrain.errors import UsageError
 from mgtrain.runs.journal import Journal
-from mgtrain.runs.scores import Predictions, average_precision, wilson
+from mgtrain.runs.scores import Predictions, Scores, average_precision, wilson
 
 CLASSES = ("cat", "dog", "emu")
 
@@ -69,6 +69,25 @@ def test_videos_with_several_labels_are_scored_by_mean_average_precision() -> No
     assert "cat                              75.0 %  of 2" in text
     assert "most frequent mistakes" not in text
     assert scores.row()["mean_ap"] == scores.mean_ap
+
+
+def test_the_error_of_mean_average_precision_is_that_of_other_videos() -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(videos: int) -> Predictions:
+        labels = (rng.random((videos, 6)) < [0.1, 0.1, 0.2, 0.2, 0.4, 0.4]).astype(np.uint8)
+        rows = 1 / (1 + np.exp(-rng.normal(2 * labels - 1.0, 1.0)))
+        return Predictions(np.arange(videos), labels, rows.astype(np.float32))
+
+    found = [draw(400).scores() for _ in range(40)]
+    spread = np.std([scores.mean_ap for scores in found], ddof=1)
+    errors = [scores.mean_ap_sd for scores in found]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.3)
+    exact = draw(20_000).scores().mean_ap
+    inside = [low < exact < high for low, high in (scores.interval() for scores in found)]
+    assert sum(inside) >= 34  # of 40; 38 are expected
+    assert Scores.of(found[0].row()) == found[0]
+    assert draw(0).scores().mean_ap_sd is None
 
 
 def test_no_videos_are_no_accuracy() -> None:
