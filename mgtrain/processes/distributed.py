@@ -137,13 +137,14 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
     else:
         keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", 1))
-    watchdog = Watchdog(timeout_seconds, rank_of_environment(), _launcher())
+    launcher = int(os.environ.get(LAUNCHER, os.getppid())) if is_launched() else None
+    watchdog = Watchdog(timeout_seconds, rank_of_environment(), launcher)
     with watchdog.on_watch():
         if size == 1:
             watchdog.beat()
             yield World(device=chosen, watchdog=watchdog)
             return
-        with _lost_ranks_named(size):
+        try:
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             timeout = timedelta(minutes=JOIN_MINUTES)
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
@@ -153,8 +154,17 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
                 _refuse_shared_gpu(store, chosen)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
             watchdog.beat()
-            yield World(rank, size, chosen, _share_of_cores(rank, _cores_of_all(size)), watchdog)
+            everyone: list[Any] = [None] * size
+            dist.all_gather_object(everyone, (platform.node(), which_cores()))
+            yield World(rank, size, chosen, _share_of_cores(rank, everyone), watchdog)
             dist.destroy_process_group()
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise RanksLostError(
+                f"rank {rank_of_environment()} of {size} lost its connection to another rank; see that rank's message "
+                "for the cause, then run again with --resume"
+            ) from None
 
 
 def joined(device: torch.device | str | None = None) -> World:
@@ -166,23 +176,16 @@ def joined(device: torch.device | str | None = None) -> World:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     if not (dist.is_available() and dist.is_initialized()):
         return World(device=torch.device(device))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return World(
-        rank, size, torch.device(device), max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    )
-
-
-def _cores_of_all(size: int) -> list[tuple[str, set[int]]]:
-    """The machine of each rank, and the numbers of the cores that the rank may use there."""
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, (platform.node(), which_cores()))
-    return everyone
+    size = dist.get_world_size()
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    return World(dist.get_rank(), size, torch.device(device), cores)
 
 
 def _share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int]]]) -> int:
-    """The cores of this rank. A core that several ranks of a machine may use counts as a fraction for each of them.
+    """The cores of a rank, from the machine of each rank and the cores that it may use there.
 
-    So it is the same whether a launcher binds each rank to cores of its own (SLURM, numactl) or to none (torchrun).
+    A core of several ranks counts as a fraction for each of them. So the share is the same whether a launcher binds
+    each rank to cores of its own (SLURM, numactl) or to none (torchrun).
     """
     node, mine = everyone[rank]
     users = Counter(core for there, cores in everyone if there == node for core in cores)
@@ -206,25 +209,6 @@ def _refuse_shared_gpu(store: Any, device: torch.device) -> None:
         raise MissingCapabilityError(
             f"rank {rank_of_environment()} uses the same GPU ({gpu.name}) as another rank; start one process per GPU"
         )
-
-
-@contextmanager
-def _lost_ranks_named(size: int) -> Iterator[None]:
-    """Raise `RanksLostError` if an exchange fails because a rank is lost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise RanksLostError(
-            f"rank {rank_of_environment()} of {size} lost its connection to another rank; see that rank's message for "
-            "the cause, then run again with --resume"
-        ) from None
-
-
-def _launcher() -> int | None:
-    """The id of the process that started this rank; None if there is only one rank."""
-    return int(os.environ.get(LAUNCHER, os.getppid())) if is_launched() else None
 
 
 def says_first(message: str) -> bool:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,7 +24,6 @@ Result = TypeVar("Result")
 
 GRACE_SECONDS = 2.0  # for a worker to clean up after SIGTERM
 ORPHAN_SECONDS = 5.0  # between an idle worker's checks that its parent is alive
-PAGE = resource.getpagesize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +34,19 @@ class Lost:
     cause: str
 
 
-@dataclass(slots=True)
 class _Worker(Generic[Item]):
     """A process and its current item."""
 
-    process: BaseProcess
-    pipe: Connection
     item: Item
     since: float  # seconds of the monotonic clock
+
+    def __init__(self, function: Callable[[Item], object], memory: int | None) -> None:
+        # Any file may crash a worker, and a forked one starts in milliseconds.
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(function, theirs, os.getpid(), memory), daemon=True)
+        self.process.start()
+        theirs.close()
 
     def give(self, item: Item) -> None:
         self.item, self.since = item, time.monotonic()
@@ -78,12 +82,8 @@ def isolated(
     idle: list[_Worker[Item]] = []
     try:
         while True:
-            while len(team) < workers:
-                try:
-                    item = next(waiting)
-                except StopIteration:
-                    break
-                worker = idle.pop() if idle else _start(function, item, memory)
+            for item in islice(waiting, workers - len(team)):
+                worker = idle.pop() if idle else _Worker(function, memory)
                 worker.give(item)
                 team.append(worker)
             if not team:
@@ -98,7 +98,9 @@ def isolated(
                         idle.append(worker)
                     except (EOFError, OSError):
                         worker.end()
-                        raised, outcome = False, Lost("crash", _cause_of_death(worker.process.exitcode))
+                        code = worker.process.exitcode or 0
+                        by = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                        raised, outcome = False, Lost("crash", by)
                 elif time.monotonic() - worker.since > seconds:
                     worker.end()
                     raised, outcome = False, Lost("timeout", f"takes more than {seconds:g} s")
@@ -116,30 +118,16 @@ def isolated(
             worker.end(GRACE_SECONDS)
 
 
-def limit_memory(more: int) -> None:
-    """Let this process allocate at most `more` bytes from now on; only on Linux."""
-    with suppress(OSError):
-        limit = int(Path("/proc/self/statm").read_text().split()[5]) * PAGE + more
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def _start(function: Callable[[Item], Result], item: Item, memory: int | None) -> _Worker[Item]:
-    # Any file may crash a worker, and a forked one starts in milliseconds.
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(function, theirs, os.getpid(), memory), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours, item, time.monotonic())
-
-
-def _serve(function: Callable[[Item], Result], pipe: Connection, parent: int, memory: int | None) -> None:
+def _serve(function: Callable[[Item], object], pipe: Connection, parent: int, memory: int | None) -> None:
     """Send (False, result) or (True, exception) for each item."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
-        limit_memory(memory)
+        with suppress(OSError):  # only Linux has the file
+            data_pages = int(Path("/proc/self/statm").read_text().split()[5])
+            limit = data_pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     while True:
         while not pipe.poll(ORPHAN_SECONDS):
             if os.getppid() != parent:
@@ -154,9 +142,3 @@ def _serve(function: Callable[[Item], Result], pipe: Connection, parent: int, me
         except Exception as error:
             answer = True, error
         pipe.send(answer)
-
-
-def _cause_of_death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"killed by {signal.Signals(-exitcode).name}"
-    return f"ended with exit code {exitcode}"
