@@ -78,8 +78,6 @@ class StoppedError(MgtrainError):
 class RanksLostError(MgtrainError):
     """Another rank of the run has failed; its own message says why."""
 
-    exit_code = 1
-
 
 class MissingCapabilityError(MgtrainError):
     """The machine lacks something the command needs (a GPU, a library, a codec)."""
@@ -88,28 +86,23 @@ class MissingCapabilityError(MgtrainError):
 
 
 # What an exception of Python, torch, FFmpeg or the system says of a lack, and what to say of it: the first that fits.
-LACKS = (
-    (
-        r"shared memory|\bshm\b|</torch_|[Bb]us error",
-        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers",
+LACKS = {
+    r"shared memory|\bshm\b|</torch_|[Bb]us error": (
+        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers"
     ),
-    (
-        r"Too many open files|received 0 items of ancdata",
-        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers",
+    r"Too many open files|received 0 items of ancdata": (
+        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers"
     ),
-    (
-        r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file",
-        "no disk space left; free some, or choose another disk",
+    r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file": (
+        "no disk space left; free some, or choose another disk"
     ),
-    (
-        r"can't start new thread|Resource temporarily unavailable",
-        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers",
+    r"can't start new thread|Resource temporarily unavailable": (
+        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers"
     ),
-    (
-        r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory",
-        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips",
+    r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory": (
+        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips"
     ),
-)
+}
 NUMBERS = {errno.ENOMEM: "out of memory", errno.EAGAIN: "Resource temporarily unavailable"}
 
 
@@ -124,7 +117,7 @@ def lack_of(error: BaseException) -> LackError | None:
     words = (str(error).strip().splitlines() or [""])[-1]  # a loader process sends its traceback first
     number = error.errno if isinstance(error, OSError) else None
     text = f"{NUMBERS.get(number or 0, '')} {'out of memory' if isinstance(error, MemoryError) else ''} {words}"
-    for pattern, advice in LACKS:
+    for pattern, advice in LACKS.items():
         if re.search(pattern, text):
             return LackError(f"{advice} ({words[:200] or type(error).__name__})")
     return None
