@@ -127,7 +127,7 @@ STEP = [
     ),
     Band(
         "each rank, with its share of the clips",
-        [("Wait for the batch", "clips/loader.py engine/clock.py")],
+        [("Wait for the batch", "clips/loader.py engine/record.py")],
     ),
     Band(
         "each micro-batch: one or more whole BatchNorm groups",

@@ -17,9 +17,9 @@ class TrainProgress:
     def __init__(self, plan: Plan, start: int, shown: bool) -> None:
         self.plan = plan
         self.evaluation = ""  # the last evaluation
-        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since `take_times`
+        self.times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since the last evaluation
         self._speed: dict[Shape, float] = {}  # seconds per step, a moving average
-        self._progress = Progress(
+        self.bar = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=20),
             TextColumn("{task.completed}/{task.total}"),
@@ -30,32 +30,19 @@ class TrainProgress:
             disable=not (shown and err.is_terminal),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
-
-    def start(self) -> None:
-        """Show the line on a terminal."""
-        self._progress.start()
-
-    def stop(self) -> None:
-        """Remove the line."""
-        self._progress.stop()
+        self._task = self.bar.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
 
     def time(self, step: Step, seconds: float) -> None:
         """Add the time of a step."""
         old = self._speed.get(step.shape, seconds)
         self._speed[step.shape] = 0.8 * old + 0.2 * seconds
-        self._times[step.shape].append(seconds)
-
-    def take_times(self) -> dict[Shape, list[float]]:
-        """Seconds of each step since the last call, by shape."""
-        taken, self._times = self._times, defaultdict(list)
-        return taken
+        self.times[step.shape].append(seconds)
 
     def show(self, step: Step, loss: float, top1: float, waiting: float) -> None:
         """Show the state after `step`; `waiting` is the share of the time spent waiting for data."""
         phase, seconds = step.phase, self._speed.get(step.shape)
         clips_per_second = f"{step.shape.clips / seconds:.0f} clips/s" if seconds else ""
-        self._progress.update(
+        self.bar.update(
             self._task,
             completed=step.index + 1,
             phase=f"phase {phase.index + 1}/{len(self.plan.phases)}  {step.shape}",

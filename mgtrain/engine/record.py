@@ -1,4 +1,4 @@
-"""Write a run's records: its description, steps and evaluations."""
+"""Write a run's records: its description, steps, evaluations and times."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import math
 import platform
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -19,7 +22,6 @@ from mgtrain import __version__
 from mgtrain.clips.loader import worker_count
 from mgtrain.console import duration
 from mgtrain.data.videos import Videos
-from mgtrain.engine.clock import Clock
 from mgtrain.engine.examples import examples
 from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.step import StepResult
@@ -36,6 +38,7 @@ from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
 
+Batch = TypeVar("Batch")
 TABLED = ("seed", "schedule", "optim", "batch", "clip", "model")  # sections in TensorBoard's table of runs
 STEP_TAGS = {
     "train/loss": "loss",
@@ -55,14 +58,10 @@ def describe_run(
 ) -> None:
     """Write the description of the run: recipe, plan, data and environment."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
-    files: dict[str, dict[str, Any] | str] = {
-        "recipe.yaml": recipe.to_yaml(),
-        "plan.json": {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip},
-        "data.json": {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)},
-        "env.json": environment(recipe, world),
-    }
-    for name, value in files.items():
-        run.write(name, value)
+    run.write("recipe.yaml", recipe.to_yaml())
+    run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
+    run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
+    run.write("env.json", _environment(recipe, world))
     log.info(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
@@ -91,6 +90,53 @@ def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
             log.warning("no pictures of clips on the boards: %s", error)
 
 
+class Clock:
+    """Seconds of training without evaluations and checkpoints, of waiting for data meanwhile, and of wall-clock time.
+
+    Wall-clock time is all that a user waits for since `began` (`time.perf_counter()` when the process started):
+    start-up, training, evaluations and checkpoints. A resumed run continues from the times in its `state`.
+
+    A GPU still computes a step when its call returns, but logged steps wait for the GPU, so the times of logged steps
+    are right.
+    """
+
+    def __init__(self, state: CheckpointInfo, began: float) -> None:
+        self._train, self._data, self._last = state.train_seconds, state.data_seconds, time.perf_counter()
+        # Checkpoints of earlier versions have no wall-clock time, which is at least the training time.
+        self._start = began - max(state.clock_seconds, state.train_seconds)
+        self.paused_seconds = 0.0  # of the last pause
+
+    def seconds(self) -> dict[str, Any]:
+        """The times, with the names of logs and checkpoints."""
+        now = time.perf_counter()
+        return {
+            "train_seconds": self._train + now - self._last,
+            "data_seconds": self._data,
+            "clock_seconds": now - self._start,
+        }
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time until it arrives is time spent waiting for data."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._data += time.perf_counter() - start
+        return batch
+
+    def lap(self) -> float:
+        """Add the seconds since the last call to the training time; returns them."""
+        last, self._last = self._last, time.perf_counter()
+        self._train += self._last - last
+        return self._last - last
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time within the block as training."""
+        self.lap()
+        yield
+        before, self._last = self._last, time.perf_counter()
+        self.paused_seconds = self._last - before
+
+
 class Record:
     """Logs the steps and evaluations of a run, shows them on the terminal, and keeps the time."""
 
@@ -104,18 +150,16 @@ class Record:
         baseline: RunDir | None,
         began: float,
     ) -> None:
-        # Checkpoints of earlier versions have no wall-clock time, which is at least the training time.
-        clock_seconds = max(state.clock_seconds, state.train_seconds)
-        self.clock = Clock(state.train_seconds, state.data_seconds, clock_seconds, began)
+        self.clock = Clock(state, began)
         self._run, self._plan, self._videos, self._world, self._baseline = run, plan, videos, world, baseline
         self._progress = TrainProgress(plan, state.step, shown=world.main)
 
     def __enter__(self) -> Record:
-        self._progress.start()
+        self._progress.bar.start()
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        self._progress.stop()
+        self._progress.bar.stop()
         self._run.close(failed=failure is not None)
 
     def lap(self, step: Step) -> None:
@@ -130,9 +174,7 @@ class Record:
             "step": step.index + 1,
             "phase": step.phase.index,
             "epoch": step.epoch,
-            "clips": step.shape.clips,
-            "frames": step.shape.frames,
-            "crop": step.shape.crop,
+            **asdict(step.shape),
             "lr": step.lr,
             "loss": loss if math.isfinite(loss) else None,
             "top1": top1,
@@ -150,7 +192,7 @@ class Record:
             "phase": phase.index,
             "epoch": (step.first_clip + step.shape.clips) / plan.videos,
             **self.clock.seconds(),
-            "eval_seconds": self.clock.other_seconds,
+            "eval_seconds": self.clock.paused_seconds,
             "weights": weights,
             **scores.row(),
             **predictions.right_row(self._videos),
@@ -159,16 +201,11 @@ class Record:
         run.append("evals.jsonl", row)
         compared, beside, speedup = self._compared(row)
         self._progress.evaluation = f"  val {100 * accuracy(row):.1f} %{beside}"
-        values = {
-            "val/top1": scores.top1,
-            "val/mean_class": scores.mean_class,
-            "val/top5": scores.top5,
-            "val/loss": scores.loss,
-            "val/mean_ap": scores.mean_ap,
-        }
-        run.scalars(step.index + 1, {tag: value for tag, value in values.items() if value is not None} | compared)
-        times = self._progress.take_times().items()
-        run.scalars(step.index + 1, {f"step_seconds/{shape}": float(np.median(seconds)) for shape, seconds in times})
+        values = {f"val/{name}": getattr(scores, name) for name in ("top1", "mean_class", "top5", "loss", "mean_ap")}
+        values = {tag: value for tag, value in values.items() if value is not None} | compared
+        values |= {f"step_seconds/{shape}": float(np.median(s)) for shape, s in self._progress.times.items()}
+        run.scalars(step.index + 1, values)
+        self._progress.times.clear()
         found = ", ".join(scores.accuracies(1)) + (" of the averaged weights" if weights == "ema" else "")
         log.info(
             f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
@@ -195,7 +232,7 @@ class Record:
         return values, beside, gained
 
 
-def environment(recipe: Recipe, world: World) -> dict[str, Any]:
+def _environment(recipe: Recipe, world: World) -> dict[str, Any]:
     """The contents of `env.json`: versions, device and ranks."""
     return {
         "mgtrain": __version__,
