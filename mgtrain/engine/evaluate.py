@@ -42,13 +42,17 @@ def evaluate(
         numbers, probabilities = world.from_main(journal.read() if world.main else (numbers, probabilities))
     left = np.setdiff1d(np.arange(len(videos)), numbers)
     batches = view_batches(videos, left[world.rank :: world.size].tolist(), recipe, times, crops, world)
-    mine: list[tuple[Tensor, Tensor]] = []
+    most = -(-len(left) // world.size)  # rows of each rank; those without a video have the number -1
+    mine, my_rows = torch.full((most,), -1, device=world.device), torch.zeros(most, classes, device=world.device)
+    done = 0
     for chosen, rows in predict(model, batches, times * crops, recipe, world):
-        mine.append((chosen, rows))
+        mine[done : done + len(chosen)], my_rows[done : done + len(chosen)] = chosen, rows
+        done += len(chosen)
         if journal is not None:
             journal.append(world.rank, chosen.cpu().numpy(), rows.cpu().numpy())
-    new_numbers, new_probabilities = gathered(mine, -(-len(left) // world.size), classes, world)
-    numbers, probabilities = np.append(numbers, new_numbers), np.append(probabilities, new_probabilities, axis=0)
+    every, every_row = world.gather(mine).flatten(), world.gather(my_rows).flatten(0, 1)  # of all ranks
+    numbers = np.append(numbers, every[every >= 0].cpu().numpy())
+    probabilities = np.append(probabilities, every_row[every >= 0].cpu().numpy(), axis=0)
     refuse_non_finite(probabilities, [videos.name(number) for number in numbers.tolist()])
     order = np.argsort(numbers)
     label = videos.targets if recipe.data.multi_label else videos.label
@@ -86,18 +90,3 @@ def refuse_non_finite(probabilities: np.ndarray, names: Sequence[str]) -> None:
             f"the network's class probabilities of {len(bad)} of {len(names)} videos are not finite, such as those of "
             f"{bad[0]}; use an earlier checkpoint, or hardware.precision=fp32 if half precision overflows"
         )
-
-
-def gathered(
-    parts: list[tuple[Tensor, Tensor]], most: int, classes: int, world: World
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of all ranks, at most `most` each: numbers, int64 (V,), and probabilities, float32 (V, classes)."""
-    numbers = torch.full((most,), -1, device=world.device)
-    rows = torch.zeros(most, classes, device=world.device)
-    if parts:
-        mine = torch.cat([chosen for chosen, _ in parts])
-        numbers[: len(mine)] = mine
-        rows[: len(mine)] = torch.cat([row for _, row in parts])
-    all_numbers, all_rows = world.gather(numbers).flatten(), world.gather(rows).flatten(0, 1)
-    used = all_numbers >= 0
-    return all_numbers[used].cpu().numpy(), all_rows[used].cpu().numpy()

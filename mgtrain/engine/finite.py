@@ -18,7 +18,7 @@ from mgtrain.models.norm import group_slots
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
-from mgtrain.schedule import Plan, Step
+from mgtrain.schedule import Step
 
 log = logging.getLogger(__name__)
 
@@ -54,56 +54,42 @@ class Statistics:
         torch._foreach_copy_(self._slots, [values.view_as(s) for values, s in zip(kept, self._slots, strict=True)])
 
 
-class NonFiniteSteps:
-    """Collects the steps that were not finite since the last report."""
+def report_skipped(flags: list[tuple[Step, Tensor]], earlier: int, recipe: Recipe, videos: Videos, run: RunDir) -> int:
+    """Log the steps whose updates were skipped, after `earlier` ones; returns their number.
 
-    def __init__(self, recipe: Recipe, plan: Plan, videos: Videos) -> None:
-        self._recipe, self._plan, self._videos = recipe, plan, videos
-        self._flags: list[tuple[Step, Tensor]] = []
+    `flags` are those of the steps since the last report (see `StepResult.bad`) and are removed. Waits for the device;
+    `non_finite.json` gets the videos of the steps.
 
-    def add(self, step: Step, bad: Tensor) -> None:
-        """Add a step's flag, still on the device."""
-        self._flags.append((step, bad))
-
-    def report(self, left_out: int, run: RunDir) -> int:
-        """Log the steps whose updates were skipped since the last report; returns their number.
-
-        `left_out` is the number of earlier ones. Waits for the device; `non_finite.json` gets the videos of the steps.
-
-        Raises:
-            NonFiniteError: the recipe says to stop, or there are too many.
-        """
-        flags, self._flags = self._flags, []
-        bad = torch.stack([flag for _, flag in flags]).tolist() if flags else []
-        steps = [step for (step, _), is_bad in zip(flags, bad, strict=True) if is_bad]
-        if not steps:
-            return 0
-        names = [self._names(step) for step in steps]
-        facts = [
-            {"step": step.index + 1, "lr": step.lr, "shape": str(step.shape), "videos": files}
-            for step, files in zip(steps, names, strict=True)
-        ]
-        run.write("non_finite.json", {"steps": facts})
-        first, files = steps[0], names[0]
-        others = f" and {len(files) - NAMED} more, see {run.path}/non_finite.json" if len(files) > NAMED else ""
-        what = (
-            f"the loss or the gradient of step {first.index + 1} is not finite (phase {first.phase.index + 1}, "
-            f"{first.shape}, lr {first.lr:.3g}; videos {', '.join(files[:NAMED])}{others})"
-        )
-        policy, most = self._recipe.faults.non_finite, self._recipe.faults.non_finite_steps
-        total = left_out + len(steps)
-        if policy != "stop" and total <= most:
-            log.warning("%s: its update is skipped, %d of at most %d such steps", what, total, most)
-            return len(steps)
-        why = f"{total} such steps are more than faults.non_finite_steps {most}; " if policy != "stop" else ""
-        saved = run.checkpoints()
-        good = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise NonFiniteError(
-            f"{what}; {why}{good}; set faults.non_finite to skip or rollback, or lower optim.lr or lengthen "
-            "optim.warmup_epochs (with --allow-changes), then run again with --resume"
-        )
-
-    def _names(self, step: Step) -> list[str]:
-        """The videos of a step, of all ranks."""
-        requests = step_requests(step, Order.of(self._videos, self._recipe))
-        return [self._videos.name(request.video) for request in requests]
+    Raises:
+        NonFiniteError: the recipe says to stop, or there are too many.
+    """
+    bad = torch.stack([flag for _, flag in flags]).tolist() if flags else []
+    steps = [step for (step, _), is_bad in zip(flags, bad, strict=True) if is_bad]
+    flags.clear()
+    if not steps:
+        return 0
+    order = Order.of(videos, recipe)
+    names = [[videos.name(request.video) for request in step_requests(step, order)] for step in steps]  # of all ranks
+    facts = [
+        {"step": step.index + 1, "lr": step.lr, "shape": str(step.shape), "videos": files}
+        for step, files in zip(steps, names, strict=True)
+    ]
+    run.write("non_finite.json", {"steps": facts})
+    first, files = steps[0], names[0]
+    others = f" and {len(files) - NAMED} more, see {run.path}/non_finite.json" if len(files) > NAMED else ""
+    what = (
+        f"the loss or the gradient of step {first.index + 1} is not finite (phase {first.phase.index + 1}, "
+        f"{first.shape}, lr {first.lr:.3g}; videos {', '.join(files[:NAMED])}{others})"
+    )
+    policy, most = recipe.faults.non_finite, recipe.faults.non_finite_steps
+    total = earlier + len(steps)
+    if policy != "stop" and total <= most:
+        log.warning("%s: its update is skipped, %d of at most %d such steps", what, total, most)
+        return len(steps)
+    why = f"{total} such steps are more than faults.non_finite_steps {most}; " if policy != "stop" else ""
+    saved = run.checkpoints()
+    good = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    raise NonFiniteError(
+        f"{what}; {why}{good}; set faults.non_finite to skip or rollback, or lower optim.lr or lengthen "
+        "optim.warmup_epochs (with --allow-changes), then run again with --resume"
+    )

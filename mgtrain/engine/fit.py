@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from torch import Tensor
+
 from mgtrain.clips.loader import train_batches
 from mgtrain.engine.evaluate import evaluate
-from mgtrain.engine.finite import NonFiniteSteps
+from mgtrain.engine.finite import report_skipped
 from mgtrain.engine.recalibrate import batches_needed, recalibrate
 from mgtrain.engine.record import Record
-from mgtrain.engine.resume import roll_back, save
+from mgtrain.engine.resume import newest_checkpoint, restore, save
 from mgtrain.engine.start import start
 from mgtrain.engine.step import train_step
 from mgtrain.errors import StoppedError
@@ -49,7 +51,8 @@ def fit(
     train, val, milestones, model = training.train, training.val, training.milestones, training.learner.model
     batches = train_batches(train, recipe, plan.steps(state.step), world)
     record = Record(run, plan, state, len(val), world, baseline, began)
-    bad, scores, any_rank = NonFiniteSteps(recipe, plan, train), None, Agreement(world)
+    scores, any_rank = None, Agreement(world)
+    flags: list[tuple[Step, Tensor]] = []  # whether the update of a step was skipped, since the last report
 
     def saved(now: CheckpointInfo) -> CheckpointInfo:
         with record.clock.paused():
@@ -80,13 +83,13 @@ def fit(
             done = step.index + 1
             logs = done % recipe.logging.steps == 0 or done in milestones
             saves = done % recipe.logging.checkpoint_steps == 0 or done in milestones or stops
-            bad.add(step, result.bad)
+            flags.append((step, result.bad))
             if logs:
                 record.step(step, result)
-            if (logs or saves) and (left_out := bad.report(state.left_out, run)):
+            if (logs or saves) and (left_out := report_skipped(flags, state.left_out, recipe, train, run)):
                 state = replace(state, left_out=state.left_out + left_out)
-                if recipe.faults.non_finite == "rollback":
-                    roll_back(run, learner, world)
+                if recipe.faults.non_finite == "rollback" and (path := newest_checkpoint(run, world)):
+                    restore(path, learner)
             record.lap(step)
             if saves:
                 state = saved(replace(state, step=done, evaluated=False, recalibrated=False))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mgtrain.clips.loader import train_batches
 from mgtrain.console import size, table
-from mgtrain.engine.finite import NonFiniteSteps
+from mgtrain.engine.finite import report_skipped
 from mgtrain.engine.machine.memory import Memory, peak, reset_peak
 from mgtrain.engine.start import start
 from mgtrain.engine.step import train_step
@@ -37,7 +37,7 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
     firsts, counts = plan.first_steps(), steps_of_shapes(plan)
     estimated = Memory(recipe, firsts)
     batches = train_batches(training.train, recipe, firsts.values(), world)
-    bad, rows = NonFiniteSteps(recipe, plan, training.train), []
+    rows = []
     for shape, step in firsts.items():
         reset_peak(world.device)
         times = [time.perf_counter()]
@@ -45,8 +45,7 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
         times.append(time.perf_counter())
         with training.step(step):
             result = train_step(training.replica, learner.optimizer, learner.scaler, clips, labels, step, recipe, world)
-        bad.add(step, result.bad)
-        bad.report(0, run)  # waits for the device
+        report_skipped([(step, result.bad)], 0, recipe, training.train, run)  # waits for the device
         times.append(time.perf_counter())
         mine = torch.tensor([times[1] - times[0], times[2] - times[1], peak(world.device)], dtype=torch.float64)
         data_seconds, step_seconds, peak_bytes = world.gather(mine.to(world.device)).amax(0).tolist()

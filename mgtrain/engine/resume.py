@@ -71,12 +71,6 @@ def restore(path: Path, learner: Learner) -> None:
     learner.scaler.load_state_dict(read_info(path).scaler)
 
 
-def roll_back(run: RunDir, learner: Learner, world: World) -> None:
-    """Restore the newest checkpoint, if there is one."""
-    if path := newest_checkpoint(run, world):
-        restore(path, learner)
-
-
 def newest_checkpoint(run: RunDir, world: World) -> Path | None:
     """The newest undamaged checkpoint, the same on all ranks; None if the run has none."""
     return world.from_main(newest_whole(run.checkpoints()) if world.main else None)
@@ -87,14 +81,19 @@ def resume_run(
 ) -> CheckpointInfo:
     """Restore the newest checkpoint and return its description, or `fresh`, that of a new run, if there is none.
 
-    Raises:
-        CheckpointError: the recipe or the videos have changed, and `allow_changes` is not set.
+    Raises `CheckpointError` if the recipe or the videos have changed and `allow_changes` is not set.
     """
     path = newest_checkpoint(run, world)
     if path is None:
         return fresh
     saved = read_info(path)
-    changes = changes_since(saved, fresh, parse_recipe(saved.recipe, str(path), saved=True), recipe)
+    changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True), recipe)
+    if saved.data != fresh.data:
+        changes.append(f"training videos {saved.data} -> {fresh.data}")
+    if saved.val_data != fresh.val_data:
+        changes.append(f"validation videos {saved.val_data} -> {fresh.val_data}")
+    if saved.plan != fresh.plan and not changes:
+        changes.append("this version of mgtrain makes another schedule from the recipe")
     if changes and not allow_changes:
         raise CheckpointError(
             f"{path}: the recipe or the data has changed since: {'; '.join(changes)}; "
@@ -105,18 +104,6 @@ def resume_run(
     restore(path, learner)
     log.info("resumed after step %d from %s", saved.step, path)
     return replace(saved, recipe=fresh.recipe, plan=fresh.plan, data=fresh.data, val_data=fresh.val_data)
-
-
-def changes_since(saved: CheckpointInfo, fresh: CheckpointInfo, before: Recipe, now: Recipe) -> list[str]:
-    """The changes that affect a resumed run, such as `optim.lr 0.1 -> 0.2`."""
-    changes = changed_keys(before, now)
-    if saved.data != fresh.data:
-        changes.append(f"training videos {saved.data} -> {fresh.data}")
-    if saved.val_data != fresh.val_data:
-        changes.append(f"validation videos {saved.val_data} -> {fresh.val_data}")
-    if saved.plan != fresh.plan and not changes:
-        changes.append("this version of mgtrain makes another schedule from the recipe")
-    return changes
 
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
