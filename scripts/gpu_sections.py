@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mgtrain.clips.loader import _transfer
 from mgtrain.engine.checks import check_shapes, make_model
-from mgtrain.engine.machine.warmup import compiled, set_up
+from mgtrain.engine.machine.warmup import compiled, seconds_of, set_up
 from mgtrain.engine.step import to_device, train_step
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.grid import Shape
@@ -25,7 +25,7 @@ from mgtrain.models import fused
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
 from mgtrain.preflight import doctor
-from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, matrix_product, seconds_of
+from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, matrix_product
 from mgtrain.processes.distributed import World, replicate
 from mgtrain.recipe import Recipe, load_recipe
 from mgtrain.schedule import Step, make_plan

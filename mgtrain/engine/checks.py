@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import islice
 
 import torch
@@ -59,21 +60,17 @@ def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
 def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None:
     """Why a model on the meta device does not accept clips of that size, with the layer's name; None if it does."""
     within: list[str] = []  # the running layers, the outermost first
-    hooks = []
-    for name, layer in model.named_modules():
-        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: within.append(name)))
-        hooks.append(layer.register_forward_hook(lambda *_: within.__delitem__(-1)))
-    try:
-        with torch.inference_mode():
+    with ExitStack() as hooks, torch.inference_mode():
+        for name, layer in model.named_modules():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, name=name: within.append(name)))
+            hooks.enter_context(layer.register_forward_hook(lambda *_: within.__delitem__(-1)))
+        try:
             logits = model(torch.empty(2, 3, frames, crop, crop, device="meta"))
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        layer = model.get_submodule(within[-1])
-        named = f"{f'layer {within[-1]}' if within[-1] else 'the network itself'}, {type(layer).__name__}"
-        cause = " ".join(str(error).split())[:200]
-        return f"{named}, {_reason(layer, cause)} ({cause})"
-    finally:
-        for hook in hooks:
-            hook.remove()
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            layer = model.get_submodule(within[-1])
+            named = f"{f'layer {within[-1]}' if within[-1] else 'the network itself'}, {type(layer).__name__}"
+            cause = " ".join(str(error).split())[:200]
+            return f"{named}, {_reason(layer, cause)} ({cause})"
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (2, classes):
         return f"for 2 such clips it returns {shape or type(logits).__name__}, not logits (2, {classes})"
@@ -93,25 +90,21 @@ def _reason(layer: nn.Module, cause: str) -> str:
     return "depends on the clip's size"
 
 
-def fitting(model: nn.Module, frames: int, crop: int, classes: int, most: int = 4) -> list[tuple[int, int]]:
-    """Sizes near (frames, crop) that a model on the meta device accepts, the nearest first, as (frames, crop)."""
+def fitting(model: nn.Module, frames: int, crop: int, classes: int) -> list[tuple[int, int]]:
+    """Up to 4 sizes near (frames, crop) that a model on the meta device accepts, the nearest first."""
     lengths = sorted({frames + 1, *(2**n for n in range(7))}, key=lambda n: abs(math.log(n / frames)))
     crops = {size for step in (7, 16, 32) for size in range(step, 2 * crop + 33, step) if size >= 8}
     near = sorted(crops, key=lambda size: abs(math.log(size / crop)))[:24]
     others = [(n, size) for n in lengths for size in (32, 64, 112, 224)]
     for sizes in ([(n, crop) for n in lengths], [(frames, size) for size in near], others):
         found = ((n, size) for n, size in sizes if misfit(model, n, size, classes) is None)
-        if fit := list(islice(found, most)):
+        if fit := list(islice(found, 4)):
             return fit
     return []
 
 
 def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
-    """Check that micro-batches hold whole BatchNorm groups (or a rank's share of one) and whole pairs to mix.
-
-    Raises:
-        PlanError: hardware.micro_clips does not allow that.
-    """
+    """Raise `PlanError` if `hardware.micro_clips` cuts a BatchNorm group, a rank's share of one, or a pair to mix."""
     for phase in plan.phases:
         for shape, groups in phase.batches():
             smallest, limit = _smallest_pass(shape, groups, ranks), micro_limit(recipe, shape)
@@ -131,11 +124,7 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
 
 
 def check_average(model: nn.Module, recipe: Recipe) -> None:
-    """Check that BatchNorm's statistics can be measured for averaged weights: the running ones are other weights'.
-
-    Raises:
-        PlanError: recalibration is off.
-    """
+    """Raise `PlanError` if weights are averaged, but BatchNorm's statistics are not measured again for the average."""
     if recipe.optim.ema is not None and recipe.evaluation.recalibration_batches == 0 and group_slots(model):
         raise PlanError(
             "optim.ema: BatchNorm's running statistics belong to the weights, not to their average; set "
@@ -144,20 +133,21 @@ def check_average(model: nn.Module, recipe: Recipe) -> None:
 
 
 def check_precision(recipe: Recipe, device: torch.device) -> None:
-    """Check that this machine computes right gradients in `hardware.precision`.
+    """Raise `MissingCapabilityError` if gradients in `hardware.precision` differ too much from those in float32.
 
     Some builds of torch (oneDNN 3.12) compute wrong ones on a CPU in bf16 for clips with fewer frames than a kernel,
     which coarse shapes have. The built-in networks compute these convolutions in another way.
-
-    Raises:
-        MissingCapabilityError: the gradients differ from those in float32.
     """
     precision = recipe.hardware.precision
-    if precision == "fp32" or (device.type == "cpu" and _ours(recipe)):
+    if precision == "fp32":
         return
+    if device.type == "cpu":
+        with torch.device("meta"):
+            model = make_model(recipe)
+        if all(isinstance(layer, Conv3d) for layer in model.modules() if isinstance(layer, nn.Conv3d)):
+            return
     layout = torch.channels_last_3d if recipe.hardware.channels_last else torch.contiguous_format
-    conv = nn.Conv3d(16, 32, kernel_size=(5, 1, 1), padding=(2, 0, 0), device=device)
-    conv = conv.to(memory_format=layout)
+    conv = nn.Conv3d(16, 32, kernel_size=(5, 1, 1), padding=(2, 0, 0), device=device).to(memory_format=layout)
     clips = torch.arange(2 * 16 * 2 * 8 * 8.0, device=device).sin().view(2, 16, 2, 8, 8).to(memory_format=layout)
     gradients = []
     for enabled in (False, True):
@@ -170,13 +160,6 @@ def check_precision(recipe: Recipe, device: torch.device) -> None:
             f"hardware.precision {precision}: torch {torch.__version__} computes wrong gradients on this "
             f"{device.type} for clips shorter than a kernel; use hardware.precision=fp32 or another build of torch"
         )
-
-
-def _ours(recipe: Recipe) -> bool:
-    """Whether all 3-D convolutions of the network are our own, which are right on any CPU."""
-    with torch.device("meta"):
-        model = make_model(recipe)
-    return all(isinstance(layer, Conv3d) for layer in model.modules() if isinstance(layer, nn.Conv3d))
 
 
 def micro_limit(recipe: Recipe, shape: Shape) -> int | None:

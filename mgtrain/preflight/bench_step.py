@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from mgtrain.console import ShowProgress, table
 from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips
 from mgtrain.engine.machine.memory import fit_memory, peak, reset_peak
 from mgtrain.engine.machine.tuning import measure
-from mgtrain.engine.machine.warmup import set_up, wait_for_gpu
+from mgtrain.engine.machine.warmup import seconds_of, set_up, wait_for_gpu
 from mgtrain.engine.step import autocast, memory_format, to_device, train_step
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.grid import Shape
@@ -227,18 +227,6 @@ def render(result: dict[str, Any]) -> Table:
     made.title_justify = "left"
     made.caption = f"per voxel, the slowest shape takes {result['slowest_over_fastest']:.2f}x the time of the fastest"
     return made
-
-
-def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """The seconds of each of `repeats` calls."""
-    times = []
-    for _ in range(repeats):
-        wait_for_gpu(device)
-        start = time.perf_counter()
-        call()
-        wait_for_gpu(device)
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def _time_layer(

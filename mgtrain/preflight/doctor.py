@@ -19,14 +19,14 @@ from torch import Tensor
 from mgtrain import __version__
 from mgtrain.clips.units import RandomClips
 from mgtrain.engine.checks import DTYPES, check_precision
-from mgtrain.engine.machine.warmup import set_up
+from mgtrain.engine.machine.warmup import seconds_of, set_up
 from mgtrain.engine.start import open_data
 from mgtrain.errors import MissingCapabilityError
 from mgtrain.models import fused
 from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
-from mgtrain.preflight.bench_step import half_precision_gain, seconds_of
+from mgtrain.preflight.bench_step import half_precision_gain
 from mgtrain.preflight.loading import cut_on_one_core, endless_requests
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
 from mgtrain.processes.distributed import World

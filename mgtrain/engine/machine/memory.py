@@ -6,7 +6,7 @@ import logging
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -63,10 +63,8 @@ class Memory:
         """The recipe, changed so that every step of the plan needs at most `USABLE` of `gib` GiB.
 
         It gets the largest `hardware.micro_clips` that fits, and `hardware.recompute` only if none fits without.
-        Neither changes a loss, because micro-batches are whole BatchNorm groups.
-
-        Raises:
-            PlanError: a single BatchNorm group does not fit.
+        Neither changes a loss, because micro-batches are whole BatchNorm groups. Raises `PlanError` if not even a
+        single group fits.
         """
         given, share = self.recipe, self.recipe.base.clips // ranks
         check_micro_batches(given, plan, ranks)
@@ -90,11 +88,7 @@ class Memory:
 
 
 def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
-    """The recipe with micro-batches that fit `hardware.memory_gib`, or the free memory of this GPU.
-
-    Raises:
-        PlanError: a single BatchNorm group does not fit.
-    """
+    """The recipe with micro-batches that fit `hardware.memory_gib`, or the free memory of this GPU: see `limit`."""
     gib = recipe.hardware.memory_gib
     if gib is None and world.device.type == "cuda":
         free = torch.tensor(torch.cuda.mem_get_info(world.device)[0])
@@ -137,10 +131,11 @@ def _kept(model: nn.Module, shape: Shape) -> tuple[int, int]:
     in memory at a time.
     """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    everything: dict[int, torch.UntypedStorage] = {}
-    outside: dict[int, torch.UntypedStorage] = {}
-    of_block: dict[int, torch.UntypedStorage] = {}
+    everything, outside, of_block = (dict[int, torch.UntypedStorage]() for _ in range(3))
     largest, within = 0, False
+
+    def size(storages: dict[int, torch.UntypedStorage]) -> int:
+        return sum(storage.nbytes() for storage in storages.values())
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -156,22 +151,17 @@ def _kept(model: nn.Module, shape: Shape) -> tuple[int, int]:
 
     def leave(*_: object) -> None:
         nonlocal within, largest
-        largest, within = max(largest, sum(storage.nbytes() for storage in of_block.values())), False
+        largest, within = max(largest, size(of_block)), False
         of_block.clear()
 
-    hooks = [
-        hook
-        for block in blocks(model)
-        for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
-    ]
     dtype = next(model.parameters()).dtype
     x = torch.empty(CLIPS, 3, shape.frames, shape.crop, shape.crop, device="meta", dtype=dtype)
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with ExitStack() as hooks, saved_tensors_hooks(keep, lambda tensor: tensor):
+        for block in blocks(model):
+            hooks.enter_context(block.register_forward_pre_hook(enter))
+            hooks.enter_context(block.register_forward_hook(leave))
         model(x)
-    for hook in hooks:
-        hook.remove()
-    sums = [sum(storage.nbytes() for storage in kept.values()) for kept in (everything, outside)]
-    return sums[0] // CLIPS, (sums[1] + largest) // CLIPS
+    return size(everything) // CLIPS, (size(outside) + largest) // CLIPS
 
 
 def reset_peak(device: torch.device) -> None:

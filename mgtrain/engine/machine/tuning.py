@@ -10,7 +10,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -92,36 +93,22 @@ class Use:
     trained: bool = False  # false: used in evaluations only
 
 
-@dataclass(slots=True)
-class Spent:
-    """The time of measuring, and the run's estimated time in the convolutions that have been measured."""
-
-    started: float = field(default_factory=time.perf_counter)
-    work: float = 0.0  # multiply-adds in the run
-    fixed: float = 0.0  # seconds in the run with the default forms
-    chosen: float = 0.0  # seconds in the run with the chosen forms
-
-    def seconds(self) -> float:
-        """Seconds since measuring has started."""
-        return time.perf_counter() - self.started
-
-
 def measure(recipe: Recipe, plan: Plan, world: World) -> Choices:
     """The fastest forms of a plan's convolutions; none if they are not `tunable`."""
     if not tunable(recipe, world):
         return {}
-    return fastest(uses_of(recipe, plan, world), DTYPES[recipe.hardware.precision], world.watchdog.beat)
+    uses, dtype = uses_of(recipe, plan, world), DTYPES[recipe.hardware.precision]
+    return fastest(uses, dtype, LEAST_SECONDS, world.watchdog.beat)
 
 
 def fastest(
-    uses: Mapping[Kind, Use], dtype: torch.dtype, beat: Callable[[], None] = lambda: None, least: float | None = None
+    uses: Mapping[Kind, Use], dtype: torch.dtype, least: float, beat: Callable[[], None] = lambda: None
 ) -> Choices:
     """The fastest forms of convolutions, measured for `least` seconds or 1 % of their time in the run.
 
     Each layer is first measured at its most expensive size, then at others. Sizes for which there is no time get the
     forms of the nearest size of the same layer.
     """
-    least = LEAST_SECONDS if least is None else least
 
     def work(kind: Kind) -> float:
         use = uses[kind]
@@ -129,19 +116,21 @@ def fastest(
 
     by_work = sorted(uses, key=work, reverse=True)
     costliest = {_layer(kind): kind for kind in reversed(by_work)}
-    spent, found, whole = Spent(), dict[Kind, Forms](), sum(map(work, uses))
+    begun, found = time.perf_counter(), dict[Kind, Forms]()
+    whole, measured = sum(map(work, uses)), 0.0
+    by_default = by_choice = 0.0  # seconds of the measured convolutions in the run
     for kind in sorted(by_work, key=lambda kind: costliest[_layer(kind)] != kind):
-        found[kind] = _fastest(kind, uses[kind], dtype, spent)
-        spent.work += work(kind)
+        found[kind], default, chosen = _fastest(kind, uses[kind], dtype)
+        measured, by_default, by_choice = measured + work(kind), by_default + default, by_choice + chosen
         beat()
-        if spent.seconds() > max(least, SHARE * spent.chosen * whole / spent.work):
+        if time.perf_counter() - begun > max(least, SHARE * by_choice * whole / measured):
             break
     if not uses:
         return {}
     others = sum(forms != fixed_forms(kind, dtype) for kind, forms in found.items())
     log.info(
-        f"measured {len(found)} of {len(uses)} convolutions in {duration(spent.seconds())}: {others} do not use the "
-        f"default forms, which saves {100 * (1 - spent.chosen / max(spent.fixed, 1e-9)):.0f} % of the time"
+        f"measured {len(found)} of {len(uses)} convolutions in {duration(time.perf_counter() - begun)}: {others} do "
+        f"not use the default forms, which saves {100 * (1 - by_choice / max(by_default, 1e-9)):.0f} % of the time"
     )
     return {(kind, dtype): found.get(kind) or _borrowed(kind, dtype, found) for kind in uses}
 
@@ -181,15 +170,15 @@ def add_uses(uses: dict[Kind, Use], model: nn.Module, shape: Shape, clips: int, 
         use.trained |= model.training
         use.needs_input_grad |= model.training and args[0].requires_grad
 
-    hooks = [layer.register_forward_pre_hook(see) for layer in model.modules() if isinstance(layer, Conv3d)]
-    with torch.set_grad_enabled(model.training):
+    with ExitStack() as hooks, torch.set_grad_enabled(model.training):
+        for layer in model.modules():
+            if isinstance(layer, Conv3d):
+                hooks.enter_context(layer.register_forward_pre_hook(see))
         model(torch.empty(2, 3, shape.frames, shape.crop, shape.crop, device="meta"))
-    for hook in hooks:
-        hook.remove()
 
 
-def _fastest(kind: Kind, use: Use, dtype: torch.dtype, spent: Spent) -> Forms:
-    """The fastest form for the output, the input's gradient and the weight's gradient, as far as they are used."""
+def _fastest(kind: Kind, use: Use, dtype: torch.dtype) -> tuple[Forms, float, float]:
+    """The fastest forms for the directions that are used, and the seconds of the default and of these in the run."""
     clips = int(max(1, min(use.most, WORK // kind.multiply_adds())))
     (inputs, outputs), (frames, high, wide) = kind.channels, kind.size
     x = _numbers(clips, frames, high, wide, inputs).to(dtype)
@@ -202,6 +191,7 @@ def _fastest(kind: Kind, use: Use, dtype: torch.dtype, spent: Spent) -> Forms:
         (use.needs_input_grad, input_grad, (grad, x, weight), (exact[2], *exact[:2])),
         (use.trained, weight_grad, (grad, x, weight), (exact[2], *exact[:2])),
     ]
+    by_default = by_choice = 0.0
     for n, (used, compute, given, precisely) in enumerate(calls):
         if not used:
             continue
@@ -211,11 +201,11 @@ def _fastest(kind: Kind, use: Use, dtype: torch.dtype, spent: Spent) -> Forms:
             continue  # no form is correct: keep the default
         best = min(seconds, key=seconds.__getitem__)
         by_rule = seconds.get(forms[n])
-        spent.fixed += (by_rule or seconds[best]) * use.clips / clips
+        by_default += (by_rule or seconds[best]) * use.clips / clips
         if by_rule is None or seconds[best] < GAIN * by_rule:
             forms[n] = best
-        spent.chosen += seconds[forms[n]] * use.clips / clips
-    return forms[0], forms[1], forms[2]
+        by_choice += seconds[forms[n]] * use.clips / clips
+    return (forms[0], forms[1], forms[2]), by_default, by_choice
 
 
 def _numbers(*size: int) -> Tensor:

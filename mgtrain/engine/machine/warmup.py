@@ -17,10 +17,10 @@ from torch import nn
 from mgtrain.console import duration
 from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.machine.memory import lack_explained
-from mgtrain.engine.step import autocast, memory_format
+from mgtrain.engine.step import autocast, memory_format, parts
 from mgtrain.grid import Shape
 from mgtrain.models.norm import undisturbed
-from mgtrain.models.part import Part, set_part
+from mgtrain.models.part import set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step
@@ -149,22 +149,29 @@ def _steps_left(plan: Plan, start: int) -> dict[Kind, tuple[Step, int]]:
 
 def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
     """Seconds of a forward and backward pass of a micro-batch, the minimum of `PASSES`; all ranks run together."""
-    shape, share = step.shape, step.shape.clips // world.size
-    clips = pass_clips(recipe, shape, step.bn_groups, world.size)
-    pixels = torch.zeros(clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
+    shape, part = step.shape, next(parts(step, recipe, world))
+    pixels = torch.zeros(part.clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
     pixels = pixels.to(memory_format=memory_format(recipe))
-    part = Part(world.rank * share, clips, shape.clips, step.bn_groups, world.size, 0, world.gather)
-    times = []
-    model.train()
-    for _ in range(2 + PASSES):
-        set_part(model, part)
-        wait_for_gpu(world.device)
-        begun = time.perf_counter()
+
+    def forward_and_backward() -> None:
         with autocast(recipe, world):
             model(pixels).float().sum().backward()
-        wait_for_gpu(world.device)
-        times.append(time.perf_counter() - begun)
-    return min(times[2:])
+
+    model.train()
+    set_part(model, part)
+    return min(seconds_of(forward_and_backward, 2 + PASSES, world.device)[2:])
+
+
+def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """The seconds of each of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        wait_for_gpu(device)
+        start = time.perf_counter()
+        call()
+        wait_for_gpu(device)
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def wait_for_gpu(device: torch.device) -> None:
