@@ -41,7 +41,7 @@ from mgtrain.rng import Draw, generator
 
 TOLERANCE = 1e-4  # relative to the largest logit; frameworks sum in different orders
 INPUT, OUTPUT, NOTES = "clips", "logits", "mgtrain.json"
-AXES = {"clips": 0, "frames": 2, "pixels": 3}
+AXES = {"clips": (0,), "frames": (2,), "pixels": (3, 4)}
 FREEDOMS = (("clips", "frames", "pixels"), ("clips",), ())  # sizes that may vary, tried in this order
 BIG = (32, 96)  # minimum frames and pixels to trace a graph of any size: small feature maps become constants
 
@@ -104,20 +104,16 @@ def _attempt(model: nn.Module, trained: Trained, file: Path, free: tuple[str, ..
     """Write a file in which the sizes in `free` may vary; returns its parity, or why it failed."""
     shape = trained.recipe.evaluation_shape
     frames, size = shape.frames, shape.crop
-    trials = [clips_of(1, frames, size)]
+    trials = [(1, frames, size)]
     if "clips" in free:
-        trials.append(clips_of(3, frames, size))
+        trials.append((3, frames, size))
     if "pixels" in free:
-        trials += [
-            clips_of(2, frames, size + 32),
-            clips_of(1, max(8, frames // 2), size),
-            clips_of(1, 2 * frames, size),
-        ]
+        trials += [(2, frames, size + 32), (1, max(8, frames // 2), size), (1, 2 * frames, size)]
     traced = (max(frames, BIG[0]), max(size, BIG[1])) if "pixels" in free else (frames, size)
     try:
         with torch.no_grad(), _quiet():
             run = FORMATS[file.suffix](model, clips_of(2 if free else 1, *traced), free, file, describe(trained))
-            found = tuple(compared(model, run, clips) for clips in trials)
+            found = tuple(compared(model, run, clips_of(*trial)) for trial in trials)
     except (MgtrainError, OSError, KeyboardInterrupt):
         raise
     except Exception as error:  # torch and onnxruntime raise many kinds
@@ -171,9 +167,7 @@ def clips_of(clips: int, frames: int, size: int) -> Tensor:
 
 
 def _traced(model: nn.Module, example: Tensor, free: tuple[str, ...]) -> ExportedProgram:
-    axes = dict.fromkeys((AXES[what] for what in free), Dim.AUTO)
-    if "pixels" in free:
-        axes[4] = Dim.AUTO
+    axes = {axis: Dim.AUTO for what in free for axis in AXES[what]}
     return torch.export.export(model, (example,), dynamic_shapes=(axes,))
 
 

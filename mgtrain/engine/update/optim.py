@@ -23,7 +23,6 @@ from mgtrain.schedule.plan import Step, lr
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 # Parts of the names of parameters that AdamW does not decay.
 TABLES = re.compile(r"(^|[._])(pos|positions?|positional|cls_token|class_token)([._]|$)")
-Closure = Callable[[], float] | None
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -43,19 +42,18 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         factor = optim.layer_decay ** (last - depths[name]) * (optim.head_lr if name.startswith(head) else 1.0)
         kind = (name.startswith(head), depths[name], name in undecayed)
         groups.setdefault(kind, {"params": [], "weight_decay": decay, "lr_factor": factor})["params"].append(parameter)
-    kinds: dict[str, Any] = {
-        "sgd": (_SGD, {"momentum": optim.momentum, "nesterov": optim.nesterov}),
-        "adamw": (_AdamW, {"betas": optim.betas, "eps": optim.eps}),
-    }
-    kind, constants = kinds[optim.name]
-    optimizer: torch.optim.Optimizer = kind(list(groups.values()), lr=optim.lr, fused=True, **constants)
+    optimizer: torch.optim.Optimizer
+    of_all: dict[str, Any] = {"params": list(groups.values()), "lr": optim.lr, "fused": True}
+    if optim.name == "adamw":
+        optimizer, buffers = _AdamW(**of_all, betas=optim.betas, eps=optim.eps), ["exp_avg", "exp_avg_sq"]
+    else:
+        optimizer = _SGD(**of_all, momentum=optim.momentum, nesterov=optim.nesterov)
+        buffers = ["momentum_buffer"] if optim.momentum else []
     for parameter in parameters.values():  # torch leaves new buffers uninitialized if the first update is skipped
         if optim.name == "adamw":
             optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-            optimizer.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        elif optim.momentum:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for name in buffers:
+            optimizer.state[parameter][name] = torch.zeros_like(parameter)
     return optimizer
 
 
@@ -114,10 +112,13 @@ class _InPlace(torch.optim.Optimizer):
     """Fused steps that update channels_last parameters on a CPU in place, while torch copies them twice."""
 
     @torch.no_grad()
-    def step(self, closure: Closure = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
             return super().step(closure)
-        loss = _loss_of(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         scaling = {"grad_scale": getattr(self, "grad_scale", None), "found_inf": getattr(self, "found_inf", None)}
         for group in self.param_groups:
             self._update(group, [p for p in group["params"] if p.grad is not None], scaling)
@@ -160,14 +161,6 @@ class _AdamW(_InPlace, torch.optim.AdamW):
             fused=True,
             **scaling,
         )
-
-
-def _loss_of(closure: Closure) -> float | None:
-    """Call a closure, which computes the gradients, and return its loss."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def _flat(x: Tensor, like: Tensor) -> Tensor:
