@@ -35,8 +35,7 @@ def make_model(recipe: Recipe) -> nn.Module:
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
     """Run every shape on the meta device; returns the multiply-adds of one clip's forward pass for each.
 
-    Raises:
-        PlanError: the model does not accept one of the shapes; names the layer, the reason and shapes that fit.
+    Raises `PlanError` if the model does not accept a shape, with the layer, the reason and shapes that fit.
     """
     with torch.device("meta"):
         model = make_model(recipe)

@@ -30,10 +30,8 @@ def evaluate(
 ) -> Predictions:
     """The predictions for all decodable videos, on every rank, with `views` (times, crops) of each video.
 
-    Videos in the `journal` are not evaluated again, and every batch is added to it.
-
-    Raises:
-        NonFiniteError: a class probability is NaN.
+    Videos in the `journal` are not evaluated again, and every batch is added to it. Raises `NonFiniteError` if a class
+    probability is NaN.
     """
     merge_group_stats(model, world.gather)
     classes, (times, crops) = recipe.data.classes, views

@@ -32,10 +32,7 @@ FRAMES = 4  # frames of a clip to show
 def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape, Tensor]]:
     """Each shape and up to `FRAMES` frames of its clip side by side, uint8 (S, n * S, 3).
 
-    All shapes show the run's first video, without mixing.
-
-    Raises:
-        DataError: neither the video nor its replacements can be decoded.
+    All shapes show the run's first video, without mixing. Raises `DataError` if no video can be decoded.
     """
     unmixed = recipe.model_copy(update={"augment": recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})})
     loader, first = RandomClips(train, recipe), Order.of(train, recipe).at(0)
@@ -47,7 +44,7 @@ def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape,
         alone = Part(0, 1, shape.clips, shape.clips)
         x, _ = augmented(loaded.clips.permute(0, 4, 1, 2, 3), loaded.labels, alone, step, unmixed)
         pixels = (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[0]  # (3, T, S, S)
-        chosen = sorted({round(n * (shape.frames - 1) / max(1, FRAMES - 1)) for n in range(FRAMES)})
+        chosen = sorted({round(n * (shape.frames - 1) / (FRAMES - 1)) for n in range(FRAMES)})
         yield shape, pixels[:, chosen].permute(2, 1, 3, 0).flatten(1, 2)
 
 

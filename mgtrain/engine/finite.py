@@ -58,10 +58,8 @@ def report_skipped(flags: list[tuple[Step, Tensor]], earlier: int, recipe: Recip
     """Log the steps whose updates were skipped, after `earlier` ones; returns their number.
 
     `flags` are those of the steps since the last report (see `StepResult.bad`) and are removed. Waits for the device;
-    `non_finite.json` gets the videos of the steps.
-
-    Raises:
-        NonFiniteError: the recipe says to stop, or there are too many.
+    `non_finite.json` gets the videos of the steps. Raises `NonFiniteError` if the recipe says to stop, or if there are
+    too many.
     """
     bad = torch.stack([flag for _, flag in flags]).tolist() if flags else []
     steps = [step for (step, _), is_bad in zip(flags, bad, strict=True) if is_bad]

@@ -15,7 +15,7 @@ from mgtrain.clips.loader import train_batches
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import report_skipped
 from mgtrain.engine.recalibrate import batches_needed, recalibrate
-from mgtrain.engine.record import Record
+from mgtrain.engine.record import Clock, Record
 from mgtrain.engine.resume import newest_checkpoint, restore, save
 from mgtrain.engine.start import start
 from mgtrain.engine.step import train_step
@@ -50,18 +50,19 @@ def fit(
     recipe, plan, learner, state = training.recipe, training.plan, training.learner, training.state
     train, val, milestones, model = training.train, training.val, training.milestones, training.learner.model
     batches = train_batches(train, recipe, plan.steps(state.step), world)
-    record = Record(run, plan, state, len(val), world, baseline, began)
+    clock = Clock(state, began)
+    record = Record(run, plan, state.step, clock, len(val), world, baseline)
     scores, any_rank = None, Agreement(world)
     flags: list[tuple[Step, Tensor]] = []  # whether the update of a step was skipped, since the last report
 
     def saved(now: CheckpointInfo) -> CheckpointInfo:
-        with record.clock.paused():
-            now = replace(now, **record.clock.seconds())
+        with clock.paused():
+            now = replace(now, **clock.seconds())
             save(run, now, learner, recipe.logging.keep_checkpoints, world)
         return now
 
     def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
-        with record.clock.paused(), learner.averaged():
+        with clock.paused(), learner.averaged():
             recalibrate(model, train, batches_needed(recipe, plan, step.index + 1), recipe, world)
             predictions = evaluate(model, val, recipe, world)
         record.evaluation(step, predictions, "model" if learner.average is None else "ema")
@@ -73,7 +74,7 @@ def fit(
             scores, state = evaluated(plan[state.step - 1])
         for step in plan.steps(state.step):
             stops = any_rank(asked.signal is not None)
-            clips, labels = record.clock.wait_for(batches)  # uint8 (b, 3, T, S, S), int64 (b,)
+            clips, labels = clock.wait_for(batches)  # uint8 (b, 3, T, S, S), int64 (b,)
             with training.step(step):
                 result = train_step(
                     training.replica, learner.optimizer, learner.scaler, clips, labels, step, recipe, world

@@ -138,21 +138,14 @@ class Clock:
 
 
 class Record:
-    """Logs the steps and evaluations of a run, shows them on the terminal, and keeps the time."""
+    """Logs the steps and evaluations of a run, with the times of its clock, and shows them on the terminal."""
 
     def __init__(
-        self,
-        run: RunDir,
-        plan: Plan,
-        state: CheckpointInfo,
-        videos: int,
-        world: World,
-        baseline: RunDir | None,
-        began: float,
+        self, run: RunDir, plan: Plan, start: int, clock: Clock, videos: int, world: World, baseline: RunDir | None
     ) -> None:
-        self.clock = Clock(state, began)
-        self._run, self._plan, self._videos, self._world, self._baseline = run, plan, videos, world, baseline
-        self._progress = TrainProgress(plan, state.step, shown=world.main)
+        self._run, self._plan, self._clock, self._videos = run, plan, clock, videos
+        self._world, self._baseline = world, baseline
+        self._progress = TrainProgress(plan, start, shown=world.main)
 
     def __enter__(self) -> Record:
         self._progress.bar.start()
@@ -164,7 +157,7 @@ class Record:
 
     def lap(self, step: Step) -> None:
         """Record the time of a finished step and report progress to the watchdog."""
-        self._progress.time(step, self.clock.lap())
+        self._progress.time(step, self._clock.lap())
         self._world.watchdog.beat()
 
     def step(self, step: Step, result: StepResult) -> None:
@@ -178,7 +171,7 @@ class Record:
             "lr": step.lr,
             "loss": loss if math.isfinite(loss) else None,
             "top1": top1,
-            **self.clock.seconds(),
+            **self._clock.seconds(),
         }
         self._run.append("steps.jsonl", row)
         show_step(self._run, row)
@@ -191,8 +184,8 @@ class Record:
             "step": step.index + 1,
             "phase": phase.index,
             "epoch": (step.first_clip + step.shape.clips) / plan.videos,
-            **self.clock.seconds(),
-            "eval_seconds": self.clock.paused_seconds,
+            **self._clock.seconds(),
+            "eval_seconds": self._clock.paused_seconds,
             "weights": weights,
             **scores.row(),
             **predictions.right_row(self._videos),

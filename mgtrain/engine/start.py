@@ -97,11 +97,7 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
 
 
 def first_model(recipe: Recipe, world: World, fresh: bool = True) -> nn.Module:
-    """The recipe's network on this rank's device with its first weights; not `fresh`, others are about to replace them.
-
-    Raises:
-        CheckpointError: `init.weights` cannot be read or is of another network.
-    """
+    """The recipe's network on this rank's device with its first weights; if not `fresh`, others will replace them."""
     torch.manual_seed(seed_of(recipe.seed, Draw.INIT))
     model = to_device(make_model(recipe), recipe, world)
     start_from(model, recipe.init, fresh)

@@ -74,10 +74,9 @@ class World:
         """The main rank's value, on every rank; it must be picklable."""
         if self.size == 1:
             return value
-        values: list[Any] = [value]
+        values = [value]
         dist.broadcast_object_list(values)
-        main: Value = values[0]
-        return main
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -129,10 +128,9 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
         raise MissingCapabilityError(
             "--device cuda: torch sees no GPU; use --device cpu, or install a CUDA build of torch"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", _own_gpu(local_rank))
+        chosen = torch.device("cuda", _own_gpu(int(os.environ.get("LOCAL_RANK", 0))))
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()
@@ -245,9 +243,8 @@ def launch(command: Sequence[str], procs: int) -> int:
         LAUNCHER: os.getpid(),
         # Report a lost rank in one line, without the stack of every failed exchange.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, usable_cores() // procs)),
     }
-    if "OMP_NUM_THREADS" not in os.environ:
-        shared["OMP_NUM_THREADS"] = max(1, usable_cores() // procs)
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _: object) -> None:

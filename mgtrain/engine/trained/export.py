@@ -74,9 +74,6 @@ def export(trained: Trained, path: Path) -> Exported:
     """Write the network in the format of the path's suffix, with as many variable sizes as possible.
 
     Raises:
-        UsageError: the suffix is not .onnx, .pt2 or .safetensors.
-        MissingCapabilityError: packages for ONNX are missing.
-        NonFiniteError: the network's own logits are NaN or infinite.
         ThresholdError: torch cannot write the network, or the file's logits differ; no file is left.
     """
     if path.suffix not in FORMATS:

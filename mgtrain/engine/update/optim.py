@@ -87,9 +87,6 @@ def layers(model: nn.Module) -> tuple[dict[str, int], int]:
     Layer 0 is everything before the first block that the network repeats. Each block is a layer, together with what
     follows it up to the next block; everything after the last block is the last layer. Parameters count in the order of
     their definition. The layers of SlowFast and I3D are their stages, because their pathways are defined one by one.
-
-    Raises:
-        UsageError: the network repeats no block.
     """
     names = [name for name, _ in model.named_parameters()]
     if is_ours(model):
