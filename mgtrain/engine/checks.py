@@ -106,7 +106,7 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
     """Raise `PlanError` if `hardware.micro_clips` cuts a BatchNorm group, a rank's share of one, or a pair to mix."""
     for phase in plan.phases:
         for shape, groups in phase.batches():
-            smallest, limit = _smallest_pass(shape, groups, ranks), micro_limit(recipe, shape)
+            smallest, limit = min(shape.clips // ranks, shape.clips // groups), micro_limit(recipe, shape)
             if limit is not None and limit < smallest:
                 raise PlanError(
                     f"hardware.micro_clips {recipe.hardware.micro_clips} allows {limit} clips of "
@@ -172,11 +172,7 @@ def micro_limit(recipe: Recipe, shape: Shape) -> int | None:
 
 def pass_clips(recipe: Recipe, shape: Shape, bn_groups: int, ranks: int) -> int:
     """Clips of a micro-batch: as many whole BatchNorm groups as `hardware.micro_clips` allows."""
-    share, unit = shape.clips // ranks, _smallest_pass(shape, bn_groups, ranks)
+    share = shape.clips // ranks
+    unit = min(share, shape.clips // bn_groups)  # a group, or a rank's share of one
     limit = micro_limit(recipe, shape) or share
     return min(share, max(unit, limit // unit * unit))
-
-
-def _smallest_pass(shape: Shape, bn_groups: int, ranks: int) -> int:
-    """Clips of one BatchNorm group, or of a rank's share of one."""
-    return min(shape.clips // ranks, shape.clips // bn_groups)

@@ -60,8 +60,7 @@ class TrainProgress:
         per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)
         seconds = 0.0
         for phase in self.plan.phases:
-            left = phase.end_step - max(done, phase.first_step)
-            if left > 0:
-                cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
-                seconds += left * sum(cycle) / len(cycle)
+            left = max(0, phase.end_step - max(done, phase.first_step))
+            cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
+            seconds += left * sum(cycle) / len(cycle)
         return seconds

@@ -22,8 +22,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, rank: int = 0, launcher: int | None = None) -> None:
-        self.seconds, self.rank = seconds, rank
-        self._launcher = launcher
+        self.seconds, self.rank, self._launcher = seconds, rank, launcher
         self._decoding: list[Callable[[], list[str]]] = []
         self._last, self._over = float("inf"), threading.Event()
 

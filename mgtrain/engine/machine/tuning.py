@@ -185,17 +185,16 @@ def _fastest(kind: Kind, use: Use, dtype: torch.dtype) -> tuple[Forms, float, fl
     weight = _numbers(outputs, *kind.kernel, inputs).to(dtype)
     forms = list(fixed_forms(kind, dtype))
     grad = output(x, weight, kind, forms[0])
-    exact = (x.float(), weight.float(), grad.float())
-    calls: list[tuple[bool, Callable[..., Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]] = [
-        (True, output, (x, weight), exact[:2]),
-        (use.needs_input_grad, input_grad, (grad, x, weight), (exact[2], *exact[:2])),
-        (use.trained, weight_grad, (grad, x, weight), (exact[2], *exact[:2])),
+    calls: list[tuple[bool, Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (True, output, (x, weight)),
+        (use.needs_input_grad, input_grad, (grad, x, weight)),
+        (use.trained, weight_grad, (grad, x, weight)),
     ]
     by_default = by_choice = 0.0
-    for n, (used, compute, given, precisely) in enumerate(calls):
+    for n, (used, compute, given) in enumerate(calls):
         if not used:
             continue
-        right = compute(*precisely, kind, forms[n])
+        right = compute(*(tensor.float() for tensor in given), kind, forms[n])
         seconds = dict(_timed(compute, given, kind, candidates(kind, DIRECTIONS[n], dtype), right, TOLERANCE[dtype]))
         if not seconds:
             continue  # no form is correct: keep the default
