@@ -17,10 +17,10 @@ from torch import nn
 from mgtrain.console import duration
 from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.machine.memory import lack_explained
-from mgtrain.engine.step import autocast, memory_format, parts
+from mgtrain.engine.step import autocast, memory_format
 from mgtrain.grid import Shape
 from mgtrain.models.norm import undisturbed
-from mgtrain.models.part import set_part
+from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step
@@ -149,8 +149,9 @@ def _steps_left(plan: Plan, start: int) -> dict[Kind, tuple[Step, int]]:
 
 def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
     """Seconds of a forward and backward pass of a micro-batch, the minimum of `PASSES`; all ranks run together."""
-    shape, part = step.shape, next(parts(step, recipe, world))
-    pixels = torch.zeros(part.clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
+    shape, share = step.shape, step.shape.clips // world.size
+    clips = pass_clips(recipe, shape, step.bn_groups, world.size)
+    pixels = torch.zeros(clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
     pixels = pixels.to(memory_format=memory_format(recipe))
 
     def forward_and_backward() -> None:
@@ -158,7 +159,7 @@ def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
             model(pixels).float().sum().backward()
 
     model.train()
-    set_part(model, part)
+    set_part(model, Part(world.rank * share, clips, shape.clips, step.bn_groups, world.size, 0, world.gather))
     return min(seconds_of(forward_and_backward, 2 + PASSES, world.device)[2:])
 
 
