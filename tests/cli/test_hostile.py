@@ -242,9 +242,6 @@ def test_a_pickle_as_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"garbage",
-        b"\xff" * 100,
         struct.pack("<Q", 2**63),
         struct.pack("<Q", 10**8) + b" ",
         struct.pack("<Q", 100_000) + b"[" * 100_000,
