@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import time
@@ -24,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Logging, Recipe, load_recipe
-from mgtrain.runs.boards import Board, asked_for, open_boards
+from mgtrain.runs.boards import Board, services_of
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 BOARDS = "boards.json"  # the run's identity at services
@@ -160,10 +163,19 @@ class RunDir:
 
     def open_boards(self, named: Logging) -> None:
         """Show the run on the services that its recipe names, too; resumed, it continues there."""
-        if self.writes and asked_for(named):
-            if not (self.path / BOARDS).is_file():
-                self.write(BOARDS, {"id": uuid.uuid4().hex[:16]})
-            self.other_boards = open_boards(named, self.name, str(self.read(BOARDS).get("id")), self.path)
+        if not (self.writes and services_of(named)):
+            return
+        from mgtrain.runs.boards.relay import Relay
+
+        if not (self.path / BOARDS).is_file():
+            self.write(BOARDS, {"id": uuid.uuid4().hex[:16]})
+        identity, folder = str(self.read(BOARDS).get("id")), str(self.path.absolute())
+        facts = {"name": self.name, "identity": identity, "folder": folder}
+        for key, target in services_of(named).items():
+            try:
+                self.other_boards.append(Relay(key, {"target": target, **facts}))
+            except OSError as error:
+                log.warning("%s: cannot be started: %s; the run continues without it", key, error)
 
     def _show(self, write: Callable[[Board], None]) -> None:
         """Call `write` with TensorBoard and the other boards, if this process writes."""
