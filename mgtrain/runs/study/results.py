@@ -15,8 +15,7 @@ from mgtrain import __version__
 from mgtrain.console import duration
 from mgtrain.errors import CheckpointError
 from mgtrain.recipe import Recipe, affects_results
-from mgtrain.recipe.load import RETIRED
-from mgtrain.runs.compare import unfair_keys
+from mgtrain.recipe.load import RETIRED, flat_differences
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
 from mgtrain.runs.history import History, Summary, guarded
@@ -84,9 +83,9 @@ def known_result(run: Run, file: Path) -> Result | None:
     result = read_result(file)
     now, then = json.loads(json.dumps(run.recipe.flat())), completed(result.outcome.recipe)
     changed = [
-        f"{key} {then.get(key)} -> {now.get(key)}"
-        for key in {**now, **then}
-        if now.get(key) != then.get(key) and affects_results(key) and key not in PLACES
+        f"{key} {old} -> {new}"
+        for key, (new, old) in flat_differences(now, then).items()
+        if affects_results(key) and key not in PLACES
     ]
     if changed:
         raise CheckpointError(
@@ -128,9 +127,8 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
 def changes_of(results: Sequence[Result], name: str, base: str) -> str:
     """The differences of a variant's recipe from that of the variant `base`, as overrides."""
     ours, theirs = (next(r.outcome.recipe for r in results if r.variant == variant) for variant in (name, base))
-    keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
-    kept = [key for key in keys if key.partition(".")[0] == "schedule" or key in unfair_keys(dict.fromkeys(keys))]
-    return " ".join(f"{key}={json.dumps(ours[key])}" for key in kept if key in ours and ours[key] is not None)
+    changes = {key: value for key, (_, value) in flat_differences(theirs, ours).items() if affects_results(key)}
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None)
 
 
 def facts_of(results: Sequence[Result]) -> dict[str, list[str]]:
