@@ -15,7 +15,7 @@ from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, duration, no_progress, size
 from mgtrain.data.videos import EXAMPLES, Videos, printable
-from mgtrain.errors import DataError, UsageError, VideoError
+from mgtrain.errors import DataError, VideoError
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
 from mgtrain.rng import Draw, generator
@@ -184,6 +184,8 @@ def draw_picture(stats: Stats, path: Path) -> None:
     """Draw videos per class, seconds, frames per second and sizes. Raises `UsageError` if it cannot be written."""
     from matplotlib.figure import Figure
 
+    from mgtrain.runs.report.figures import save_figure
+
     figure = Figure(figsize=(10, 7), layout="constrained")
     opened = f"{len(stats.probes):,} opened, {len(stats.broken):,} of them broken"
     figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {opened}", fontsize=12)
@@ -215,11 +217,7 @@ def draw_picture(stats: Stats, path: Path) -> None:
         sizes.plot([value, value, max(sizes.get_xlim()[1], value)], [max(sizes.get_ylim()[1], value), value, value],
                    style, color="tab:red", linewidth=1, label=f"short side {value}")  # fmt: skip
     sizes.legend(frameon=False, fontsize=8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
+    save_figure(figure, path, dpi=120, format="png")
 
 
 def _named(counts: dict[str, int], total: int) -> str:
