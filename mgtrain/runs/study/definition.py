@@ -16,7 +16,6 @@ from mgtrain.recipe import Recipe, Section, find_recipe, load_recipe
 from mgtrain.recipe.load import locate, parse_yaml
 
 Words = tuple[str, ...]
-Margin = Annotated[float, Field(ge=0, le=100)]
 
 
 class Variant(Section):
@@ -36,7 +35,9 @@ class Study(Section):
     variants: dict[str, Variant] = Field(description="name -> variant; the others are compared with the first one")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(description="seeds of each variant")
     folds: dict[str, Words] = Field({}, description="name -> overrides of a fold, such as data.train and data.val")
-    margin: Margin = Field(1.0, description="points by which an accuracy may be lower without counting as lower")
+    margin: float = Field(
+        1.0, ge=0, le=100, description="points by which an accuracy may be lower without counting as lower"
+    )
 
     @model_validator(mode="after")
     def _has_distinct_names(self) -> Study:
