@@ -56,25 +56,27 @@ def look(run: RunDir, baseline: RunDir | None = None) -> View:
             raise UsageError(f"{run.path}: no step is logged yet; try again later")
         last = rows[-1]
         phase = plan.phases[last["phase"]]
-        shapes = ", ".join(map(str, phase.shapes))
-        turn = f", turn {(last['step'] - 1 - phase.first_step) % len(phase.shapes) + 1} of {len(phase.shapes)}"
-        done = last["step"] - phase.first_step
-        words = (
-            f"phase {phase.index + 1} of {len(plan.phases)} ({shapes}){turn if len(phase.shapes) > 1 else ''}, "
-            f"step {done:,} of {phase.steps:,}"
-        )
-        evaluation = ""
+        done, cycle = last["step"] - phase.first_step, len(phase.shapes)
+        turn = f", turn {(done - 1) % cycle + 1} of {cycle}" if cycle > 1 else ""
+        evaluation = against = ""
         if evals:
-            now, best = evals[-1], max(map(accuracy, evals))
-            name = accuracy_name(now)
-            classes = class_accuracy(now)
+            now, best, classes = evals[-1], max(map(accuracy, evals)), class_accuracy(evals[-1])
+            found = f"{accuracy_name(now)} {100 * accuracy(now):.1f} %"
             mean = "" if classes is None else f", mean class {100 * classes:.1f} %"
-            evaluation = f"{name} {100 * accuracy(now):.1f} %{mean} after step {now['step']:,}, best {100 * best:.1f} %"
-        compared = _against(evals, baseline) if baseline and evals else ""
-        silent = time.time() - (run.path / "steps.jsonl").stat().st_mtime
+            evaluation = f"{found}{mean} after step {now['step']:,}, best {100 * best:.1f} %"
+            against = _against(evals, baseline) if baseline else ""
         return View(
-            run.name, last["step"], len(plan), words, last, seconds_left(plan, rows), silent, evaluation, compared
-        )  # fmt: skip
+            name=run.name,
+            steps=last["step"],
+            total=len(plan),
+            phase=f"phase {phase.index + 1} of {len(plan.phases)} ({', '.join(map(str, phase.shapes))}){turn}, "
+            f"step {done:,} of {phase.steps:,}",
+            row=last,
+            left=seconds_left(plan, rows),
+            silent=time.time() - (run.path / "steps.jsonl").stat().st_mtime,
+            evaluation=evaluation,
+            against=against,
+        )
 
 
 def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
@@ -84,12 +86,12 @@ def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
         if before["phase"] == after["phase"] and after["step"] > before["step"]:
             pace = (after["train_seconds"] - before["train_seconds"]) / (after["step"] - before["step"])
             paces.setdefault(plan.phases[after["phase"]].shapes, []).append(pace)
-    overall = rows[-1]["train_seconds"] / max(1, rows[-1]["step"])
+    overall = [rows[-1]["train_seconds"] / max(1, rows[-1]["step"])]
     left = 0.0
     for phase in plan.phases:
         to_go = min(phase.steps, max(0, phase.end_step - rows[-1]["step"]))
-        known = paces.get(phase.shapes)
-        left += to_go * (sum(known) / len(known) if known else overall)
+        known = paces.get(phase.shapes, overall)
+        left += to_go * (sum(known) / len(known))
     return left
 
 
