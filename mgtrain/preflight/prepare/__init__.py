@@ -98,7 +98,7 @@ def prepare(
     todo = [path for path in paths if not _is_there(root, folder, path, fps, known.get(path), sharded)]
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # the first ones are a random sample
     start, made = time.monotonic(), 0
-    loose = folder / LOOSE if settings.shards else folder
+    loose = folder / LOOSE if sharded else folder
     encode = partial(encode_video, root, folder=loose, settings=settings, fps=fps)
     with manifest, ExitStack() as stack:
         shards = None
@@ -114,8 +114,8 @@ def prepare(
             if shards:
                 shards.add(done[0], loose)
             manifest.add_video(*done)
-            if shards:
-                _remove(loose, done[0])
+            for level in done[0].get("levels", ()) if shards else ():  # they are in a shard now
+                level_path(loose, level["level"], path).unlink()
             made += 1
             progress("preparing", len(paths) - len(todo) + made, len(paths))
             if made == min(len(todo), max(SAMPLE, workers)):
@@ -127,21 +127,14 @@ def prepare(
                 _check_disk(folder, sum(of_all) - sum(sizes))
                 if not forecast(Forecast(len(paths), left, of_all, round(originals * scale))):
                     break
-    if settings.shards:
+    if sharded:
         shutil.rmtree(loose, ignore_errors=True)
     records = manifest.of(paths)
     if len(records) == len(paths):
         write_index(folder, settings, manifest.records.values())
     broken = {record["path"]: record["error"] for record in records if "error" in record}
-    shards_used = {member.shard for member in members_of(records)} if settings.shards else ()
-    seconds = time.monotonic() - start
-    return Summary(len(records), made, broken, *_bytes(records, settings), seconds, len(shards_used))
-
-
-def _remove(loose: Path, record: Record) -> None:
-    """Remove a video's files, which are in a shard now."""
-    for level in record.get("levels", ()):
-        level_path(loose, level["level"], record["path"]).unlink()
+    used = {member.shard for member in members_of(records)} if sharded else ()
+    return Summary(len(records), made, broken, *_bytes(records, settings), time.monotonic() - start, len(used))
 
 
 class PreparedManifest(Manifest):
@@ -230,8 +223,7 @@ def _is_there(root: Path, folder: Path, path: str, fps: float | None, record: Re
 
 def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ...], int]:
     """Bytes of each level, and of the originals."""
-    by_level = dict.fromkeys(settings.levels, 0)
-    originals = 0
+    by_level, originals = dict.fromkeys(settings.levels, 0), 0
     for record in records:
         originals += record.get("source_bytes", 0)
         for level in record.get("levels", ()):
