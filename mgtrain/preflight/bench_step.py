@@ -193,13 +193,13 @@ def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | No
     """The speed of a base step in bf16 relative to float32; None on GPUs and on CPUs without bf16 instructions."""
     if world.device.type != "cpu" or not has_bf16():
         return None
-    seconds: dict[str, float] = {}
+    seconds: list[float] = []
     for precision in ("fp32", "bf16"):
         hardware = recipe.hardware.model_copy(update={"precision": precision})
         in_it = baseline_recipe(recipe.model_copy(update={"hardware": hardware}))
         plan = make_plan(in_it, videos)
-        ((_, seconds[precision]),) = step_seconds(in_it, plan, [plan[0]], world)
-    return seconds["fp32"] / seconds["bf16"]
+        seconds += [found for _, found in step_seconds(in_it, plan, [plan[0]], world)]
+    return seconds[0] / seconds[1]
 
 
 def render(result: dict[str, Any]) -> Table:
@@ -210,7 +210,7 @@ def render(result: dict[str, Any]) -> Table:
         (
             str(Shape(**row["shape"])),
             f"{row['clips']} clips",
-            *(f"{1e3 * row[key]:,.0f} ms" for key in ("seconds", "copy", "forward", "backward", "update")),
+            *(f"{1e3 * row[key]:,.0f} ms" for key in SPANS),
             f"{row['clips_per_second']:.1f}",
             f"{row['flops'] / 1e9:,.0f}",
             f"{100 * row['peak_share']:.0f} %",

@@ -7,9 +7,9 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import torch
@@ -162,15 +162,15 @@ def room() -> Iterator[Finding]:
 
 def tf32() -> Finding:
     """Whether float32 products round their inputs to TF32, as the recipe says."""
+    found = "off: full precision in fp32; hardware.tf32=true is several times as fast"
     if _in_tf32():
-        found = "on: several times as fast, with relative errors of about 1e-3 in precision fp32"
-        return Finding("TF32", "good", f"{found}; hardware.tf32=false for full precision")
-    return Finding("TF32", "good", "off: full precision in fp32; hardware.tf32=true is several times as fast")
+        found = "on: several times as fast, with relative errors of about 1e-3 in precision fp32; "
+        found += "hardware.tf32=false for full precision"
+    return Finding("TF32", "good", found)
 
 
 def _in_tf32() -> bool:
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return precision == "tf32"
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def groups(device: torch.device) -> Finding:
@@ -257,9 +257,8 @@ def _can_train(precision: str, device: torch.device) -> bool:
 
 
 def _has_codec(name: str, mode: Literal["r", "w"]) -> bool:
-    make: Callable[..., Any] = av.Codec
     try:
-        make(name, mode)
+        av.Codec(name, mode)
     except ValueError:  # PyAV's UnknownCodecError is one
         return False
     return True

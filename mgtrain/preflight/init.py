@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mgtrain.console import ShowProgress, no_progress
+from mgtrain.console import ShowProgress
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
@@ -153,15 +153,15 @@ def make_project(
     to: Path,
     name: str,
     *,
-    val: float = 0.2,
-    group_by: str | None = None,
-    hours: float | None = None,
-    fps: float | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    network: str | None = None,
-    report: Callable[[str, bool], None] = lambda text, warns: None,
-    progress: ShowProgress = no_progress,
+    val: float,
+    group_by: str | None,
+    hours: float | None,
+    fps: float | None,
+    seed: int,
+    device: str | None,
+    network: str | None,
+    report: Callable[[str, bool], None],
+    progress: ShowProgress,
 ) -> Project:
     """Inspect the `videos` found at `data`, split them, and write lists and two recipes to the folder `to`.
 
@@ -179,21 +179,20 @@ def make_project(
     for finding in index.findings:
         report(str(finding), finding.warns)
     parts = make_parts(videos, index, val=val, group_by=group_by, seed=seed)
-    train, held_out = parts.splits["train"], parts.splits["val"]
+    train = parts.splits["train"]
     for text in remarks(data, videos, parts):
         report(text, True)
-    any_clip = Clip(frames=1, stride=1, crop=8, short_side=(8, 8))
     if fps is None and os.path.isdir(train.file(0)):
         raise UsageError(f"{train.file(0)}: is a folder of frames; give --fps, their rate per second")
     workers = min(16, usable_cores())
+    any_clip = Clip(frames=1, stride=1, crop=8, short_side=(8, 8))
     stats = make_stats(train, any_clip, sample=SAMPLE, seed=seed, workers=workers, fps=fps, progress=progress)
     for cause in stats.broken:
         report(cause, True)
     files = {part: os.path.abspath(to / f"{part}.csv") for part in parts.splits}
-    found = Found(train, held_out, files, stats.column("seconds"), stats.column("short_side"), fps)
-    gpus = default_procs(device)
+    found = Found(train, parts.splits["val"], files, stats.column("seconds"), stats.column("short_side"), fps)
     with connect(device) as world:
-        proposal = propose(found, world, gpus, hours, network)
+        proposal = propose(found, world, default_procs(device), hours, network)
     epochs = sum(proposal.recipe.optim.stages)
     if epochs > MOST_EPOCHS:
         report(
@@ -238,7 +237,9 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
     best: Proposal | None = None
     peak = 0.0
     for size in SIZES[kind] if network is None else NETWORKS[network]:
-        weights = None if network is None else weights_file(found, network)
+        weights = None  # the Kinetics weights, expected beside the lists
+        if network is not None:
+            weights = os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")
         texts = {name: _write(name, size, found, kind, gpus, weights) for name in ("baseline", "multigrid")}
         recipe = parse_recipe(texts["baseline"], "proposal")
         plan = make_plan(recipe, len(found.train))
@@ -258,11 +259,6 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
     check_world(plan, gpus)
     check_shapes(multigrid, plan.shapes())
     return best
-
-
-def weights_file(found: Found, network: str) -> str:
-    """Where the recipes expect a network's Kinetics weights: beside the lists."""
-    return os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")
 
 
 def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: str | None) -> str:

@@ -72,8 +72,7 @@ class Stats:
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
         sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in opened if probe.info)
-        span, largest = self.span, self.clip.short_side[1]
-        seconds = self.column("seconds")
+        seconds, largest = self.column("seconds"), self.clip.short_side[1]
         return {
             "videos": len(self.videos),
             "missing": self.videos.missing,
@@ -97,8 +96,8 @@ class Stats:
             "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
             "bytes": round(float(np.mean([probe.bytes for probe in opened])) * len(self.videos)),
             "recipe": {
-                "span_seconds": round(span, 3),
-                "shorter_than_span": int((seconds < span - 1e-6).sum()),
+                "span_seconds": round(self.span, 3),
+                "shorter_than_span": int((seconds < self.span - 1e-6).sum()),
                 "largest_short_side": largest,
                 "enlarged": int((self.column("short_side") < largest).sum()),
             },
