@@ -182,7 +182,7 @@ class RunDir:
         if self.writes:
             with self._writing():
                 if self._board is None:
-                    from mgtrain.runs.boards.tensorboard import TensorBoard
+                    from mgtrain.runs.boards.services import TensorBoard
 
                     self._board = TensorBoard(self.path, self._first_step)
                 write(self._board)
