@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from mgtrain import __version__
+from mgtrain.errors import CheckpointError
 from mgtrain.runs.compare import COST_ROWS, compare, shown_cost, times
-from mgtrain.runs.folder import RunDir
+from mgtrain.runs.folder import RunDir, replacing
 from mgtrain.runs.groups import compare_groups, grouped, verdicts
 from mgtrain.runs.history import History, guarded
 from mgtrain.runs.report.figures import COLOURS, curves, schedule, time_split
-from mgtrain.runs.report.page import render_page, write_text
 from mgtrain.runs.scores import Scores
 
 MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
@@ -52,6 +54,28 @@ def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ())
             "frames": frames,
         }
     return render_page("report.html.j2", **context)
+
+
+def render_page(template: str, **context: Any) -> str:
+    """The page of a template; values are escaped."""
+    environment = Environment(
+        loader=PackageLoader("mgtrain.runs.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(context)
+
+
+def write_text(path: Path, page: str) -> None:
+    """Write a file atomically.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
 
 def _describe(run: History, colour: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from mgtrain.recipe.load import RETIRED, flat_differences
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
 from mgtrain.runs.history import History, Summary, guarded
+from mgtrain.runs.report import render_page, write_text
 from mgtrain.runs.report.figures import COLOURS, drawn
-from mgtrain.runs.report.page import render_page, write_text
 from mgtrain.runs.study.definition import Run, Study
 
 SCHEMA = "mgtrain.result/1"
