@@ -15,9 +15,8 @@ from mgtrain.errors import ThresholdError, UsageError
 from mgtrain.recipe import affects_results, recipe_differences
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded, speedup_at_equal_accuracy, time_to_accuracy
-from mgtrain.runs.statistics import Interval, judge, mcnemar, paired_shares, quantile_normal, unpaired_shares
+from mgtrain.runs.statistics import Interval, Z, judge, mcnemar, paired_shares, unpaired_shares
 
-SCHEMA = "mgtrain.compare/3"
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
 DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
 
@@ -65,7 +64,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     difference, target = ours.accuracy - theirs.accuracy, theirs.best_accuracy
     test = accuracy_test(baseline, run)
     result = {
-        "schema": SCHEMA,
+        "schema": "mgtrain.compare/3",
         "runs": [asdict(theirs), asdict(ours)],
         "speedups": speedups,
         "accuracy_difference": difference,
@@ -91,7 +90,7 @@ def accuracy_test(baseline: History, run: History) -> dict[str, Any]:
     theirs, ours = baseline.summary, run.summary
     if ours.metric != "top-1":
         errors: list[Any] = [history.evals[-1].get("mean_ap_sd") for history in (baseline, run)]
-        half = None if None in errors else quantile_normal() * math.hypot(*errors)
+        half = None if None in errors else Z * math.hypot(*errors)
         ends = [None if half is None else ours.accuracy - theirs.accuracy + sign * half for sign in (-1, 1)]
         return {"accuracy_interval": ends, "only_one_right": None, "mcnemar": None}
     a, b, only = baseline.right(), run.right(), None

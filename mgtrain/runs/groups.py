@@ -21,7 +21,6 @@ from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
 
-SCHEMA = "mgtrain.groups/2"
 NOT_ONLY_SCHEDULE = "does not only differ in schedule, but also in"
 COSTS = ("steps", "epochs", "multiply_adds", "train_seconds", "clock_seconds")
 COLUMNS = ("", "runs", "accuracy", "± sd", "95 %", "steps", "epochs", "training time", "gain", "by the clock", "gain")
@@ -99,7 +98,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
             **{key: asdict(mean(_values(members, key))) for key in ("accuracy", *COSTS)},
         }
         rows.append(row | (_against(base, members, name, same, margin, warnings) if name != base_name else {}))
-    return {"schema": SCHEMA, "margin": margin, "groups": rows, "warnings": warnings}
+    return {"schema": "mgtrain.groups/2", "margin": margin, "groups": rows, "warnings": warnings}
 
 
 def _against(

@@ -14,7 +14,7 @@ import numpy as np
 from mgtrain.data.videos import Videos
 from mgtrain.rng import Draw, generator
 from mgtrain.runs.folder import replacing
-from mgtrain.runs.statistics import quantile_normal, wilson
+from mgtrain.runs.statistics import Z, wilson
 
 BINS = 15  # of confidence, for the expected calibration error (Guo et al. 2017)
 MISTAKES = 5  # most frequent pairs of confused classes
@@ -76,7 +76,7 @@ class Scores:
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the top-1 accuracy (see `wilson`), or of mAP if its error is known."""
         if self.mean_ap is not None and self.mean_ap_sd is not None:
-            half = quantile_normal() * self.mean_ap_sd
+            half = Z * self.mean_ap_sd
             return max(0.0, self.mean_ap - half), min(1.0, self.mean_ap + half)
         return wilson(round(self.top1 * self.videos), self.videos)
 
