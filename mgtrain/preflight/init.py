@@ -36,6 +36,7 @@ SAMPLE = 200  # videos to open
 SHARE_OF_PEAK = {"cpu": 0.45, "cuda": 0.35}  # speed of a step relative to a matrix product
 HOURS = {"cpu": 1.0, "cuda": 12.0}  # default training time of the baseline
 STAGES = (0.67, 0.22, 0.11)  # shares of the epochs at each learning rate
+CLIPS = 8  # of a step on one device
 LEAST_EPOCHS = 15
 MOST_EPOCHS = 200  # warn about too few videos if there are more
 
@@ -48,35 +49,27 @@ class Size:
     frames: int
     stride: int
     crop: int
-    clips: int  # of a step on one device
     steps: int  # at least
 
 
 SMALL = "  name: i3d_r50\n  width: {}\n  depth: [1, 1, 1, 1]\n  dropout: 0.0"
-FULL = "  name: slowfast_r50"
 STEPS = (500, 1000, 2000, 4000, 8000)  # of fine-tuning
 # In ascending order: the largest that trains in the given time is chosen, or the first one.
 SIZES = {
-    "cpu": (
-        Size(SMALL.format(16), 16, 4, 64, 8, 1000),
-        Size(SMALL.format(16), 16, 4, 80, 8, 1500),
-        Size(SMALL.format(16), 16, 4, 80, 8, 3000),
-        Size(SMALL.format(24), 16, 4, 80, 8, 4000),
-        Size(SMALL.format(24), 16, 4, 112, 8, 6000),
-        Size(SMALL.format(32), 16, 4, 112, 8, 8000),
+    "cpu": tuple(
+        Size(SMALL.format(width), 16, 4, crop, steps)
+        for width, crop, steps in (
+            (16, 64, 1000), (16, 80, 1500), (16, 80, 3000), (24, 80, 4000), (24, 112, 6000), (32, 112, 8000),
+        )
     ),
-    "cuda": (
-        Size(FULL, 32, 2, 112, 8, 4000),
-        Size(FULL, 32, 2, 112, 8, 8000),
-        Size(FULL, 32, 2, 160, 8, 10000),
-        Size(FULL, 32, 2, 224, 8, 10000),
-        Size(FULL, 32, 2, 224, 8, 20000),
-        Size(FULL, 32, 2, 224, 8, 40000),
+    "cuda": tuple(
+        Size("  name: slowfast_r50", 32, 2, crop, steps)
+        for crop, steps in ((112, 4000), (112, 8000), (160, 10000), (224, 10000), (224, 20000), (224, 40000))
     ),
-}
+}  # fmt: skip
 # Transformers are fine-tuned from Kinetics weights at the size that these are of.
 NETWORKS = {
-    name: tuple(Size(f"  name: {name}\n  drop_path: 0.2", frames, stride, 224, 8, steps) for steps in STEPS)
+    name: tuple(Size(f"  name: {name}\n  drop_path: 0.2", frames, stride, 224, steps) for steps in STEPS)
     for name, frames, stride in (("swin3d_t", 32, 2), ("mvit_v2_s", 16, 4))
 }
 
@@ -262,8 +255,7 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
 
 
 def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: str | None) -> str:
-    """The text of a recipe."""
-    train, clips = found.train, size.clips * gpus
+    train, clips = found.train, CLIPS * gpus
     epochs = max(LEAST_EPOCHS, math.ceil(size.steps * clips / len(train)))
     ends = [round(epochs * sum(STAGES[:n])) for n in range(len(STAGES) + 1)]
     stages = [after - before for before, after in pairwise(ends)]

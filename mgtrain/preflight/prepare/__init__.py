@@ -54,8 +54,6 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The contents of the set."""
-
     videos: int
     made: int  # by this call
     broken: dict[str, str]  # path -> cause
