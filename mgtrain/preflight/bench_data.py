@@ -89,7 +89,6 @@ def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[st
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as text."""
     blocks = []
     for found in result["sets"]:
         stages = list(found["shapes"][0]["milliseconds"])

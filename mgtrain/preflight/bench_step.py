@@ -203,7 +203,6 @@ def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | No
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The result as a table."""
     names = ("shape", "measured", "step", "copy", "forward", "backward", "update", "clips/s", "GFLOP/s", "of peak",
              "over convs", "memory")  # fmt: skip
     rows = (

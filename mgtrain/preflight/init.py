@@ -107,7 +107,6 @@ class Project:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of videos in each split."""
         return {part: len(videos) for part, videos in self.parts.splits.items()}
 
     def describe(self) -> dict[str, Any]:

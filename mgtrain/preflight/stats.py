@@ -67,7 +67,6 @@ class Stats:
         return self.clip.frames * self.clip.stride / self.clip.fps
 
     def describe(self) -> dict[str, Any]:
-        """All statistics, as plain values."""
         opened = [probe for probe in self.probes if probe.info is not None]
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
@@ -145,7 +144,6 @@ def probe_video(path: str, fps: float | None = None) -> Probe:
 
 
 def render(stats: Stats) -> str:
-    """The statistics as text."""
     facts = stats.describe()
     opened = facts["sample"] - facts["broken"]["count"]
     per_class, recipe = facts["videos_per_class"], facts["recipe"]

@@ -37,7 +37,6 @@ class Outcome:
 
     @classmethod
     def of(cls, run: RunDir | History) -> Outcome:
-        """The outcome of a run in a folder."""
         history = History.of(run)
         with guarded(history):
             return cls(history.summary, history.recipe.flat(), history.env)

@@ -176,7 +176,6 @@ def accuracy(row: dict[str, Any]) -> float:
 
 
 def accuracy_name(row: dict[str, Any]) -> str:
-    """The name of `accuracy`: top-1 or mAP."""
     return "top-1" if row.get("mean_ap") is None else "mAP"
 
 

@@ -48,7 +48,6 @@ class Scores:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Scores:
-        """The scores in a row of `evals.jsonl`."""
         known: dict[str, Any] = {field.name: row.get(field.name) for field in fields(cls)}
         return cls(**known)
 
@@ -171,7 +170,6 @@ class Predictions:
         return {"right": packed(self.right), "left_out": left_out}
 
     def describe(self, classes: Sequence[str]) -> dict[str, Any]:
-        """All scores as plain values."""
         scores, (error, bins) = self.scores(), self.calibration()
         if self.multi_label:
             kind = {"mean_ap": scores.mean_ap, "mean_ap_interval": scores.interval()}

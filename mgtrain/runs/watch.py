@@ -38,7 +38,6 @@ class View:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
         return self.steps >= self.total
 
 
@@ -96,7 +95,6 @@ def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
 
 
 def render(view: View) -> Group:
-    """The state for the terminal."""
     row, table = view.row, Table.grid(padding=(0, 2))
     waiting = 100 * row["data_seconds"] / max(row["train_seconds"], 1e-9)
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"

@@ -36,12 +36,10 @@ class Member:
 
     @property
     def end(self) -> int:
-        """Where the next member may start."""
         return self.offset + padded(self.bytes)
 
 
 def members_of(records: Iterable[Record]) -> list[Member]:
-    """The members of a sharded set."""
     return [
         Member(level["shard"], member_name(level, record), level["offset"], level["bytes"], level["sha256"])
         for record in records

@@ -33,7 +33,6 @@ def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, 
 
 
 def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ()) -> str:
-    """The report as HTML."""
     histories = [History(run) for run in runs]
     comparisons = [compare(histories[0], history) for history in histories[1:]]
     groups = grouped(histories)
@@ -79,7 +78,6 @@ def write_text(path: Path, page: str) -> None:
 
 
 def _describe(run: History, colour: str) -> dict[str, Any]:
-    """The template's values for one run."""
     return {
         "name": run.name,
         "colour": colour,

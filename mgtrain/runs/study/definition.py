@@ -19,8 +19,6 @@ Words = tuple[str, ...]
 
 
 class Variant(Section):
-    """One variant of the recipe."""
-
     recipe: str | None = Field(None, description="recipe file or shipped recipe; null: the study's")
     overrides: Words = Field((), description="changes of its keys, such as optim.lr=0.05")
 
@@ -52,8 +50,6 @@ class Study(Section):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a study."""
-
     variant: str
     name: str  # of its folder and its result
     words: tuple[str, ...]  # for `mgtrain fit`: the recipe and all overrides

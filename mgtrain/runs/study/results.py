@@ -29,8 +29,6 @@ PLACES = ("data.root", "data.prepared")  # keys that may differ between a result
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of one run."""
-
     variant: str
     outcome: Outcome
     curve: Sequence[Mapping[str, float]]  # step, seconds and accuracy of each evaluation
