@@ -95,10 +95,8 @@ def versions() -> Iterator[Finding]:
     bad = BAD_PYAV.get(av.__version__)
     yield judged("versions", found, f"PyAV {av.__version__} {bad}: pip install 'av>=18.1'" if bad else "")
     onnx = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if onnx:
-        yield judged("export", f"no {', '.join(onnx)}", "for ONNX: pip install 'mgtrain[onnx]'")
-    else:
-        yield Finding("export", "good", "onnx, pt2, safetensors")
+    found = f"no {', '.join(onnx)}" if onnx else "onnx, pt2, safetensors"
+    yield judged("export", found, "for ONNX: pip install 'mgtrain[onnx]'" if onnx else "")
 
 
 def devices(device: torch.device) -> Iterator[Finding]:
@@ -137,13 +135,11 @@ def cores() -> Finding:
 def codecs() -> Iterator[Finding]:
     """The codecs that PyAV can decode, and encode for `mgtrain data prepare`."""
     missing = [name for name in DECODERS if not _has_codec(name, "r")]
+    found = f"{', '.join(DECODERS)} (libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))})"
     if missing:
-        names = ", ".join(f"{name} ({DECODERS[name]})" for name in missing)
-        level: Level = "missing" if NEEDED_DECODER in missing else "could be better"
-        yield Finding("decoders", level, f"no {names}", "use PyAV's wheels: pip install --force-reinstall av")
-    else:
-        version = ".".join(map(str, av.library_versions["libavcodec"]))
-        yield Finding("decoders", "good", f"{', '.join(DECODERS)} (libavcodec {version})")
+        found = f"no {', '.join(f'{name} ({DECODERS[name]})' for name in missing)}"
+    advice = "use PyAV's wheels: pip install --force-reinstall av" if missing else ""
+    yield judged("decoders", found, advice, "missing" if NEEDED_DECODER in missing else "could be better")
     encodes = _has_codec(ENCODER, "w")
     advice = "" if encodes else "for `data prepare`: pip install av from a wheel"
     yield judged("encoder", ENCODER if encodes else f"no {ENCODER}", advice)

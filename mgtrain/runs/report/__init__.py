@@ -106,9 +106,8 @@ def _split(run: History) -> list[dict[str, Any]]:
         train, data = (max(row[key] for row in mine) for key in ("train_seconds", "data_seconds"))
         waiting = data - before[1]
         evaluating = sum(row["eval_seconds"] for row in run.evals if row["phase"] == index)
-        found.append(
-            {"phase": index, "compute": train - before[0] - waiting, "data": waiting, "evaluation": evaluating}
-        )
+        computing = train - before[0] - waiting
+        found.append({"phase": index, "compute": computing, "data": waiting, "evaluation": evaluating})
     return found
 
 
@@ -117,13 +116,8 @@ def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, 
     summaries = [view["summary"] for view in described]
     metric = summaries[0].metric
     rows = [(label, [shown_cost(asdict(s), key, form) for s in summaries], key) for label, key, form in COST_ROWS]
-    results = (
-        (metric, "accuracy"),
-        (f"best {metric}", "best_accuracy"),
-        ("mean class", "mean_class"),
-        ("top-5", "top5"),
-    )
-    for label, key in results:
+    results = {metric: "accuracy", f"best {metric}": "best_accuracy", "mean class": "mean_class", "top-5": "top5"}
+    for label, key in results.items():
         shares = [getattr(summary, key) for summary in summaries]
         if any(share is not None for share in shares):
             rows.append((label, ["" if share is None else f"{100 * share:.1f} %" for share in shares], key))
