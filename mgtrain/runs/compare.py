@@ -173,9 +173,8 @@ def render(result: dict[str, Any]) -> Group:
             a, b = (100 * summary[key] for summary in (theirs, ours))
             rows.append((name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}"))
     if result["only_one_right"] is not None:
-        first, second = result["only_one_right"]
-        label = "  videos that only this run gets right"
-        rows.append((label, f"{first:,}", f"{second:,}", f"p = {result['mcnemar']:.2g}"))
+        first, second = (f"{count:,}" for count in result["only_one_right"])
+        rows.append(("  videos that only this run gets right", first, second, f"p = {result['mcnemar']:.2g}"))
     best = result["baseline_best"]
     seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
     factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]

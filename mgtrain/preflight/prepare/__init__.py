@@ -290,14 +290,12 @@ def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> 
     for member in members_of(records) if settings.shards else ():
         by_shard.setdefault(shard_path(folder, member.shard), []).append(member)
 
-    def verify_shard(path: Path) -> tuple[Path, str | None]:
-        return path, shard_problem(path, by_shard[path])
-
     with ThreadPoolExecutor(workers) as pool:
         for done, found in enumerate(pool.map(verify_video, records), start=1):
             wrong.update(found)
             progress("verifying", done, len(records))
-        for done, (path, problem) in enumerate(pool.map(verify_shard, by_shard), start=1):
+        problems = pool.map(shard_problem, by_shard.keys(), by_shard.values())
+        for done, (path, problem) in enumerate(zip(by_shard, problems, strict=True), start=1):
             wrong.update({str(path): problem} if problem else {})
             progress("verifying shards", done, len(by_shard))
     return wrong

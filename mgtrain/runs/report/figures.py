@@ -71,28 +71,25 @@ def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
         ("multiply_adds", "tera-multiply-adds, forward", 1e12),
         ("gpu_hours", "device-hours", 1),
     ):
+        lines = [
+            (view["name"], view["colour"], [(point[key] / unit, 100 * point["accuracy"]) for point in view["curve"]])
+            for view in views
+        ]
 
-        def draw(axes: Axes, key: str = key, label: str = label, unit: float = unit) -> None:
-            for view in views:
-                x = [point[key] / unit for point in view["curve"]]
-                y = [100 * point["accuracy"] for point in view["curve"]]
-                name = re.sub("^_", "\u200b_", view["name"])  # matplotlib hides labels that begin with _
-                axes.plot(x, y, color=view["colour"], label=name, marker="o", markersize=3)
+        def draw(axes: Axes, lines: Any = lines, label: str = label) -> None:
+            for name, colour, points in lines:
+                shown = re.sub("^_", "\u200b_", name)  # matplotlib hides labels that begin with _
+                axes.plot(*zip(*points, strict=True), color=colour, label=shown, marker="o", markersize=3)
             axes.set_xlabel(label)
             axes.set_ylabel(f"{metric}, %")
             axes.grid(alpha=0.2)
             axes.legend()
 
-        rows = [
-            [view["name"], f"{point[key] / unit:.4g}", f"{100 * point['accuracy']:.1f}"]
-            for view in views
-            for point in view["curve"]
-        ]
-        ends = "; ".join(f"{view['name']} ends at {100 * view['curve'][-1]['accuracy']:.1f} %" for view in views)
+        rows = [[name, f"{x:.4g}", f"{y:.1f}"] for name, _, points in lines for x, y in points]
+        ends = "; ".join(f"{name} ends at {points[-1][1]:.1f} %" for name, _, points in lines)
         title = f"{metric} against {label}"
-        found.append(
-            Drawing(title, drawn(f"curve-{key}", f"{title}: {ends}", draw), ["run", label, f"{metric}, %"], rows)
-        )
+        svg = drawn(f"curve-{key}", f"{title}: {ends}", draw)
+        found.append(Drawing(title, svg, ["run", label, f"{metric}, %"], rows))
     return found
 
 
