@@ -152,10 +152,9 @@ def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
     for path in reversed(checkpoints):
         try:
             verify(path)
+            return path
         except CheckpointError as error:
             log.warning("skipping a checkpoint: %s", error)
-        else:
-            return path
     if checkpoints:
         raise CheckpointError(f"{checkpoints[0].parent}: all of its {len(checkpoints)} checkpoints are damaged")
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mgtrain.console import note
 from mgtrain.errors import StoppedError
+from mgtrain.processes.cores import which_cores
 from mgtrain.processes.signals import StopRequest
 from mgtrain.runs.study.definition import Run
 
@@ -20,7 +21,7 @@ STOPPED = (75, 130)  # exit codes of runs that a signal stopped
 
 def shares_of_cores(jobs: int) -> list[list[int]]:
     """The usable cores in equal shares, one per job; more jobs than cores share cores."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = sorted(which_cores())
     each = max(1, len(cores) // jobs)
     return [[cores[(slot * each + n) % len(cores)] for n in range(each)] for slot in range(jobs)]
 
