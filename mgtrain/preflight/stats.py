@@ -115,10 +115,7 @@ def make_stats(
 ) -> Stats:
     """Open a random `sample` of the videos in `workers` processes; one that crashes its process counts as broken.
 
-    `fps` is the rate of folders of frames.
-
-    Raises:
-        DataError: none of them can be opened.
+    `fps` is the rate of folders of frames. Raises `DataError` if none of them can be opened.
     """
     drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
     paths = [videos.path(int(row)) for row in np.sort(drawn)]

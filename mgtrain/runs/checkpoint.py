@@ -131,11 +131,7 @@ def read_info(path: Path) -> CheckpointInfo:
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """Read a whole checkpoint, compare its checksum, and return its description.
-
-    Raises:
-        CheckpointError: it is not a checkpoint, or damaged.
-    """
+    """Read a whole checkpoint and return its description. Raises `CheckpointError` if it is damaged or not one."""
     header = _header(path)
     with safe_open(path, framework="pt") as file:
         if _checksum(header.get("info", ""), file.keys(), file.get_tensor) != header.get("sha256"):
@@ -144,11 +140,7 @@ def verify(path: Path) -> CheckpointInfo:
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
-    """The newest undamaged checkpoint, or None if there are no checkpoints; damaged ones are logged.
-
-    Raises:
-        CheckpointError: all of them are damaged.
-    """
+    """The newest undamaged checkpoint, None if there are none. Raises `CheckpointError` if all are damaged."""
     for path in reversed(checkpoints):
         try:
             verify(path)
@@ -167,11 +159,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights and buffers into the model, in place.
-
-    Raises:
-        CheckpointError: they do not fit the model, or are not finite.
-    """
+    """Load the model's weights and buffers. Raises `CheckpointError` if they do not fit it or are not finite."""
     own, stored, groups = model.state_dict(), _stored(path, "model."), _stored(path, "groups.")
     if odd := sorted(stored.keys() ^ own.keys()):
         raise CheckpointError(f"{path}: is of another model: {len(odd)} tensors differ, such as {odd[0]!r}")

@@ -22,11 +22,7 @@ DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have c
 
 
 def compare(baseline: RunDir | History, run: RunDir | History, margin: float = MARGIN) -> dict[str, Any]:
-    """Compare a run with its baseline: plain values of the schema mgtrain.compare/3.
-
-    Raises:
-        CheckpointError: the logs of one of them are damaged.
-    """
+    """Compare a run with its baseline, as plain values. Raises `CheckpointError` if the logs of one are damaged."""
     with guarded(baseline, run):
         return _compare(History.of(baseline), History.of(run), margin)
 

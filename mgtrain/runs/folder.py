@@ -39,11 +39,7 @@ LOCK_SECONDS = 10.0  # to wait until the processes of a killed run have ended
 
 
 def find_run(name: str | Path) -> RunDir:
-    """The run at a path, or with that name under `runs/`.
-
-    Raises:
-        UsageError: there is no such run; names the runs here.
-    """
+    """The run at a path, or with that name under `runs/`. Raises `UsageError` if there is none."""
     for path in (Path(name), RUNS / name):
         if (path / "recipe.yaml").is_file():
             return RunDir(path)

@@ -95,12 +95,7 @@ class History:
 
     @cached_property
     def summary(self) -> Summary:
-        """The summary of the logs.
-
-        Raises:
-            UsageError: there is no evaluation yet.
-            CheckpointError: a number is missing.
-        """
+        """Raises `UsageError` if there is no evaluation yet, and `CheckpointError` if a number is missing."""
         evals, plan = self.evals, self.plan
         if not evals:
             raise UsageError(f"{self.path}: no evaluation yet; wait for the first one, or resume the run with --resume")

@@ -22,11 +22,9 @@ QUIET_SECONDS = 600  # without a new log line until a note says so
 
 
 def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
-    """Read the state of a run from its logs: plain values.
+    """Read the state of a run from its logs, as plain values.
 
-    Raises:
-        UsageError: there is no logged step yet.
-        CheckpointError: the logs are damaged.
+    Raises `UsageError` before the first line, and `CheckpointError` if the logs are damaged.
     """
     with guarded(run, *([baseline] if baseline else [])):
         history = History(run)

@@ -76,9 +76,8 @@ def prepare(
 ) -> Summary:
     """Prepare the videos at `paths`, relative to `root`, in `folder`; videos that are already there are kept.
 
-    `fps` is the rate of folders of frames.
-
-    `forecast` is called once with the estimate for the remaining videos, and returns whether to continue.
+    `fps` is the rate of folders of frames. `forecast` is called once with the estimate for the remaining videos, and
+    returns whether to continue.
 
     Raises:
         DataError: the folder holds a set with other settings, or the disk is too small.
@@ -260,11 +259,7 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
 
 
 def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> dict[str, str]:
-    """Read every byte of a prepared set; returns file -> what is wrong with it.
-
-    Raises:
-        DataError: the folder is not a prepared set.
-    """
+    """Read every byte of a prepared set; returns file -> what is wrong with it. Raises `DataError` if it is none."""
     settings = read_settings(folder)
     records = [record for record in PreparedManifest(folder).records.values() if "error" not in record]
     index = read_index(folder, settings) if (folder / "index.npy").exists() else ()

@@ -76,11 +76,7 @@ class ShardWriter:
                 self._file.close()
 
     def add(self, record: Record, loose: Path) -> None:
-        """Append a video's files, which lie in the folder `loose`, and tell its record where they are.
-
-        Raises:
-            DataError: they cannot be written.
-        """
+        """Append a video's files, in the folder `loose`, and tell its record where. Raises `DataError` if it cannot."""
         levels = record.get("levels", ())
         heads = [_head(member_name(level, record), level["bytes"]) for level in levels]
         size = sum(len(head) + padded(level["bytes"]) for head, level in zip(heads, levels, strict=True))

@@ -36,11 +36,7 @@ class Board(Protocol):
 
 
 def check_boards(named: Logging) -> None:
-    """Refuse services whose package is not installed, without importing it.
-
-    Raises:
-        MissingCapabilityError: says what to install.
-    """
+    """Raise `MissingCapabilityError` for services whose package is not installed, without importing it."""
     for key in services_of(named):
         module, package = PACKAGES[key]
         if find_spec(module) is None:

@@ -24,10 +24,8 @@ MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
     """Write a report; the first run is the baseline of the others.
 
-    `frames` are pictures of clips from `engine.examples.example_frames`.
-
-    Raises:
-        CheckpointError: a run's logs are damaged, or the file cannot be written.
+    `frames` are pictures of clips from `engine.examples.example_frames`. Raises `CheckpointError` if a run's logs are
+    damaged, or the file cannot be written.
     """
     write_text(path, render_report(runs, frames))
 
@@ -64,11 +62,7 @@ def render_page(template: str, **context: Any) -> str:
 
 
 def write_text(path: Path, page: str) -> None:
-    """Write a file atomically.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write a file atomically. Raises `CheckpointError` if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

@@ -113,11 +113,7 @@ def schedule(view: dict[str, Any]) -> Drawing:
 
 
 def save_schedule(phases: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a plan's phases on white to an SVG, PNG or PDF file.
-
-    Raises:
-        UsageError: the file cannot be written, or has another suffix.
-    """
+    """Draw a plan's phases on white to an SVG, PNG or PDF file. Raises `UsageError` if it cannot be written."""
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
         raise UsageError(f"{path}: the file's name must end in .svg, .png or .pdf")
     with rc_context({**STYLE, "svg.hashsalt": "schedule"}):

@@ -57,11 +57,7 @@ class Run:
 
 
 def load_study(file: Path) -> Study:
-    """Read a study.
-
-    Raises:
-        RecipeError: one line, `file:line: what is wrong, what is allowed`.
-    """
+    """Read a study. A `RecipeError` is one line, `file:line: what is wrong, what is allowed`."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -82,8 +78,7 @@ def load_study(file: Path) -> Study:
 def runs_of(study: Study, file: Path) -> list[Run]:
     """All runs, one seed after the other, so that a busy hour of the machine affects all variants.
 
-    Raises:
-        RecipeError: a recipe does not exist, or an override is invalid.
+    Raises `RecipeError` if a recipe does not exist or an override is invalid.
     """
     folds: Sequence[tuple[str, Words]] = [*study.folds.items()] or [("", ())]
     made = []

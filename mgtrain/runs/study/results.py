@@ -55,11 +55,7 @@ def keep_result(run: Run, folder: RunDir, file: Path) -> None:
 
 
 def read_result(file: Path) -> Result:
-    """Read a result's file.
-
-    Raises:
-        CheckpointError: it is damaged, or not a result.
-    """
+    """Read a result's file. Raises `CheckpointError` if it is damaged or not a result."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if value["schema"] != SCHEMA:
@@ -71,11 +67,7 @@ def read_result(file: Path) -> Result:
 
 
 def known_result(run: Run, file: Path) -> Result | None:
-    """The result of a run, or None.
-
-    Raises:
-        CheckpointError: the study's recipe has changed since.
-    """
+    """The result of a run, or None. Raises `CheckpointError` if the study's recipe has changed since."""
     if not file.is_file():
         return None
     result = read_result(file)
