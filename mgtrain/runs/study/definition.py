@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -80,17 +80,15 @@ def runs_of(study: Study, file: Path) -> list[Run]:
 
     Raises `RecipeError` if a recipe does not exist or an override is invalid.
     """
-    folds: Sequence[tuple[str, Words]] = [*study.folds.items()] or [("", ())]
+    folds: dict[str, Words] = study.folds or {"": ()}
     made = []
-    for seed in study.seeds:
-        for fold, fold_words in folds:
-            for name, variant in study.variants.items():
-                recipe = variant.recipe or study.recipe
-                beside = file.parent / recipe
-                recipe = str(beside if beside.is_file() else find_recipe(recipe))
-                words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
-                parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
-                made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
+    for seed, (fold, fold_words), (name, variant) in product(study.seeds, folds.items(), study.variants.items()):
+        recipe = variant.recipe or study.recipe
+        beside = file.parent / recipe
+        recipe = str(beside if beside.is_file() else find_recipe(recipe))
+        words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
+        parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
+        made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
     return made
 
 
