@@ -41,11 +41,6 @@ class Outcome:
         with guarded(history):
             return cls(history.summary, history.recipe.flat(), history.env)
 
-    @property
-    def pair(self) -> tuple[Any, ...]:
-        """The seed and fold, which are the same for its partner in another group."""
-        return tuple(self.recipe[key] for key in SEED_KEYS)
-
 
 def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
     """Group runs of the same recipe with any seeds and lists of videos; a group has the name of its first run."""
@@ -107,7 +102,7 @@ def _against(
     unfair = unfair_keys(flat_differences(base[0].recipe, members[0].recipe))
     if unfair := [key for key in unfair if key not in SEED_KEYS]:
         warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
-    by_pair = [{outcome.pair: outcome for outcome in outcomes} for outcomes in (base, members)]
+    by_pair = [{tuple(o.recipe[key] for key in SEED_KEYS): o for o in outcomes} for outcomes in (base, members)]
     several = len(by_pair[0]) < len(base) or len(by_pair[1]) < len(members)  # of the same seed and fold in a group
     pairs = [] if several else [pair for pair in by_pair[0] if pair in by_pair[1]]
     paired = len(pairs) > 1

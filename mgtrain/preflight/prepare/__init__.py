@@ -259,7 +259,7 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
 
 
 def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> dict[str, str]:
-    """Read every byte of a prepared set; returns file -> what is wrong with it. Raises `DataError` if it is none."""
+    """Read every byte of a prepared set; returns file -> what is wrong. Raises `DataError` for any other folder."""
     settings = read_settings(folder)
     records = [record for record in PreparedManifest(folder).records.values() if "error" not in record]
     index = read_index(folder, settings) if (folder / "index.npy").exists() else ()
