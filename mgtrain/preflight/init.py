@@ -229,10 +229,7 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
     best: Proposal | None = None
     peak = 0.0
     for size in SIZES[kind] if network is None else NETWORKS[network]:
-        weights = None  # the Kinetics weights, expected beside the lists
-        if network is not None:
-            weights = os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")
-        texts = {name: _write(name, size, found, kind, gpus, weights) for name in ("baseline", "multigrid")}
+        texts = {name: _write(name, size, found, kind, gpus, network) for name in ("baseline", "multigrid")}
         recipe = parse_recipe(texts["baseline"], "proposal")
         plan = make_plan(recipe, len(found.train))
         peak = peak or matrix_product(recipe, world)
@@ -253,7 +250,7 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
     return best
 
 
-def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: str | None) -> str:
+def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: str | None) -> str:
     train, clips = found.train, CLIPS * gpus
     epochs = max(LEAST_EPOCHS, math.ceil(size.steps * clips / len(train)))
     ends = [round(epochs * sum(STAGES[:n])) for n in range(len(STAGES) + 1)]
@@ -274,7 +271,8 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: s
   warmup_epochs: {max(1, round(epochs / 6))}
   warmup_lr: {lr / 10:.4g}"""
     init = ""
-    if weights is not None:
+    if network is not None:
+        weights = os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")  # beside the lists
         init = f"\ninit:\n  weights: {json.dumps(weights, ensure_ascii=False)}\n"
         optim = f"""\
   name: adamw
