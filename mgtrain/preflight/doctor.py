@@ -76,8 +76,7 @@ def examine(device: torch.device, recipe: Recipe | None = None) -> Iterator[Find
 
 def refuse_missing(findings: Iterable[Finding]) -> None:
     """Raise `MissingCapabilityError` if something required is missing."""
-    missing = [f"{finding.what}: {finding.advice}" for finding in findings if finding.level == "missing"]
-    if missing:
+    if missing := [f"{finding.what}: {finding.advice}" for finding in findings if finding.level == "missing"]:
         raise MissingCapabilityError("; ".join(missing))
 
 

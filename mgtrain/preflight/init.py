@@ -203,8 +203,7 @@ def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[
     for listed in videos.values():
         yield from listed.remarks
     for part, of in parts.splits.items():
-        empty = [name for name, count in zip(of.classes, of.videos_per_class, strict=True) if not count]
-        if empty:
+        if empty := [name for name, count in zip(of.classes, of.videos_per_class, strict=True) if not count]:
             yield f"{part}: no video of {_some(empty)}; add videos, or remove the class's folder or label"
     bare = [
         os.path.join(within, file)

@@ -106,8 +106,7 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
     """The comparison of the variants in the study's order: plain values of the schema mgtrain.groups/2."""
     groups = {name: [r.outcome for r in results if r.variant == name] for name in study.variants}
     compared = compare_groups({name: found for name, found in groups.items() if found}, study.margin)
-    lacking = [name for name, found in groups.items() if not found]
-    if lacking:
+    if lacking := [name for name, found in groups.items() if not found]:
         compared["warnings"].insert(0, f"no result yet: {', '.join(lacking)}")
     # The variants of a study differ on purpose.
     compared["warnings"] = [warning for warning in compared["warnings"] if NOT_ONLY_SCHEDULE not in warning]
