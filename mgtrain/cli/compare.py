@@ -100,7 +100,6 @@ def watch(
     Example:  mgtrain watch demo_multigrid --baseline demo_baseline
     """
     import time
-    from dataclasses import asdict
 
     from rich.live import Live
 
@@ -111,12 +110,12 @@ def watch(
     watched, rival = find_run(run), find_run(baseline) if baseline else None
     view = look(watched, rival)
     if json_:
-        out.print_json(data={"schema": "mgtrain.watch/1", **asdict(view), "finished": view.finished})
+        out.print_json(data={"schema": "mgtrain.watch/1", **view})
     elif once or not out.is_terminal:
         out.print(render(view))
     else:
         with Live(render(view), console=out, auto_refresh=False) as live:
-            while not view.finished:
+            while not view["finished"]:
                 time.sleep(every)
                 view = look(watched, rival)
                 live.update(render(view), refresh=True)

@@ -58,30 +58,25 @@ def bench_data(
     step, total = step_seconds, len(steps) * (1 if recipe.data.prepared else 2)
 
     def bench(name: str, recipe: Recipe, videos: Videos, done: int) -> dict[str, Any]:
-        rows = []
-        for n, (shape, first) in enumerate(steps.items(), start=1):
+        rows: dict[Shape, dict[str, Any]] = {}
+        for shape, first in steps.items():
             row = measure_loading(recipe, videos, world, shape, first.grid, seconds)
-            rows.append({**row, "needed_clips_per_second": shape.clips / step})
-            progress("measuring", done + n, total)
-        rates = {shape: ShapeRate.of(step, row, world) for shape, row in zip(steps, rows, strict=True)}
-        core_seconds = {shape: row["core_seconds_per_step"] for shape, row in zip(steps, rows, strict=True)}
+            rows[shape] = {**row, "needed_clips_per_second": shape.clips / step}
+            progress("measuring", done + len(rows), total)
+        rates = {shape: ShapeRate.of(step, row, world) for shape, row in rows.items()}
         times = {key: hours(plan, rates, None) for key, plan in plans.items()}
-        return {"name": name, "shapes": rows, "cost": cost(plans["plan"], recipe.base, core_seconds), **times}
+        spent = cost(plans["plan"], recipe.base, {shape: row["core_seconds_per_step"] for shape, row in rows.items()})
+        return {"name": name, "shapes": [*rows.values()], "cost": spent, **times}
 
     sets = [bench("prepared" if recipe.data.prepared else "originals", recipe, videos, 0)]
     if not recipe.data.prepared:
-        few = sample(videos)
+        few = videos.only(generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE])
         with tempfile.TemporaryDirectory() as folder:
             there = Path(folder) / "set"
             prepare(Path(few.root), few.names(), there, settings, max(1, workers), fps=recipe.data.fps)
             data = recipe.data.model_copy(update={"prepared": str(there)})
             sets.append(bench("prepared", recipe.model_copy(update={"data": data}), few, len(steps)))
     return {"workers": workers, "step_seconds": step, "sets": sets}
-
-
-def sample(videos: Videos) -> Videos:
-    """A random sample of the videos."""
-    return videos.only(generator(0, Draw.PREPARE).permutation(len(videos))[:SAMPLE])
 
 
 def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[str, Any]:
@@ -94,7 +89,6 @@ def cost(plan: Plan, finest: Shape, core_seconds: dict[Shape, float]) -> dict[st
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as text."""
     blocks = []
     for found in result["sets"]:
         stages = list(found["shapes"][0]["milliseconds"])

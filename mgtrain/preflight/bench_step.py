@@ -55,8 +55,8 @@ def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress:
     fastest = max(matrix_product(recipe, world), picture_convolution(recipe, world))
     model = to_device(make_model(recipe), recipe, world)
     choose(model, measure(recipe, plan, world))
-    rows: list[dict[str, Any]] = []
-    for n, (shape, step) in enumerate(firsts.items(), start=1):
+    rows, of_volume = list[dict[str, Any]](), list[float]()
+    for shape, step in firsts.items():
         reset_peak(world.device)
         row = time_step(model, recipe, step, world, repeats)
         row["peak_bytes"] = peak(world.device)
@@ -67,9 +67,8 @@ def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress:
         row["flops"] = 2 * FORWARD_AND_BACKWARD * flops[shape] * row["clips_per_second"]
         row["peak_share"] = row["flops"] / fastest
         rows.append({"shape": asdict(shape), **row})
-        progress("measuring", n, len(firsts))
-    of_volume = [row["seconds"] / row["clips"] / shape.frames / shape.crop**2
-                 for row, shape in zip(rows, firsts, strict=True)]  # fmt: skip
+        of_volume.append(row["seconds"] / row["clips"] / shape.frames / shape.crop**2)
+        progress("measuring", len(rows), len(firsts))
     return {
         "device": cpu_name() if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
         "threads": torch.get_num_threads(),
@@ -110,14 +109,13 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
         wait_for_gpu(world.device)
         marks[name] = time.perf_counter()
 
-    hooks = [
+    rows: list[list[float]] = []
+    with (
         model.register_forward_pre_hook(lambda *_: mark("forward")),
         model.register_forward_hook(lambda *_: mark("backward")),
         optimizer.register_step_pre_hook(lambda *_: mark("update")),
         optimizer.register_step_post_hook(lambda *_: mark("end")),
-    ]
-    rows: list[list[float]] = []
-    try:
+    ):
         for _ in range(repeats + 1):
             mark("start")
             there = pixels.to(world.device).permute(0, 4, 1, 2, 3), labels.to(world.device)
@@ -125,9 +123,6 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
             train_step(model, optimizer, scaler, *there, part, one, world).loss.item()
             mark("done")
             rows.append([marks[end] - marks[start] for start, end in SPANS.values()])
-    finally:
-        for hook in hooks:
-            hook.remove()
     medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
     return {"clips": clips, "bn_groups": groups, **dict(zip(SPANS, medians, strict=True))}
 
@@ -193,24 +188,23 @@ def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | No
     """The speed of a base step in bf16 relative to float32; None on GPUs and on CPUs without bf16 instructions."""
     if world.device.type != "cpu" or not has_bf16():
         return None
-    seconds: dict[str, float] = {}
+    seconds: list[float] = []
     for precision in ("fp32", "bf16"):
         hardware = recipe.hardware.model_copy(update={"precision": precision})
         in_it = baseline_recipe(recipe.model_copy(update={"hardware": hardware}))
         plan = make_plan(in_it, videos)
-        ((_, seconds[precision]),) = step_seconds(in_it, plan, [plan[0]], world)
-    return seconds["fp32"] / seconds["bf16"]
+        seconds += [found for _, found in step_seconds(in_it, plan, [plan[0]], world)]
+    return seconds[0] / seconds[1]
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The result as a table."""
     names = ("shape", "measured", "step", "copy", "forward", "backward", "update", "clips/s", "GFLOP/s", "of peak",
              "over convs", "memory")  # fmt: skip
     rows = (
         (
             str(Shape(**row["shape"])),
             f"{row['clips']} clips",
-            *(f"{1e3 * row[key]:,.0f} ms" for key in ("seconds", "copy", "forward", "backward", "update")),
+            *(f"{1e3 * row[key]:,.0f} ms" for key in SPANS),
             f"{row['clips_per_second']:.1f}",
             f"{row['flops'] / 1e9:,.0f}",
             f"{100 * row['peak_share']:.0f} %",

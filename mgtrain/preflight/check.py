@@ -128,7 +128,6 @@ def _file_facts(root: str, path: str) -> Record:
 
 
 def _is_known(root: str, path: str, record: Record | None) -> bool:
-    """Whether a video need not be checked again."""
     if record is None or record["status"] in ("timeout", "missing"):
         return False
     now = _file_facts(root, path)

@@ -43,15 +43,14 @@ def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | N
         }
         for shape in shapes
     ]
-    total, rival = multiply_adds(plan, flops), multiply_adds(baseline, flops)
     return {
         "schema": "mgtrain.costs/1",
         "gpus": ranks,
         "micro_clips": recipe.hardware.micro_clips,
         "recompute": recipe.hardware.recompute,
         "shapes": rows,
-        "multiply_adds": total,
-        "baseline_multiply_adds": rival,
+        "multiply_adds": multiply_adds(plan, flops),
+        "baseline_multiply_adds": multiply_adds(baseline, flops),
     }
 
 

@@ -7,9 +7,9 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import torch
@@ -76,8 +76,7 @@ def examine(device: torch.device, recipe: Recipe | None = None) -> Iterator[Find
 
 def refuse_missing(findings: Iterable[Finding]) -> None:
     """Raise `MissingCapabilityError` if something required is missing."""
-    missing = [f"{finding.what}: {finding.advice}" for finding in findings if finding.level == "missing"]
-    if missing:
+    if missing := [f"{finding.what}: {finding.advice}" for finding in findings if finding.level == "missing"]:
         raise MissingCapabilityError("; ".join(missing))
 
 
@@ -95,10 +94,8 @@ def versions() -> Iterator[Finding]:
     bad = BAD_PYAV.get(av.__version__)
     yield judged("versions", found, f"PyAV {av.__version__} {bad}: pip install 'av>=18.1'" if bad else "")
     onnx = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if onnx:
-        yield judged("export", f"no {', '.join(onnx)}", "for ONNX: pip install 'mgtrain[onnx]'")
-    else:
-        yield Finding("export", "good", "onnx, pt2, safetensors")
+    found = f"no {', '.join(onnx)}" if onnx else "onnx, pt2, safetensors"
+    yield judged("export", found, "for ONNX: pip install 'mgtrain[onnx]'" if onnx else "")
 
 
 def devices(device: torch.device) -> Iterator[Finding]:
@@ -137,13 +134,11 @@ def cores() -> Finding:
 def codecs() -> Iterator[Finding]:
     """The codecs that PyAV can decode, and encode for `mgtrain data prepare`."""
     missing = [name for name in DECODERS if not _has_codec(name, "r")]
+    found = f"{', '.join(DECODERS)} (libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))})"
     if missing:
-        names = ", ".join(f"{name} ({DECODERS[name]})" for name in missing)
-        level: Level = "missing" if NEEDED_DECODER in missing else "could be better"
-        yield Finding("decoders", level, f"no {names}", "use PyAV's wheels: pip install --force-reinstall av")
-    else:
-        version = ".".join(map(str, av.library_versions["libavcodec"]))
-        yield Finding("decoders", "good", f"{', '.join(DECODERS)} (libavcodec {version})")
+        found = f"no {', '.join(f'{name} ({DECODERS[name]})' for name in missing)}"
+    advice = "use PyAV's wheels: pip install --force-reinstall av" if missing else ""
+    yield judged("decoders", found, advice, "missing" if NEEDED_DECODER in missing else "could be better")
     encodes = _has_codec(ENCODER, "w")
     advice = "" if encodes else "for `data prepare`: pip install av from a wheel"
     yield judged("encoder", ENCODER if encodes else f"no {ENCODER}", advice)
@@ -162,15 +157,15 @@ def room() -> Iterator[Finding]:
 
 def tf32() -> Finding:
     """Whether float32 products round their inputs to TF32, as the recipe says."""
+    found = "off: full precision in fp32; hardware.tf32=true is several times as fast"
     if _in_tf32():
-        found = "on: several times as fast, with relative errors of about 1e-3 in precision fp32"
-        return Finding("TF32", "good", f"{found}; hardware.tf32=false for full precision")
-    return Finding("TF32", "good", "off: full precision in fp32; hardware.tf32=true is several times as fast")
+        found = "on: several times as fast, with relative errors of about 1e-3 in precision fp32; "
+        found += "hardware.tf32=false for full precision"
+    return Finding("TF32", "good", found)
 
 
 def _in_tf32() -> bool:
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return precision == "tf32"
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def groups(device: torch.device) -> Finding:
@@ -257,9 +252,8 @@ def _can_train(precision: str, device: torch.device) -> bool:
 
 
 def _has_codec(name: str, mode: Literal["r", "w"]) -> bool:
-    make: Callable[..., Any] = av.Codec
     try:
-        make(name, mode)
+        av.Codec(name, mode)
     except ValueError:  # PyAV's UnknownCodecError is one
         return False
     return True

@@ -128,7 +128,6 @@ def forecast(
 
 
 def render(result: dict[str, Any]) -> str:
-    """The forecast as text."""
     lines = [f"{'shape':>16}{'computing':>12}{'loading':>10}{'clips/s':>10}{'needed':>10}"]
     for row in result["shapes"]:
         shape, slow = Shape(**row["shape"]), row["load"] > row["compute"]

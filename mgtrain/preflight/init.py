@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mgtrain.console import ShowProgress, no_progress
+from mgtrain.console import ShowProgress
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
@@ -36,6 +36,7 @@ SAMPLE = 200  # videos to open
 SHARE_OF_PEAK = {"cpu": 0.45, "cuda": 0.35}  # speed of a step relative to a matrix product
 HOURS = {"cpu": 1.0, "cuda": 12.0}  # default training time of the baseline
 STAGES = (0.67, 0.22, 0.11)  # shares of the epochs at each learning rate
+CLIPS = 8  # of a step on one device
 LEAST_EPOCHS = 15
 MOST_EPOCHS = 200  # warn about too few videos if there are more
 
@@ -48,35 +49,27 @@ class Size:
     frames: int
     stride: int
     crop: int
-    clips: int  # of a step on one device
     steps: int  # at least
 
 
 SMALL = "  name: i3d_r50\n  width: {}\n  depth: [1, 1, 1, 1]\n  dropout: 0.0"
-FULL = "  name: slowfast_r50"
 STEPS = (500, 1000, 2000, 4000, 8000)  # of fine-tuning
 # In ascending order: the largest that trains in the given time is chosen, or the first one.
 SIZES = {
-    "cpu": (
-        Size(SMALL.format(16), 16, 4, 64, 8, 1000),
-        Size(SMALL.format(16), 16, 4, 80, 8, 1500),
-        Size(SMALL.format(16), 16, 4, 80, 8, 3000),
-        Size(SMALL.format(24), 16, 4, 80, 8, 4000),
-        Size(SMALL.format(24), 16, 4, 112, 8, 6000),
-        Size(SMALL.format(32), 16, 4, 112, 8, 8000),
+    "cpu": tuple(
+        Size(SMALL.format(width), 16, 4, crop, steps)
+        for width, crop, steps in (
+            (16, 64, 1000), (16, 80, 1500), (16, 80, 3000), (24, 80, 4000), (24, 112, 6000), (32, 112, 8000),
+        )
     ),
-    "cuda": (
-        Size(FULL, 32, 2, 112, 8, 4000),
-        Size(FULL, 32, 2, 112, 8, 8000),
-        Size(FULL, 32, 2, 160, 8, 10000),
-        Size(FULL, 32, 2, 224, 8, 10000),
-        Size(FULL, 32, 2, 224, 8, 20000),
-        Size(FULL, 32, 2, 224, 8, 40000),
+    "cuda": tuple(
+        Size("  name: slowfast_r50", 32, 2, crop, steps)
+        for crop, steps in ((112, 4000), (112, 8000), (160, 10000), (224, 10000), (224, 20000), (224, 40000))
     ),
-}
+}  # fmt: skip
 # Transformers are fine-tuned from Kinetics weights at the size that these are of.
 NETWORKS = {
-    name: tuple(Size(f"  name: {name}\n  drop_path: 0.2", frames, stride, 224, 8, steps) for steps in STEPS)
+    name: tuple(Size(f"  name: {name}\n  drop_path: 0.2", frames, stride, 224, steps) for steps in STEPS)
     for name, frames, stride in (("swin3d_t", 32, 2), ("mvit_v2_s", 16, 4))
 }
 
@@ -114,7 +107,6 @@ class Project:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of videos in each split."""
         return {part: len(videos) for part, videos in self.parts.splits.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -153,15 +145,15 @@ def make_project(
     to: Path,
     name: str,
     *,
-    val: float = 0.2,
-    group_by: str | None = None,
-    hours: float | None = None,
-    fps: float | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    network: str | None = None,
-    report: Callable[[str, bool], None] = lambda text, warns: None,
-    progress: ShowProgress = no_progress,
+    val: float,
+    group_by: str | None,
+    hours: float | None,
+    fps: float | None,
+    seed: int,
+    device: str | None,
+    network: str | None,
+    report: Callable[[str, bool], None],
+    progress: ShowProgress,
 ) -> Project:
     """Inspect the `videos` found at `data`, split them, and write lists and two recipes to the folder `to`.
 
@@ -179,21 +171,20 @@ def make_project(
     for finding in index.findings:
         report(str(finding), finding.warns)
     parts = make_parts(videos, index, val=val, group_by=group_by, seed=seed)
-    train, held_out = parts.splits["train"], parts.splits["val"]
+    train = parts.splits["train"]
     for text in remarks(data, videos, parts):
         report(text, True)
-    any_clip = Clip(frames=1, stride=1, crop=8, short_side=(8, 8))
     if fps is None and os.path.isdir(train.file(0)):
         raise UsageError(f"{train.file(0)}: is a folder of frames; give --fps, their rate per second")
     workers = min(16, usable_cores())
+    any_clip = Clip(frames=1, stride=1, crop=8, short_side=(8, 8))
     stats = make_stats(train, any_clip, sample=SAMPLE, seed=seed, workers=workers, fps=fps, progress=progress)
     for cause in stats.broken:
         report(cause, True)
     files = {part: os.path.abspath(to / f"{part}.csv") for part in parts.splits}
-    found = Found(train, held_out, files, stats.column("seconds"), stats.column("short_side"), fps)
-    gpus = default_procs(device)
+    found = Found(train, parts.splits["val"], files, stats.column("seconds"), stats.column("short_side"), fps)
     with connect(device) as world:
-        proposal = propose(found, world, gpus, hours, network)
+        proposal = propose(found, world, default_procs(device), hours, network)
     epochs = sum(proposal.recipe.optim.stages)
     if epochs > MOST_EPOCHS:
         report(
@@ -212,8 +203,7 @@ def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[
     for listed in videos.values():
         yield from listed.remarks
     for part, of in parts.splits.items():
-        empty = [name for name, count in zip(of.classes, of.videos_per_class, strict=True) if not count]
-        if empty:
+        if empty := [name for name, count in zip(of.classes, of.videos_per_class, strict=True) if not count]:
             yield f"{part}: no video of {_some(empty)}; add videos, or remove the class's folder or label"
     bare = [
         os.path.join(within, file)
@@ -238,8 +228,7 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
     best: Proposal | None = None
     peak = 0.0
     for size in SIZES[kind] if network is None else NETWORKS[network]:
-        weights = None if network is None else weights_file(found, network)
-        texts = {name: _write(name, size, found, kind, gpus, weights) for name in ("baseline", "multigrid")}
+        texts = {name: _write(name, size, found, kind, gpus, network) for name in ("baseline", "multigrid")}
         recipe = parse_recipe(texts["baseline"], "proposal")
         plan = make_plan(recipe, len(found.train))
         peak = peak or matrix_product(recipe, world)
@@ -260,14 +249,8 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
     return best
 
 
-def weights_file(found: Found, network: str) -> str:
-    """Where the recipes expect a network's Kinetics weights: beside the lists."""
-    return os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")
-
-
-def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: str | None) -> str:
-    """The text of a recipe."""
-    train, clips = found.train, size.clips * gpus
+def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: str | None) -> str:
+    train, clips = found.train, CLIPS * gpus
     epochs = max(LEAST_EPOCHS, math.ceil(size.steps * clips / len(train)))
     ends = [round(epochs * sum(STAGES[:n])) for n in range(len(STAGES) + 1)]
     stages = [after - before for before, after in pairwise(ends)]
@@ -287,7 +270,8 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, weights: s
   warmup_epochs: {max(1, round(epochs / 6))}
   warmup_lr: {lr / 10:.4g}"""
     init = ""
-    if weights is not None:
+    if network is not None:
+        weights = os.path.join(os.path.dirname(found.files["train"]), f"k400_{network}.safetensors")  # beside the lists
         init = f"\ninit:\n  weights: {json.dumps(weights, ensure_ascii=False)}\n"
         optim = f"""\
   name: adamw

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -41,13 +40,16 @@ class OneCore:
 def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], seconds: float) -> OneCore:
     """Load at least 4 clips, for about `seconds`, after one warm-up clip."""
     dataset[[next(requests)]]
-    clips = bad = 0
-    given_up = False
+    clips, bad, given_up, threads = 0, 0, False, torch.get_num_threads()
     start, cpu_start = time.perf_counter(), time.process_time()
-    with Stages() as stages, one_thread():
-        while not given_up and (clips < 4 or time.perf_counter() - start < seconds):
-            loaded = dataset[[next(requests)]]
-            clips, bad, given_up = clips + 1, bad + len(loaded.bad), loaded.given_up
+    torch.set_num_threads(1)  # as loader processes do: idle threads keep their cores busy
+    try:
+        with Stages() as stages:
+            while not given_up and (clips < 4 or time.perf_counter() - start < seconds):
+                loaded = dataset[[next(requests)]]
+                clips, bad, given_up = clips + 1, bad + len(loaded.bad), loaded.given_up
+    finally:
+        torch.set_num_threads(threads)
     return OneCore(clips, time.perf_counter() - start, time.process_time() - cpu_start, stages, bad, given_up)
 
 
@@ -92,14 +94,3 @@ def measure_loading(
         "core_seconds_per_step": shape.clips * core.cpu_seconds / core.clips,
         "loader_clips_per_second": rate,
     }  # fmt: skip
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread within the block, as loader processes do: idle threads keep their cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, duration, no_progress, size
 from mgtrain.data.videos import EXAMPLES, Videos, printable
-from mgtrain.errors import DataError, UsageError, VideoError
+from mgtrain.errors import DataError, VideoError
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
 from mgtrain.rng import Draw, generator
@@ -67,13 +67,11 @@ class Stats:
         return self.clip.frames * self.clip.stride / self.clip.fps
 
     def describe(self) -> dict[str, Any]:
-        """All statistics, as plain values."""
         opened = [probe for probe in self.probes if probe.info is not None]
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
         sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in opened if probe.info)
-        span, largest = self.span, self.clip.short_side[1]
-        seconds = self.column("seconds")
+        seconds, largest = self.column("seconds"), self.clip.short_side[1]
         return {
             "videos": len(self.videos),
             "missing": self.videos.missing,
@@ -97,8 +95,8 @@ class Stats:
             "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
             "bytes": round(float(np.mean([probe.bytes for probe in opened])) * len(self.videos)),
             "recipe": {
-                "span_seconds": round(span, 3),
-                "shorter_than_span": int((seconds < span - 1e-6).sum()),
+                "span_seconds": round(self.span, 3),
+                "shorter_than_span": int((seconds < self.span - 1e-6).sum()),
                 "largest_short_side": largest,
                 "enlarged": int((self.column("short_side") < largest).sum()),
             },
@@ -117,10 +115,7 @@ def make_stats(
 ) -> Stats:
     """Open a random `sample` of the videos in `workers` processes; one that crashes its process counts as broken.
 
-    `fps` is the rate of folders of frames.
-
-    Raises:
-        DataError: none of them can be opened.
+    `fps` is the rate of folders of frames. Raises `DataError` if none of them can be opened.
     """
     drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
     paths = [videos.path(int(row)) for row in np.sort(drawn)]
@@ -146,7 +141,6 @@ def probe_video(path: str, fps: float | None = None) -> Probe:
 
 
 def render(stats: Stats) -> str:
-    """The statistics as text."""
     facts = stats.describe()
     opened = facts["sample"] - facts["broken"]["count"]
     per_class, recipe = facts["videos_per_class"], facts["recipe"]
@@ -184,6 +178,8 @@ def draw_picture(stats: Stats, path: Path) -> None:
     """Draw videos per class, seconds, frames per second and sizes. Raises `UsageError` if it cannot be written."""
     from matplotlib.figure import Figure
 
+    from mgtrain.runs.report.figures import save_figure
+
     figure = Figure(figsize=(10, 7), layout="constrained")
     opened = f"{len(stats.probes):,} opened, {len(stats.broken):,} of them broken"
     figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {opened}", fontsize=12)
@@ -215,11 +211,7 @@ def draw_picture(stats: Stats, path: Path) -> None:
         sizes.plot([value, value, max(sizes.get_xlim()[1], value)], [max(sizes.get_ylim()[1], value), value, value],
                    style, color="tab:red", linewidth=1, label=f"short side {value}")  # fmt: skip
     sizes.legend(frameon=False, fontsize=8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
+    save_figure(figure, path, dpi=120, format="png")
 
 
 def _named(counts: dict[str, int], total: int) -> str:

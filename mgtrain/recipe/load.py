@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -70,7 +70,11 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: boo
 
 def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys that differ between two recipes: dotted key -> (first's value, second's); None for an absent key."""
-    a, b = first.flat(), second.flat()
+    return flat_differences(first.flat(), second.flat())
+
+
+def flat_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`recipe_differences` of two recipes as dotted key -> value."""
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 

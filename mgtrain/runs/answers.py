@@ -27,10 +27,15 @@ class Answer:
     windows: Sequence[Window] = ()
 
     def describe(self, classes: Sequence[str], top: int) -> dict[str, Any]:
-        """The `top` most probable classes, as plain values."""
+        """The `top` most probable classes, as plain values.
+
+        >>> [found["number"] for found in Answer("a.mp4", np.array([0.25, 0.5, 0.25])).describe("abc", top=2)["top"]]
+        [1, 0]
+        """
 
         def most(probabilities: np.ndarray) -> list[dict[str, Any]]:
-            return [{"class": classes[n], "number": n, "probability": p} for n, p in ranked(probabilities, top)]
+            order = np.argsort(-probabilities, kind="stable")[:top].tolist()
+            return [{"class": classes[n], "number": n, "probability": float(probabilities[n])} for n in order]
 
         windows = [{"start": w.start, "end": w.end, "top": most(w.probabilities)} for w in self.windows]
         return {"video": self.video, "top": most(self.probabilities)} | ({"windows": windows} if windows else {})
@@ -38,17 +43,9 @@ class Answer:
     def render(self, classes: Sequence[str], top: int) -> str:
         """The `top` most probable classes, as text."""
 
-        def most(probabilities: np.ndarray) -> str:
-            return ", ".join(f"{classes[n]} {100 * p:.1f} %" for n, p in ranked(probabilities, top))
+        def most(found: list[dict[str, Any]]) -> str:
+            return ", ".join(f"{one['class']} {100 * one['probability']:.1f} %" for one in found)
 
-        windows = [f"  {w.start:7.1f} to {w.end:7.1f} s: {most(w.probabilities)}" for w in self.windows]
-        return "\n".join([f"{self.video}: {most(self.probabilities)}", *windows])
-
-
-def ranked(probabilities: np.ndarray, top: int) -> list[tuple[int, float]]:
-    """The most probable classes and their probabilities.
-
-    >>> ranked(np.array([0.25, 0.5, 0.25]), top=2)
-    [(1, 0.5), (0, 0.25)]
-    """
-    return [(n, float(probabilities[n])) for n in np.argsort(-probabilities, kind="stable")[:top].tolist()]
+        facts = self.describe(classes, top)
+        windows = [f"  {w['start']:7.1f} to {w['end']:7.1f} s: {most(w['top'])}" for w in facts.get("windows", ())]
+        return "\n".join([f"{self.video}: {most(facts['top'])}", *windows])

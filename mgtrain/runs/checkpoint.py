@@ -110,44 +110,43 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of mgtrain."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError) as error:
-        _refuse_lack(path, error)
+        _header(path)
+    except CheckpointError:
         return False
+    return True
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """The description in a checkpoint, read without its tensors."""
-    return _info(path, _header(path))
+    """The description in a checkpoint, validated, read without its tensors."""
+    facts = _header(path).get("info", "")
+    try:
+        info = TypeAdapter(CheckpointInfo).validate_json(facts, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = ".".join(map(str, first["loc"])) or "info"
+        raise CheckpointError(f"{path}: its header is damaged: {what}: {first['msg']}") from None
+    if unknown := json.loads(facts).keys() - asdict(info).keys():
+        raise CheckpointError(f"{path}: has the unknown entry {min(unknown)!r}, of another version of mgtrain")
+    return info
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """Read a whole checkpoint, compare its checksum, and return its description.
-
-    Raises:
-        CheckpointError: it is not a checkpoint, or damaged.
-    """
+    """Read a whole checkpoint and return its description. Raises `CheckpointError` if it is damaged or not one."""
     header = _header(path)
     with safe_open(path, framework="pt") as file:
         if _checksum(header.get("info", ""), file.keys(), file.get_tensor) != header.get("sha256"):
             raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")
-    return _info(path, header)
+    return read_info(path)
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
-    """The newest undamaged checkpoint, or None if there are no checkpoints; damaged ones are logged.
-
-    Raises:
-        CheckpointError: all of them are damaged.
-    """
+    """The newest undamaged checkpoint, None if there are none. Raises `CheckpointError` if all are damaged."""
     for path in reversed(checkpoints):
         try:
             verify(path)
+            return path
         except CheckpointError as error:
             log.warning("skipping a checkpoint: %s", error)
-        else:
-            return path
     if checkpoints:
         raise CheckpointError(f"{checkpoints[0].parent}: all of its {len(checkpoints)} checkpoints are damaged")
     return None
@@ -155,70 +154,65 @@ def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors of a checkpoint."""
-    _header(path)
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights and buffers into the model, in place.
-
-    Raises:
-        CheckpointError: they do not fit the model, or are not finite.
-    """
-    with safe_open(path, framework="pt") as file:
-        own, learned = model.state_dict(), _learned(model)
-        names = file.keys()
-        stored = {name.removeprefix("model.") for name in names if name.startswith("model.")}
-        if stored != own.keys():
-            odd = sorted(stored ^ own.keys())
-            raise CheckpointError(f"{path}: is of another model: {len(odd)} tensors differ, such as {odd[0]!r}")
-        for name, tensor in own.items():
-            value = file.get_tensor(f"model.{name}")
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{path}: {name} has shape {tuple(value.shape)}, but {tuple(tensor.shape)} in the model"
-                )
-            if value.dtype != tensor.dtype:
-                raise CheckpointError(f"{path}: {name} is {value.dtype}, but {tensor.dtype} in the model")
-            tensor.copy_(value)
-        if bad := not_finite({name: tensor for name, tensor in own.items() if f"model.{name}" in learned}):
-            raise CheckpointError(f"{path}: {bad}; use an earlier checkpoint")
-        groups = {name.removeprefix("groups."): file.get_tensor(name) for name in names if name.startswith("groups.")}
-        for name, value in groups.items():
-            mean = own.get(f"{name}.running_mean")
-            if mean is None or value.ndim != 3 or value.shape[1:] != (2, *mean.shape):
-                raise CheckpointError(f"{path}: groups.{name} is {tuple(value.shape)}, which fits no BatchNorm layer")
-        put_group_stats(model, groups)
+    """Load the model's weights and buffers. Raises `CheckpointError` if they do not fit it or are not finite."""
+    own, stored, groups = model.state_dict(), _stored(path, "model."), _stored(path, "groups.")
+    if odd := sorted(stored.keys() ^ own.keys()):
+        raise CheckpointError(f"{path}: is of another model: {len(odd)} tensors differ, such as {odd[0]!r}")
+    for name, tensor in own.items():
+        value = stored[name]
+        if value.shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(value.shape)}, but {tuple(tensor.shape)} in the model"
+            )
+        if value.dtype != tensor.dtype:
+            raise CheckpointError(f"{path}: {name} is {value.dtype}, but {tensor.dtype} in the model")
+        tensor.copy_(value)
+    learned = _learned(model)
+    if bad := not_finite({name: tensor for name, tensor in own.items() if f"model.{name}" in learned}):
+        raise CheckpointError(f"{path}: {bad}; use an earlier checkpoint")
+    for name, value in groups.items():
+        mean = own.get(f"{name}.running_mean")
+        if mean is None or value.ndim != 3 or value.shape[1:] != (2, *mean.shape):
+            raise CheckpointError(f"{path}: groups.{name} is {tuple(value.shape)}, which fits no BatchNorm layer")
+    put_group_stats(model, groups)
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint's optimizer state, in place."""
     parameters = dict(model.named_parameters())
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            if key.startswith("optimizer."):
-                kind, _, name = key.removeprefix("optimizer.").partition(".")
-                parameter, value = parameters.get(name), file.get_tensor(key)
-                if parameter is None or value.shape not in (parameter.shape, ()):  # () is a number of steps
-                    raise CheckpointError(f"{path}: {key} fits no parameter of the model")
-                like = parameter if value.shape == parameter.shape else torch.empty((), device=parameter.device)
-                optimizer.state[parameter][kind] = torch.empty_like(like).copy_(value)
+    for key, value in _stored(path, "optimizer.").items():
+        kind, _, name = key.partition(".")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, ()):  # () is a number of steps
+            raise CheckpointError(f"{path}: optimizer.{key} fits no parameter of the model")
+        like = parameter if value.shape == parameter.shape else torch.empty((), device=parameter.device)
+        optimizer.state[parameter][kind] = torch.empty_like(like).copy_(value)
 
 
 @torch.no_grad()
 def load_average(path: Path, weights: Mapping[str, Tensor]) -> bool:
     """Load a checkpoint's averaged weights into the tensors of these names; returns whether it has any."""
-    with safe_open(path, framework="pt") as file:
-        stored = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118
-        for key in stored:
-            tensor, value = weights.get(key.removeprefix("ema.")), file.get_tensor(key)
-            if tensor is None or value.shape != tensor.shape:
-                raise CheckpointError(f"{path}: {key} fits no parameter of the model")
-            if bad := not_finite({key: value}):
-                raise CheckpointError(f"{path}: {bad}; use a checkpoint before it")
-            tensor.copy_(value)
+    stored = _stored(path, "ema.")
+    for name, value in stored.items():
+        tensor = weights.get(name)
+        if tensor is None or value.shape != tensor.shape:
+            raise CheckpointError(f"{path}: ema.{name} fits no parameter of the model")
+        if bad := not_finite({f"ema.{name}": value}):
+            raise CheckpointError(f"{path}: {bad}; use a checkpoint before it")
+        tensor.copy_(value)
     return bool(stored)
+
+
+def _stored(path: Path, start: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors whose names begin with `start`, by the rest of the name."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+        return {name.removeprefix(start): file.get_tensor(name) for name in names}
 
 
 def _learned(model: nn.Module) -> set[str]:
@@ -233,31 +227,12 @@ def _header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        _refuse_lack(path, error)
+        if lack := lack_of(error):  # then the checkpoint may be undamaged
+            raise LackError(f"{path}: cannot be read: {lack}") from None
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of mgtrain ({FORMAT})")
     return header
-
-
-def _refuse_lack(path: Path, error: Exception) -> None:
-    """Raise `LackError` if memory or file descriptors ran out: then the checkpoint may be undamaged."""
-    if lack := lack_of(error):
-        raise LackError(f"{path}: cannot be read: {lack}") from None
-
-
-def _info(path: Path, header: Mapping[str, str]) -> CheckpointInfo:
-    """Parse and validate the description in a header."""
-    try:
-        info = TypeAdapter(CheckpointInfo).validate_json(header.get("info", ""), strict=True)
-        unknown = json.loads(header["info"]).keys() - asdict(info).keys()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = ".".join(map(str, first["loc"])) or "info"
-        raise CheckpointError(f"{path}: its header is damaged: {what}: {first['msg']}") from None
-    if unknown:
-        raise CheckpointError(f"{path}: has the unknown entry {min(unknown)!r}, of another version of mgtrain")
-    return info
 
 
 def _checksum(facts: str, names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:

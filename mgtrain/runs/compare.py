@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,19 +15,14 @@ from mgtrain.errors import ThresholdError, UsageError
 from mgtrain.recipe import affects_results, recipe_differences
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded, speedup_at_equal_accuracy, time_to_accuracy
-from mgtrain.runs.statistics import Interval, judge, mcnemar, paired_shares, quantile_normal, unpaired_shares
+from mgtrain.runs.statistics import Interval, Z, judge, mcnemar, paired_shares, unpaired_shares
 
-SCHEMA = "mgtrain.compare/3"
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
 DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
 
 
 def compare(baseline: RunDir | History, run: RunDir | History, margin: float = MARGIN) -> dict[str, Any]:
-    """Compare a run with its baseline: plain values of the schema mgtrain.compare/3.
-
-    Raises:
-        CheckpointError: the logs of one of them are damaged.
-    """
+    """Compare a run with its baseline, as plain values. Raises `CheckpointError` if the logs of one are damaged."""
     with guarded(baseline, run):
         return _compare(History.of(baseline), History.of(run), margin)
 
@@ -38,7 +33,11 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
         f"{key} {baseline.env[key]} and {run.env[key]}" for key in DEVICE_KEYS if baseline.env[key] != run.env[key]
     ]
     differences = recipe_differences(baseline.recipe, run.recipe)
-    warnings = [unfinished(summary) for summary in (theirs, ours) if not summary.finished]
+    warnings = [
+        f"{summary.name} is unfinished: its numbers are those after {summary.steps} steps"
+        for summary in (theirs, ours)
+        if not summary.finished
+    ]
     if other_device:
         warnings.append(f"times are not compared, because the runs used different devices: {'; '.join(other_device)}")
     if baseline.data != run.data:
@@ -58,16 +57,16 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     for key in ("train_seconds", "clock_seconds", "gpu_hours"):
         speedups[key] = getattr(theirs, key) / getattr(ours, key) if same else None
     speedups["at_equal_accuracy"] = speedup_at_equal_accuracy(baseline.evals, run.evals) if same else None
-    target = theirs.best_accuracy
+    difference, target = ours.accuracy - theirs.accuracy, theirs.best_accuracy
     test = accuracy_test(baseline, run)
     result = {
-        "schema": SCHEMA,
+        "schema": "mgtrain.compare/3",
         "runs": [asdict(theirs), asdict(ours)],
         "speedups": speedups,
-        "accuracy_difference": ours.accuracy - theirs.accuracy,
+        "accuracy_difference": difference,
         **test,
         "margin": margin,
-        "judged": judge(Interval(ours.accuracy - theirs.accuracy, *test["accuracy_interval"]).scaled(100), margin),
+        "judged": judge(Interval(difference, *test["accuracy_interval"]).scaled(100), margin),
         "baseline_best": {
             "accuracy": target,
             "baseline_seconds": time_to_accuracy(baseline.evals, target),
@@ -86,30 +85,26 @@ def accuracy_test(baseline: History, run: History) -> dict[str, Any]:
     """
     theirs, ours = baseline.summary, run.summary
     if ours.metric != "top-1":
-        errors = [history.evals[-1].get("mean_ap_sd") for history in (baseline, run)]
-        half = None if None in errors else quantile_normal() * math.hypot(*errors)
+        errors: list[Any] = [history.evals[-1].get("mean_ap_sd") for history in (baseline, run)]
+        half = None if None in errors else Z * math.hypot(*errors)
         ends = [None if half is None else ours.accuracy - theirs.accuracy + sign * half for sign in (-1, 1)]
         return {"accuracy_interval": ends, "only_one_right": None, "mcnemar": None}
-    a, b = baseline.right(), run.right()
+    a, b, only = baseline.right(), run.right(), None
     if a is not None and b is not None and baseline.data["val"]["fingerprint"] == run.data["val"]["fingerprint"]:
         known = (a >= 0) & (b >= 0)
         a, b = a[known] == 1, b[known] == 1
         only = int((a & ~b).sum()), int((b & ~a).sum())
         found = paired_shares(int((a & b).sum()), *only, int((~a & ~b).sum()))
-        return {"accuracy_interval": [found.low, found.high], "only_one_right": list(only), "mcnemar": mcnemar(*only)}
-    shares = (round(theirs.top1 * theirs.videos), theirs.videos), (round(ours.top1 * ours.videos), ours.videos)
-    found = unpaired_shares(*shares[0], *shares[1])
-    return {"accuracy_interval": [found.low, found.high], "only_one_right": None, "mcnemar": None}
+    else:
+        first, second = (round(summary.top1 * summary.videos) for summary in (theirs, ours))
+        found = unpaired_shares(first, theirs.videos, second, ours.videos)
+    tested = {"only_one_right": only and list(only), "mcnemar": only and mcnemar(*only)}
+    return {"accuracy_interval": [found.low, found.high], **tested}
 
 
-def unfinished(summary: Summary) -> str:
-    """The warning about an unfinished run."""
-    return f"{summary.name} is unfinished: its numbers are those after {summary.steps} steps"
-
-
-def unfair_keys(differences: Mapping[str, Any]) -> list[str]:
-    """The keys in `differences` that a comparison of schedules should not vary."""
-    return [key for key in differences if affects_results(key) and key.partition(".")[0] != "schedule"]
+def unfair_keys(keys: Iterable[str]) -> list[str]:
+    """Those of the keys in which recipes differ that a comparison of schedules should not vary."""
+    return [key for key in keys if affects_results(key) and key.partition(".")[0] != "schedule"]
 
 
 def demand(result: dict[str, Any], wanted: Mapping[str, float]) -> None:
@@ -174,9 +169,8 @@ def render(result: dict[str, Any]) -> Group:
             a, b = (100 * summary[key] for summary in (theirs, ours))
             rows.append((name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}"))
     if result["only_one_right"] is not None:
-        first, second = result["only_one_right"]
-        label = "  videos that only this run gets right"
-        rows.append((label, f"{first:,}", f"{second:,}", f"p = {result['mcnemar']:.2g}"))
+        first, second = (f"{count:,}" for count in result["only_one_right"])
+        rows.append(("  videos that only this run gets right", first, second, f"p = {result['mcnemar']:.2g}"))
     best = result["baseline_best"]
     seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
     factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
@@ -185,7 +179,10 @@ def render(result: dict[str, Any]) -> Group:
 
     costs = table(("", theirs["name"], ours["name"], "gain"), rows, left=1, wrap=True)
     notes = [Text(f"note: {warning}", style="yellow") for warning in result["warnings"]]
-    changed = [Text(f"  {key}: {_brief(a)} -> {_brief(b)}") for key, (a, b) in result["recipe_differences"].items()]
+    changed = [
+        Text(f"  {key}: {' -> '.join('(none)' if value is None else str(value) for value in values)}")
+        for key, values in result["recipe_differences"].items()
+    ]
     return Group(*notes, costs, Text("\nthe recipes differ in" if changed else "\nthe recipes are the same"), *changed,
                  Text(f"\n{result['verdict']}", style="bold"))  # fmt: skip
 
@@ -207,7 +204,3 @@ def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
 def times(ratio: float, less: str = "less") -> str:
     """A ratio in words, such as `2.50x less` or `1.20x more`."""
     return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x more"
-
-
-def _brief(value: Any) -> str:
-    return "(none)" if value is None else str(value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import time
@@ -24,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Logging, Recipe, load_recipe
-from mgtrain.runs.boards import Board, asked_for, open_boards
+from mgtrain.runs.boards import Board, services_of
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 BOARDS = "boards.json"  # the run's identity at services
@@ -36,11 +39,7 @@ LOCK_SECONDS = 10.0  # to wait until the processes of a killed run have ended
 
 
 def find_run(name: str | Path) -> RunDir:
-    """The run at a path, or with that name under `runs/`.
-
-    Raises:
-        UsageError: there is no such run; names the runs here.
-    """
+    """The run at a path, or with that name under `runs/`. Raises `UsageError` if there is none."""
     for path in (Path(name), RUNS / name):
         if (path / "recipe.yaml").is_file():
             return RunDir(path)
@@ -160,17 +159,26 @@ class RunDir:
 
     def open_boards(self, named: Logging) -> None:
         """Show the run on the services that its recipe names, too; resumed, it continues there."""
-        if self.writes and asked_for(named):
-            if not (self.path / BOARDS).is_file():
-                self.write(BOARDS, {"id": uuid.uuid4().hex[:16]})
-            self.other_boards = open_boards(named, self.name, str(self.read(BOARDS).get("id")), self.path)
+        if not (self.writes and services_of(named)):
+            return
+        from mgtrain.runs.boards.relay import Relay
+
+        if not (self.path / BOARDS).is_file():
+            self.write(BOARDS, {"id": uuid.uuid4().hex[:16]})
+        identity, folder = str(self.read(BOARDS).get("id")), str(self.path.absolute())
+        facts = {"name": self.name, "identity": identity, "folder": folder}
+        for key, target in services_of(named).items():
+            try:
+                self.other_boards.append(Relay(key, {"target": target, **facts}))
+            except OSError as error:
+                log.warning("%s: cannot be started: %s; the run continues without it", key, error)
 
     def _show(self, write: Callable[[Board], None]) -> None:
         """Call `write` with TensorBoard and the other boards, if this process writes."""
         if self.writes:
             with self._writing():
                 if self._board is None:
-                    from mgtrain.runs.boards.tensorboard import TensorBoard
+                    from mgtrain.runs.boards.services import TensorBoard
 
                     self._board = TensorBoard(self.path, self._first_step)
                 write(self._board)

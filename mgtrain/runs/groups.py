@@ -15,12 +15,12 @@ from rich.text import Text
 from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import affects_results
+from mgtrain.recipe.load import flat_differences
 from mgtrain.runs.compare import DEVICE_KEYS, MARGIN, times, unfair_keys
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
 
-SCHEMA = "mgtrain.groups/2"
 NOT_ONLY_SCHEDULE = "does not only differ in schedule, but also in"
 COSTS = ("steps", "epochs", "multiply_adds", "train_seconds", "clock_seconds")
 COLUMNS = ("", "runs", "accuracy", "± sd", "95 %", "steps", "epochs", "training time", "gain", "by the clock", "gain")
@@ -37,29 +37,17 @@ class Outcome:
 
     @classmethod
     def of(cls, run: RunDir | History) -> Outcome:
-        """The outcome of a run in a folder."""
         history = History.of(run)
         with guarded(history):
             return cls(history.summary, history.recipe.flat(), history.env)
-
-    @property
-    def pair(self) -> tuple[Any, ...]:
-        """The seed and fold, which are the same for its partner in another group."""
-        return tuple(self.recipe[key] for key in SEED_KEYS)
-
-    @property
-    def group(self) -> str:
-        """The recipe without seed and fold, the same for all runs of a group."""
-        kept = {key: value for key, value in self.recipe.items() if affects_results(key) and key not in SEED_KEYS}
-        return json.dumps(kept, sort_keys=True)
 
 
 def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
     """Group runs of the same recipe with any seeds and lists of videos; a group has the name of its first run."""
     found: dict[str, list[Outcome]] = {}
-    for run in runs:
-        outcome = Outcome.of(run)
-        found.setdefault(outcome.group, []).append(outcome)
+    for outcome in map(Outcome.of, runs):
+        kept = {key: value for key, value in outcome.recipe.items() if affects_results(key) and key not in SEED_KEYS}
+        found.setdefault(json.dumps(kept, sort_keys=True), []).append(outcome)
     named: dict[str, list[Outcome]] = {}
     for members in found.values():
         name = members[0].summary.name
@@ -95,58 +83,47 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
             continue
         if len(members) == 1:
             warnings.append(f"{name}: one run does not show the spread between seeds; train more seeds")
-        elif mean([o.summary.accuracy for o in members]).sd == 0:
+        elif mean(_values(members, "accuracy")).sd == 0:
             warnings.append(f"{name}: {len(members)} equal accuracies do not show the spread; train more seeds")
         row: dict[str, Any] = {
             "name": name,
             "runs": [asdict(outcome.summary) for outcome in members],
             "seeds": [outcome.recipe["seed"] for outcome in members],
-            "accuracy": asdict(mean([outcome.summary.accuracy for outcome in members])),
-            **{key: asdict(mean([getattr(outcome.summary, key) for outcome in members])) for key in COSTS},
+            **{key: asdict(mean(_values(members, key))) for key in ("accuracy", *COSTS)},
         }
         rows.append(row | (_against(base, members, name, same, margin, warnings) if name != base_name else {}))
-    return {"schema": SCHEMA, "margin": margin, "groups": rows, "warnings": warnings}
+    return {"schema": "mgtrain.groups/2", "margin": margin, "groups": rows, "warnings": warnings}
 
 
 def _against(
     base: Sequence[Outcome], members: Sequence[Outcome], name: str, same: bool, margin: float, warnings: list[str]
 ) -> dict[str, Any]:
     """Compare a group with the first one, paired if possible; adds to `warnings`."""
-    flat, rival = members[0].recipe, base[0].recipe
-    unfair = unfair_keys({key: 0 for key in {**rival, **flat} if rival.get(key) != flat.get(key)})
+    unfair = unfair_keys(flat_differences(base[0].recipe, members[0].recipe))
     if unfair := [key for key in unfair if key not in SEED_KEYS]:
         warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
-    pairs = _pairs(base, members)
+    by_pair = [{tuple(o.recipe[key] for key in SEED_KEYS): o for o in outcomes} for outcomes in (base, members)]
+    several = len(by_pair[0]) < len(base) or len(by_pair[1]) < len(members)  # of the same seed and fold in a group
+    pairs = [] if several else [pair for pair in by_pair[0] if pair in by_pair[1]]
     paired = len(pairs) > 1
     if paired and len(pairs) < max(len(base), len(members)):
         warnings.append(
             f"{name}: only {len(pairs)} runs have a partner of the same seed and fold; the others are ignored"
         )
-    first, second = ([pair[n] for pair in pairs] for n in (0, 1)) if paired else (base, members)
+    first, second = ([of[pair] for pair in pairs] for of in by_pair) if paired else (base, members)
 
-    def values(outcomes: Sequence[Outcome], key: str) -> list[float]:
-        return [getattr(outcome.summary, key) for outcome in outcomes]
-
-    change = (paired_means if paired else welch)(values(first, "accuracy"), values(second, "accuracy"))
-    gains = {
-        key: asdict(ratio(values(first, key), values(second, key), paired))
-        for key in COSTS
-        if same or not key.endswith("seconds")
-    }
+    change = (paired_means if paired else welch)(_values(first, "accuracy"), _values(second, "accuracy"))
+    compared = [key for key in COSTS if same or not key.endswith("seconds")]
     return {
         "pairs": len(pairs) if paired else None,
         "difference": asdict(change),
-        "speedups": gains,
+        "speedups": {key: asdict(ratio(_values(first, key), _values(second, key), paired)) for key in compared},
         "judged": judge(change.scaled(100), margin),
     }
 
 
-def _pairs(base: Sequence[Outcome], members: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
-    """Pairs of runs with the same seed and fold; none if a group has several runs with the same seed and fold."""
-    first, second = ({outcome.pair: outcome for outcome in outcomes} for outcomes in (base, members))
-    if len(first) < len(base) or len(second) < len(members):
-        return []
-    return [(first[pair], second[pair]) for pair in first if pair in second]
+def _values(outcomes: Sequence[Outcome], key: str) -> list[float]:
+    return [getattr(outcome.summary, key) for outcome in outcomes]
 
 
 def render_groups(result: dict[str, Any]) -> Group:
@@ -204,8 +181,9 @@ def verdicts(result: dict[str, Any]) -> list[str]:
                 f"{spread(gains['clock_seconds'])} less by the clock, {time}"
             )
         sizes = len(base["runs"]), len(group["runs"])
-        counts = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
-        runs = f"{group['pairs']} pairs of runs" if group["pairs"] else counts
+        runs = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
+        if group["pairs"]:
+            runs = f"{group['pairs']} pairs of runs"
         metric = group["runs"][0]["metric"]
         lines.append(f"{group['name']} against {base['name']}: {time}; {metric}: {group['judged']}, {runs}")
     return lines

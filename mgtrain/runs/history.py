@@ -59,32 +59,26 @@ class History:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The run's recipe."""
         return self.run.recipe()
 
     @cached_property
     def plan_file(self) -> dict[str, Any]:
-        """`plan.json`."""
         return self.run.read("plan.json")
 
     @cached_property
     def plan(self) -> Plan:
-        """The run's plan."""
         return make_plan(self.recipe, self.plan_file["videos"])
 
     @cached_property
     def env(self) -> dict[str, Any]:
-        """`env.json`."""
         return self.run.read("env.json")
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """`data.json`."""
         return self.run.read("data.json")
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """The logged steps."""
         return self.run.rows("steps.jsonl")
 
     @cached_property
@@ -92,8 +86,7 @@ class History:
         """The evaluations. For runs of earlier versions, `clock_seconds` is the sum of training and evaluations."""
         rows = self.run.rows("evals.jsonl")
         evaluating = accumulate(row.get("eval_seconds", 0.0) for row in rows)
-        clock = [row["train_seconds"] + seconds for row, seconds in zip(rows, evaluating, strict=True)]
-        return [{"clock_seconds": seconds, **row} for row, seconds in zip(rows, clock, strict=True)]
+        return [{"clock_seconds": row["train_seconds"] + s, **row} for row, s in zip(rows, evaluating, strict=True)]
 
     @property
     def knows_clock(self) -> bool:
@@ -102,17 +95,11 @@ class History:
 
     @cached_property
     def summary(self) -> Summary:
-        """The summary of the logs.
-
-        Raises:
-            UsageError: there is no evaluation yet.
-            CheckpointError: a number is missing.
-        """
+        """Raises `UsageError` if there is no evaluation yet, and `CheckpointError` if a number is missing."""
         evals, plan = self.evals, self.plan
         if not evals:
             raise UsageError(f"{self.path}: no evaluation yet; wait for the first one, or resume the run with --resume")
-        last = evals[-1]
-        classes = class_accuracy(last)
+        last, classes = evals[-1], class_accuracy(evals[-1])
         if not all(is_number(row[key]) for row in evals for key in EVALUATED) or not is_number(classes or 0.0):
             names = ", ".join((*EVALUATED, "mean_class"))
             raise CheckpointError(f"{self.path}: evals.jsonl is damaged: {names} must be numbers")
@@ -126,19 +113,14 @@ class History:
             clips=clips,
             voxels=sum(shape.voxels for shape in shapes),
             multiply_adds=self.multiply_adds_until([last["step"]])[0],
-            train_seconds=last["train_seconds"],
-            clock_seconds=last["clock_seconds"],
             gpu_hours=last["train_seconds"] * self.env["ranks"] / 3600,
-            data_seconds=last["data_seconds"],
             eval_seconds=sum(row["eval_seconds"] for row in evals),
             evaluations=len(evals),
             metric=accuracy_name(last),
             accuracy=accuracy(last),
             best_accuracy=max(map(accuracy, evals)),
-            top1=last["top1"],
-            top5=last["top5"],
-            videos=last["videos"],
             mean_class=classes,
+            **{key: last[key] for key in ("train_seconds", "clock_seconds", "data_seconds", "top1", "top5", "videos")},
         )
 
     def multiply_adds_until(self, ends: Sequence[int]) -> list[float]:
@@ -149,18 +131,14 @@ class History:
         return [float(sums[end - 1]) for end in ends]
 
     def curve(self) -> list[dict[str, Any]]:
-        """The cost up to each evaluation, and its accuracy and loss."""
+        """The cost up to each evaluation, and its accuracy."""
         work = self.multiply_adds_until([row["step"] for row in self.evals])
         return [
             {
-                "step": row["step"],
-                "epoch": row["epoch"],
-                "train_seconds": row["train_seconds"],
-                "clock_seconds": row["clock_seconds"],
+                **{key: row[key] for key in ("step", "epoch", "train_seconds", "clock_seconds")},
                 "multiply_adds": done,
                 "gpu_hours": row["train_seconds"] * self.env["ranks"] / 3600,
                 "accuracy": accuracy(row),
-                "loss": row["loss"],
             }
             for row, done in zip(self.evals, work, strict=True)
         ]
@@ -193,7 +171,6 @@ def accuracy(row: dict[str, Any]) -> float:
 
 
 def accuracy_name(row: dict[str, Any]) -> str:
-    """The name of `accuracy`: top-1 or mAP."""
     return "top-1" if row.get("mean_ap") is None else "mAP"
 
 

@@ -39,7 +39,6 @@ class Journal:
         return numbers, joined["probabilities"][places]
 
     def append(self, rank: int, numbers: np.ndarray, probabilities: np.ndarray) -> None:
-        """Append rows of a rank."""
         part = self.file.with_name(f"{self.file.name}.part-{rank}")
         rows = np.empty(len(numbers), self._row)
         rows["number"], rows["probabilities"] = numbers, probabilities

@@ -14,7 +14,7 @@ import numpy as np
 from mgtrain.data.videos import Videos
 from mgtrain.rng import Draw, generator
 from mgtrain.runs.folder import replacing
-from mgtrain.runs.statistics import quantile_normal, wilson
+from mgtrain.runs.statistics import Z, wilson
 
 BINS = 15  # of confidence, for the expected calibration error (Guo et al. 2017)
 MISTAKES = 5  # most frequent pairs of confused classes
@@ -48,7 +48,6 @@ class Scores:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Scores:
-        """The scores in a row of `evals.jsonl`."""
         known: dict[str, Any] = {field.name: row.get(field.name) for field in fields(cls)}
         return cls(**known)
 
@@ -76,7 +75,7 @@ class Scores:
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the top-1 accuracy (see `wilson`), or of mAP if its error is known."""
         if self.mean_ap is not None and self.mean_ap_sd is not None:
-            half = quantile_normal() * self.mean_ap_sd
+            half = Z * self.mean_ap_sd
             return max(0.0, self.mean_ap - half), min(1.0, self.mean_ap + half)
         return wilson(round(self.top1 * self.videos), self.videos)
 
@@ -91,32 +90,21 @@ class Predictions:
 
     def scores(self) -> Scores:
         """Accuracy and loss. Equally probable classes count in the order of their numbers."""
-        count, classes = len(self.numbers), self.probabilities.shape[1]
-        if self.multi_label:
-            return self._scores_of_several()
-        right = self.right
-        own = self.probabilities[np.arange(count), self.labels]
-        # The number of classes that are more probable than the video's own, or equally probable and before it.
-        ahead = (self.probabilities > own[:, None]).sum(1)
-        before = np.arange(classes) < self.labels[:, None]
-        ahead += ((self.probabilities == own[:, None]) & before).sum(1)
-        loss = -np.log(np.maximum(own.astype(np.float64), LEAST)).sum()
-        return Scores(
-            float(right.sum()) / max(1, count),
-            float((ahead < 5).sum()) / max(1, count),
-            float(loss) / max(1, count),
-            count,
-            tuple(np.bincount(self.labels[right], minlength=classes).tolist()),
-            tuple(np.bincount(self.labels, minlength=classes).tolist()),
-        )
-
-    def _scores_of_several(self) -> Scores:
-        count, there = max(1, len(self.numbers)), self.labels.astype(bool)
+        classes, count = np.arange(self.probabilities.shape[1]), max(1, len(self.numbers))
         order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :5]
+        several: dict[str, Any] = {}
+        if self.multi_label:
+            there = self.labels.astype(bool)  # (V, classes): whether a video has a class
+            right = there & (self.probabilities >= 0.5)
+            sure = np.clip(self.probabilities.astype(np.float64), LEAST, 1 - 1e-12)
+            loss = -np.where(there, np.log(sure), np.log1p(-sure)).mean(1).sum()
+            precision = tuple(average_precision(*pair) for pair in zip(there.T, self.probabilities.T, strict=True))
+            several = {"precision": precision, "mean_ap_sd": mean_ap_sd(there, self.probabilities)}
+        else:
+            there = self.labels[:, None] == classes
+            right = there & (order[:, :1] == classes)
+            loss = -np.log(np.maximum(self.probabilities[there].astype(np.float64), LEAST)).sum()
         among = np.take_along_axis(there, order, axis=1)  # (V, 5)
-        sure = np.clip(self.probabilities.astype(np.float64), LEAST, 1 - 1e-12)
-        loss = -np.where(there, np.log(sure), np.log1p(-sure)).mean(1).sum()
-        right = there & (self.probabilities >= 0.5)
         return Scores(
             float(among[:, :1].sum()) / count,
             float(among.any(1).sum()) / count,
@@ -124,8 +112,7 @@ class Predictions:
             len(self.numbers),
             tuple(right.sum(0).tolist()),
             tuple(there.sum(0).tolist()),
-            tuple(average_precision(*pair) for pair in zip(there.T, self.probabilities.T, strict=True)),
-            mean_ap_sd(there, self.probabilities),
+            **several,
         )
 
     @property
@@ -136,9 +123,8 @@ class Predictions:
     @property
     def right(self) -> np.ndarray:
         """Whether each video's most probable class is one of its labels: bool (V,)."""
-        if self.multi_label:
-            return np.take_along_axis(self.labels, self.first[:, None], axis=1)[:, 0] > 0
-        right: np.ndarray = self.first == self.labels
+        first = self.first
+        right: np.ndarray = self.labels[np.arange(len(first)), first] > 0 if self.multi_label else self.labels == first
         return right
 
     @property
@@ -184,7 +170,6 @@ class Predictions:
         return {"right": packed(self.right), "left_out": left_out}
 
     def describe(self, classes: Sequence[str]) -> dict[str, Any]:
-        """All scores as plain values."""
         scores, (error, bins) = self.scores(), self.calibration()
         if self.multi_label:
             kind = {"mean_ap": scores.mean_ap, "mean_ap_interval": scores.interval()}
@@ -210,8 +195,7 @@ class Predictions:
             for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=True):
                 share = "no videos" if accuracy is None else f"{100 * accuracy:6.1f} %"
                 lines.append(f"{name:30} {share}  of {count}")
-        mistakes = [] if self.multi_label else self.mistakes()
-        if mistakes:
+        if mistakes := [] if self.multi_label else self.mistakes():
             named = (f"{classes[label]} as {classes[predicted]} ({count})" for label, predicted, count in mistakes)
             lines.append(f"most frequent mistakes: {', '.join(named)}")
         confidence = float(self.probabilities.max(1, initial=0).mean()) if scores.videos else 0.0
@@ -219,11 +203,9 @@ class Predictions:
             f"calibration: mean confidence {100 * confidence:.1f} %, "
             f"expected calibration error {100 * self.calibration()[0]:.1f} %"
         )
-        low, high = scores.interval()
+        low, high = (100 * end for end in scores.interval())
         kind = "top-1" if scores.mean_ap is None else "mAP"
-        return "\n".join(
-            [*lines, f"{scores.line(views)}; 95 % interval of {kind}: {100 * low:.1f} to {100 * high:.1f} %"]
-        )
+        return "\n".join([*lines, f"{scores.line(views)}; 95 % interval of {kind}: {low:.1f} to {high:.1f} %"])
 
     def write_csv(self, path: Path, videos: Videos) -> None:
         """Write a CSV file with a row for each video: path, label, predicted class, probability of every class."""

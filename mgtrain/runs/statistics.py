@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from scipy import special
 
 CONFIDENCE = 0.95
+Z = float(special.ndtri((1 + CONFIDENCE) / 2))  # the quantile of the normal distribution for it, 1.96
 MOST_SEEDS = 1000  # limit of the number that a verdict suggests
 
 
@@ -34,11 +35,6 @@ class Interval:
         return Interval(factor * self.value, low, high, sd, self.count)
 
 
-def quantile_normal() -> float:
-    """The quantile of the normal distribution for 95 % confidence, 1.96."""
-    return float(special.ndtri((1 + CONFIDENCE) / 2))
-
-
 def quantile_t(freedom: float) -> float:
     """The quantile of Student's t with `freedom` degrees of freedom for 95 % confidence."""
     return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
@@ -53,10 +49,10 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     """
     if not count:
         return 0.0, 1.0
-    share, z = right / count, quantile_normal()
-    middle = share + z * z / (2 * count)
-    margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low, high = ((middle + sign * margin) / (1 + z * z / count) for sign in (-1, 1))
+    share = right / count
+    middle = share + Z * Z / (2 * count)
+    margin = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    low, high = ((middle + sign * margin) / (1 + Z * Z / count) for sign in (-1, 1))
     return max(0.0, min(low, share)), min(1.0, max(high, share))  # guards against rounding
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,32 +21,10 @@ from mgtrain.schedule import Plan
 QUIET_SECONDS = 600  # without a new log line until a note says so
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """The state of a run."""
+def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
+    """Read the state of a run from its logs, as plain values.
 
-    name: str
-    steps: int  # finished and logged
-    total: int
-    phase: str  # such as `phase 3 of 14 (512x16x112², ...), step 12 of 340`
-    row: dict[str, Any]  # the last logged step
-    left: float  # seconds of training left
-    silent: float  # seconds since the last log line
-    evaluation: str  # the last one; empty before the first
-    against: str  # the baseline at the same time and step; empty without a baseline
-
-    @property
-    def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.steps >= self.total
-
-
-def look(run: RunDir, baseline: RunDir | None = None) -> View:
-    """Read the state of a run from its logs.
-
-    Raises:
-        UsageError: there is no logged step yet.
-        CheckpointError: the logs are damaged.
+    Raises `UsageError` before the first line, and `CheckpointError` if the logs are damaged.
     """
     with guarded(run, *([baseline] if baseline else [])):
         history = History(run)
@@ -56,25 +33,28 @@ def look(run: RunDir, baseline: RunDir | None = None) -> View:
             raise UsageError(f"{run.path}: no step is logged yet; try again later")
         last = rows[-1]
         phase = plan.phases[last["phase"]]
-        shapes = ", ".join(map(str, phase.shapes))
-        turn = f", turn {(last['step'] - 1 - phase.first_step) % len(phase.shapes) + 1} of {len(phase.shapes)}"
-        done = last["step"] - phase.first_step
-        words = (
-            f"phase {phase.index + 1} of {len(plan.phases)} ({shapes}){turn if len(phase.shapes) > 1 else ''}, "
-            f"step {done:,} of {phase.steps:,}"
-        )
-        evaluation = ""
+        done, cycle = last["step"] - phase.first_step, len(phase.shapes)
+        turn = f", turn {(done - 1) % cycle + 1} of {cycle}" if cycle > 1 else ""
+        evaluation = against = ""
         if evals:
-            now, best = evals[-1], max(map(accuracy, evals))
-            name = accuracy_name(now)
-            classes = class_accuracy(now)
+            now, best, classes = evals[-1], max(map(accuracy, evals)), class_accuracy(evals[-1])
+            found = f"{accuracy_name(now)} {100 * accuracy(now):.1f} %"
             mean = "" if classes is None else f", mean class {100 * classes:.1f} %"
-            evaluation = f"{name} {100 * accuracy(now):.1f} %{mean} after step {now['step']:,}, best {100 * best:.1f} %"
-        compared = _against(evals, baseline) if baseline and evals else ""
-        silent = time.time() - (run.path / "steps.jsonl").stat().st_mtime
-        return View(
-            run.name, last["step"], len(plan), words, last, seconds_left(plan, rows), silent, evaluation, compared
-        )  # fmt: skip
+            evaluation = f"{found}{mean} after step {now['step']:,}, best {100 * best:.1f} %"
+            against = _against(evals, baseline) if baseline else ""
+        return {
+            "name": run.name,
+            "steps": last["step"],
+            "total": len(plan),
+            "phase": f"phase {phase.index + 1} of {len(plan.phases)} ({', '.join(map(str, phase.shapes))}){turn}, "
+            f"step {done:,} of {phase.steps:,}",
+            "row": last,
+            "left": seconds_left(plan, rows),  # of training
+            "silent": time.time() - (run.path / "steps.jsonl").stat().st_mtime,  # seconds since the last log line
+            "evaluation": evaluation,  # the last one; empty before the first
+            "against": against,  # the baseline at the same time and step; empty without a baseline
+            "finished": last["step"] >= len(plan),
+        }
 
 
 def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
@@ -84,35 +64,34 @@ def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
         if before["phase"] == after["phase"] and after["step"] > before["step"]:
             pace = (after["train_seconds"] - before["train_seconds"]) / (after["step"] - before["step"])
             paces.setdefault(plan.phases[after["phase"]].shapes, []).append(pace)
-    overall = rows[-1]["train_seconds"] / max(1, rows[-1]["step"])
+    overall = [rows[-1]["train_seconds"] / max(1, rows[-1]["step"])]
     left = 0.0
     for phase in plan.phases:
         to_go = min(phase.steps, max(0, phase.end_step - rows[-1]["step"]))
-        known = paces.get(phase.shapes)
-        left += to_go * (sum(known) / len(known) if known else overall)
+        known = paces.get(phase.shapes, overall)
+        left += to_go * (sum(known) / len(known))
     return left
 
 
-def render(view: View) -> Group:
-    """The state for the terminal."""
-    row, table = view.row, Table.grid(padding=(0, 2))
+def render(view: dict[str, Any]) -> Group:
+    row, table = view["row"], Table.grid(padding=(0, 2))
     waiting = 100 * row["data_seconds"] / max(row["train_seconds"], 1e-9)
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     clock = f", {duration(row['clock_seconds'])} by the clock" if "clock_seconds" in row else ""
-    left = "finished" if view.finished else f"about {duration(view.left)} left"
+    left = "finished" if view["finished"] else f"about {duration(view['left'])} left"
     lines = [
-        ("", view.phase),
+        ("", view["phase"]),
         ("now", f"loss {loss}  top-1 {100 * row['top1']:.0f} %  lr {row['lr']:.3g}  epoch {row['epoch']:.1f}"),
         ("time", f"{duration(row['train_seconds'])} of training, {waiting:.0f} % waiting for data{clock}; {left}"),
-        ("evaluated", view.evaluation or "not yet"),
-        *([("baseline", view.against)] if view.against else []),
+        ("evaluated", view["evaluation"] or "not yet"),
+        *([("baseline", view["against"])] if view["against"] else []),
     ]
-    if view.silent > QUIET_SECONDS and not view.finished:
-        lines.append(("", f"no log line for {duration(view.silent)}: it is evaluating or has stopped (--resume)"))
+    if view["silent"] > QUIET_SECONDS and not view["finished"]:
+        lines.append(("", f"no log line for {duration(view['silent'])}: it is evaluating or has stopped (--resume)"))
     for key, words in lines:
         table.add_row(key, Text(words))
-    bar = ProgressBar(total=view.total, completed=view.steps, width=60)
-    return Group(Text(f"{view.name}: step {view.steps:,} of {view.total:,}", style="bold"), bar, table)
+    bar = ProgressBar(total=view["total"], completed=view["steps"], width=60)
+    return Group(Text(f"{view['name']}: step {view['steps']:,} of {view['total']:,}", style="bold"), bar, table)
 
 
 def _against(evals: Sequence[dict[str, Any]], baseline: RunDir) -> str:

@@ -60,7 +60,7 @@ def test_mean_class_accuracy_is_shown_where_it_is_known(tiny: Callable[..., Reci
 
 def test_a_finished_run_has_nothing_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     view = look(logged(tmp_path / "run", tiny(), 17))
-    assert (view.finished, view.left) == (True, 0)
+    assert (view["finished"], view["left"]) == (True, 0)
     assert "finished" in shown(RunDir(tmp_path / "run"))
 
 

@@ -54,8 +54,6 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The contents of the set."""
-
     videos: int
     made: int  # by this call
     broken: dict[str, str]  # path -> cause
@@ -78,9 +76,8 @@ def prepare(
 ) -> Summary:
     """Prepare the videos at `paths`, relative to `root`, in `folder`; videos that are already there are kept.
 
-    `fps` is the rate of folders of frames.
-
-    `forecast` is called once with the estimate for the remaining videos, and returns whether to continue.
+    `fps` is the rate of folders of frames. `forecast` is called once with the estimate for the remaining videos, and
+    returns whether to continue.
 
     Raises:
         DataError: the folder holds a set with other settings, or the disk is too small.
@@ -98,7 +95,7 @@ def prepare(
     todo = [path for path in paths if not _is_there(root, folder, path, fps, known.get(path), sharded)]
     todo = [todo[n] for n in generator(0, Draw.PREPARE).permutation(len(todo))]  # the first ones are a random sample
     start, made = time.monotonic(), 0
-    loose = folder / LOOSE if settings.shards else folder
+    loose = folder / LOOSE if sharded else folder
     encode = partial(encode_video, root, folder=loose, settings=settings, fps=fps)
     with manifest, ExitStack() as stack:
         shards = None
@@ -114,8 +111,8 @@ def prepare(
             if shards:
                 shards.add(done[0], loose)
             manifest.add_video(*done)
-            if shards:
-                _remove(loose, done[0])
+            for level in done[0].get("levels", ()) if shards else ():  # they are in a shard now
+                level_path(loose, level["level"], path).unlink()
             made += 1
             progress("preparing", len(paths) - len(todo) + made, len(paths))
             if made == min(len(todo), max(SAMPLE, workers)):
@@ -127,21 +124,14 @@ def prepare(
                 _check_disk(folder, sum(of_all) - sum(sizes))
                 if not forecast(Forecast(len(paths), left, of_all, round(originals * scale))):
                     break
-    if settings.shards:
+    if sharded:
         shutil.rmtree(loose, ignore_errors=True)
     records = manifest.of(paths)
     if len(records) == len(paths):
         write_index(folder, settings, manifest.records.values())
     broken = {record["path"]: record["error"] for record in records if "error" in record}
-    shards_used = {member.shard for member in members_of(records)} if settings.shards else ()
-    seconds = time.monotonic() - start
-    return Summary(len(records), made, broken, *_bytes(records, settings), seconds, len(shards_used))
-
-
-def _remove(loose: Path, record: Record) -> None:
-    """Remove a video's files, which are in a shard now."""
-    for level in record.get("levels", ()):
-        level_path(loose, level["level"], record["path"]).unlink()
+    used = {member.shard for member in members_of(records)} if sharded else ()
+    return Summary(len(records), made, broken, *_bytes(records, settings), time.monotonic() - start, len(used))
 
 
 class PreparedManifest(Manifest):
@@ -230,8 +220,7 @@ def _is_there(root: Path, folder: Path, path: str, fps: float | None, record: Re
 
 def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ...], int]:
     """Bytes of each level, and of the originals."""
-    by_level = dict.fromkeys(settings.levels, 0)
-    originals = 0
+    by_level, originals = dict.fromkeys(settings.levels, 0), 0
     for record in records:
         originals += record.get("source_bytes", 0)
         for level in record.get("levels", ()):
@@ -270,11 +259,7 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
 
 
 def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> dict[str, str]:
-    """Read every byte of a prepared set; returns file -> what is wrong with it.
-
-    Raises:
-        DataError: the folder is not a prepared set.
-    """
+    """Read every byte of a prepared set; returns file -> what is wrong. Raises `DataError` for any other folder."""
     settings = read_settings(folder)
     records = [record for record in PreparedManifest(folder).records.values() if "error" not in record]
     index = read_index(folder, settings) if (folder / "index.npy").exists() else ()
@@ -300,14 +285,12 @@ def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> 
     for member in members_of(records) if settings.shards else ():
         by_shard.setdefault(shard_path(folder, member.shard), []).append(member)
 
-    def verify_shard(path: Path) -> tuple[Path, str | None]:
-        return path, shard_problem(path, by_shard[path])
-
     with ThreadPoolExecutor(workers) as pool:
         for done, found in enumerate(pool.map(verify_video, records), start=1):
             wrong.update(found)
             progress("verifying", done, len(records))
-        for done, (path, problem) in enumerate(pool.map(verify_shard, by_shard), start=1):
+        problems = pool.map(shard_problem, by_shard.keys(), by_shard.values())
+        for done, (path, problem) in enumerate(zip(by_shard, problems, strict=True), start=1):
             wrong.update({str(path): problem} if problem else {})
             progress("verifying shards", done, len(by_shard))
     return wrong

@@ -36,12 +36,10 @@ class Member:
 
     @property
     def end(self) -> int:
-        """Where the next member may start."""
         return self.offset + padded(self.bytes)
 
 
 def members_of(records: Iterable[Record]) -> list[Member]:
-    """The members of a sharded set."""
     return [
         Member(level["shard"], member_name(level, record), level["offset"], level["bytes"], level["sha256"])
         for record in records
@@ -78,36 +76,28 @@ class ShardWriter:
                 self._file.close()
 
     def add(self, record: Record, loose: Path) -> None:
-        """Append a video's files, which lie in the folder `loose`, and tell its record where they are.
-
-        Raises:
-            DataError: they cannot be written.
-        """
+        """Append a video's files, in the folder `loose`, and tell its record where. Raises `DataError` if it cannot."""
+        levels = record.get("levels", ())
+        heads = [_head(member_name(level, record), level["bytes"]) for level in levels]
+        size = sum(len(head) + padded(level["bytes"]) for head, level in zip(heads, levels, strict=True))
         try:
-            self._append(record, loose)
+            if self._end and self._end + size + len(END) > self._most:
+                self._close()
+                self._number, self._end = self._number + 1, 0
+                self._open()
+            for level, head in zip(levels, heads, strict=True):
+                level["shard"], level["offset"] = self._number, self._end + len(head)
+                self._file.write(head)
+                with level_path(loose, level["level"], record["path"]).open("rb") as source:
+                    shutil.copyfileobj(source, self._file, 1 << 20)
+                self._file.write(bytes(padded(level["bytes"]) - level["bytes"]))
+                self._end += len(head) + padded(level["bytes"])
+            self._file.flush()
         except OSError as error:
             raise DataError(
                 f"{shard_path(self._folder, self._number)}: cannot be written: {error.strerror}; run the same command "
                 "again to resume"
             ) from error
-
-    def _append(self, record: Record, loose: Path) -> None:
-        levels = record.get("levels", ())
-        files = [level_path(loose, level["level"], record["path"]) for level in levels]
-        heads = [_head(member_name(level, record), level["bytes"]) for level in levels]
-        size = sum(len(head) + padded(level["bytes"]) for head, level in zip(heads, levels, strict=True))
-        if self._end and self._end + size + len(END) > self._most:
-            self._close()
-            self._number, self._end = self._number + 1, 0
-            self._open()
-        for level, file, head in zip(levels, files, heads, strict=True):
-            level["shard"], level["offset"] = self._number, self._end + len(head)
-            self._file.write(head)
-            with file.open("rb") as source:
-                shutil.copyfileobj(source, self._file, 1 << 20)
-            self._file.write(bytes(padded(level["bytes"]) - level["bytes"]))
-            self._end += len(head) + padded(level["bytes"])
-        self._file.flush()
 
     def _open(self) -> None:
         path = shard_path(self._folder, self._number)

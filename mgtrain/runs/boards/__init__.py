@@ -6,10 +6,8 @@ that may be slow, unreachable or broken: each runs in its own process (`relay.py
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mgtrain.errors import MissingCapabilityError
@@ -17,8 +15,6 @@ from mgtrain.recipe import Logging
 
 if TYPE_CHECKING:
     import numpy as np
-
-log = logging.getLogger(__name__)
 
 PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}  # key: module, what pip installs
 
@@ -40,12 +36,8 @@ class Board(Protocol):
 
 
 def check_boards(named: Logging) -> None:
-    """Refuse services whose package is not installed, without importing it.
-
-    Raises:
-        MissingCapabilityError: says what to install.
-    """
-    for key in asked_for(named):
+    """Raise `MissingCapabilityError` for services whose package is not installed, without importing it."""
+    for key in services_of(named):
         module, package = PACKAGES[key]
         if find_spec(module) is None:
             raise MissingCapabilityError(
@@ -54,20 +46,6 @@ def check_boards(named: Logging) -> None:
             )
 
 
-def open_boards(named: Logging, name: str, identity: str, folder: Path) -> list[Board]:
-    """The services that the recipe names, for the run `name`; a resumed run has the same `identity` and continues."""
-    from mgtrain.runs.boards.relay import Relay
-
-    facts = {"name": name, "identity": identity, "folder": str(folder.absolute())}
-    boards: list[Board] = []
-    for key in asked_for(named):
-        try:
-            boards.append(Relay(key, {"target": getattr(named, key), **facts}))
-        except OSError as error:
-            log.warning("%s: cannot be started: %s; the run continues without it", key, error)
-    return boards
-
-
-def asked_for(named: Logging) -> list[str]:
-    """The keys of the services that the recipe names."""
-    return [key for key in PACKAGES if getattr(named, key) is not None]
+def services_of(named: Logging) -> dict[str, str]:
+    """The services that the recipe names: key -> what it names there."""
+    return {key: target for key in PACKAGES if (target := getattr(named, key)) is not None}

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from mgtrain import __version__
+from mgtrain.errors import CheckpointError
 from mgtrain.runs.compare import COST_ROWS, compare, shown_cost, times
-from mgtrain.runs.folder import RunDir
+from mgtrain.runs.folder import RunDir, replacing
 from mgtrain.runs.groups import compare_groups, grouped, verdicts
 from mgtrain.runs.history import History, guarded
 from mgtrain.runs.report.figures import COLOURS, curves, schedule, time_split
-from mgtrain.runs.report.page import render_page, write_text
 from mgtrain.runs.scores import Scores
 
 MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
@@ -22,16 +24,13 @@ MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
     """Write a report; the first run is the baseline of the others.
 
-    `frames` are pictures of clips from `engine.examples.example_frames`.
-
-    Raises:
-        CheckpointError: a run's logs are damaged, or the file cannot be written.
+    `frames` are pictures of clips from `engine.examples.example_frames`. Raises `CheckpointError` if a run's logs are
+    damaged, or the file cannot be written.
     """
     write_text(path, render_report(runs, frames))
 
 
 def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ()) -> str:
-    """The report as HTML."""
     histories = [History(run) for run in runs]
     comparisons = [compare(histories[0], history) for history in histories[1:]]
     groups = grouped(histories)
@@ -39,23 +38,39 @@ def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ())
     together = compare_groups(groups) if several and all(c["runs"][0]["finished"] for c in comparisons) else None
     with guarded(*runs):
         described = [_describe(run, COLOURS[n % len(COLOURS)]) for n, run in enumerate(histories)]
-        figures = [figure for view in described for figure in (schedule(view), time_split(view))]
-        context = {
-            "version": __version__,
-            "runs": described,
-            "comparisons": comparisons,
-            "together": {"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
-            "rows": _table(described, comparisons),
-            "curves": curves(described),
-            "figures": figures,
-            "classes": [_changes(described[0], view) for view in described[1:]],
-            "frames": frames,
-        }
-    return render_page("report.html.j2", **context)
+        return render_page(
+            "report.html.j2",
+            version=__version__,
+            runs=described,
+            comparisons=comparisons,
+            together={"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
+            rows=_table(described, comparisons),
+            curves=curves(described),
+            figures=[figure for view in described for figure in (schedule(view), time_split(view))],
+            classes=[_changes(described[0], view) for view in described[1:]],
+            frames=frames,
+        )
+
+
+def render_page(template: str, **context: Any) -> str:
+    """The page of a template; values are escaped."""
+    environment = Environment(
+        loader=PackageLoader("mgtrain.runs.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(context)
+
+
+def write_text(path: Path, page: str) -> None:
+    """Write a file atomically. Raises `CheckpointError` if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
 
 def _describe(run: History, colour: str) -> dict[str, Any]:
-    """The template's values for one run."""
     return {
         "name": run.name,
         "colour": colour,
@@ -84,9 +99,8 @@ def _split(run: History) -> list[dict[str, Any]]:
         train, data = (max(row[key] for row in mine) for key in ("train_seconds", "data_seconds"))
         waiting = data - before[1]
         evaluating = sum(row["eval_seconds"] for row in run.evals if row["phase"] == index)
-        found.append(
-            {"phase": index, "compute": train - before[0] - waiting, "data": waiting, "evaluation": evaluating}
-        )
+        computing = train - before[0] - waiting
+        found.append({"phase": index, "compute": computing, "data": waiting, "evaluation": evaluating})
     return found
 
 
@@ -95,13 +109,8 @@ def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, 
     summaries = [view["summary"] for view in described]
     metric = summaries[0].metric
     rows = [(label, [shown_cost(asdict(s), key, form) for s in summaries], key) for label, key, form in COST_ROWS]
-    results = (
-        (metric, "accuracy"),
-        (f"best {metric}", "best_accuracy"),
-        ("mean class", "mean_class"),
-        ("top-5", "top5"),
-    )
-    for label, key in results:
+    results = {metric: "accuracy", f"best {metric}": "best_accuracy", "mean class": "mean_class", "top-5": "top5"}
+    for label, key in results.items():
         shares = [getattr(summary, key) for summary in summaries]
         if any(share is not None for share in shares):
             rows.append((label, ["" if share is None else f"{100 * share:.1f} %" for share in shares], key))

@@ -20,7 +20,11 @@ from mgtrain.errors import UsageError
 COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # contrast of 3:1 on white and on black
 INK = "#010203"  # placeholder for the page's text colour
 LABELLED = 0.05  # share of all steps from which on a phase has room for its label
-COMPUTE, DATA, EVALUATION = "#4c86c6", "#d9772b", "#8a8a8a"
+PARTS = {  # of a phase's time: label, colour
+    "compute": ("computing", "#4c86c6"),
+    "data": ("waiting for data", "#d9772b"),
+    "evaluation": ("evaluating", "#8a8a8a"),
+}
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
@@ -67,37 +71,31 @@ def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
         ("multiply_adds", "tera-multiply-adds, forward", 1e12),
         ("gpu_hours", "device-hours", 1),
     ):
+        lines = [
+            (view["name"], view["colour"], [(point[key] / unit, 100 * point["accuracy"]) for point in view["curve"]])
+            for view in views
+        ]
 
-        def draw(axes: Axes, key: str = key, label: str = label, unit: float = unit) -> None:
-            for view in views:
-                x = [point[key] / unit for point in view["curve"]]
-                y = [100 * point["accuracy"] for point in view["curve"]]
-                axes.plot(x, y, color=view["colour"], label=_plain(view["name"]), marker="o", markersize=3)
+        def draw(axes: Axes, lines: Any = lines, label: str = label) -> None:
+            for name, colour, points in lines:
+                shown = re.sub("^_", "\u200b_", name)  # matplotlib hides labels that begin with _
+                axes.plot(*zip(*points, strict=True), color=colour, label=shown, marker="o", markersize=3)
             axes.set_xlabel(label)
             axes.set_ylabel(f"{metric}, %")
             axes.grid(alpha=0.2)
             axes.legend()
 
-        rows = [
-            [view["name"], f"{point[key] / unit:.4g}", f"{100 * point['accuracy']:.1f}"]
-            for view in views
-            for point in view["curve"]
-        ]
-        ends = "; ".join(f"{view['name']} ends at {100 * view['curve'][-1]['accuracy']:.1f} %" for view in views)
+        rows = [[name, f"{x:.4g}", f"{y:.1f}"] for name, _, points in lines for x, y in points]
+        ends = "; ".join(f"{name} ends at {points[-1][1]:.1f} %" for name, _, points in lines)
         title = f"{metric} against {label}"
-        found.append(
-            Drawing(title, drawn(f"curve-{key}", f"{title}: {ends}", draw), ["run", label, f"{metric}, %"], rows)
-        )
+        svg = drawn(f"curve-{key}", f"{title}: {ends}", draw)
+        found.append(Drawing(title, svg, ["run", label, f"{metric}, %"], rows))
     return found
 
 
 def schedule(view: dict[str, Any]) -> Drawing:
     """The shapes of the mini-batches and the learning rate over the steps."""
-    phases = view["phases"]
-
-    def draw(axes: Axes) -> None:
-        _draw_schedule(axes, phases, view["colour"])
-
+    phases, colour = view["phases"], view["colour"]
     rows = [
         [
             f"{phase['index'] + 1}",
@@ -110,26 +108,27 @@ def schedule(view: dict[str, Any]) -> Drawing:
     ]
     title = f"schedule of {view['name']}"
     words = f"{title}: {len(phases)} phases, mini-batches of {rows[0][2]} to {rows[-1][2]}"
-    svg = drawn(f"schedule-{view['colour']}", words, draw)
+    svg = drawn(f"schedule-{colour}", words, lambda axes: _draw_schedule(axes, phases, colour))
     return Drawing(title, svg, ["phase", "steps", "alternating mini-batches", "learning rate", "to epoch"], rows)
 
 
 def save_schedule(phases: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a plan's phases on white to an SVG, PNG or PDF file.
-
-    Raises:
-        UsageError: the file cannot be written, or has another suffix.
-    """
+    """Draw a plan's phases on white to an SVG, PNG or PDF file. Raises `UsageError` if it cannot be written."""
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
         raise UsageError(f"{path}: the file's name must end in .svg, .png or .pdf")
     with rc_context({**STYLE, "svg.hashsalt": "schedule"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         _draw_schedule(figure.add_subplot(), phases, COLOURS[0])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
+        save_figure(figure, path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure to a file. Raises `UsageError` if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, **options)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
 
 
 def _draw_schedule(axes: Axes, phases: Sequence[dict[str, Any]], colour: str) -> None:
@@ -166,26 +165,16 @@ def time_split(view: dict[str, Any]) -> Drawing:
 
     def draw(axes: Axes) -> None:
         bottom = [0.0] * len(split)
-        for key, colour in (("compute", COMPUTE), ("data", DATA), ("evaluation", EVALUATION)):
+        for key, (label, colour) in PARTS.items():
             heights = [part[key] / 60 for part in split]
-            axes.bar(names, heights, bottom=bottom, color=colour, label=LABELS[key])
+            axes.bar(names, heights, bottom=bottom, color=colour, label=label)
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
         axes.set_xlabel("phase")
         axes.set_ylabel("minutes")
         axes.legend()
 
-    rows = [
-        [f"{p['phase'] + 1}", *(f"{p[key]:.1f}" for key in ("compute", "data", "evaluation"))] for p in split
-    ]  # fmt: skip
-    totals = ", ".join(f"{LABELS[key]} {sum(p[key] for p in split):.0f} s" for key in LABELS)
+    rows = [[name, *(f"{part[key]:.1f}" for key in PARTS)] for name, part in zip(names, split, strict=True)]
+    totals = ", ".join(f"{label} {sum(part[key] for part in split):.0f} s" for key, (label, _) in PARTS.items())
     title = f"time of {view['name']}"
     svg = drawn(f"time-{view['colour']}", f"{title}: {totals}", draw)
-    return Drawing(title, svg, ["phase", *(f"{label}, s" for label in LABELS.values())], rows)
-
-
-LABELS = {"compute": "computing", "data": "waiting for data", "evaluation": "evaluating"}
-
-
-def _plain(name: str) -> str:
-    """A label for a legend: matplotlib hides those that begin with _."""
-    return f"\u200b{name}" if name.startswith("_") else name
+    return Drawing(title, svg, ["phase", *(f"{label}, s" for label, _ in PARTS.values())], rows)

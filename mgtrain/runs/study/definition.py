@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +16,9 @@ from mgtrain.recipe import Recipe, Section, find_recipe, load_recipe
 from mgtrain.recipe.load import locate, parse_yaml
 
 Words = tuple[str, ...]
-Margin = Annotated[float, Field(ge=0, le=100)]
 
 
 class Variant(Section):
-    """One variant of the recipe."""
-
     recipe: str | None = Field(None, description="recipe file or shipped recipe; null: the study's")
     overrides: Words = Field((), description="changes of its keys, such as optim.lr=0.05")
 
@@ -36,7 +33,9 @@ class Study(Section):
     variants: dict[str, Variant] = Field(description="name -> variant; the others are compared with the first one")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(description="seeds of each variant")
     folds: dict[str, Words] = Field({}, description="name -> overrides of a fold, such as data.train and data.val")
-    margin: Margin = Field(1.0, description="points by which an accuracy may be lower without counting as lower")
+    margin: float = Field(
+        1.0, ge=0, le=100, description="points by which an accuracy may be lower without counting as lower"
+    )
 
     @model_validator(mode="after")
     def _has_distinct_names(self) -> Study:
@@ -51,8 +50,6 @@ class Study(Section):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a study."""
-
     variant: str
     name: str  # of its folder and its result
     words: tuple[str, ...]  # for `mgtrain fit`: the recipe and all overrides
@@ -60,11 +57,7 @@ class Run:
 
 
 def load_study(file: Path) -> Study:
-    """Read a study.
-
-    Raises:
-        RecipeError: one line, `file:line: what is wrong, what is allowed`.
-    """
+    """Read a study. A `RecipeError` is one line, `file:line: what is wrong, what is allowed`."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,20 +78,17 @@ def load_study(file: Path) -> Study:
 def runs_of(study: Study, file: Path) -> list[Run]:
     """All runs, one seed after the other, so that a busy hour of the machine affects all variants.
 
-    Raises:
-        RecipeError: a recipe does not exist, or an override is invalid.
+    Raises `RecipeError` if a recipe does not exist or an override is invalid.
     """
-    folds: Sequence[tuple[str, Words]] = [*study.folds.items()] or [("", ())]
+    folds: dict[str, Words] = study.folds or {"": ()}
     made = []
-    for seed in study.seeds:
-        for fold, fold_words in folds:
-            for name, variant in study.variants.items():
-                recipe = variant.recipe or study.recipe
-                beside = file.parent / recipe
-                recipe = str(beside if beside.is_file() else find_recipe(recipe))
-                words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
-                parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
-                made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
+    for seed, (fold, fold_words), (name, variant) in product(study.seeds, folds.items(), study.variants.items()):
+        recipe = variant.recipe or study.recipe
+        beside = file.parent / recipe
+        recipe = str(beside if beside.is_file() else find_recipe(recipe))
+        words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
+        parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
+        made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
     return made
 
 

@@ -7,11 +7,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from mgtrain.console import note
 from mgtrain.errors import StoppedError
+from mgtrain.processes.cores import which_cores
 from mgtrain.processes.signals import StopRequest
 from mgtrain.runs.study.definition import Run
 
@@ -19,18 +19,9 @@ POLL_SECONDS = 0.2
 STOPPED = (75, 130)  # exit codes of runs that a signal stopped
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A running process."""
-
-    run: Run
-    slot: int  # index of its share of cores
-    process: subprocess.Popen[bytes]
-
-
 def shares_of_cores(jobs: int) -> list[list[int]]:
     """The usable cores in equal shares, one per job; more jobs than cores share cores."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = sorted(which_cores())
     each = max(1, len(cores) // jobs)
     return [[cores[(slot * each + n) % len(cores)] for n in range(each)] for slot in range(jobs)]
 
@@ -51,29 +42,30 @@ def train_all(
     Raises:
         StoppedError: a signal stopped the study; the runs have saved a checkpoint.
     """
-    shares, left, active, failed = shares_of_cores(jobs), list(runs), list[Job](), list[tuple[Run, int]]()
-    told = False
+    shares, left, failed, told = shares_of_cores(jobs), list(runs), list[tuple[Run, int]](), False
+    active: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by the index of its share of cores
     with StopRequest() as asked:
         while left or active:
             if asked.signal and not told:
                 left.clear()
                 told = True
-                for job in active:
-                    job.process.terminate()
+                for _, process in active.values():
+                    process.terminate()
             while left and len(active) < jobs:
-                slot = min(set(range(jobs)) - {job.slot for job in active})
-                run = left.pop(0)
-                active.append(Job(run, slot, _start(run, folder, command, options, shares[slot], jobs)))
+                slot, run = min(set(range(jobs)) - set(active)), left.pop(0)
+                active[slot] = run, _start(run, folder, command, options, shares[slot], jobs)
                 note(f"{run.name}: started, {len(left)} waiting")
-            for job in [job for job in active if job.process.poll() is not None]:
-                active.remove(job)
-                code = job.process.returncode
+            for slot, (run, process) in [*active.items()]:
+                code = process.poll()
+                if code is None:
+                    continue
+                del active[slot]
                 if code == 0:
-                    finished(job.run)
-                    note(f"{job.run.name}: finished")
+                    finished(run)
+                    note(f"{run.name}: finished")
                 elif not (asked.signal and code in (*STOPPED, -15)):
-                    failed.append((job.run, code))
-                    note(f"{job.run.name}: failed with exit code {code}, see {folder / job.run.name}/output.txt")
+                    failed.append((run, code))
+                    note(f"{run.name}: failed with exit code {code}, see {folder / run.name}/output.txt")
             time.sleep(POLL_SECONDS if active else 0)
     if asked.signal:
         raise StoppedError("stopped by a signal, the runs are saved; run the same command again to resume the study")

@@ -15,13 +15,12 @@ from mgtrain import __version__
 from mgtrain.console import duration
 from mgtrain.errors import CheckpointError
 from mgtrain.recipe import Recipe, affects_results
-from mgtrain.recipe.load import RETIRED
-from mgtrain.runs.compare import unfair_keys
+from mgtrain.recipe.load import RETIRED, flat_differences
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
 from mgtrain.runs.history import History, Summary, guarded
+from mgtrain.runs.report import render_page, write_text
 from mgtrain.runs.report.figures import COLOURS, drawn
-from mgtrain.runs.report.page import render_page, write_text
 from mgtrain.runs.study.definition import Run, Study
 
 SCHEMA = "mgtrain.result/1"
@@ -30,8 +29,6 @@ PLACES = ("data.root", "data.prepared")  # keys that may differ between a result
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of one run."""
-
     variant: str
     outcome: Outcome
     curve: Sequence[Mapping[str, float]]  # step, seconds and accuracy of each evaluation
@@ -58,11 +55,7 @@ def keep_result(run: Run, folder: RunDir, file: Path) -> None:
 
 
 def read_result(file: Path) -> Result:
-    """Read a result's file.
-
-    Raises:
-        CheckpointError: it is damaged, or not a result.
-    """
+    """Read a result's file. Raises `CheckpointError` if it is damaged or not a result."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if value["schema"] != SCHEMA:
@@ -74,19 +67,15 @@ def read_result(file: Path) -> Result:
 
 
 def known_result(run: Run, file: Path) -> Result | None:
-    """The result of a run, or None.
-
-    Raises:
-        CheckpointError: the study's recipe has changed since.
-    """
+    """The result of a run, or None. Raises `CheckpointError` if the study's recipe has changed since."""
     if not file.is_file():
         return None
     result = read_result(file)
     now, then = json.loads(json.dumps(run.recipe.flat())), completed(result.outcome.recipe)
     changed = [
-        f"{key} {then.get(key)} -> {now.get(key)}"
-        for key in {**now, **then}
-        if now.get(key) != then.get(key) and affects_results(key) and key not in PLACES
+        f"{key} {old} -> {new}"
+        for key, (new, old) in flat_differences(now, then).items()
+        if affects_results(key) and key not in PLACES
     ]
     if changed:
         raise CheckpointError(
@@ -117,8 +106,7 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
     """The comparison of the variants in the study's order: plain values of the schema mgtrain.groups/2."""
     groups = {name: [r.outcome for r in results if r.variant == name] for name in study.variants}
     compared = compare_groups({name: found for name, found in groups.items() if found}, study.margin)
-    lacking = [name for name, found in groups.items() if not found]
-    if lacking:
+    if lacking := [name for name, found in groups.items() if not found]:
         compared["warnings"].insert(0, f"no result yet: {', '.join(lacking)}")
     # The variants of a study differ on purpose.
     compared["warnings"] = [warning for warning in compared["warnings"] if NOT_ONLY_SCHEDULE not in warning]
@@ -128,9 +116,8 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
 def changes_of(results: Sequence[Result], name: str, base: str) -> str:
     """The differences of a variant's recipe from that of the variant `base`, as overrides."""
     ours, theirs = (next(r.outcome.recipe for r in results if r.variant == variant) for variant in (name, base))
-    keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
-    kept = [key for key in keys if key.partition(".")[0] == "schedule" or key in unfair_keys(dict.fromkeys(keys))]
-    return " ".join(f"{key}={json.dumps(ours[key])}" for key in kept if key in ours and ours[key] is not None)
+    changes = {key: value for key, (_, value) in flat_differences(theirs, ours).items() if affects_results(key)}
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None)
 
 
 def facts_of(results: Sequence[Result]) -> dict[str, list[str]]:
