@@ -10,11 +10,11 @@ from __future__ import annotations
 from mgtrain.recipe import BaselineSchedule, Recipe
 from mgtrain.schedule.baseline import baseline
 from mgtrain.schedule.multigrid import multigrid
-from mgtrain.schedule.plan import Phase, Plan, Step, Totals, check_world
+from mgtrain.schedule.plan import Plan, Step, check_world
 
 SCHEDULES = {"baseline": baseline, "multigrid": multigrid}
 
-__all__ = ["SCHEDULES", "Phase", "Plan", "Step", "Totals", "baseline_recipe", "check_world", "make_plan"]
+__all__ = ["SCHEDULES", "Plan", "Step", "baseline_recipe", "check_world", "make_plan"]
 
 
 def make_plan(recipe: Recipe, videos: int) -> Plan:
