@@ -91,28 +91,22 @@ def fixed_forms(kind: Kind, dtype: torch.dtype = torch.float32) -> Forms:
     fewer frames than the kernel, as at coarse shapes, and the kernel's gradient where the output has one pixel per
     frame, which reads uninitialized memory.
     """
-    half = dtype.itemsize < 4
+    half, frames = dtype.itemsize < 4, "beside"
+    if kind.stride[0] == 1 and kind.kernel[0] > 1:
+        used = sum(there.stop - there.start for there, _ in kind.places)
+        # "apart" discards results beyond the ends of the clip: more than a fifth of them is too many.
+        frames = "single" if used < 0.8 * kind.kernel[0] * kind.size[0] else "apart"
     if (
         (not half or kind.size[0] >= kind.kernel[0])
         and kind.kernel[0] > 1
         and kind.kernel[1:] != (1, 1)
         and kind.channels[1] >= WIDE
     ):
-        return "whole", "whole", f"{_frames(kind)} patches" if half and kind.leaves_a_pixel else "whole"
-    frames = _frames(kind)
+        return "whole", "whole", f"{frames} patches" if half and kind.leaves_a_pixel else "whole"
     pictures = "rows" if kind.pointwise else "pictures"
     channels = kind.channels[0] * (kind.kernel[0] if frames == "beside" else 1)
     patches = not kind.pointwise and (channels >= MANY or (half and kind.leaves_a_pixel))
     return f"{frames} {pictures}", f"{frames} {pictures}", f"{frames} {'patches' if patches else pictures}"
-
-
-def _frames(kind: Kind) -> str:
-    """A form's first word, by rule."""
-    if kind.stride[0] > 1 or kind.kernel[0] == 1:
-        return "beside"
-    used = sum(there.stop - there.start for there, _ in kind.places)
-    # "apart" discards results beyond the ends of the clip: more than a fifth of them is too many.
-    return "single" if used < 0.8 * kind.kernel[0] * kind.size[0] else "apart"
 
 
 def candidates(kind: Kind, direction: str, dtype: torch.dtype = torch.float32) -> list[str]:

@@ -276,18 +276,15 @@ def reset_group_stats(model: nn.Module) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore the statistics of all BatchNorms on leaving, whatever the model is used for in between."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [
-        ({name: (buffer, buffer.clone()) for name, buffer in norm.named_buffers()}, getattr(norm, "groups", 0),
-         getattr(norm, "gathered", False)) for norm in norms
-    ]  # fmt: skip
+    buffers = [(norm, name, buffer, buffer.clone()) for norm in norms for name, buffer in norm.named_buffers()]
+    slots = [(norm, norm.groups, norm.gathered) for norm in norms if isinstance(norm, GroupBatchNorm3d)]
     try:
         yield
     finally:
-        for norm, (buffers, groups, gathered) in zip(norms, before, strict=True):
-            for name, (buffer, values) in buffers.items():
-                setattr(norm, name, buffer.copy_(values))
-            if isinstance(norm, GroupBatchNorm3d):
-                norm.groups, norm.gathered = groups, gathered
+        for norm, name, buffer, values in buffers:
+            setattr(norm, name, buffer.copy_(values))
+        for grouped, groups, gathered in slots:
+            grouped.groups, grouped.gathered = groups, gathered
 
 
 def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:
