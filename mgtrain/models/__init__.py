@@ -13,14 +13,14 @@ from typing import Any, get_args
 from torch import nn
 
 from mgtrain.models.foreign import own_network, torchvision_video
-from mgtrain.models.i3d import i3d_nln_r50, i3d_r50
+from mgtrain.models.i3d import I3D, i3d_nln_r50
 from mgtrain.models.slowfast import SlowFast
 from mgtrain.recipe.model import TorchvisionOptions
 
 TORCHVISION: tuple[str, ...] = get_args(TorchvisionOptions.model_fields["name"].annotation)
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "slowfast_r50": SlowFast,
-    "i3d_r50": i3d_r50,
+    "i3d_r50": I3D,
     "i3d_nln_r50": i3d_nln_r50,
     **{name: partial(torchvision_video, name=name) for name in TORCHVISION},
     "own": own_network,

@@ -27,11 +27,13 @@ class Conv3d(nn.Conv3d):
 
     def kind(self, size: torch.Size) -> Kind:
         """The key of this convolution in `choices`, for clips of size (B, C, T, H, W)."""
-        kernel, stride, padding = (_three(sides) for sides in (self.kernel_size, self.stride, self.padding))
-        return Kind(kernel, stride, padding, (self.in_channels, self.out_channels), _three(size[2:]))
+        assert isinstance(self.padding, tuple), self.padding
+        channels = self.in_channels, self.out_channels
+        return Kind(self.kernel_size, self.stride, self.padding, channels, tuple(size[2:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or not _last(x):
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if plain or not x.is_contiguous(memory_format=torch.channels_last_3d):
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         kind = self.kind(x.shape)
@@ -73,12 +75,3 @@ class _Conv(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _three(sides: Any) -> tuple[int, int, int]:
-    first, second, third = (int(n) for n in sides)
-    return first, second, third
-
-
-def _last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last_3d)

@@ -36,7 +36,7 @@ def torchvision_video(classes: int, *, name: str, drop_path: float | None = None
     """
     network: Any = getattr(video, name)(num_classes=classes)
     if name == "s3d":
-        network.avgpool = LocalAverage(network.avgpool.kernel_size)
+        network.avgpool.__class__ = LocalAverage
     elif name == "mvit_v2_s":
         network.conv_proj.register_forward_hook(_tell_size(network.pos_encoding))
     elif name == "swin3d_t":
@@ -131,19 +131,14 @@ class WindowAttention(ShiftedWindowAttention3d):  # type: ignore[misc]
         return bias.permute(2, 0, 1).contiguous().unsqueeze(0)  # (1, heads, tokens, tokens)
 
 
-class LocalAverage(nn.Module):
+class LocalAverage(nn.AvgPool3d):
     """Average features (B, C, T, H, W) over windows with stride 1, cut to the features' size where they are smaller."""
 
-    def __init__(self, window: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.window = window
+    kernel_size: tuple[int, int, int]
 
     def forward(self, x: Tensor) -> Tensor:
-        window = [min(w, size) for w, size in zip(self.window, x.shape[2:], strict=True)]
+        window = [min(w, size) for w, size in zip(self.kernel_size, x.shape[2:], strict=True)]
         return F.avg_pool3d(x, window, stride=1)
-
-    def extra_repr(self) -> str:
-        return f"window={self.window}"
 
 
 def _tell_size(positions: Any) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -36,16 +36,27 @@ Forms = tuple[str, str, str]  # one for each of the directions
 class Kind:
     """A convolution and the size of its input."""
 
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
+    kernel: tuple[int, ...]  # T, H, W
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     channels: tuple[int, int]  # input, output
-    size: tuple[int, int, int]  # T, H, W of the input
+    size: tuple[int, ...]  # T, H, W of the input
 
     @property
     def places(self) -> Places:
-        """For each frame of the kernel, the output frames that it contributes to and their input frames."""
-        return _places(self.size[0], self.kernel[0], self.stride[0], self.padding[0])
+        """For each frame of the kernel, the output frames that it contributes to and their input frames.
+
+        >>> Kind(kernel=(3, 1, 1), stride=(1, 1, 1), padding=(1, 0, 0), channels=(4, 4), size=(5, 8, 8)).places
+        [(slice(1, 5, 1), slice(0, 4, 1)), (slice(0, 5, 1), slice(0, 5, 1)), (slice(0, 4, 1), slice(1, 5, 1))]
+        """
+        places, stride, out_frames = [], self.stride[0], self.output_size[0]
+        for shift in range(-self.padding[0], self.kernel[0] - self.padding[0]):
+            # Output frame i uses input frame stride * i + shift, if it exists.
+            first = max(0, -(shift // stride))
+            end = max(first, min(out_frames, (self.size[0] - 1 - shift) // stride + 1))
+            source = stride * first + shift
+            places.append((slice(first, end, 1), slice(source, source + stride * (end - first), stride)))
+        return places
 
     @property
     def pointwise(self) -> bool:
@@ -80,26 +91,22 @@ def fixed_forms(kind: Kind, dtype: torch.dtype = torch.float32) -> Forms:
     fewer frames than the kernel, as at coarse shapes, and the kernel's gradient where the output has one pixel per
     frame, which reads uninitialized memory.
     """
-    half = dtype.itemsize < 4
+    half, frames = dtype.itemsize < 4, "beside"
+    if kind.stride[0] == 1 and kind.kernel[0] > 1:
+        used = sum(there.stop - there.start for there, _ in kind.places)
+        # "apart" discards results beyond the ends of the clip: more than a fifth of them is too many.
+        frames = "single" if used < 0.8 * kind.kernel[0] * kind.size[0] else "apart"
     if (
         (not half or kind.size[0] >= kind.kernel[0])
         and kind.kernel[0] > 1
         and kind.kernel[1:] != (1, 1)
         and kind.channels[1] >= WIDE
     ):
-        return "whole", "whole", f"{_frames(kind)} patches" if half and kind.leaves_a_pixel else "whole"
-    frames = _frames(kind)
+        return "whole", "whole", f"{frames} patches" if half and kind.leaves_a_pixel else "whole"
     pictures = "rows" if kind.pointwise else "pictures"
     channels = kind.channels[0] * (kind.kernel[0] if frames == "beside" else 1)
     patches = not kind.pointwise and (channels >= MANY or (half and kind.leaves_a_pixel))
     return f"{frames} {pictures}", f"{frames} {pictures}", f"{frames} {'patches' if patches else pictures}"
-
-
-def _frames(kind: Kind) -> str:
-    """A form's first word, by rule."""
-    if kind.stride[0] > 1 or kind.kernel[0] == 1:
-        return "beside"
-    return "single" if _wasteful(kind.places, kind.size[0]) else "apart"
 
 
 def candidates(kind: Kind, direction: str, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -152,7 +159,7 @@ def input_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, a
     """
     frames, _, flat = form.partition(" ")
     if not flat:
-        return _conv3d_grad(grad, x, weight, kind, form, (True, False)).movedim(1, 4).contiguous()
+        return _conv3d_grad(grad, x, weight, kind, form, of=0).contiguous()
     places, kernel = kind.places, kind.kernel[0]
     if frames == "beside":
         beside = x.new_empty(len(x), kind.output_size[0], *x.shape[2:4], kernel * x.shape[4])  # for its size
@@ -174,7 +181,7 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, 
     """
     frames, _, flat = form.partition(" ")
     if not flat:
-        return _conv3d_grad(grad, x, weight, kind, form, (False, True)).movedim(1, 4)
+        return _conv3d_grad(grad, x, weight, kind, form, of=1)
     places = kind.places
     outs, kernel, high, wide, channels = weight.shape
     if frames == "beside":
@@ -191,7 +198,7 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, 
     return found.view(kernel, outs, high, wide, channels).transpose(0, 1)
 
 
-# 3-D convolutions in either layout.
+# 3-D convolutions in either layout, and the gradients of all convolutions.
 
 
 def _channels_first(form: str, *tensors: Tensor) -> list[Tensor]:
@@ -200,23 +207,22 @@ def _channels_first(form: str, *tensors: Tensor) -> list[Tensor]:
     return moved if form == "whole" else [tensor.contiguous() for tensor in moved]
 
 
-def _conv3d_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, wants: tuple[bool, bool]) -> Tensor:
-    """The gradient of the input (B, C, T, H, W) or of the kernel (O, C, k, kh, kw), whichever `wants` asks for."""
+def _conv3d_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, of: int) -> Tensor:
+    """The gradient of the input, `of` 0, or of the kernel, `of` 1."""
     if form == "strips":
-        flat = [tensor.flatten(2, 3).movedim(3, 1) for tensor in (grad, x, weight)]
-        stride, padding = (kind.stride[0], 1), (kind.padding[0], 0)
-        both = torch.ops.aten.convolution_backward(
-            *flat, None, stride, padding, (1, 1), False, (0, 0), 1, (*wants, False)
-        )
-        one: Tensor = both[wants.index(True)]
-        like = x if wants[0] else weight
-        return one.movedim(1, 3).reshape(like.shape).movedim(4, 1)
-    found = torch.ops.aten.convolution_backward(
-        *_channels_first(form, grad, x, weight), None, kind.stride, kind.padding, (1, 1, 1), False, (0, 0, 0), 1,
-        (*wants, False),
-    )  # fmt: skip
-    wanted: Tensor = found[wants.index(True)]
-    return wanted
+        strips = [tensor.flatten(2, 3).movedim(3, 1) for tensor in (grad, x, weight)]
+        found = _conv_grad(of, (kind.stride[0], 1), (kind.padding[0], 0), *strips)
+        return found.movedim(1, 3).reshape((x, weight)[of].shape)
+    return _conv_grad(of, kind.stride, kind.padding, *_channels_first(form, grad, x, weight)).movedim(1, 4)
+
+
+def _conv_grad(of: int, stride: Sequence[int], padding: Sequence[int], *tensors: Tensor) -> Tensor:
+    """The gradient of the input (`of` 0) or kernel (`of` 1), given the output's gradient, input and kernel."""
+    ones, zeros = [1] * len(stride), [0] * len(stride)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        *tensors, None, stride, padding, ones, False, zeros, 1, (of == 0, of == 1, False)
+    )[of]
+    return found
 
 
 # From a kernel of several frames to 2-D kernels, and from clips to their inputs and outputs.
@@ -232,30 +238,9 @@ def _apart(weight: Tensor) -> Tensor:
     return weight.transpose(0, 1).flatten(0, 1)
 
 
-def _places(frames: int, kernel: int, stride: int, padding: int) -> Places:
-    """For each frame of the kernel, the output frames that it contributes to and their input frames.
-
-    >>> _places(frames=5, kernel=3, stride=1, padding=1)
-    [(slice(1, 5, 1), slice(0, 4, 1)), (slice(0, 5, 1), slice(0, 5, 1)), (slice(0, 4, 1), slice(1, 5, 1))]
-    """
-    places, out_frames = [], (frames + 2 * padding - kernel) // stride + 1
-    for shift in range(-padding, kernel - padding):  # output frame i uses input frame stride * i + shift, if it exists
-        first = max(0, -(shift // stride))
-        end = max(first, min(out_frames, (frames - 1 - shift) // stride + 1))
-        source = stride * first + shift
-        places.append((slice(first, end, 1), slice(source, source + stride * (end - first), stride)))
-    return places
-
-
 def _used(places: Places) -> list[tuple[int, slice, slice]]:
     """The kernel's frames that contribute to the output: their numbers, output frames and input frames."""
     return [(n, there, source) for n, (there, source) in enumerate(places) if there.stop > there.start]
-
-
-def _wasteful(places: Places, frames: int) -> bool:
-    """Whether "apart" would discard more than a fifth of its results, which lie beyond the ends of the clip."""
-    used: int = sum(there.stop - there.start for _, there, _ in _used(places))
-    return used < 0.8 * len(places) * frames
 
 
 def _swapped(places: Places) -> Places:
@@ -305,8 +290,7 @@ def _conv2d_input_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, flat
         strided = x.new_zeros(x.shape)
         strided[:, :, :: stride[0], :: stride[1]] = found
         return strided
-    found = _conv2d_grads(grad, x, weight, kind, (True, False))[0]
-    return found.movedim(1, 3).contiguous().view(x.shape)
+    return _conv2d_grad(grad, x, weight, kind, of=0).movedim(1, 3).contiguous().view(x.shape)
 
 
 def _conv2d_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, flat: str) -> Tensor:
@@ -316,18 +300,12 @@ def _conv2d_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, fla
         return (grads.t() @ rows).view(weight.shape)
     if flat == "patches":
         return _patches_grad(grad, x, weight, kind)
-    found = _conv2d_grads(grad, x, weight, kind, (False, True))[1]
-    return found.movedim(1, 3)
+    return _conv2d_grad(grad, x, weight, kind, of=1).movedim(1, 3)
 
 
-def _conv2d_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, wants: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        _pictures(grad), _pictures(x), weight.movedim(3, 1), None, kind.stride[1:], kind.padding[1:], (1, 1), False,
-        (0, 0), 1, (*wants, False),
-    )[:2]  # fmt: skip
-    return found
+def _conv2d_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, of: int) -> Tensor:
+    """The gradient of the input (B * T, C, H, W), `of` 0, or of the kernel (O, C, kh, kw), `of` 1."""
+    return _conv_grad(of, kind.stride[1:], kind.padding[1:], _pictures(grad), _pictures(x), weight.movedim(3, 1))
 
 
 def _patches_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind) -> Tensor:

@@ -61,8 +61,11 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Normalize; with `relu`, apply ReLU in the same kernel where the GPU kernels of `fused` work."""
         part = self.part
-        if part is None or not self.training:
-            normed = self._norm_ungrouped(x)
+        if not self.training:
+            running = self.running_mean, self.running_var
+            normed = _batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
+        elif part is None:
+            normed = super().forward(x)
         else:
             assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
             self.begin(part)
@@ -75,19 +78,20 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         return F.relu(normed, inplace=x.device.type == "cpu") if relu else normed
 
     def begin(self, part: Part) -> None:
-        """Prepare the slots for the part's groups, if their number has changed."""
+        """Prepare the slots for the part's groups, if their number has changed or the slots are those of all ranks."""
         if self.training and self.groups != part.bn_groups:
-            self._restart_slots(part)
+            gather = part.gather
+            self.merge(None if gather is None else lambda stats: gather(stats, part.ranks))
+            self.groups, self.gathered = part.bn_groups, False
+            self._set_slots(self.running_mean.expand(part.slots, -1), self.running_var.expand(part.slots, -1))
         elif self.training and self.gathered:
-            self._keep_own_slots(part)
+            first = part.first // part.share * part.share // part.group_clips
+            own = slice(first, first + part.slots)
+            self._set_slots(self.group_mean[own], self.group_var[own])
+            self.gathered = False
 
     def train(self, mode: bool = True) -> GroupBatchNorm3d:
         return super().train(mode and not self.frozen)
-
-    def _norm_ungrouped(self, x: Tensor) -> Tensor:
-        if self.training:
-            return super().forward(x)
-        return _batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _norm_by_groups(self, x: Tensor, part: Part) -> Tensor:
         groups = part.clips // part.group_clips
@@ -133,18 +137,6 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 
     def _momentum_now(self) -> float:
         return self.momentum if _tracking else 0.0
-
-    def _restart_slots(self, part: Part) -> None:
-        gather = part.gather
-        self.merge(None if gather is None else lambda stats: gather(stats, part.ranks))
-        self.groups, self.gathered = part.bn_groups, False
-        self._set_slots(self.running_mean.expand(part.slots, -1), self.running_var.expand(part.slots, -1))
-
-    def _keep_own_slots(self, part: Part) -> None:
-        first = part.first // part.share * part.share // part.group_clips
-        own = slice(first, first + part.slots)
-        self._set_slots(self.group_mean[own], self.group_var[own])
-        self.gathered = False
 
     def _set_slots(self, means: Tensor, variances: Tensor) -> None:
         """Copy (slots, C) into the slots. Each number of slots has fixed memory, because CUDA graphs hold addresses."""
@@ -219,7 +211,7 @@ class _NormGroups(torch.autograd.Function):
         ):  # fmt: skip
             torch.native_batch_norm(
                 clips, weight, bias, running_mean, running_var, True, momentum, eps, out=(out, mean, inv_std)
-            )  # fmt: skip
+            )
         ctx.save_for_backward(x, weight, *saved)
         return y
 
@@ -284,18 +276,15 @@ def reset_group_stats(model: nn.Module) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore the statistics of all BatchNorms on leaving, whatever the model is used for in between."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [
-        ({name: (buffer, buffer.clone()) for name, buffer in norm.named_buffers()}, getattr(norm, "groups", 0),
-         getattr(norm, "gathered", False)) for norm in norms
-    ]  # fmt: skip
+    buffers = [(norm, name, buffer, buffer.clone()) for norm in norms for name, buffer in norm.named_buffers()]
+    slots = [(norm, norm.groups, norm.gathered) for norm in norms if isinstance(norm, GroupBatchNorm3d)]
     try:
         yield
     finally:
-        for norm, (buffers, groups, gathered) in zip(norms, before, strict=True):
-            for name, (buffer, values) in buffers.items():
-                setattr(norm, name, buffer.copy_(values))
-            if isinstance(norm, GroupBatchNorm3d):
-                norm.groups, norm.gathered = groups, gathered
+        for norm, name, buffer, values in buffers:
+            setattr(norm, name, buffer.copy_(values))
+        for grouped, groups, gathered in slots:
+            grouped.groups, grouped.gathered = groups, gathered
 
 
 def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,15 +55,12 @@ def _recomputed(kind: Any) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         usual = partial(kind.forward, self)
-        if torch.compiler.is_compiling() and self.training and torch.is_grad_enabled():
-            # A compiled pass updates running statistics once although it recomputes.
+        if not (self.training and torch.is_grad_enabled()):
+            return usual(*args, **kwargs)
+        if torch.compiler.is_compiling():  # it updates running statistics once although it recomputes
             return checkpoint(usual, *args, use_reentrant=False, **kwargs)
-        if self.training and torch.is_grad_enabled():
-            return checkpoint(usual, *args, use_reentrant=False, context_fn=_forward_and_recomputation, **kwargs)
-        return usual(*args, **kwargs)
+        return checkpoint(
+            usual, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), without_tracking()), **kwargs
+        )
 
     return type(kind.__name__, (kind,), {"forward": forward})
-
-
-def _forward_and_recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), without_tracking()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +67,9 @@ class Bottleneck(nn.Module):
 
 def stage(channels: int, inner: int, blocks: int, frames: Sequence[int], stride: int) -> nn.Sequential:
     """`blocks` bottlenecks, the first with the `stride`; their temporal kernel sizes cycle through `frames`."""
-    kernels = islice(cycle(frames), blocks)
-    return nn.Sequential(
-        *[
-            Bottleneck(EXPANSION * inner if index else channels, inner, kernel, 1 if index else stride)
-            for index, kernel in enumerate(kernels)
-        ]
-    )
+    first = Bottleneck(channels, inner, frames[0], stride)
+    later = [Bottleneck(EXPANSION * inner, inner, frames[n % len(frames)], 1) for n in range(1, blocks)]
+    return nn.Sequential(first, *later)
 
 
 class Head(nn.Module):

@@ -68,16 +68,9 @@ class SlowFast(nn.Module):
     """
 
     def __init__(
-        self,
-        classes: int,
-        *,
-        width: int = 64,
-        depth: int | Sequence[int] = 50,
-        alpha: int = 4,
-        beta_inv: int = 8,
-        fusion_kernel: int = 7,
-        dropout: float = 0.5,
-    ) -> None:
+        self, classes: int, *, width: int = 64, depth: int | Sequence[int] = 50, alpha: int = 4, beta_inv: int = 8,
+        fusion_kernel: int = 7, dropout: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         blocks = stage_blocks(depth)
         narrow = width // beta_inv

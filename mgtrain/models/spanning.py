@@ -29,7 +29,9 @@ class NormSpanningRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert part.gather is not None, "a group that spans ranks needs `gather`"
-        stats = torch.stack(_var_mean(x, weight.dtype))  # (2, C)
+        # On a CPU, BatchNorm's own kernels compute sums over all but the channels several times faster than reductions.
+        _, mean, inv_std = torch.native_batch_norm(x.to(weight.dtype), None, None, None, None, True, 0.0, TINY_EPS)
+        stats = torch.stack([inv_std.pow(-2) - TINY_EPS, mean])  # (2, C)
         variances, means = part.gather(stats, part.span).unbind(dim=1)  # (span, C)
         mean, var = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)  # (C)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
@@ -41,7 +43,10 @@ class NormSpanningRanks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, inv_std = ctx.saved_tensors
         grad, x_ = grad.to(weight.dtype), x.to(weight.dtype)  # (B, C, T, H, W)
-        sums = torch.stack(_sums(grad, x_, mean, inv_std))  # (2, C)
+        _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
+            grad, x_, None, mean, inv_std.pow(-2), None, None, False, 0.0, [False, True, True]
+        )
+        sums = torch.stack([sum_grad, sum_product])  # (2, C)
         count = x.numel() // x.shape[1] * ctx.part.span
         mean_grad, mean_grad_x = (ctx.part.gather(sums, ctx.part.span).sum(dim=0) / count).unbind()  # (C)
         # (grad - mean_grad - (x - mean) * inv_std * mean_grad_x) * weight * inv_std
@@ -88,24 +93,6 @@ class NormSpanningGpus(torch.autograd.Function):
         counts = torch.full((ctx.part.span,), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
         grad_x = torch.batch_norm_backward_elemt(grads, rows, mean, inv_std, weight, sums[0], sums[1], counts)
         return grad_x.view(x.shape), grad_weight, grad_bias, None, None
-
-
-# On a CPU, BatchNorm's own kernels compute these sums several times faster than reductions do.
-
-
-def _var_mean(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Population variance and mean of (B, C, T, H, W) over all but the channels: (C) each."""
-    x = x.to(dtype)
-    _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.0, TINY_EPS)
-    return inv_std.pow(-2) - TINY_EPS, mean
-
-
-def _sums(grad: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of the gradient and of the gradient times the normalized clips, over all but the channels: (C) each."""
-    _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
-        grad, x, None, mean, inv_std.pow(-2), None, None, False, 0.0, [False, True, True]
-    )
-    return sum_grad, sum_product
 
 
 def combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -13,43 +13,9 @@ from mgtrain.recipe.load import (
     recipe_differences,
     shipped_recipes,
 )
-from mgtrain.recipe.model import ModelOptions
 from mgtrain.recipe.optim import Optim
-from mgtrain.recipe.sections import (
-    Augment,
-    BaselineSchedule,
-    Batch,
-    Clip,
-    Data,
-    Evaluation,
-    Faults,
-    Hardware,
-    Init,
-    Logging,
-    MultigridSchedule,
-    Recipe,
-)
+from mgtrain.recipe.sections import Augment, BaselineSchedule, Clip, Data, Init, Logging, MultigridSchedule, Recipe
 
-__all__ = [
-    "Augment",
-    "BaselineSchedule",
-    "Batch",
-    "Clip",
-    "Data",
-    "Evaluation",
-    "Faults",
-    "Hardware",
-    "Init",
-    "Logging",
-    "ModelOptions",
-    "MultigridSchedule",
-    "Optim",
-    "Recipe",
-    "Section",
-    "affects_results",
-    "find_recipe",
-    "load_recipe",
-    "parse_recipe",
-    "recipe_differences",
-    "shipped_recipes",
-]
+__all__ = ["Augment", "BaselineSchedule", "Clip", "Data", "Init", "Logging", "MultigridSchedule", "Optim", "Recipe",
+           "Section", "affects_results", "find_recipe", "load_recipe", "parse_recipe", "recipe_differences",
+           "shipped_recipes"]  # fmt: skip

@@ -14,25 +14,32 @@ HEAD = """\
 A recipe is a YAML file with these sections and keys; `mgtrain recipes show NAME` prints a shipped one. Change a key on
 the command line with `section.key=value`. `mgtrain recipes keys` generates this page.
 """
+TYPES = {
+    "integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "object": "mapping",
+    "null": "null",
+}  # fmt: skip
+LIMITS = {
+    "minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "multipleOf": "a multiple of"
+}  # fmt: skip
 
 
 def reference() -> str:
     """All keys with their types, ranges, defaults and descriptions, as Markdown."""
     schema = Recipe.model_json_schema()
-    lines = [HEAD]
+    definitions, lines = schema["$defs"], [HEAD]
     for name, field in schema["properties"].items():
         if "$ref" not in field and "oneOf" not in field:
-            lines += ["## Top level", "", *_table({"properties": {name: field}, "required": []}, schema["$defs"]), ""]
+            lines += ["## Top level", "", *_table({"properties": {name: field}}, definitions), ""]
             continue
         for kind in field.get("oneOf", [field]):
-            section = _resolved(kind, schema["$defs"])
+            section = _resolved(kind, definitions)
             chosen = section["properties"].get("name", {})
             names = chosen.get("enum", [chosen["const"]] if "const" in chosen else [])
             title = f"## {name}" + (f": `name: {' | '.join(names)}`" if names else "")
-            lines += [title, "", _sentence(section.get("description", "")), ""]
+            lines += [title, "", " ".join(section["description"].partition("\n\n")[0].split()), ""]
             rows = {key: value for key, value in section["properties"].items() if key != "name"}
             if rows:
-                lines += [*_table({**section, "properties": rows}, schema["$defs"]), ""]
+                lines += [*_table({**section, "properties": rows}, definitions), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -54,42 +61,15 @@ def _kind(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_kind(part, definitions) for part in field["anyOf"]))
     if "const" in field:
         return f"`{field['const']}`"
-    match field.get("type"):
-        case "array":
-            items = field.get("prefixItems") or [field.get("items", {})]
-            kinds = list(dict.fromkeys(_kind(item, definitions) for item in items))
-            return f"list of {len(items) if 'prefixItems' in field else ''} {' and '.join(kinds)}".replace("  ", " ")
-        case "object":
-            return "mapping"
-        case "null":
-            return "null"
-        case "boolean":
-            return "true, false"
-        case "string":
-            return "text"
-        case kind:
-            return f"{'whole number' if kind == 'integer' else 'number'}{_range(field)}"
-
-
-def _range(field: dict[str, Any]) -> str:
-    low, over = field.get("minimum"), field.get("exclusiveMinimum")
-    high, under = field.get("maximum"), field.get("exclusiveMaximum")
-    parts = [f">= {low:g}"] if low is not None else [f"> {over:g}"] if over is not None else []
-    # Larger limits only keep numbers finite, so they are not shown.
-    if high is not None and high < 10**6:
-        parts.append(f"<= {high:g}")
-    elif under is not None and under < 10**6:
-        parts.append(f"< {under:g}")
-    if "multipleOf" in field:
-        parts.append(f"a multiple of {field['multipleOf']}")
-    return f" {', '.join(parts)}" if parts else ""
+    if field["type"] == "array":
+        items = field.get("prefixItems") or [field["items"]]
+        kinds = " and ".join(dict.fromkeys(_kind(item, definitions) for item in items))
+        return f"list of {len(items)} {kinds}" if "prefixItems" in field else f"list of {kinds}"
+    # Limits of a million and more only keep numbers finite, so they are not shown.
+    limits = [f"{words} {field[key]:g}" for key, words in LIMITS.items() if field.get(key, 10**6) < 10**6]
+    return f"{TYPES[field['type']]} {', '.join(limits)}".rstrip()
 
 
 def _resolved(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     reference = field.get("$ref")
     return {**definitions[reference.rpartition("/")[2]], **field} if reference else field
-
-
-def _sentence(text: str) -> str:
-    """The first paragraph of a docstring, on one line."""
-    return " ".join(text.partition("\n\n")[0].split())

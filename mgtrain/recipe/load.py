@@ -19,6 +19,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from mgtrain.errors import RecipeError
+from mgtrain.recipe.base import Section
 from mgtrain.recipe.sections import Recipe
 
 MOST_BYTES, MOST_DEPTH = 100_000, 20  # of a recipe; far more than any real one needs
@@ -57,8 +58,7 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: boo
             tree[section].pop(key, None)
     origins: dict[tuple[str, ...], str] = {}
     for override in overrides:
-        keys = _apply_override(tree, override)
-        origins[keys] = f"override {override!r}"
+        origins[_apply_override(tree, override)] = f"override {override!r}"
     try:
         # Pydantic's strict mode accepts a list for a tuple in JSON only.
         return Recipe.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
@@ -161,14 +161,19 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
     # A misspelt key often causes a missing one, so it comes first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     keys, line = locate(first["loc"], tree)
-    where = next((origin for keys_, origin in origins.items() if keys[: len(keys_)] == keys_), f"{name}:{line}")
+    where = next((origin for changed, origin in origins.items() if keys[: len(changed)] == changed), f"{name}:{line}")
     dotted = ".".join(keys) or "recipe"
     match first["type"]:
         case "extra_forbidden":
-            allowed = _allowed_keys(keys[-2] if len(keys) > 1 else None, tree)
+            kinds = _kinds(keys[0]) if len(keys) > 1 else (Recipe,)
+            if len(kinds) > 1:  # chosen by `name`
+                chosen = tree[keys[0]]["name"]
+                kinds = tuple(kind for kind in kinds if chosen in get_args(kind.model_fields["name"].annotation))
+            allowed = list(kinds[0].model_fields)
             close = difflib.get_close_matches(keys[-1], allowed, n=1)
             if len(keys) == 1 and not close:  # without a section, such as lr=0.1
-                close = [f"{section}.{keys[0]}" for section in _sections_with(keys[0])]
+                homes = [s for s in Recipe.model_fields for kind in _kinds(s) if keys[0] in kind.model_fields]
+                close = [f"{section}.{keys[0]}" for section in homes]
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
             return f"{where}: unknown key {dotted!r}; {RETIRED.get(dotted, hint)}"
         case "missing" | "union_tag_not_found":
@@ -179,8 +184,8 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
             close = difflib.get_close_matches(tag, expected.split(", "), n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             return f"{where}: {dotted}.name is {tag!r}; {hint}allowed: {expected}"
-        case "value_error":
-            return f"{where}: {dotted}: {first['ctx']['error']}"
+        case "value_error":  # of a whole section; a tag may follow its name
+            return f"{where}: {dotted.partition('.')[0]}: {first['ctx']['error']}"
         case _:
             message = first["msg"].removeprefix("Input should be ")
             return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it must be {message}"
@@ -191,34 +196,17 @@ def locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]
     keys: list[str] = []
     node, line = tree, 1
     for part in loc:
-        there = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
-        if there:
-            line = _line(node, part) or line
+        if part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node)):
+            places = getattr(getattr(node, "lc", None), "data", None) or {}  # none of what an override has set
+            line = places[part][0] + 1 if part in places else line
             node = node[part]
-        elif part != loc[-1]:
+        elif part != loc[-1] or (isinstance(part, str) and not isinstance(node, dict)):
             continue  # a tag
         keys.append(str(part))
     return tuple(keys), line
 
 
-def _line(node: Any, key: int | str) -> int | None:
-    """The line of a key of a dict or an item of a list; None for overrides."""
-    places: dict[int | str, list[int]] = getattr(getattr(node, "lc", None), "data", None) or {}
-    return places[key][0] + 1 if key in places else None
-
-
-def _sections_with(key: str) -> list[str]:
-    """The sections that have a key of this name."""
-    kinds = {name: get_args(field.annotation) or (field.annotation,) for name, field in Recipe.model_fields.items()}
-    return [name for name, of in kinds.items() if any(key in getattr(kind, "model_fields", ()) for kind in of)]
-
-
-def _allowed_keys(section: str | None, tree: Any) -> list[str]:
-    """The keys allowed in a section, or at the top level if it is None."""
-    if section not in Recipe.model_fields:
-        return [] if section else list(Recipe.model_fields)
+def _kinds(section: str) -> tuple[type[Section], ...]:
+    """The types of a section: several if its `name` chooses one; none for a key of the top level."""
     annotation = Recipe.model_fields[section].annotation
-    kinds = get_args(annotation) or (annotation,)  # several for a section with a `name`
-    if len(kinds) > 1:
-        kinds = tuple(kind for kind in kinds if tree[section]["name"] in get_args(kind.model_fields["name"].annotation))
-    return list(kinds[0].model_fields)
+    return tuple(kind for kind in get_args(annotation) or (annotation,) if issubclass(kind, Section))

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Count = Annotated[int, Field(ge=1, le=200)]
-Blocks = tuple[Count, Count, Count, Count]
+from mgtrain.recipe.base import Fraction, Section
+
+BlockCount = Annotated[int, Field(ge=1, le=200)]
+Blocks = tuple[BlockCount, BlockCount, BlockCount, BlockCount]
 MEAN, STD = 0.45, 0.225  # of pixels in 0..1, the same for all channels (Feichtenhofer et al. 2019)
-Share = Annotated[float, Field(ge=0, le=1)]
-Colour = tuple[Share, Share, Share]
+Colour = tuple[Fraction, Fraction, Fraction]
 Deviation = Annotated[float, Field(gt=0, le=10)]
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _ResNetOptions(_Options):
+class _ResNetOptions(Section):
     """Options of all built-in architectures."""
 
     width: int = Field(
@@ -58,7 +55,7 @@ class SlowFastOptions(_ResNetOptions):
         return self
 
 
-class TorchvisionOptions(_Options):
+class TorchvisionOptions(Section):
     """A network of `torchvision.models.video`."""
 
     name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
@@ -75,7 +72,7 @@ class TorchvisionOptions(_Options):
         return self
 
 
-class OwnOptions(_Options):
+class OwnOptions(Section):
     """Your own network: `MODELS[network](classes, **options)` of a Python module."""
 
     name: Literal["own"]

@@ -16,10 +16,10 @@ class Optim(Section):
 
     # Keys that came after the first checkpoints are not part of the plan's fingerprint: repr=False.
     name: Literal["sgd", "adamw"] = Field("sgd", repr=False, description="the optimizer; by default sgd")
-    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(description="base learning rate, for steps at the base shape")
+    lr: float = Field(gt=0, le=1e30, description="base learning rate, for steps at the base shape")
     curve: Literal["steps", "cosine"] = Field("steps", description="shape of the learning-rate decay")
-    stages: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=100)] = Field(
-        description="epochs of each of the baseline's learning-rate stages"
+    stages: tuple[Positive, ...] = Field(
+        min_length=1, max_length=100, description="epochs of each of the baseline's learning-rate stages"
     )
     gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
     end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
@@ -59,10 +59,9 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _keys_of_the_optimizer(self) -> Optim:
-        others = {"sgd": ("betas", "eps"), "adamw": ("momentum", "nesterov")}[self.name]
-        for key in others:
+        other, keys = ("adamw", ("betas", "eps")) if self.name == "sgd" else ("sgd", ("momentum", "nesterov"))
+        for key in keys:
             if getattr(self, key) != type(self).model_fields[key].default:
-                other = "adamw" if self.name == "sgd" else "sgd"
                 raise ValueError(f"{key} is a key of name: {other}, and name is {self.name}; leave it out")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")

@@ -26,7 +26,7 @@ class Data(Section):
     root: str = Field(description="folder of the videos; their paths are relative to it")
     train: str = Field(description="annotations of the training videos, relative to root")
     val: str = Field(description="annotations of the validation videos, relative to root")
-    classes: Annotated[int, Field(ge=2, le=1_000_000)] = Field(description="number of classes")
+    classes: int = Field(ge=2, le=1_000_000, description="number of classes")
     outside_root: bool = Field(False, description="allow paths outside of root (format: list)")
     videos: Count | None = Field(
         None, description="expected number of training videos, with which `mgtrain plan` works without the data"
@@ -101,22 +101,18 @@ class Clip(Section):
 class Augment(Section):
     """Augmentation of training clips and their labels, besides crop, scale and flip. All of it is off by default."""
 
-    rand_augment: Annotated[int, Field(ge=0, le=100)] = Field(0, description="RandAugment operations per clip")
-    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="magnitude of the RandAugment operations")
+    rand_augment: int = Field(0, ge=0, le=100, description="RandAugment operations per clip")
+    magnitude: int = Field(9, ge=0, le=30, description="magnitude of the RandAugment operations")
     brightness: Fraction = Field(0.0, description="brightness jitter: factors from 1 - brightness to 1 + brightness")
     contrast: Fraction = Field(0.0, description="contrast jitter, about the clip's mean grey")
     saturation: Fraction = Field(0.0, description="saturation jitter")
-    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.0, description="hue jitter: largest rotation of the hue, in full turns"
-    )
+    hue: float = Field(0.0, ge=0, le=0.5, description="hue jitter: largest rotation of the hue, in full turns")
     erase: Fraction = Field(0.0, description="probability of erasing a random box of a clip")
     mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
     cutmix: NotNegative = Field(
         0.0, description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair uses one at random"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the label spread over all classes"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
 
     @property
     def jitters_colour(self) -> bool:
@@ -137,11 +133,13 @@ class Evaluation(Section):
     views: Literal["mean", "max"] = Field(
         "mean", description="how class probabilities of a video's views are combined (Charades: max)"
     )
-    times: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        8, description="evaluations of the run, at equal shares of its steps; the last is at its end"
+    times: int = Field(
+        8, ge=1, le=10_000, description="evaluations of the run, at equal shares of its steps; the last is at its end"
     )
-    recalibration_batches: Annotated[int, Field(ge=0, le=10**9)] = Field(
+    recalibration_batches: int = Field(
         200,
+        ge=0,
+        le=10**9,
         description="limit of the batches that recalibrate BatchNorm's statistics before an evaluation, if recent "
         "steps had other shapes; another limit is 1/7 of the steps since the last evaluation, at the end of all steps; "
         "0: use running averages",
@@ -288,9 +286,7 @@ class Faults(Section):
 class Recipe(Section):
     """Everything that defines a run. Two runs of a recipe train on the same clips in the same steps."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="seed of the weights, the clips and all other random draws"
-    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the weights, the clips and all other random draws")
     data: Data
     clip: Clip
     augment: Augment = Augment()

@@ -8,13 +8,19 @@ from its number. Nothing here knows tensors, devices or video files. To add a sc
 from __future__ import annotations
 
 from mgtrain.recipe import BaselineSchedule, Recipe
-from mgtrain.schedule.baseline import baseline
 from mgtrain.schedule.multigrid import multigrid
-from mgtrain.schedule.plan import Phase, Plan, Step, Totals, check_world
+from mgtrain.schedule.plan import Plan, Step, Stretch, check_world
+
+__all__ = ["SCHEDULES", "Plan", "Step", "baseline_recipe", "check_world", "make_plan"]
+
+
+def baseline(recipe: Recipe, videos: int) -> list[Stretch]:
+    """One stretch for each learning-rate stage, at the base shape."""
+    stages = enumerate(recipe.optim.stages)
+    return [Stretch(k, k, (recipe.base,), epochs * videos / recipe.base.clips) for k, epochs in stages]
+
 
 SCHEDULES = {"baseline": baseline, "multigrid": multigrid}
-
-__all__ = ["SCHEDULES", "Phase", "Plan", "Step", "Totals", "baseline_recipe", "check_world", "make_plan"]
 
 
 def make_plan(recipe: Recipe, videos: int) -> Plan:

@@ -38,14 +38,12 @@ def plan_table(plan: Plan, gpus: int | None) -> Table:
 def schedule_drawing(plan: Plan) -> str:
     """Clips, frames, crop and learning rate over the steps of a run, each a line of bars on a log scale."""
     steps = [plan[round(n * (len(plan) - 1) / (COLUMNS - 1))] for n in range(COLUMNS)]
-    rows = (
-        ("clips", [step.phase.shape.clips for step in steps], "d"),
-        ("frames", [step.phase.shape.frames for step in steps], "d"),
-        ("crop", [step.phase.shape.crop for step in steps], "d"),
-        ("lr", [step.lr for step in steps], ".3g"),
-    )
+    shapes = [step.phase.shape for step in steps]
+    rows = {name: [getattr(shape, name) for shape in shapes] for name in ("clips", "frames", "crop")}
+    rows["lr"] = [step.lr for step in steps]
     lines = []
-    for name, values, form in rows:
+    for name, values in rows.items():
+        form = ".3g" if name == "lr" else "d"
         low, high = min(values), max(values)
         span = math.log(high / low) if 0 < low < high else 1.0
         heights = (round((len(BLOCKS) - 1) * math.log(value / low) / span) if low > 0 else 0 for value in values)

@@ -137,18 +137,11 @@ class Plan(Sequence[Step]):
         phase = self.phases[bisect_right(self._first_steps, index) - 1]
         offset = index - phase.first_step
         turn = offset % len(phase.shapes)
+        shape = phase.shapes[turn]
         first_clip = phase.first_clip + clips_before(phase.shapes, offset)
         epoch = first_clip / self.videos
-        return Step(
-            index,
-            phase,
-            phase.shapes[turn],
-            phase.grids[turn],
-            self._lr(phase, index, epoch),
-            epoch,
-            first_clip,
-            phase.groups[turn],
-        )
+        lr = self._lr(phase, shape, index, epoch)
+        return Step(index, phase, shape, phase.grids[turn], lr, epoch, first_clip, phase.groups[turn])
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """The steps from step `start` to the end."""
@@ -173,9 +166,17 @@ class Plan(Sequence[Step]):
         """
         return tuple(sorted({max(1, round(len(self) * k / times)) for k in range(1, times + 1)}))
 
-    def phase_lr(self, phase: Phase) -> float:
-        """The learning rate of a phase's first step, without warm-up."""
-        return self._scaled_lr(phase, phase.first_step)
+    def phase_lr(self, phase: Phase, index: int | None = None) -> float:
+        """The learning rate of a phase's step, by default its first, without warm-up."""
+        optim = self._optim
+        if optim.curve == "steps":
+            lr = optim.lr * optim.gamma**phase.lr_stage
+        else:
+            # All stages keep the same share of their baseline steps, so progress in steps equals the baseline's.
+            done = (phase.first_step if index is None else index) / len(self)
+            lr = optim.end_lr + (optim.lr - optim.end_lr) * (1 + math.cos(math.pi * done)) / 2
+        # Scaling by the long cycle's batch, not the short cycle's (Wu et al. 2020, section 3.4).
+        return lr if self._lr_scaling == "none" else lr * self._growth(phase.shape.clips / self.base.clips)
 
     def totals(self) -> Totals:
         """Steps, epochs, clips and voxels of the whole run."""
@@ -210,33 +211,20 @@ class Plan(Sequence[Step]):
                         "short_side": list(grid.short_side),
                         "bn_clips": shape.clips // groups,
                     }
-                    for shape, grid, groups in zip(phase.shapes, phase.grids, phase.groups, strict=True)
+                    for grid, (shape, groups) in zip(phase.grids, phase.batches(), strict=True)
                 ],
             }
             for phase in self.phases
         ]
         return {"videos": self.videos, "steps": len(self), "epochs": self.totals().epochs, "phases": phases}
 
-    def _scaled_lr(self, phase: Phase, index: int) -> float:
-        optim = self._optim
-        if optim.curve == "steps":
-            lr = optim.lr * optim.gamma**phase.lr_stage
-        else:
-            # All stages keep the same share of their baseline steps, so progress in steps equals the baseline's.
-            lr = optim.end_lr + (optim.lr - optim.end_lr) * (1 + math.cos(math.pi * (index / len(self)))) / 2
-        # Scaling by the long cycle's batch, not the short cycle's (Wu et al. 2020, section 3.4).
-        return lr if self._lr_scaling == "none" else lr * self._growth(phase.shape.clips / self.base.clips)
-
-    def _lr(self, phase: Phase, index: int, epoch: float) -> float:
+    def _lr(self, phase: Phase, shape: Shape, index: int, epoch: float) -> float:
         optim = self._optim
         if epoch < optim.warmup_epochs:
             lr = optim.warmup_lr + (self._warmup_target - optim.warmup_lr) * epoch / optim.warmup_epochs
         else:
-            lr = self._scaled_lr(phase, index)
-        if self._lr_scaling == "both":
-            turn = (index - phase.first_step) % len(phase.shapes)
-            lr *= self._growth(phase.shapes[turn].clips / phase.shape.clips)
-        return lr
+            lr = self.phase_lr(phase, index)
+        return lr * self._growth(shape.clips / phase.shape.clips) if self._lr_scaling == "both" else lr
 
     def _growth(self, clips: float) -> float:
         """The factor of the learning rate for a factor of the batch."""
@@ -248,7 +236,7 @@ class Plan(Sequence[Step]):
         phase = next((phase for phase in self.phases if phase.end_clip > end_clip), self.phases[-1])
         cycle_clips = sum(shape.clips for shape in phase.shapes)
         offset = min(phase.steps - 1, max(0, round((end_clip - phase.first_clip) / cycle_clips * len(phase.shapes))))
-        return self._scaled_lr(phase, phase.first_step + offset)
+        return self.phase_lr(phase, phase.first_step + offset)
 
 
 def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
@@ -262,25 +250,12 @@ def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
     exact_clips = [s.steps * sum(shape.clips for shape in s.cycle) / len(s.cycle) for s in stretches]
     for index, (stretch, exact_end) in enumerate(zip(stretches, accumulate(exact_clips), strict=True)):
         grids = tuple(train_grid(s, recipe.base, recipe.clip.stride, recipe.clip.short_side) for s in stretch.cycle)
-        groups = tuple(
-            bn_groups(shape if grouping == "both" else stretch.cycle[-1], recipe.batch.bn_clips)
-            for shape in stretch.cycle
-        )
+        grouped = stretch.cycle if grouping == "both" else stretch.cycle[-1:] * len(stretch.cycle)
+        groups = tuple(bn_groups(shape, recipe.batch.bn_clips) for shape in grouped)
         steps = _nearest_steps(stretch.cycle, exact_end - first_clip)
-        phase = Phase(
-            index,
-            stretch.stage,
-            stretch.lr_stage,
-            first_step,
-            steps,
-            first_clip,
-            stretch.cycle,
-            grids,
-            groups[-1],
-            groups,
-        )
-        phases.append(phase)
-        first_step, first_clip = phase.end_step, phase.end_clip
+        place = (index, stretch.stage, stretch.lr_stage, first_step, steps, first_clip)
+        phases.append(Phase(*place, stretch.cycle, grids, groups[-1], groups))
+        first_step, first_clip = phases[-1].end_step, phases[-1].end_clip
     return tuple(phases)
 
 

@@ -66,6 +66,7 @@ def test_overrides_change_single_keys() -> None:
         ("  stages: [4, 2]\n", "  stages: [4, 2]\n  zzz: 1\n", "my.yaml:16: unknown key 'optim.zzz'; allowed: name, "),
         ("  width: 16", "  widht: 16", "my.yaml:11: unknown key 'model.widht'; did you mean 'width'?"),
         ("  width: 16", "  width: 12", "my.yaml:11: model.width is 12; it must be a multiple of 8"),
+        ("  width: 16", "  depth: 34", "my.yaml:11: model.depth is 34; it must be 50 or 101"),
         ("  lr: 5e-2", "  lr: -1", "my.yaml:14: optim.lr is -1; it must be greater than 0"),
         ("  lr: 5e-2", "  lr: high", 'my.yaml:14: optim.lr is "high"; it must be a valid number'),
         ("  lr: 5e-2", "  lr: .nan", "my.yaml:14: optim.lr is NaN; it must be a finite number"),
@@ -89,7 +90,7 @@ def test_overrides_change_single_keys() -> None:
         ("  lr: 5e-2", "  lr: 5e-2\n  name: adam", "my.yaml:15: optim.name is \"adam\"; it must be 'sgd' or 'adamw'"),
         ("  lr: 5e-2", "  lr: 5e-2\n  ema: 1", "my.yaml:15: optim.ema is 1; it must be less than 1"),
         ("  lr: 5e-2", "  lr: 5e-2\n  layer_decay: 1.1", "my.yaml:15: optim.layer_decay is 1.1; it must "),
-        ("  name: slowfast_r50\n  width: 16", "  name: r3d_18\n  drop_path: 0.1", "my.yaml:9: model.r3d_18: "
+        ("  name: slowfast_r50\n  width: 16", "  name: r3d_18\n  drop_path: 0.1", "my.yaml:9: model: "
          "drop_path is for swin3d_t and mvit_v2_s; r3d_18 has no stochastic depth"),
         ("  classes: 4", "  classes: 4\n  mirrored: [[a, b], [b, c]]", "my.yaml:1: data: mirrored names the class 'b'"),
         ("  classes: 4", "  classes: 4\n  mirrored: [a, b]", "my.yaml:7: data.mirrored.0 is \"a\"; it must be "),

@@ -21,7 +21,7 @@ from mgtrain.engine.checks import check_shapes, make_model
 from mgtrain.engine.step import to_device
 from mgtrain.errors import CheckpointError, DataError, UsageError
 from mgtrain.models.weights.files import read_tensors
-from mgtrain.models.weights.load import freeze, is_ours, load_weights, named, read_classes
+from mgtrain.models.weights.load import freeze, is_ours, load_weights, read_classes, read_weights
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
 from mgtrain.recipe.model import OwnOptions
@@ -93,7 +93,7 @@ def load_trained(
         load_model(path, model)
         averaged = load_average(path, dict(model.named_parameters()))
     else:
-        report = load_weights(model, named(path, tensors, is_ours(model)))
+        report = load_weights(model, read_weights(path, is_ours(model), tensors))
         report.demand(1.0, path)
         if report.resized:
             raise CheckpointError(f"{path}: {report.resized}; set data.classes to the file's number of classes")

@@ -96,18 +96,24 @@ def _normalized(x, stats, weight, bias, group, channel, there, C: tl.constexpr):
     return normed, inv_std * scale, normed * scale + tl.load(bias + channel, mask=there, other=0.0)
 
 
+@triton.jit
+def _own_tile(x, rows_of_group, C: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """This program's group and channels, which of them exist, its tile's offsets, which are inside, and its values."""
+    group = tl.program_id(2)
+    channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
+    place, row = _place(group, tl.program_id(0) * TILE, channel, rows_of_group, C, TILE)
+    there = channel < C
+    inside = (row < rows_of_group) & there
+    return group, channel, there, place, inside, tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows_of_group"])
 def normalize(
     x, y, stats, weight, bias, rows_of_group, RELU: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write normalized values times weight plus bias to `y`, with RELU after ReLU."""
-    group = tl.program_id(2)
-    channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
-    place, row = _place(group, tl.program_id(0) * TILE, channel, rows_of_group, C, TILE)
-    there = channel < C
-    inside = (row < rows_of_group) & there
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    group, channel, there, place, inside, value = _own_tile(x, rows_of_group, C, TILE, WIDE)
     _, _, result = _normalized(value, stats, weight, bias, group, channel, there, C)
     if RELU:
         result = tl.where(result <= 0.0, 0.0, result)  # NaN stays NaN
@@ -182,12 +188,7 @@ def input_gradient(
     TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the input to `grad_x`."""
-    group = tl.program_id(2)
-    channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
-    place, row = _place(group, tl.program_id(0) * TILE, channel, rows_of_group, C, TILE)
-    there = channel < C
-    inside = (row < rows_of_group) & there
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    group, channel, there, place, inside, value = _own_tile(x, rows_of_group, C, TILE, WIDE)
     above = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     normed, factor, result = _normalized(value, stats, weight, bias, group, channel, there, C)
     if RELU:

@@ -74,16 +74,9 @@ class _NormGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        means: Tensor,
-        variances: Tensor,
-        momentum: float,
-        eps: float,
-        relu: bool,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float,
+        eps: float, relu: bool,
+    ) -> Tensor:  # fmt: skip
         y, stats = _forward(x, weight, bias, means, variances, momentum, eps, relu)
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.relu = relu

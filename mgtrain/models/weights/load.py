@@ -32,6 +32,7 @@ from mgtrain.recipe.model import ModelOptions
 
 WRAPPERS = r"^(module\.|model\.)+"  # of DistributedDataParallel, of PySlowFast around PyTorchVideo, of checkpoints
 COUNTER = "num_batches_tracked"  # of BatchNorm: not a weight, and some files lack it
+SHOWN = 6  # tensors of each kind in a report
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Report:
         missing = [name for name in self.missing if not (self.resized and name.startswith(f"{self.classifier}."))]
         return len(self.matched) / max(1, len(self.matched) + len(missing))
 
-    def lines(self, shown: int = 6) -> list[str]:
+    def lines(self) -> list[str]:
         """The report as text, with the first few tensors that did not match."""
         total = len(self.matched) + len(self.missing)
         lines = [f"{self.project}: matched {len(self.matched)} of {total} tensors"]
@@ -75,8 +76,8 @@ class Report:
         missing = [f"{name} ({why})" for name, why in self.missing.items()]
         for what, names in (("not in the file", missing), ("not in the model", self.unused)):
             if names:
-                more = f" and {len(names) - shown} more" if len(names) > shown else ""
-                lines.append(f"{what}: {', '.join(names[:shown])}{more}")
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                lines.append(f"{what}: {', '.join(names[:SHOWN])}{more}")
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def demand(self, share: float, path: Path) -> None:
@@ -91,45 +92,37 @@ class Report:
             )
 
 
-def read_weights(path: Path, common: bool = True) -> Weights:
+def read_weights(path: Path, common: bool = True, tensors: Mapping[str, Tensor] | None = None) -> Weights:
     """Read a file's tensors: with common names, whichever known project they are from, or with the file's own names.
 
-    Raises:
-        CheckpointError: the file cannot be read, or its names are not those of a known project.
-    """
-    return named(path, read_tensors(path), common)
-
-
-def named(path: Path, tensors: Mapping[str, Tensor], common: bool) -> Weights:
-    """Rename a file's tensors, as `read_weights` does.
+    `tensors` are those of the file, if they have been read.
 
     Raises:
-        CheckpointError: a tensor has NaN or infinite values, or the names are not those of a known project.
+        CheckpointError: the file cannot be read, a tensor has NaN or infinite values, or the names are not those of a
+            known project.
     """
+    tensors = read_tensors(path) if tensors is None else tensors
     averaged = {name for name in tensors if name.startswith("ema.") and f"model.{name[4:]}" in tensors}
     plain = {f"model.{name[4:]}": tensors[name] for name in averaged}  # a checkpoint's average takes the weights' place
     plain = {name: tensor for name, tensor in {**tensors, **plain}.items() if name not in averaged}
     found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in plain.items()}
-    for name, tensor in found.items():
+    weights = {n: t for n, t in found.items() if not (n.endswith(COUNTER) or n.startswith("optimizer."))}
+    for name, tensor in weights.items():
         odd = tensor.isnan() | (tensor.isinf() if common else tensor.isposinf())  # an own network's mask may hold -inf
-        if odd.any() and not _is_state(name):
+        if odd.any():
             raise CheckpointError(
                 f"{path}: {name} has NaN or infinity in {int(odd.sum()):,} of its {odd.numel():,} values; "
                 "use earlier weights"
             )
     if not common:
-        return Weights("the file", {name: t for name, t in found.items() if not _is_state(name)}, ())
+        return Weights("the file", weights, ())
     naming = next((n for n in NAMINGS if any(re.match(n.sign, name) for name in found)), None)
     if naming is None:
         raise CheckpointError(
             f"{path}: has tensors such as {min(found)!r}, which no known network has; known are the networks of "
             f"{', '.join(n.project for n in NAMINGS)}"
         )
-    renamed = {
-        naming.common(name): tensor
-        for name, tensor in found.items()
-        if not re.match(naming.ignored, name) and not _is_state(name)
-    }
+    renamed = {naming.common(name): t for name, t in weights.items() if not re.match(naming.ignored, name)}
     notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
     return Weights(naming.project, naming.convert(renamed), notes)
 
@@ -217,11 +210,6 @@ def is_ours(model: nn.Module) -> bool:
     return isinstance(model, SlowFast | I3D)
 
 
-def _is_state(name: str) -> bool:
-    """Whether a tensor is not a weight but a counter or an optimizer's state."""
-    return name.endswith(COUNTER) or name.startswith("optimizer.")
-
-
 def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
     """Convert a tensor to another shape, if there is one correct way; else None.
 
@@ -264,14 +252,9 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def save_weights(
-    path: Path,
-    model: nn.Module,
-    options: Mapping[str, Any],
-    classes: Sequence[str] = (),
-    only: Sequence[str] | None = None,
-    source: str = OWN.project,
-    notes: Mapping[str, str] | None = None,
-) -> None:
+    path: Path, model: nn.Module, options: Mapping[str, Any], classes: Sequence[str] = (),
+    only: Sequence[str] | None = None, source: str = OWN.project, notes: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write the model's tensors, or those in `only`, as safetensors, which `init: {weights: ...}` reads."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
     metadata = {"format": "mgtrain.weights/1", "source": source, "model": json.dumps(options), **(notes or {})}
