@@ -8,7 +8,7 @@ only `cut_random` is random.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,11 @@ class Cut:
     region: tuple[int, int, int, int]
     crop: int
     flip: bool
+
+
+def wanted_frames(cuts: Iterable[Cut]) -> list[int]:
+    """The source frames of all cuts, each once, ascending."""
+    return sorted({index for cut in cuts for index in cut.frames})
 
 
 def frame_indices(start: float, frames: int, stride: float, video_frames: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import av
@@ -152,6 +152,29 @@ class Clip:
                 for place in places:
                     copy(frame, self._pixels[place], self.cut.flip)
             self._parts, self._places = [], []
+
+
+def clips_of(
+    cuts: Sequence[Cut], frames: Iterable[tuple[np.ndarray, Iterable[int]]], corner: tuple[int, int] = (0, 0)
+) -> list[np.ndarray]:
+    """The clips of cuts, from pictures and the source frames that each is of; `corner` as in `Clip`."""
+    clips = [Clip(cut, corner) for cut in cuts]
+    for picture, indices in frames:
+        for clip in clips:
+            clip.put(indices, picture)
+    return [clip.pixels() for clip in clips]
+
+
+def clips_by(
+    kind: Callable[[Cut], int], read: Callable[[int, list[Cut]], list[np.ndarray]], cuts: Sequence[Cut]
+) -> list[np.ndarray]:
+    """The clips of cuts, in their order, where `read` gets all cuts of one kind together."""
+    kinds = [kind(cut) for cut in cuts]
+    clips: dict[int, np.ndarray] = {}
+    for one in dict.fromkeys(kinds):
+        these = [n for n, other in enumerate(kinds) if other == one]
+        clips.update(zip(these, read(one, [cuts[n] for n in these]), strict=True))
+    return [clips[n] for n in range(len(cuts))]
 
 
 @stage("resample")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from mgtrain.data.stretch import Stretch, parted
 from mgtrain.errors import VideoError
 
 
-class Part:
+class Part(AbstractContextManager["Part"]):
     """A stretch of a video, read as if its frames were the whole video. Closing it closes the video."""
 
     def __init__(self, whole: VideoFile | FrameFolder, stretch: Stretch) -> None:
@@ -29,9 +30,6 @@ class Part:
         self.whole = whole
         self.info = replace(info, frames=min(end, info.frames) - self.first)
         self._after = end - info.frames  # frames of the stretch after the video's end
-
-    def __enter__(self) -> Part:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.whole.__exit__()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,9 +26,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from pydantic import TypeAdapter, ValidationError
 
-from mgtrain.clips.cut import Cut, VideoInfo
+from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import decoded, one_thread
-from mgtrain.clips.pictures import Clip, UnconvertibleError, box_around, converted
+from mgtrain.clips.pictures import UnconvertibleError, box_around, clips_by, clips_of, converted
 from mgtrain.clips.prepared.shards import Shards, check_shards, shard_path
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
@@ -168,7 +168,7 @@ class PreparedSet:
         return int(self._offsets[start + first]), int(self._offsets[start + first + 1])
 
 
-class PreparedVideo:
+class PreparedVideo(AbstractContextManager["PreparedVideo"]):
     """A video of a prepared set, read like a `VideoFile`: `info` describes the original, `read` decodes clips."""
 
     def __init__(self, prepared: PreparedSet, row: np.void, relative: str) -> None:
@@ -177,36 +177,22 @@ class PreparedVideo:
         if min(self.info.frames, self.info.width, self.info.height) < 1 or not self.info.fps > 0:
             raise VideoError(f"{relative}: could not be prepared; {prepared.folder / 'videos.jsonl'} says why")
 
-    def __enter__(self) -> PreparedVideo:
-        return self
-
     def __exit__(self, *_: object) -> None:
         pass
 
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips, uint8 (T, crop, crop, 3) RGB, each from the smallest level that needs no enlargement."""
-        levels = [self._level(cut) for cut in cuts]
-        stored = [self._stored(cut, level) for cut, level in zip(cuts, levels, strict=True)]
-        clips: dict[int, np.ndarray] = {}
-        for level in dict.fromkeys(levels):
-            these = [n for n in range(len(cuts)) if levels[n] == level]
-            clips.update(zip(these, self._read(level, [stored[n] for n in these]), strict=True))
-        return [clips[n] for n in range(len(cuts))]
+        return clips_by(self._level, self._read, cuts)
 
     def _level(self, cut: Cut) -> int:
         """The smallest level that needs no enlargement, or else the largest."""
-        least = cut.crop - 0.5
-        sizes = self._row["levels"]
-        large_enough = [
-            n
-            for n in range(len(sizes))
-            if min(
-                cut.region[2] * sizes[n]["width"] / self.info.width,
-                cut.region[3] * sizes[n]["height"] / self.info.height,
-            )
-            >= least
-        ]
-        return max(large_enough, default=0)
+        sizes, (_, _, width, height) = self._row["levels"], cut.region
+        for level in range(len(sizes) - 1, 0, -1):
+            size = sizes[level]
+            scaled = width * size["width"] / self.info.width, height * size["height"] / self.info.height
+            if min(scaled) >= cut.crop - 0.5:
+                return level
+        return 0
 
     def _stored(self, cut: Cut, level: int) -> Cut:
         """The cut in frames and pixels of the level's file."""
@@ -218,13 +204,14 @@ class PreparedVideo:
 
     def _read(self, level: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips from a level's file; each frame is decoded once for all clips."""
+        cuts = [self._stored(cut, level) for cut in cuts]
         size = self._row["levels"][level]
         decoder, start = decoder_of((int(size["width"]), int(size["height"]))), int(size["start"])
         path = level_path(self._set.folder, self._set.settings.levels[level], self._relative)
         where = self._set.where(size, path)
 
         def frames(file: int, first: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-            wanted = sorted({index for cut in cuts for index in cut.frames})
+            wanted = wanted_frames(cuts)
             with suppress(AttributeError, IndexError, OSError, OverflowError):  # macOS has no posix_fadvise
                 for index in wanted:  # so that a cold disk reads all of them while the first is decoded
                     begin, end = self._set.offsets(start, index)
@@ -240,17 +227,13 @@ class PreparedVideo:
                 yield frame, (index,)
 
         box = box_around([cut.region for cut in cuts])
-        clips = [Clip(cut, box[:2]) for cut in cuts]
         try:
             with self._set.file(size, path) as place:
-                for picture, indices in converted(frames(*place), decoder.size, box, decoder.reformatter):
-                    for clip in clips:
-                        clip.put(indices, picture)
+                return clips_of(cuts, converted(frames(*place), decoder.size, box, decoder.reformatter), box[:2])
         except UnconvertibleError as error:
             raise VideoError(f"{where}: {error}; `mgtrain data verify` lists all damage") from error
         except OSError as error:
             raise VideoError(f"{where}: {error.strerror}; `mgtrain data prepare` writes what is missing") from error
-        return [clip.pixels() for clip in clips]
 
 
 def stored_frame(index: int, frames: int, stored: int) -> int:
