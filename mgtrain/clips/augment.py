@@ -9,8 +9,7 @@ together (see `sent`). scripts/bench_augment.py measures all of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -42,21 +41,11 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
     )
     changed = []
     for frames in torch.split(torch.from_numpy(clip).permute(0, 3, 1, 2), FRAMES):  # (FRAMES, 3, S, S)
-        with _seeded(seed_of(seed, Draw.RAND_AUGMENT, position)):  # the same operations each time
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator only
+            torch.default_generator.manual_seed(seed_of(seed, Draw.RAND_AUGMENT, position))  # the same operations
             changed.append(change(frames))
     pixels: np.ndarray = torch.cat(changed).permute(0, 2, 3, 1).numpy()
     return pixels
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within the block, seed torch's global CPU generator, the only one that torchvision uses."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:

@@ -255,11 +255,18 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         frames = dict(shown(positions, wanted))  # time of a frame -> its numbers
 
         codec = self._stream.codec_context
+
+        def taken(packet: av.Packet[av.VideoStream] | None) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+            """Yield the wanted frames, and remove them from `frames`."""
+            for frame in decoded(codec, packet):
+                if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
+                    yield frame, frames.pop(frame.pts)
+
         for run in needed_runs([(packet.is_keyframe, time) for time, packet in span], set(frames)):
             for time, packet in span[run.start : run.stop]:
                 codec.skip_frame = "DEFAULT" if time in frames else "NONREF"
-                yield from self._taken(decoded(codec, packet), frames)
-            yield from self._taken(decoded(codec, None), frames)
+                yield from taken(packet)
+            yield from taken(None)
             codec.flush_buffers()
         codec.skip_frame = "DEFAULT"
         if frames:
@@ -279,15 +286,6 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 raise _UntimedError
             span.append((packet.pts, packet))
         return span
-
-    @staticmethod
-    def _taken(
-        come: Iterable[av.VideoFrame], frames: dict[int, Sequence[int]]
-    ) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """Yield the wanted frames and remove them from `frames`."""
-        for frame in come:
-            if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
-                yield frame, frames.pop(frame.pts)
 
     def _moment(self, index: int) -> int:
         """The middle of frame `index`, in ticks of the stream."""

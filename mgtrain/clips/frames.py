@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 
 import numpy as np
@@ -91,9 +91,8 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
 
     def _shrink(self, cut: Cut) -> int:
         """By how much the sides of pictures may be divided for a clip."""
-        if self._type != "JPEG":
-            return 1
-        return next((by for by in SHRUNK if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
+        by_more = SHRUNK if self._type == "JPEG" else ()
+        return next((by for by in by_more if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
 
     def _smaller(self, cut: Cut, by: int) -> Cut:
         """The cut in pixels of shrunk pictures, whose region is rounded to these."""
@@ -115,11 +114,8 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
             with open(file, "rb") as opened:
                 data = opened.read()
             if decode_jpeg is not None and data.startswith(b"\xff\xd8"):
-                try:
-                    pixels: np.ndarray = decode_jpeg(data, "RGB", min_width=size[0], min_height=size[1])
-                except ValueError:  # Pillow decides what is damaged
-                    pass
-                else:
+                with suppress(ValueError):  # Pillow decides what is damaged
+                    pixels = decode_jpeg(data, "RGB", min_width=size[0], min_height=size[1])
                     if pixels.shape == (*size[::-1], 3):
                         return pixels
             with self._opened(index, data) as picture:

@@ -29,15 +29,11 @@ class Part(AbstractContextManager["Part"]):
             )
         self.whole = whole
         self.info = replace(info, frames=min(end, info.frames) - self.first)
+        self.codec = whole.codec
         self._after = end - info.frames  # frames of the stretch after the video's end
 
     def __exit__(self, *_: object) -> None:
         self.whole.__exit__()
-
-    @property
-    def codec(self) -> str:
-        """The codec's name."""
-        return self.whole.codec
 
     @property
     def nbytes(self) -> int:

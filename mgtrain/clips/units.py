@@ -79,7 +79,11 @@ class Source:
 
     @contextmanager
     def open(self, video: int) -> Iterator[Reader | PreparedVideo]:
-        """Open a video. Raises `VideoError` if it cannot be read."""
+        """Open a video. Raises `VideoError` if it cannot be read, not if this process lacks memory, files or processes.
+
+        A damaged file can make FFmpeg request a huge amount of memory, so a lack of memory counts only if little is
+        free.
+        """
         worker = get_worker_info()
         mine = self._reading[worker.id if worker else 0]
         mine[0], mine[1] = os.getpid(), video + 1
@@ -87,7 +91,10 @@ class Source:
             with self._reader(video) as file:
                 yield file
         except VideoError as error:
-            refuse_lack(error)
+            if short_of_memory():
+                raise MemoryError from error
+            if isinstance(error.__cause__, OSError) and lack_of(error.__cause__):
+                raise error.__cause__ from None
             raise
         finally:
             mine[1] = 0
@@ -112,17 +119,6 @@ class Source:
             f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
             "`mgtrain data check` and leave them out with data.checked, or give the process more memory"
         )
-
-
-def refuse_lack(error: VideoError) -> None:
-    """Raise if a video could not be decoded because this process lacks memory, files or processes.
-
-    A damaged file can make FFmpeg request a huge amount of memory, so a lack of memory counts only if little is free.
-    """
-    if short_of_memory():
-        raise MemoryError from error
-    if isinstance(error.__cause__, OSError) and lack_of(error.__cause__):
-        raise error.__cause__
 
 
 def _sendable(loaded: Loaded) -> Loaded:

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import decoded, one_thread
 from mgtrain.clips.pictures import UnconvertibleError, box_around, clips_by, clips_of, converted
-from mgtrain.clips.prepared.shards import Shards, check_shards, shard_path
+from mgtrain.clips.prepared.shards import check_shards, opened_shards, shard_path
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
 from mgtrain.errors import DataError, VideoError
@@ -121,7 +121,7 @@ class PreparedSet:
             self._offsets = np.memmap(self.folder / "offsets.bin", np.uint32, mode="r")
         except (OSError, ValueError):
             raise DataError(f"{folder}: is incomplete; resume `mgtrain data prepare`") from None
-        self._shards = Shards(self.folder) if self.settings.shards else None
+        self._shards = opened_shards(self.folder) if self.settings.shards else None
         if self._shards and check:
             check_shards(self.folder, self._rows["levels"])
 
@@ -148,7 +148,7 @@ class PreparedSet:
             OSError: it cannot be opened.
         """
         if self._shards:
-            shard = self._shards.open(int(place["shard"]))  # stays open while `shard` refers to it
+            shard = self._shards(int(place["shard"]))  # stays open while `shard` refers to it
             yield shard.file, int(place["offset"])
         else:
             file = os.open(path, os.O_RDONLY)
@@ -205,10 +205,11 @@ class PreparedVideo(AbstractContextManager["PreparedVideo"]):
     def _read(self, level: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips from a level's file; each frame is decoded once for all clips."""
         cuts = [self._stored(cut, level) for cut in cuts]
-        size = self._row["levels"][level]
-        decoder, start = decoder_of((int(size["width"]), int(size["height"]))), int(size["start"])
+        place = self._row["levels"][level]
+        size, start = (int(place["width"]), int(place["height"])), int(place["start"])
+        decoder = decoder_of(size)
         path = level_path(self._set.folder, self._set.settings.levels[level], self._relative)
-        where = self._set.where(size, path)
+        where = self._set.where(place, path)
 
         def frames(file: int, first: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
             wanted = wanted_frames(cuts)
@@ -228,8 +229,8 @@ class PreparedVideo(AbstractContextManager["PreparedVideo"]):
 
         box = box_around([cut.region for cut in cuts])
         try:
-            with self._set.file(size, path) as place:
-                return clips_of(cuts, converted(frames(*place), decoder.size, box, decoder.reformatter), box[:2])
+            with self._set.file(place, path) as (file, first):
+                return clips_of(cuts, converted(frames(file, first), size, box, decoder.reformatter), box[:2])
         except UnconvertibleError as error:
             raise VideoError(f"{where}: {error}; `mgtrain data verify` lists all damage") from error
         except OSError as error:
@@ -261,29 +262,24 @@ def read_bytes(file: int, begin: int, end: int) -> bytes:
     return os.pread(file, end - begin, begin)
 
 
-@dataclass(slots=True)
 class Decoder:
-    """A decoder for stored frames of one size."""
+    """A decoder for stored frames of one size (width, height)."""
 
-    size: tuple[int, int]  # width, height
-    codec: av.VideoCodecContext
-    reformatter: VideoReformatter
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.reformatter = VideoReformatter()
+        self._codec = one_thread(av.VideoCodecContext.create("h264", "r"))
+        self._codec.extradata = EVERY_HEADER
 
     def frame(self, data: bytes) -> av.VideoFrame | None:
         """Decode a frame; None if it is damaged."""
         try:
-            frames = decoded(self.codec, av.Packet(data))
+            frames = decoded(self._codec, av.Packet(data))
             if not frames:
-                frames = decoded(self.codec, None)
-                self.codec.flush_buffers()
+                frames = decoded(self._codec, None)
+                self._codec.flush_buffers()
         except (av.FFmpegError, ValueError):
             return None
         return frames[0] if frames and not frames[0].is_corrupt else None
 
 
-@lru_cache(maxsize=8)
-def decoder_of(size: tuple[int, int]) -> Decoder:
-    """This process's decoder for frames of a size. Reusing it halves the time of a clip."""
-    codec = one_thread(av.VideoCodecContext.create("h264", "r"))
-    codec.extradata = EVERY_HEADER
-    return Decoder(size, codec, VideoReformatter())
+decoder_of = lru_cache(maxsize=8)(Decoder)  # this process's decoders: reusing one halves the time of a clip
