@@ -70,7 +70,7 @@ class Source:
             self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
             for tensor in self._shared:
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
-        return {**self.__dict__, "videos": self.videos.without_arrays(), "_rows": None}
+        return {**self.__dict__, "videos": self.videos.with_arrays([np.empty(0)] * 3), "_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -169,7 +169,7 @@ class RandomClips(Dataset[Loaded]):
         for attempt in range(REPLACEMENTS):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
             if self.balanced and attempt < REPLACEMENTS // 2:
-                yield int(rng.choice(videos.of_class(videos.label(request.video))))
+                yield int(rng.choice(np.flatnonzero(videos.single_labels == videos.label(request.video))))
             else:
                 yield int(rng.integers(len(videos)))
 

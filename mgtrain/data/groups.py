@@ -13,7 +13,7 @@ import numpy as np
 from mgtrain.data.formats.reading import read_table
 from mgtrain.data.index import KINETICS_NAME
 from mgtrain.data.stretch import file_of
-from mgtrain.data.videos import EXAMPLES, Videos
+from mgtrain.data.videos import Videos, few
 from mgtrain.errors import DataError, UsageError
 
 LEAST_GROUPS = 5  # of each class, so that each part of a split gets its share of them
@@ -34,7 +34,7 @@ class Groups:
     example: str
 
 
-def groups_of_names(names: Sequence[str], labels: Sequence[int]) -> Groups | None:
+def groups_of_names(names: Sequence[str], labels: Sequence[int] | np.ndarray) -> Groups | None:
     """The groups by the first naming scheme that fits these videos; None if none fits.
 
     A scheme fits if some groups have several videos, no group has a large share of all videos, and each class has
@@ -98,8 +98,8 @@ def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
     lacking = [name for name in names if name not in group_of]
     if lacking:
         raise DataError(
-            f"{path}: no group for {len(lacking)} of {len(names)} videos: {', '.join(lacking[:EXAMPLES])}"
-            f"{', ...' if len(lacking) > EXAMPLES else ''}; add a line with the path of each in {videos.root}"
+            f"{path}: no group for {len(lacking)} of {len(names)} videos: {few(lacking)}; "
+            f"add a line with the path of each in {videos.root}"
         )
     return _grouped(column, names, [group_of[name] for name in names]).ids
 

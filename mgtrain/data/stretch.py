@@ -35,9 +35,7 @@ class Stretch:
         """
         scale = fps if self.unit == "t" else 1
         first = round(self.start * scale)
-        if math.isinf(self.end):
-            return first, max(first + 1, count)
-        return first, max(first + 1, round(self.end * scale))
+        return first, max(first + 1, count if math.isinf(self.end) else round(self.end * scale))
 
     def __str__(self) -> str:
         end = "" if math.isinf(self.end) else f",{_digits(self.end)}"
