@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mgtrain.data.formats.reading import read_table
-from mgtrain.data.index import KINETICS_NAME
+from mgtrain.data.index import youtube_video
 from mgtrain.data.stretch import file_of
 from mgtrain.data.videos import Videos, few
 from mgtrain.errors import DataError, UsageError
@@ -45,7 +45,7 @@ def groups_of_names(names: Sequence[str], labels: Sequence[int] | np.ndarray) ->
     'person00_d0.avi is of person00'
     """
     schemes: dict[str, Callable[[str], str | None]] = {
-        "the YouTube video of a Kinetics clip": _youtube_video,
+        "the YouTube video of a Kinetics clip": youtube_video,
         "the words for a source in names": _source,
         "names without their last number": _without_number,
     }
@@ -114,11 +114,6 @@ def _plausible(ids: np.ndarray, labels: np.ndarray) -> bool:
     if len(sizes) == len(ids) or sizes.max() > LARGEST * len(ids):
         return False
     return all(len(np.unique(ids[labels == label])) >= LEAST_GROUPS for label in np.unique(labels))
-
-
-def _youtube_video(name: str) -> str | None:
-    clip = KINETICS_NAME.fullmatch(name)
-    return clip[1] if clip else None
 
 
 def _source(name: str) -> str | None:

@@ -61,7 +61,6 @@ NOTES = {
     "extra_apple_double": "under the root, AppleDouble files (._*) that no split lists",
     "unreadable": "under the root, folders that cannot be read",
 }
-LEAKS = (("same_path", "path"), ("same_file", "file"), ("same_content", "content"), ("same_source", "source"))
 WITHIN_SPLIT = ("missing", "empty", "apple_double", "repeated", "duplicates")
 
 Item = TypeVar("Item")
@@ -157,11 +156,11 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
     findings.append(pairs("conflicts", tuple(names), table[places[differ]], table[firsts[differ]]))
     for one, other in combinations(names, 2):
         rows = by_split[other]
-        for kind, key in LEAKS:
+        for key in ("path", "file", "content", "source"):  # each leak counts once, as the strongest kind
             leaks = np.isin(rows[key], by_split[one][key])
             twins = [np.argmax(by_split[one][key] == row[key]) for row in rows[leaks][:EXAMPLES]]
-            findings.append(pairs(kind, (one, other), rows[leaks], by_split[one][np.array(twins, int)]))
-            rows = rows[~leaks]  # each leak counts once, as the strongest kind
+            findings.append(pairs(f"same_{key}", (one, other), rows[leaks], by_split[one][np.array(twins, int)]))
+            rows = rows[~leaks]
     findings += _unlisted(videos[0].root, listed, progress)
     last_first = np.concatenate([*by_split.values()][::-1])
     copies = last_first[_repeated(last_first["part"])[0]]
@@ -181,11 +180,17 @@ def _look_up(videos: Videos, split: int, rows: range) -> np.ndarray:
         path, stretch = parted(name)
         size = _size(os.path.join(videos.root, path))
         file, label, part = key_of(path), key_of(repr(videos.labels(row))), key_of(str(stretch)) if stretch else 0
-        clip = KINETICS_NAME.fullmatch(path)
-        source = key_of(clip[1]) if clip else file
+        video = youtube_video(path)
+        source = key_of(video) if video else file
         apple_double = os.path.basename(path).startswith("._")
         table[place] = (split, row, size, apple_double, label, key_of(name), file, file, part, source)
     return table
+
+
+def youtube_video(path: str) -> str | None:
+    """The YouTube video of a Kinetics clip; None for other names."""
+    clip = KINETICS_NAME.fullmatch(path)
+    return clip[1] if clip else None
 
 
 def _size(path: str) -> int:

@@ -11,19 +11,8 @@ from mgtrain.data.formats.folder import is_video
 from mgtrain.data.formats.times import Columns, named_columns
 
 # Names of columns in a header, the most likely first.
-PATHS = (
-    "path",
-    "video_path",
-    "file_path",
-    "filepath",
-    "filename",
-    "file_name",
-    "file",
-    "video",
-    "video_name",
-    "clip",
-    "name",
-)
+PATHS = ("path", "video_path", "file_path", "filepath", "filename", "file_name", "file", "video", "video_name", "clip",
+         "name")  # fmt: skip
 LABELS = ("label", "label_id", "class_id", "target", "class", "class_name", "label_name", "category", "action")
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mgtrain.data.formats.folder import is_video
 from mgtrain.data.stretch import NUMBER, Stretch, parted
 from mgtrain.data.videos import EXAMPLES
 
@@ -17,9 +16,9 @@ ENDS = ("end", "end_time", "end_seconds", "end_sec", "end_timestamp", "t_end", "
 FIRST_FRAMES, END_FRAMES = ("start_frame", "frame_start"), ("end_frame", "stop_frame", "frame_end")
 COUNTS = ("frames", "num_frames", "n_frames", "total_frames", "frame_count")
 CLOCK = re.compile(rf"(?:(?:([0-9]+):)?([0-9]+):)?({NUMBER})", re.ASCII)  # 75.5, 1:15.5 or 00:01:15.5
-BEFORE_LABEL = [
-    re.compile(r"(.*?[^\s,;])" + rf"[\s,;]+((?:[0-9]+:)*{NUMBER})" * count, re.DOTALL | re.ASCII) for count in range(3)
-]  # how many numbers
+BEFORE_LABEL = [  # two numbers, and one
+    re.compile(r"(.*?[^\s,;])" + rf"[\s,;]+((?:[0-9]+:)*{NUMBER})" * count, re.DOTALL | re.ASCII) for count in (2, 1)
+]
 
 
 class Columns(NamedTuple):
@@ -63,27 +62,26 @@ def named_columns(names: Sequence[str]) -> Columns | None:
     return None if count is None else Columns("n", start if first is None else first, count)
 
 
-def numbers_before_label(root: str, texts: Sequence[str]) -> int:
-    """How many numbers, 0 to 2, stand between the path and the label of every row; none where files are named so."""
-    if not texts or any(os.path.lexists(os.path.join(root, text)) for text in texts[:EXAMPLES]):
-        return 0
-    return next((n for n in (2, 1) if all(BEFORE_LABEL[n].fullmatch(t) and not parted(t)[1] for t in texts)), 0)
+def cells_before_label(root: str, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    """The path and the two numbers, or else the one, before the label of each row; none unless all rows have them.
 
+    There are none where files are named so.
 
-def cells_before_label(text: str, count: int) -> list[str]:
-    """The path and so many numbers, which stand before the label.
-
-    >>> cells_before_label("a 7/b.mp4 1.5,20", 2)
-    ['a 7/b.mp4', '1.5', '20']
+    >>> cells_before_label("", ["a 7/b.mp4 1.5,20"])
+    [('a 7/b.mp4', '1.5', '20')]
     """
-    match = BEFORE_LABEL[count].fullmatch(text)
-    assert match is not None, "numbers_before_label has found them in all rows"
-    return list(match.groups())
-
-
-def are_files(root: str, paths: Sequence[str]) -> bool:
-    """Whether the paths are those of video files, not of folders of frames, by the first few."""
-    return any(is_video(path) or os.path.isfile(os.path.join(root, path)) for path in paths[:EXAMPLES])
+    if any(os.path.lexists(os.path.join(root, text)) for text in texts[:EXAMPLES]):
+        return []
+    for pattern in BEFORE_LABEL:
+        cells = []
+        for text in texts:
+            match = pattern.fullmatch(text)
+            if match is None or parted(text)[1]:
+                break
+            cells.append(match.groups())
+        else:
+            return cells
+    return []
 
 
 def checked(stretch: Stretch) -> Stretch:
