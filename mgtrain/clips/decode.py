@@ -52,10 +52,7 @@ LOOKS_BACK = 8  # key frames to try, backwards, to find one shown before a clip
 class VideoFile(AbstractContextManager["VideoFile"]):
     """An open video: `info` has its length and size, `read` decodes clips. Use it as a context manager, in one thread.
 
-    Audio is ignored.
-
-    Raises:
-        VideoError: not a local regular file with at least one frame that can be decoded.
+    Audio is ignored. Raises `VideoError` unless it is a local regular file with a frame that can be decoded.
     """
 
     first = 0  # number of its first frame in the file
@@ -243,9 +240,8 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def _picked(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
         """As `_shown`, decoding as little as possible.
 
-        Raises:
-            _UntimedError: timestamps do not tell which packets and frames belong together, or some are damaged. The
-                caller must discard the frames that it has.
+        Raises `_UntimedError` if timestamps do not tell which packets and frames belong together, or some are damaged.
+        The caller must discard the frames that it has.
         """
         span = self._span(self._moment(wanted[0]), self._moment(wanted[-1]))
         times = sorted(time for time, _ in span)

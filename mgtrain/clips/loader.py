@@ -55,11 +55,7 @@ class BadVideos:
         self.causes: dict[str, str] = {}
 
     def add(self, loaded: Loaded) -> None:
-        """Add the bad videos of a unit.
-
-        Raises:
-            DataError: more than `max_fraction` of the videos are bad, or a video has no usable replacement.
-        """
+        """Add a unit's bad videos. Raises `DataError` if there are too many, or one has no usable replacement."""
         for path, cause in loaded.bad:
             if path not in self.causes:
                 self.causes[path] = cause
@@ -167,11 +163,7 @@ def batches_of(
 
 
 def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
-    """The loader's items.
-
-    Raises:
-        DataError: a worker died; names the video that it was decoding.
-    """
+    """The loader's items. Raises `DataError` if a worker died, with the video that it was decoding."""
     of_child = signal.getsignal(signal.SIGCHLD)
     units = iter(loader)
     if threading.current_thread() is threading.main_thread():

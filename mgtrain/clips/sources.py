@@ -68,11 +68,7 @@ Reader = VideoFile | FrameFolder | Part
 
 
 def open_source(path: str | os.PathLike[str], fps: float | None = None) -> Reader:
-    """The video at a path, which may end in a stretch (see data/stretch.py); `fps` is the rate of folders of frames.
-
-    Raises:
-        VideoError: it cannot be read.
-    """
+    """The video at a path, which may end in a stretch; `fps` is the rate of folders of frames. Raises `VideoError`."""
     file, stretch = parted(os.fspath(path))
     whole = FrameFolder(file, fps) if os.path.isdir(file) else VideoFile(file)
     if stretch is None:

@@ -23,11 +23,7 @@ def missing_rows(videos: Videos) -> list[int]:
 
 
 def check_present(kind: str, videos: Videos, most: float) -> None:
-    """Log a warning about missing files.
-
-    Raises:
-        DataError: more than this fraction of the videos is missing.
-    """
+    """Log a warning about missing files. Raises `DataError` if more than this fraction of the videos is missing."""
     rows = missing_rows(videos)
     if not rows:
         return

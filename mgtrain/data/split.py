@@ -48,11 +48,7 @@ def make_split(
 
 
 def joined(sets: Iterable[Videos]) -> Videos:
-    """Join sets with the same root and classes; each path occurs once.
-
-    Raises:
-        DataError: a path has two different labels, or a set is multi-label.
-    """
+    """Join sets with the same root and classes, each path once. Raises `DataError` if a path has several labels."""
     sets = list(sets)
     label_of: dict[str, int] = {}
     for videos in sets:

@@ -62,11 +62,7 @@ def level_path(folder: Path, level: int, relative: str) -> Path:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings that the folder was prepared with.
-
-    Raises:
-        DataError: it is not a prepared set.
-    """
+    """The settings that the folder was prepared with. Raises `DataError` if it is not a prepared set."""
     file = folder / "prepared.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -96,11 +92,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
 
 
 def read_index(folder: Path, settings: Settings) -> np.ndarray:
-    """`index.npy`, mapped into memory: `row_type` (N,).
-
-    Raises:
-        DataError: the set is incomplete, or the index does not belong to it.
-    """
+    """`index.npy`, mapped into memory: `row_type` (N,). Raises `DataError` if it is missing or of another set."""
     try:
         rows = np.load(folder / "index.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -142,11 +134,7 @@ class PreparedSet:
 
     @contextmanager
     def file(self, place: np.void, path: Path) -> Iterator[tuple[int, int]]:
-        """Open the file with a video's level, its own at `path` or a shard; return it and the offset of the level.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Open the file with a video's level, its own at `path` or a shard; return it and the offset of the level."""
         if self._shards:
             shard = self._shards(int(place["shard"]))  # stays open while `shard` refers to it
             yield shard.file, int(place["offset"])

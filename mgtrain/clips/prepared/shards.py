@@ -47,11 +47,7 @@ def padded(size: int) -> int:
 
 
 def check_shards(folder: Path, levels: np.ndarray) -> None:
-    """Check that the shards of an index exist and are long enough; `levels` are those of all its rows.
-
-    Raises:
-        DataError: a shard is missing or truncated.
-    """
+    """Raise `DataError` if a shard of an index is missing or truncated; `levels` are those of all its rows."""
     there = levels[levels["width"] > 0]
     for number in np.unique(there["shard"]).tolist():
         members, path = there[there["shard"] == number], shard_path(folder, number)
