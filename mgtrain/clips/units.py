@@ -79,11 +79,7 @@ class Source:
 
     @contextmanager
     def open(self, video: int) -> Iterator[Reader | PreparedVideo]:
-        """Open a video. Raises `VideoError` if it cannot be read, not if this process lacks memory, files or processes.
-
-        A damaged file can make FFmpeg request a huge amount of memory, so a lack of memory counts only if little is
-        free.
-        """
+        """Open a video. Raises `VideoError` if it cannot be read, unless the process lacks memory, files or processes."""
         worker = get_worker_info()
         mine = self._reading[worker.id if worker else 0]
         mine[0], mine[1] = os.getpid(), video + 1
@@ -91,7 +87,7 @@ class Source:
             with self._reader(video) as file:
                 yield file
         except VideoError as error:
-            if short_of_memory():
+            if short_of_memory():  # not just for an error that says so: damaged files make FFmpeg request too much
                 raise MemoryError from error
             if isinstance(error.__cause__, OSError) and lack_of(error.__cause__):
                 raise error.__cause__ from None

@@ -69,7 +69,7 @@ PLAIN = Difficulty()
 def synthesize(
     root: Path,
     *,
-    videos_per_class: Mapping[str, int] | None = None,
+    videos_per_class: Mapping[str, int],
     classes: Sequence[str] = BASIC_MOTIONS,
     seed: int = 0,
     frames: int = 48,
@@ -79,14 +79,13 @@ def synthesize(
 ) -> None:
     """Write `root/videos/<split>/<class>_<n>.mp4`, a list `root/<split>.csv` per split, and `root/classes.txt`.
 
-    `videos_per_class` is by split, by default 60 for train and 20 for val. Videos have `frames` frames of `size`
-    (width, height) pixels at 30 frames/s, a key frame every 12 frames and no B-frames, so they are fast to decode. A
-    complete set with the same settings is kept.
+    `videos_per_class` is by split. Videos have `frames` frames of `size` (width, height) pixels at 30 frames/s, a key
+    frame every 12 frames and no B-frames, so they are fast to decode. A complete set with the same settings is kept.
 
     Raises:
         DataError: the folder contains a set with other settings.
     """
-    counts = dict(videos_per_class or {"train": 60, "val": 20})
+    counts = dict(videos_per_class)
     settings = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
     settings |= {} if difficulty == PLAIN else {"difficulty": asdict(difficulty)}
     record = root / "synthetic.json"  # written last, so it shows that the set is complete

@@ -10,10 +10,9 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-from mgtrain.data.formats.dialect import quoted, recognize, with_slashes
+from mgtrain.data.formats.dialect import Columns, cells_before_label, quoted, recognize, with_slashes
 from mgtrain.data.formats.folder import is_video
 from mgtrain.data.formats.reading import numbered_lines
-from mgtrain.data.formats.times import Columns, cells_before_label
 from mgtrain.data.stretch import Stretch, parted
 from mgtrain.data.videos import EXAMPLES, Videos, leaves_root
 from mgtrain.errors import DataError, UsageError
