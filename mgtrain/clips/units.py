@@ -79,7 +79,7 @@ class Source:
 
     @contextmanager
     def open(self, video: int) -> Iterator[Reader | PreparedVideo]:
-        """Open a video. Raises `VideoError` if it cannot be read, unless the process lacks memory, files or processes."""
+        """Open a video. Raises `VideoError` if it cannot be read, but not for a lack of memory, files or processes."""
         worker = get_worker_info()
         mine = self._reading[worker.id if worker else 0]
         mine[0], mine[1] = os.getpid(), video + 1
