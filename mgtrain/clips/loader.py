@@ -71,10 +71,7 @@ class BadVideos:
 def train_batches(
     videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and the labels.
-
-    The labels are int64 (b,), or with `data.multi_label` uint8 (b, classes).
-    """
+    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and labels as in `Loaded`."""
     order = Order.of(videos, recipe)
     requests = (step_requests(step, order, world.rank, world.size) for step in steps)
     return batches_of(RandomClips(videos, recipe), requests, recipe, world, bad)
@@ -99,10 +96,7 @@ def view_batches(
     world: World,
     bad: BadVideos | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,).
-
-    Each video is opened once.
-    """
+    """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,)."""
     dataset = ViewClips(videos, recipe, times, crops)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (numbers[first : first + per_batch] for first in range(0, len(numbers), per_batch))
@@ -123,11 +117,7 @@ def batches_of(
     world: World,
     bad: BadVideos | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Load each step's items in units, and join the units to batches on the device.
-
-    Raises:
-        DataError: see `BadVideos`, by default those that `data.max_bad_fraction` allows.
-    """
+    """Load each step's items in units, joined on the device; `bad` by default allows `data.max_bad_fraction`."""
     workers = worker_count(recipe, world)
     bad = bad or BadVideos(len(dataset.source.videos), recipe.data.max_bad_fraction)
     dataset.source.share(workers)

@@ -73,11 +73,7 @@ def holds_frames(folder: str) -> bool:
 
 
 def list_frames(folder: str) -> Frames:
-    """The frames of a folder. What is found is remembered until the folder changes.
-
-    Raises:
-        VideoError: it cannot be read, or does not hold one sequence of numbered pictures.
-    """
+    """The frames of a folder, remembered until it changes. Raises `VideoError` unless it holds one sequence of them."""
     try:
         return _listed(folder, os.stat(folder).st_mtime_ns)
     except OSError as error:

@@ -119,11 +119,7 @@ class Index:
 
 
 def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress: ShowProgress = no_progress) -> Index:
-    """Index the files of all splits, which share a root; with `contents`, also compare their bytes.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Index the files of splits that share a root. Raises `DataError` if `contents` to compare cannot be read."""
     names, videos = list(splits), list(splits.values())
 
     def pairs(kind: str, about: tuple[str, ...], rows: np.ndarray, twins: np.ndarray) -> Finding:

@@ -18,10 +18,7 @@ NAMED = re.compile(rf"(.+)#([tf])=({NUMBER})(?:,({NUMBER}))?", re.DOTALL | re.AS
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """From `start` to before `end`: seconds (`t`), or numbers of frames (`f`) that count from 0.
-
-    An `end` of infinity is the video's.
-    """
+    """From `start` to before `end` (infinity: the video's): seconds (`t`), or numbers of frames from 0 (`f`)."""
 
     unit: Literal["t", "f"]
     start: float

@@ -28,8 +28,7 @@ class Row(NamedTuple):
 
 
 def locate(root: str, listing: Path, rows: Sequence[Row], classes: Sequence[str]) -> Videos:
-    """Find the rows' files or folders of frames, `<folder>/<video>.*` or `<folder>/<video>`, without hidden ones; rows
-    without one count as `missing`.
+    """Find the rows' files or folders of frames, `<folder>/<video>.*` or `<folder>/<video>`; the others are `missing`.
 
     Raises:
         DataError: there are no rows, a label is not a class, or no video exists.
