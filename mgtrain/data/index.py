@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -297,7 +297,9 @@ def _hash(path: str, whole: bool) -> int:
             frames = list_frames(path)
             files = [frames.file(index) for index in range(len(frames))] if whole else _first_middle_last(frames)
         for name in files:
-            _add_bytes(digest, name, whole)
+            with open(name, "rb") as file:
+                for block in iter(partial(file.read, 1 << 20), b"") if whole else _three_blocks(file):
+                    digest.update(block)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; correct its permissions, or do not compare contents"
@@ -305,14 +307,10 @@ def _hash(path: str, whole: bool) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _add_bytes(digest: hashlib.blake2b, path: str, whole: bool) -> None:
-    with open(path, "rb") as file:
-        if whole:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(size.to_bytes(8, "little"))
-            for start in (0, size // 2, max(0, size - BLOCK)):
-                file.seek(start)
-                digest.update(file.read(BLOCK))
+def _three_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file's size, and its first, middle and last block."""
+    size = os.fstat(file.fileno()).st_size
+    yield size.to_bytes(8, "little")
+    for start in (0, size // 2, max(0, size - BLOCK)):
+        file.seek(start)
+        yield file.read(BLOCK)
