@@ -115,7 +115,8 @@ def test_only_rng_makes_generators() -> None:
     assert users_of("default_rng") | users_of("Philox") | users_of("SeedSequence") == {"rng"}
     assert users_of("torch.Generator") == {"models.dropout"}  # rng.py knows no torch
     assert users_of("manual_seed") == {"models.dropout", "clips.augment", "engine.start"}  # the last: the first weights
-    assert users_of("default_generator") == users_of("set_rng_state") == {"clips.augment"}  # torchvision draws from it
+    assert users_of("default_generator") == users_of("fork_rng") == {"clips.augment"}  # torchvision draws from it
+    assert users_of("set_rng_state") == set()
     assert not any(
         other == "random" or other.startswith("random.") for path in NAMES.values() for other in imported(path)
     )

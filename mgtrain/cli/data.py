@@ -134,7 +134,7 @@ def split(
     from mgtrain.data import open_videos
     from mgtrain.data.formats.listfile import write_lists
     from mgtrain.data.groups import groups_of_files, read_groups
-    from mgtrain.data.split import count_classes, joined, make_split
+    from mgtrain.data.split import joined, make_split
 
     if (val is None) == (folds is None):
         raise UsageError("give either --val SHARE or --folds NUMBER")
@@ -150,7 +150,7 @@ def split(
     grouping = read_groups(groups, by, videos) if groups else together.ids if together else None
     lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
     files = write_lists(to, {name: (videos, rows) for name, rows in lists.items()})
-    counts = {name: count_classes(videos, rows) for name, rows in lists.items()}
+    counts = {name: videos.only(rows).videos_per_class for name, rows in lists.items()}
     table = {name: {key: int(of[label]) for key, of in counts.items()} for label, name in enumerate(videos.classes)}
     total = {name: len(rows) for name, rows in lists.items()}
     if json_:

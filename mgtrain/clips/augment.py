@@ -9,8 +9,7 @@ together (see `sent`). scripts/bench_augment.py measures all of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -42,21 +41,11 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
     )
     changed = []
     for frames in torch.split(torch.from_numpy(clip).permute(0, 3, 1, 2), FRAMES):  # (FRAMES, 3, S, S)
-        with _seeded(seed_of(seed, Draw.RAND_AUGMENT, position)):  # the same operations each time
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator only
+            torch.default_generator.manual_seed(seed_of(seed, Draw.RAND_AUGMENT, position))  # the same operations
             changed.append(change(frames))
     pixels: np.ndarray = torch.cat(changed).permute(0, 2, 3, 1).numpy()
     return pixels
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within the block, seed torch's global CPU generator, the only one that torchvision uses."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -87,10 +76,7 @@ def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
 
 
 def jitter_colour(x: Tensor, rows: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of each clip: normalized (B, 3, T, S, S) to the same.
-
-    `rows` is the result of `colour_rows`, on the device.
-    """
+    """Change the colours of normalized clips (B, 3, T, S, S), by `colour_rows` on the device, to the same shape."""
     matrix = rows[:, :9].contiguous().view(-1, 3, 3)
     grey = x.mean((2, 3, 4)) @ rows[0, 11:]  # (B)
     offset = rows[:, 9] + rows[:, 10] * grey
@@ -130,18 +116,12 @@ def erase_rows(draws: np.ndarray, probability: float, size: int) -> np.ndarray:
 
 
 def erase(x: Tensor, rows: Tensor) -> Tensor:
-    """Make each clip's box grey in all frames: normalized clips (B, 3, T, S, S), changed in place.
-
-    `rows` is the result of `erase_rows`, on the device.
-    """
+    """Make boxes of clips grey in all frames, by `erase_rows` on the device: normalized (B, 3, T, S, S), in place."""
     return x.masked_fill_(inside(rows, x.shape[-1]), 0)
 
 
 def box_rows(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
-    """Boxes in pixels (B, 4): first row, first column, and the row and column after the last.
-
-    `first` (top, left) and `last` (bottom, right), (B, 2) each, are fractions of the frame.
-    """
+    """Boxes in pixels (B, 4): top, left, and bottom and right excluded, from fractions `first` and `last`, (B, 2)."""
     return np.round(size * np.concatenate([first, last], axis=1))
 
 

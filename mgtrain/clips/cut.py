@@ -8,7 +8,7 @@ only `cut_random` is random.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,11 @@ class Cut:
     region: tuple[int, int, int, int]
     crop: int
     flip: bool
+
+
+def wanted_frames(cuts: Iterable[Cut]) -> list[int]:
+    """The source frames of all cuts, each once, ascending."""
+    return sorted({index for cut in cuts for index in cut.frames})
 
 
 def frame_indices(start: float, frames: int, stride: float, video_frames: int) -> tuple[int, ...]:
@@ -181,9 +186,10 @@ def cut_views(
         first, last = segment_bounds(grid.frames, info.frames)
         clips = [first + (last - first) * (2 * i + 1) // (2 * times) for i in range(times)]
         return _windows([tuple(clip.tolist()) for clip in clips], grid, info, crops)
-    latest = latest_start(grid.frames, grid.stride[0] * info.fps / fps, info.frames)
+    stride = grid.stride[0] * info.fps / fps
+    latest = latest_start(grid.frames, stride, info.frames)
     starts = [latest / 2] if times == 1 else [latest * i / times for i in range(times)]
-    return _windows(_clips_at(starts, grid, info, fps), grid, info, crops)
+    return _windows([frame_indices(start, grid.frames, stride, info.frames) for start in starts], grid, info, crops)
 
 
 def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0) -> list[Cut]:
@@ -193,15 +199,10 @@ def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0)
     >>> [cut.frames for cut in cut_windows(grid, VideoInfo(100, 30.0, 340, 256), every=1)]
     [(0, 29), (30, 59), (60, 89), (70, 99)]
     """
-    latest = latest_start(grid.frames, grid.stride[0] * info.fps / fps, info.frames)
-    starts = [n * every * info.fps for n in range(math.ceil(latest / (every * info.fps)))]
-    return _windows(_clips_at([*starts, latest], grid, info, fps), grid, info, 1)
-
-
-def _clips_at(starts: Sequence[float], grid: Grid, info: VideoInfo, fps: float) -> list[tuple[int, ...]]:
-    """The frames of the clips that start at these source frames, with the grid's lowest stride."""
     stride = grid.stride[0] * info.fps / fps
-    return [frame_indices(start, grid.frames, stride, info.frames) for start in starts]
+    latest = latest_start(grid.frames, stride, info.frames)
+    starts = [*(n * every * info.fps for n in range(math.ceil(latest / (every * info.fps)))), latest]
+    return _windows([frame_indices(start, grid.frames, stride, info.frames) for start in starts], grid, info, crops=1)
 
 
 def _windows(clips: Sequence[tuple[int, ...]], grid: Grid, info: VideoInfo, crops: int) -> list[Cut]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import chain
 from typing import Any
 
@@ -34,8 +34,8 @@ from av.codec.context import ThreadType
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from mgtrain.clips.cut import Cut, VideoInfo
-from mgtrain.clips.pictures import Box, Clip, UnconvertibleError, box_around, converted
+from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
+from mgtrain.clips.pictures import Box, UnconvertibleError, box_around, clips_of, converted
 from mgtrain.clips.stages import stage
 from mgtrain.clips.timing import needed_runs, shown
 from mgtrain.errors import VideoError
@@ -49,13 +49,10 @@ LATEST = (1 << 63) - 1  # largest timestamp that FFmpeg accepts
 LOOKS_BACK = 8  # key frames to try, backwards, to find one shown before a clip
 
 
-class VideoFile:
+class VideoFile(AbstractContextManager["VideoFile"]):
     """An open video: `info` has its length and size, `read` decodes clips. Use it as a context manager, in one thread.
 
-    Audio is ignored.
-
-    Raises:
-        VideoError: not a local regular file with at least one frame that can be decoded.
+    Audio is ignored. Raises `VideoError` unless it is a local regular file with a frame that can be decoded.
     """
 
     first = 0  # number of its first frame in the file
@@ -65,23 +62,16 @@ class VideoFile:
         self.path = os.fspath(path)
         self._reformatter = VideoReformatter()  # keeps swscale's tables between frames
         self.damage = ""  # the error that ended the last pass before the end of the video
-        self._opened = ExitStack()
-        self._file = self._regular_file()
+        self._opened = ExitStack()  # the file and the decoder
         try:
+            self._file = self._regular_file()
             self._open()
             self.info = self._probe()
         except BaseException:
-            self.close()
+            self._opened.close()
             raise
 
-    def __enter__(self) -> VideoFile:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the file and the decoder."""
         self._opened.close()
 
     @property
@@ -96,13 +86,9 @@ class VideoFile:
 
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
-        assert self._container.input_was_opened, "read() after close()"
+        assert self._container.input_was_opened, "read() after it was closed"
         box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
-        clips = [Clip(cut, box[:2]) for cut in cuts]
-        for picture, indices in self.pictures(sorted({index for cut in cuts for index in cut.frames}), box):
-            for clip in clips:
-                clip.put(indices, picture)
-        return [clip.pixels() for clip in clips]
+        return clips_of(cuts, self.pictures(wanted_frames(cuts), box), box[:2])
 
     def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
         """Decode frames, uint8 (H, W, 3) RGB, upright, each with its ascending frame numbers among `wanted`.
@@ -137,9 +123,7 @@ class VideoFile:
                 if stat.S_ISREG(os.fstat(file).st_mode):
                     return file
         except (OSError, ValueError) as error:
-            self.close()
             raise self._error(getattr(error, "strerror", None) or str(error)) from error
-        self.close()
         raise self._error("not a regular file")
 
     @stage("open")
@@ -203,11 +187,9 @@ class VideoFile:
             return min(agreed, os.fstat(self._file).st_size)
         self._reopen()
         packets = 0
-        try:
+        with suppress(av.FFmpegError):  # counted up to the damage
             for packet in self._container.demux(self._stream):
                 packets += packet.size > 0
-        except av.FFmpegError:
-            pass  # counted up to the damage
         self._reopen()
         return max(1, packets)
 
@@ -258,9 +240,8 @@ class VideoFile:
     def _picked(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
         """As `_shown`, decoding as little as possible.
 
-        Raises:
-            _UntimedError: timestamps do not tell which packets and frames belong together, or some are damaged. The
-                caller must discard the frames that it has.
+        Raises `_UntimedError` if timestamps do not tell which packets and frames belong together, or some are damaged.
+        The caller must discard the frames that it has.
         """
         span = self._span(self._moment(wanted[0]), self._moment(wanted[-1]))
         times = sorted(time for time, _ in span)
@@ -270,11 +251,18 @@ class VideoFile:
         frames = dict(shown(positions, wanted))  # time of a frame -> its numbers
 
         codec = self._stream.codec_context
+
+        def taken(packet: av.Packet[av.VideoStream] | None) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+            """Yield the wanted frames, and remove them from `frames`."""
+            for frame in decoded(codec, packet):
+                if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
+                    yield frame, frames.pop(frame.pts)
+
         for run in needed_runs([(packet.is_keyframe, time) for time, packet in span], set(frames)):
             for time, packet in span[run.start : run.stop]:
                 codec.skip_frame = "DEFAULT" if time in frames else "NONREF"
-                yield from self._taken(decoded(codec, packet), frames)
-            yield from self._taken(decoded(codec, None), frames)
+                yield from taken(packet)
+            yield from taken(None)
             codec.flush_buffers()
         codec.skip_frame = "DEFAULT"
         if frames:
@@ -294,15 +282,6 @@ class VideoFile:
                 raise _UntimedError
             span.append((packet.pts, packet))
         return span
-
-    @staticmethod
-    def _taken(
-        come: Iterable[av.VideoFrame], frames: dict[int, Sequence[int]]
-    ) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """Yield the wanted frames and remove them from `frames`."""
-        for frame in come:
-            if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
-                yield frame, frames.pop(frame.pts)
 
     def _moment(self, index: int) -> int:
         """The middle of frame `index`, in ticks of the stream."""

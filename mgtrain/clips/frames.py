@@ -10,14 +10,15 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 
 import numpy as np
 from PIL import Image
 
-from mgtrain.clips.cut import Cut, VideoInfo
+from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import MAX_PIXELS
-from mgtrain.clips.pictures import Clip
+from mgtrain.clips.pictures import clips_by, clips_of
 from mgtrain.clips.stages import stage
 from mgtrain.data.frames import list_frames
 from mgtrain.errors import VideoError
@@ -31,7 +32,7 @@ SHRUNK = (8, 4, 2)  # what a JPEG's width and height may be divided by; the resu
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
-class FrameFolder:
+class FrameFolder(AbstractContextManager["FrameFolder"]):
     """An open folder of frames, read like a `VideoFile`. `fps` is the rate at which its frames were taken."""
 
     first = 0  # number of its first frame in what is at `path`
@@ -46,9 +47,6 @@ class FrameFolder:
         with self._opened(0) as picture:
             self._type, (width, height) = picture.format, picture.size
         self.info = VideoInfo(len(self._frames), fps, width, height)
-
-    def __enter__(self) -> FrameFolder:
-        return self
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -66,15 +64,12 @@ class FrameFolder:
 
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """The clips, each uint8 (T, crop, crop, 3) RGB, of pictures shrunk as far as none is enlarged later."""
-        shrunk = [self._shrink(cut) for cut in cuts]
-        clips = [Clip(cut if by == 1 else self._smaller(cut, by)) for cut, by in zip(cuts, shrunk, strict=True)]
-        for by in dict.fromkeys(shrunk):
-            these = [clip for clip, own in zip(clips, shrunk, strict=True) if own == by]
-            for index in sorted({index for clip in these for index in clip.cut.frames}):
-                picture = self._picture(index, by)
-                for clip in these:
-                    clip.put((index,), picture)
-        return [clip.pixels() for clip in clips]
+        return clips_by(self._shrink, self._read, cuts)
+
+    def _read(self, by: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
+        """The clips, of pictures shrunk by `by`."""
+        pictures = ((self._picture(index, by), (index,)) for index in wanted_frames(cuts))
+        return clips_of([self._smaller(cut, by) for cut in cuts], pictures)
 
     def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
         """Frames as uint8 (H, W, 3) RGB, each with the wanted number that it stands for."""
@@ -96,9 +91,8 @@ class FrameFolder:
 
     def _shrink(self, cut: Cut) -> int:
         """By how much the sides of pictures may be divided for a clip."""
-        if self._type != "JPEG":
-            return 1
-        return next((by for by in SHRUNK if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
+        by_more = SHRUNK if self._type == "JPEG" else ()
+        return next((by for by in by_more if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
 
     def _smaller(self, cut: Cut, by: int) -> Cut:
         """The cut in pixels of shrunk pictures, whose region is rounded to these."""
@@ -120,11 +114,8 @@ class FrameFolder:
             with open(file, "rb") as opened:
                 data = opened.read()
             if decode_jpeg is not None and data.startswith(b"\xff\xd8"):
-                try:
-                    pixels: np.ndarray = decode_jpeg(data, "RGB", min_width=size[0], min_height=size[1])
-                except ValueError:  # Pillow decides what is damaged
-                    pass
-                else:
+                with suppress(ValueError):  # Pillow decides what is damaged
+                    pixels = decode_jpeg(data, "RGB", min_width=size[0], min_height=size[1])
                     if pixels.shape == (*size[::-1], 3):
                         return pixels
             with self._opened(index, data) as picture:

@@ -55,11 +55,7 @@ class BadVideos:
         self.causes: dict[str, str] = {}
 
     def add(self, loaded: Loaded) -> None:
-        """Add the bad videos of a unit.
-
-        Raises:
-            DataError: more than `max_fraction` of the videos are bad, or a video has no usable replacement.
-        """
+        """Add a unit's bad videos. Raises `DataError` if there are too many, or one has no usable replacement."""
         for path, cause in loaded.bad:
             if path not in self.causes:
                 self.causes[path] = cause
@@ -75,10 +71,7 @@ class BadVideos:
 def train_batches(
     videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and the labels.
-
-    The labels are int64 (b,), or with `data.multi_label` uint8 (b, classes).
-    """
+    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and labels as in `Loaded`."""
     order = Order.of(videos, recipe)
     requests = (step_requests(step, order, world.rank, world.size) for step in steps)
     return batches_of(RandomClips(videos, recipe), requests, recipe, world, bad)
@@ -103,10 +96,7 @@ def view_batches(
     world: World,
     bad: BadVideos | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,).
-
-    Each video is opened once.
-    """
+    """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,)."""
     dataset = ViewClips(videos, recipe, times, crops)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
     batches = (numbers[first : first + per_batch] for first in range(0, len(numbers), per_batch))
@@ -127,11 +117,7 @@ def batches_of(
     world: World,
     bad: BadVideos | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Load each step's items in units, and join the units to batches on the device.
-
-    Raises:
-        DataError: see `BadVideos`, by default those that `data.max_bad_fraction` allows.
-    """
+    """Load each step's items in units, joined on the device; `bad` by default allows `data.max_bad_fraction`."""
     workers = worker_count(recipe, world)
     bad = bad or BadVideos(len(dataset.source.videos), recipe.data.max_bad_fraction)
     dataset.source.share(workers)
@@ -167,11 +153,7 @@ def batches_of(
 
 
 def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
-    """The loader's items.
-
-    Raises:
-        DataError: a worker died; names the video that it was decoding.
-    """
+    """The loader's items. Raises `DataError` if a worker died, with the video that it was decoding."""
     of_child = signal.getsignal(signal.SIGCHLD)
     units = iter(loader)
     if threading.current_thread() is threading.main_thread():

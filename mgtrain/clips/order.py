@@ -60,8 +60,7 @@ class Order:
     def of(cls, videos: Videos, recipe: Recipe) -> Order:
         """The order of a recipe's training videos."""
         balance = recipe.data.balance
-        labels = None if balance == "none" else np.array([videos.label(video) for video in range(len(videos))])
-        return cls(recipe.seed, len(videos), balance, labels)
+        return cls(recipe.seed, len(videos), balance, None if balance == "none" else videos.single_labels)
 
     def at(self, position: int) -> int:
         """The video at a position of the stream."""

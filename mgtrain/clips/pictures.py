@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import av
@@ -126,8 +126,7 @@ class Clip:
         self._wanted: dict[int, list[int]] = {}  # source frame -> its places in the clip
         for t, index in enumerate(cut.frames):
             self._wanted.setdefault(index, []).append(t)
-        self._parts: list[np.ndarray] = []  # regions to resample, (h, w, 3)
-        self._places: list[list[int]] = []  # the places in the clip of each region
+        self._waiting: list[tuple[list[int], np.ndarray]] = []  # regions to resample, (h, w, 3), with their places
 
     def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
         """Add a picture, uint8 (H, W, 3), of the source frames with these numbers, if the clip has one of them.
@@ -136,9 +135,8 @@ class Clip:
         """
         places = [t for index in indices for t in self._wanted.get(index, ())]
         if places:
-            self._parts.append(picture[self._rows, self._columns])
-            self._places.append(places)
-            if len(self._parts) == TOGETHER:
+            self._waiting.append((places, picture[self._rows, self._columns]))
+            if len(self._waiting) == TOGETHER:
                 self._resample()
 
     def pixels(self) -> np.ndarray:
@@ -147,11 +145,35 @@ class Clip:
         return self._pixels
 
     def _resample(self) -> None:
-        if self._parts:
-            for places, frame in zip(self._places, resample(np.stack(self._parts), self.cut.crop), strict=True):
+        if self._waiting:
+            frames = resample(np.stack([part for _, part in self._waiting]), self.cut.crop)
+            for (places, _), frame in zip(self._waiting, frames, strict=True):
                 for place in places:
                     copy(frame, self._pixels[place], self.cut.flip)
-            self._parts, self._places = [], []
+            self._waiting = []
+
+
+def clips_of(
+    cuts: Sequence[Cut], frames: Iterable[tuple[np.ndarray, Iterable[int]]], corner: tuple[int, int] = (0, 0)
+) -> list[np.ndarray]:
+    """The clips of cuts, from pictures and the source frames that each is of; `corner` as in `Clip`."""
+    clips = [Clip(cut, corner) for cut in cuts]
+    for picture, indices in frames:
+        for clip in clips:
+            clip.put(indices, picture)
+    return [clip.pixels() for clip in clips]
+
+
+def clips_by(
+    kind: Callable[[Cut], int], read: Callable[[int, list[Cut]], list[np.ndarray]], cuts: Sequence[Cut]
+) -> list[np.ndarray]:
+    """The clips of cuts, in their order, where `read` gets all cuts of one kind together."""
+    kinds = [kind(cut) for cut in cuts]
+    clips: dict[int, np.ndarray] = {}
+    for one in dict.fromkeys(kinds):
+        these = [n for n, other in enumerate(kinds) if other == one]
+        clips.update(zip(these, read(one, [cuts[n] for n in these]), strict=True))
+    return [clips[n] for n in range(len(cuts))]
 
 
 @stage("resample")

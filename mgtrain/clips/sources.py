@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from mgtrain.data.stretch import Stretch, parted
 from mgtrain.errors import VideoError
 
 
-class Part:
+class Part(AbstractContextManager["Part"]):
     """A stretch of a video, read as if its frames were the whole video. Closing it closes the video."""
 
     def __init__(self, whole: VideoFile | FrameFolder, stretch: Stretch) -> None:
@@ -28,18 +29,11 @@ class Part:
             )
         self.whole = whole
         self.info = replace(info, frames=min(end, info.frames) - self.first)
+        self.codec = whole.codec
         self._after = end - info.frames  # frames of the stretch after the video's end
-
-    def __enter__(self) -> Part:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.whole.__exit__()
-
-    @property
-    def codec(self) -> str:
-        """The codec's name."""
-        return self.whole.codec
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +68,7 @@ Reader = VideoFile | FrameFolder | Part
 
 
 def open_source(path: str | os.PathLike[str], fps: float | None = None) -> Reader:
-    """The video at a path, which may end in a stretch (see data/stretch.py); `fps` is the rate of folders of frames.
-
-    Raises:
-        VideoError: it cannot be read.
-    """
+    """The video at a path, which may end in a stretch; `fps` is the rate of folders of frames. Raises `VideoError`."""
     file, stretch = parted(os.fspath(path))
     whole = FrameFolder(file, fps) if os.path.isdir(file) else VideoFile(file)
     if stretch is None:

@@ -28,17 +28,6 @@ class Stages:
     def __exit__(self, *_: object) -> None:
         Stages._open = None
 
-    def call(self, name: str, function: Callable[[], Result]) -> Result:
-        """Call the function and add its time to a stage."""
-        outer, self._inner = self._inner, 0.0
-        start = time.perf_counter()
-        try:
-            return function()
-        finally:
-            whole = time.perf_counter() - start
-            self.seconds[name] += whole - self._inner
-            self._inner = outer + whole
-
 
 def stage(name: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorate a function as a stage. While no `Stages` is open, this costs a tenth of a microsecond per call."""
@@ -49,7 +38,14 @@ def stage(name: str) -> Callable[[Callable[Parameters, Result]], Callable[Parame
             stages = Stages._open
             if stages is None:
                 return function(*args, **options)
-            return stages.call(name, lambda: function(*args, **options))
+            outer, stages._inner = stages._inner, 0.0
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                whole = time.perf_counter() - start
+                stages.seconds[name] += whole - stages._inner
+                stages._inner = outer + whole
 
         return timed
 

@@ -70,7 +70,7 @@ class Source:
             self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
             for tensor in self._shared:
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
-        return {**self.__dict__, "videos": self.videos.without_arrays(), "_rows": None}
+        return {**self.__dict__, "videos": self.videos.with_arrays([np.empty(0)] * 3), "_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -79,7 +79,7 @@ class Source:
 
     @contextmanager
     def open(self, video: int) -> Iterator[Reader | PreparedVideo]:
-        """Open a video. Raises `VideoError` if it cannot be read."""
+        """Open a video. Raises `VideoError` if it cannot be read, but not for a lack of memory, files or processes."""
         worker = get_worker_info()
         mine = self._reading[worker.id if worker else 0]
         mine[0], mine[1] = os.getpid(), video + 1
@@ -87,7 +87,10 @@ class Source:
             with self._reader(video) as file:
                 yield file
         except VideoError as error:
-            refuse_lack(error)
+            if short_of_memory():  # not just for an error that says so: damaged files make FFmpeg request too much
+                raise MemoryError from error
+            if isinstance(error.__cause__, OSError) and lack_of(error.__cause__):
+                raise error.__cause__ from None
             raise
         finally:
             mine[1] = 0
@@ -112,17 +115,6 @@ class Source:
             f"a loader process died while it read {' or '.join(paths) or 'a video'}; find all such videos with "
             "`mgtrain data check` and leave them out with data.checked, or give the process more memory"
         )
-
-
-def refuse_lack(error: VideoError) -> None:
-    """Raise if a video could not be decoded because this process lacks memory, files or processes.
-
-    A damaged file can make FFmpeg request a huge amount of memory, so a lack of memory counts only if little is free.
-    """
-    if short_of_memory():
-        raise MemoryError from error
-    if isinstance(error.__cause__, OSError) and lack_of(error.__cause__):
-        raise error.__cause__
 
 
 def _sendable(loaded: Loaded) -> Loaded:
@@ -173,7 +165,7 @@ class RandomClips(Dataset[Loaded]):
         for attempt in range(REPLACEMENTS):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
             if self.balanced and attempt < REPLACEMENTS // 2:
-                yield int(rng.choice(videos.of_class(videos.label(request.video))))
+                yield int(rng.choice(np.flatnonzero(videos.single_labels == videos.label(request.video))))
             else:
                 yield int(rng.integers(len(videos)))
 

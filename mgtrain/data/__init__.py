@@ -103,11 +103,7 @@ def usable(data: Data, *splits: Videos) -> list[Videos]:
 
 
 def count_training_videos(recipe: Recipe) -> int:
-    """The number of usable training videos, or `data.videos` if the data is not on this machine.
-
-    Raises:
-        DataError: the data is not here and `data.videos` is not set.
-    """
+    """The number of usable training videos, or else `data.videos`. Raises `DataError` if there is neither."""
     data = recipe.data
     try:
         videos = open_videos(data.format, data.root, data.train, None, data.outside_root)

@@ -17,7 +17,6 @@ from mgtrain.data.split import make_split
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
-LISTS = (".csv", ".txt")
 VALIDATION = ("val", "valid", "validation", "test")  # names of a validation split, in this order
 
 
@@ -37,7 +36,7 @@ def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
         return {"all": open_videos("list", str(root or place.parent), os.path.abspath(place))}
     if not place.is_dir():
         raise DataError(f"{place}: no such file or folder; give a folder of videos, or a list of `path label` lines")
-    for suffix in LISTS:
+    for suffix in (".csv", ".txt"):
         train = place / f"train{suffix}"
         val = next((file for name in VALIDATION if (file := place / f"{name}{suffix}").is_file()), None)
         if train.is_file() and val:
@@ -85,7 +84,7 @@ def make_parts(splits: Mapping[str, Videos], index: Index, *, val: float, group_
         return Parts(usable, "the existing lists or folders")
     videos = usable["all"]
     if group_by is None:
-        groups = groups_of_names(videos.names(), [videos.label(n) for n in range(len(videos))])
+        groups = groups_of_names(videos.names(), videos.single_labels)
     else:
         groups = None if group_by == "none" else groups_by_pattern(videos.names(), group_by)
     lists = make_split(videos, val=val, seed=seed, groups=groups.ids if groups else None)

@@ -14,9 +14,8 @@ import numpy as np
 from mgtrain.errors import VideoError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-NUMBERED = re.compile(r"(.*?)([0-9]+)(\.[a-z]+)", re.DOTALL | re.ASCII | re.IGNORECASE)
+NUMBERED = re.compile(rf"(.*?)([0-9]+)({'|'.join(map(re.escape, SUFFIXES))})", re.DOTALL | re.ASCII | re.IGNORECASE)
 FLOW = re.compile(r"flow|[xy]_", re.IGNORECASE)  # starts the names of optical flow, which lies beside the frames
-CACHED = 256  # folders that a process remembers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,11 +36,6 @@ class Frames:
     def __len__(self) -> int:
         return int(self.numbers[-1] - self.numbers[0]) // self.step + 1
 
-    @property
-    def missing(self) -> int:
-        """How many numbers between the first and the last have no file."""
-        return len(self) - len(self.numbers)
-
     def gaps(self, wanted: range) -> str:
         """Which of the wanted frames have no file, in words; empty: none."""
         lacking = np.setdiff1d(self.numbers[0] + self.step * np.arange(wanted.start, wanted.stop), self.numbers)
@@ -57,11 +51,7 @@ class Frames:
         return os.path.join(self.folder, self._name(int(self.numbers[place])))
 
     def _name(self, number: int) -> str:
-        return f"{self.prefix}{self.digits_of(number)}{self.suffix}"
-
-    def digits_of(self, number: int) -> str:
-        """A number as it is written in the files' names."""
-        return f"{number:0{self.digits}}"
+        return f"{self.prefix}{number:0{self.digits}}{self.suffix}"
 
 
 def is_frame(name: str) -> bool:
@@ -70,35 +60,31 @@ def is_frame(name: str) -> bool:
     >>> is_frame("img_00001.jpg"), is_frame("7.png"), is_frame("cover.jpg")
     (True, True, False)
     """
-    return name.lower().endswith(SUFFIXES) and NUMBERED.fullmatch(name) is not None
+    return NUMBERED.fullmatch(name) is not None
 
 
 def holds_frames(folder: str) -> bool:
     """Whether a path is a folder with a frame."""
     try:
         with os.scandir(folder) as entries:
-            return any(is_frame(name) for name in (e.name for e in entries) if not name.startswith("."))
+            return any(is_frame(entry.name) and not entry.name.startswith(".") for entry in entries)
     except OSError:
         return False
 
 
 def list_frames(folder: str) -> Frames:
-    """The frames of a folder. What is found is remembered until the folder changes.
-
-    Raises:
-        VideoError: it cannot be read, or does not hold one sequence of numbered pictures.
-    """
+    """The frames of a folder, remembered until it changes. Raises `VideoError` unless it holds one sequence of them."""
     try:
         return _listed(folder, os.stat(folder).st_mtime_ns)
     except OSError as error:
         raise VideoError(f"{folder}: {error.strerror}; replace this video or remove it from the list") from error
 
 
-@lru_cache(maxsize=CACHED)
+@lru_cache(maxsize=256)  # folders
 def _listed(folder: str, changed: int) -> Frames:
     sequences: dict[tuple[str, str], list[str]] = {}
     for name in os.listdir(folder):
-        if not name.startswith(".") and name.lower().endswith(SUFFIXES) and (match := NUMBERED.fullmatch(name)):
+        if not name.startswith(".") and (match := NUMBERED.fullmatch(name)):
             sequences.setdefault((match[1], match[3]), []).append(match[2])
     pictures = {key: numbers for key, numbers in sequences.items() if not FLOW.match(key[0])} or sequences
     if not pictures:
@@ -113,6 +99,6 @@ def _listed(folder: str, changed: int) -> Frames:
     if len(rivals) > 1:
         raise VideoError(f"{folder}: several sequences of pictures, {' and '.join(rivals)}; keep one")
     frames = Frames(folder, prefix, digits, suffix, numbers, gcd(*np.diff(numbers).tolist()) or 1)
-    if sorted(written) != sorted(map(frames.digits_of, numbers.tolist())) or frames.missing > len(numbers):
+    if sorted(written) != sorted(f"{n:0{digits}}" for n in numbers.tolist()) or len(frames) > 2 * len(numbers):
         raise VideoError(f"{folder}: the numbers of {rivals[0]} do not count frames; number them 1, 2, 3, ...")
     return frames

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mgtrain.data.formats.reading import read_table
-from mgtrain.data.index import KINETICS_NAME
+from mgtrain.data.index import youtube_video
 from mgtrain.data.stretch import file_of
-from mgtrain.data.videos import EXAMPLES, Videos
+from mgtrain.data.videos import Videos, few
 from mgtrain.errors import DataError, UsageError
 
 LEAST_GROUPS = 5  # of each class, so that each part of a split gets its share of them
@@ -34,7 +34,7 @@ class Groups:
     example: str
 
 
-def groups_of_names(names: Sequence[str], labels: Sequence[int]) -> Groups | None:
+def groups_of_names(names: Sequence[str], labels: Sequence[int] | np.ndarray) -> Groups | None:
     """The groups by the first naming scheme that fits these videos; None if none fits.
 
     A scheme fits if some groups have several videos, no group has a large share of all videos, and each class has
@@ -45,7 +45,7 @@ def groups_of_names(names: Sequence[str], labels: Sequence[int]) -> Groups | Non
     'person00_d0.avi is of person00'
     """
     schemes: dict[str, Callable[[str], str | None]] = {
-        "the YouTube video of a Kinetics clip": _youtube_video,
+        "the YouTube video of a Kinetics clip": youtube_video,
         "the words for a source in names": _source,
         "names without their last number": _without_number,
     }
@@ -98,8 +98,8 @@ def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
     lacking = [name for name in names if name not in group_of]
     if lacking:
         raise DataError(
-            f"{path}: no group for {len(lacking)} of {len(names)} videos: {', '.join(lacking[:EXAMPLES])}"
-            f"{', ...' if len(lacking) > EXAMPLES else ''}; add a line with the path of each in {videos.root}"
+            f"{path}: no group for {len(lacking)} of {len(names)} videos: {few(lacking)}; "
+            f"add a line with the path of each in {videos.root}"
         )
     return _grouped(column, names, [group_of[name] for name in names]).ids
 
@@ -114,11 +114,6 @@ def _plausible(ids: np.ndarray, labels: np.ndarray) -> bool:
     if len(sizes) == len(ids) or sizes.max() > LARGEST * len(ids):
         return False
     return all(len(np.unique(ids[labels == label])) >= LEAST_GROUPS for label in np.unique(labels))
-
-
-def _youtube_video(name: str) -> str | None:
-    clip = KINETICS_NAME.fullmatch(name)
-    return clip[1] if clip else None
 
 
 def _source(name: str) -> str | None:

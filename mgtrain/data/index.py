@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -61,7 +61,6 @@ NOTES = {
     "extra_apple_double": "under the root, AppleDouble files (._*) that no split lists",
     "unreadable": "under the root, folders that cannot be read",
 }
-LEAKS = (("same_path", "path"), ("same_file", "file"), ("same_content", "content"), ("same_source", "source"))
 WITHIN_SPLIT = ("missing", "empty", "apple_double", "repeated", "duplicates")
 
 Item = TypeVar("Item")
@@ -120,11 +119,7 @@ class Index:
 
 
 def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress: ShowProgress = no_progress) -> Index:
-    """Index the files of all splits, which share a root; with `contents`, also compare their bytes.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Index the files of splits that share a root. Raises `DataError` if `contents` to compare cannot be read."""
     names, videos = list(splits), list(splits.values())
 
     def pairs(kind: str, about: tuple[str, ...], rows: np.ndarray, twins: np.ndarray) -> Finding:
@@ -157,11 +152,11 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
     findings.append(pairs("conflicts", tuple(names), table[places[differ]], table[firsts[differ]]))
     for one, other in combinations(names, 2):
         rows = by_split[other]
-        for kind, key in LEAKS:
+        for key in ("path", "file", "content", "source"):  # each leak counts once, as the strongest kind
             leaks = np.isin(rows[key], by_split[one][key])
             twins = [np.argmax(by_split[one][key] == row[key]) for row in rows[leaks][:EXAMPLES]]
-            findings.append(pairs(kind, (one, other), rows[leaks], by_split[one][np.array(twins, int)]))
-            rows = rows[~leaks]  # each leak counts once, as the strongest kind
+            findings.append(pairs(f"same_{key}", (one, other), rows[leaks], by_split[one][np.array(twins, int)]))
+            rows = rows[~leaks]
     findings += _unlisted(videos[0].root, listed, progress)
     last_first = np.concatenate([*by_split.values()][::-1])
     copies = last_first[_repeated(last_first["part"])[0]]
@@ -181,11 +176,17 @@ def _look_up(videos: Videos, split: int, rows: range) -> np.ndarray:
         path, stretch = parted(name)
         size = _size(os.path.join(videos.root, path))
         file, label, part = key_of(path), key_of(repr(videos.labels(row))), key_of(str(stretch)) if stretch else 0
-        clip = KINETICS_NAME.fullmatch(path)
-        source = key_of(clip[1]) if clip else file
+        video = youtube_video(path)
+        source = key_of(video) if video else file
         apple_double = os.path.basename(path).startswith("._")
         table[place] = (split, row, size, apple_double, label, key_of(name), file, file, part, source)
     return table
+
+
+def youtube_video(path: str) -> str | None:
+    """The YouTube video of a Kinetics clip; None for other names."""
+    clip = KINETICS_NAME.fullmatch(path)
+    return clip[1] if clip else None
 
 
 def _size(path: str) -> int:
@@ -296,7 +297,9 @@ def _hash(path: str, whole: bool) -> int:
             frames = list_frames(path)
             files = [frames.file(index) for index in range(len(frames))] if whole else _first_middle_last(frames)
         for name in files:
-            _add_bytes(digest, name, whole)
+            with open(name, "rb") as file:
+                for block in iter(partial(file.read, 1 << 20), b"") if whole else _three_blocks(file):
+                    digest.update(block)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; correct its permissions, or do not compare contents"
@@ -304,14 +307,10 @@ def _hash(path: str, whole: bool) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _add_bytes(digest: hashlib.blake2b, path: str, whole: bool) -> None:
-    with open(path, "rb") as file:
-        if whole:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(size.to_bytes(8, "little"))
-            for start in (0, size // 2, max(0, size - BLOCK)):
-                file.seek(start)
-                digest.update(file.read(BLOCK))
+def _three_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file's size, and its first, middle and last block."""
+    size = os.fstat(file.fileno()).st_size
+    yield size.to_bytes(8, "little")
+    for start in (0, size // 2, max(0, size - BLOCK)):
+        file.seek(start)
+        yield file.read(BLOCK)

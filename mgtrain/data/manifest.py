@@ -86,11 +86,7 @@ class Checked:
             raise self._error("has no checked video")
 
     def usable(self, videos: Videos) -> Videos:
-        """The videos that can be used; their `left_out` counts the others by status.
-
-        Raises:
-            DataError: some have not been checked, or none can be used.
-        """
+        """The usable ones; `left_out` counts the others. Raises `DataError` if there is none, or one is unchecked."""
         names = videos.names()
         unknown = [name for name in names if name not in self._statuses]
         if unknown:

@@ -9,7 +9,7 @@ from functools import cache
 
 from mgtrain.data.frames import list_frames
 from mgtrain.data.stretch import file_of
-from mgtrain.data.videos import EXAMPLES, Videos, printable
+from mgtrain.data.videos import Videos, few, printable
 from mgtrain.errors import DataError, VideoError
 
 log = logging.getLogger(__name__)
@@ -23,15 +23,11 @@ def missing_rows(videos: Videos) -> list[int]:
 
 
 def check_present(kind: str, videos: Videos, most: float) -> None:
-    """Log a warning about missing files.
-
-    Raises:
-        DataError: more than this fraction of the videos is missing.
-    """
+    """Log a warning about missing files. Raises `DataError` if more than this fraction of the videos is missing."""
     rows = missing_rows(videos)
     if not rows:
         return
-    examples = ", ".join(printable(videos.name(row)) for row in rows[:EXAMPLES]) + (", ..." if rows[EXAMPLES:] else "")
+    examples = few([videos.name(row) for row in rows])
     text = (
         f"{len(rows)} of {len(videos)} {kind} videos are not in {videos.root}: {examples}; {explain(videos, rows[0])}"
     )
@@ -61,7 +57,8 @@ def explain(videos: Videos, row: int) -> str:
         if os.path.lexists(os.path.join(videos.root, rest)):
             start = "/".join(parts[:first])
             return f"{os.path.join(videos.root, rest)} exists; leave out {start!r} at the start of the rows"
-    for place in (os.path.dirname(os.path.abspath(videos.root)), *sorted(_folders(videos.root))):
+    within = (os.path.join(videos.root, entry) for entry in sorted(_files(videos.root)))
+    for place in (os.path.dirname(os.path.abspath(videos.root)), *filter(os.path.isdir, within)):
         if os.path.lexists(os.path.join(place, name)):
             return f"{os.path.join(place, name)} exists; set data.root={place}"
     if not os.path.isdir(folder):
@@ -72,14 +69,6 @@ def explain(videos: Videos, row: int) -> str:
 
 def _files(folder: str) -> frozenset[str]:
     try:
-        return frozenset(name for name in os.listdir(folder or "."))
+        return frozenset(os.listdir(folder or "."))
     except OSError:
         return frozenset()
-
-
-def _folders(root: str) -> list[str]:
-    try:
-        with os.scandir(root) as entries:
-            return [entry.path for entry in entries if entry.is_dir()]
-    except OSError:
-        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,34 +48,24 @@ def make_split(
 
 
 def joined(sets: Iterable[Videos]) -> Videos:
-    """Join sets with the same root and classes; each path occurs once.
-
-    Raises:
-        DataError: a path has two different labels, or a set is multi-label.
-    """
+    """Join sets with the same root and classes, each path once. Raises `DataError` if a path has several labels."""
     sets = list(sets)
     label_of: dict[str, int] = {}
     for videos in sets:
         if videos.multi_label:
             raise DataError(f"{videos.root}: videos with several labels cannot be split by class; list one label each")
-        for i in range(len(videos)):
-            name, label = videos.name(i), videos.label(i)
+        for name, label in zip(videos.names(), videos.single_labels.tolist(), strict=True):
             if label_of.setdefault(name, label) != label:
                 raise DataError(
-                    f"{videos.path(i)}: is {videos.classes[label]!r} in one list and "
+                    f"{os.path.join(videos.root, name)}: is {videos.classes[label]!r} in one list and "
                     f"{videos.classes[label_of[name]]!r} in another; correct one of them"
                 )
     return Videos.of(sets[0].root, label_of.items(), sets[0].classes, sum(videos.missing for videos in sets))
 
 
-def count_classes(videos: Videos, rows: np.ndarray) -> np.ndarray:
-    """The number of these rows in each class: int64 (classes,)."""
-    return np.bincount([videos.label(int(row)) for row in rows], minlength=len(videos.classes))
-
-
 def _parts(videos: Videos, shares: np.ndarray, seed: int, groups: np.ndarray | None) -> np.ndarray:
     """The part of each video: int64 (N,); part p gets `shares[p]` of each class."""
-    labels = np.array([videos.label(i) for i in range(len(videos))])
+    labels = videos.single_labels
     for label in np.unique(labels):
         members = (labels == label).sum() if groups is None else len(np.unique(groups[labels == label]))
         if members < len(shares):

@@ -18,10 +18,7 @@ NAMED = re.compile(rf"(.+)#([tf])=({NUMBER})(?:,({NUMBER}))?", re.DOTALL | re.AS
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """From `start` to before `end`: seconds (`t`), or numbers of frames (`f`) that count from 0.
-
-    An `end` of infinity is the video's.
-    """
+    """From `start` to before `end` (infinity: the video's): seconds (`t`), or numbers of frames from 0 (`f`)."""
 
     unit: Literal["t", "f"]
     start: float
@@ -35,9 +32,7 @@ class Stretch:
         """
         scale = fps if self.unit == "t" else 1
         first = round(self.start * scale)
-        if math.isinf(self.end):
-            return first, max(first + 1, count)
-        return first, max(first + 1, round(self.end * scale))
+        return first, max(first + 1, count if math.isinf(self.end) else round(self.end * scale))
 
     def __str__(self) -> str:
         end = "" if math.isinf(self.end) else f",{_digits(self.end)}"

@@ -69,7 +69,7 @@ PLAIN = Difficulty()
 def synthesize(
     root: Path,
     *,
-    videos_per_class: Mapping[str, int] | None = None,
+    videos_per_class: Mapping[str, int],
     classes: Sequence[str] = BASIC_MOTIONS,
     seed: int = 0,
     frames: int = 48,
@@ -79,14 +79,13 @@ def synthesize(
 ) -> None:
     """Write `root/videos/<split>/<class>_<n>.mp4`, a list `root/<split>.csv` per split, and `root/classes.txt`.
 
-    `videos_per_class` is by split, by default 60 for train and 20 for val. Videos have `frames` frames of `size`
-    (width, height) pixels at 30 frames/s, a key frame every 12 frames and no B-frames, so they are fast to decode. A
-    complete set with the same settings is kept.
+    `videos_per_class` is by split. Videos have `frames` frames of `size` (width, height) pixels at 30 frames/s, a key
+    frame every 12 frames and no B-frames, so they are fast to decode. A complete set with the same settings is kept.
 
     Raises:
         DataError: the folder contains a set with other settings.
     """
-    counts = dict(videos_per_class or {"train": 60, "val": 20})
+    counts = dict(videos_per_class)
     settings = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
     settings |= {} if difficulty == PLAIN else {"difficulty": asdict(difficulty)}
     record = root / "synthetic.json"  # written last, so it shows that the set is complete
@@ -137,13 +136,11 @@ def draw_motion(
     progress = _progress(time, motion in RETURNING, rng, difficulty)  # frames at the mean speed: (T,)
     log_size = zoom + (growth * progress if growth else np.full(frames, moment))
     # 3. Wave vectors and phases of every frame, about the centre of the picture.
-    camera_x, camera_y = (
-        _smooth_path(frames, 2, rng) * difficulty.camera if difficulty.camera else np.zeros((2, frames))
-    )
+    camera = difficulty.camera * _smooth_path(frames, rng) if difficulty.camera else np.zeros((2, frames))
     angle = direction + turn * progress[:, None]  # (T, K)
     k = number * np.exp(-log_size[:, None])  # (T, K)
     kx, ky = k * np.cos(angle), k * np.sin(angle)
-    shift = phase - kx * (right * progress + camera_x)[:, None] - ky * (down * progress + camera_y)[:, None]
+    shift = phase - kx * (right * progress + camera[0])[:, None] - ky * (down * progress + camera[1])[:, None]
     x, y = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
     # 4. cos(kx x + ky y + shift) is a product of x and y parts, so their sum over waves is a matrix product.
     across = np.exp(1j * kx[:, :, None] * x)  # (T, K, W)
@@ -174,9 +171,9 @@ def _progress(time: np.ndarray, returns: bool, rng: np.random.Generator, difficu
     return progress
 
 
-def _smooth_path(frames: int, ways: int, rng: np.random.Generator) -> np.ndarray:
-    """Random paths that change within about 8 frames, with a standard deviation of 1: (ways, T)."""
-    steps = rng.normal(0, 1, (ways, frames + 16))
+def _smooth_path(frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Random x and y that change within about 8 frames, with a standard deviation of 1: (2, T)."""
+    steps = rng.normal(0, 1, (2, frames + 16))
     window = np.hanning(17)
     return np.stack([np.convolve(row, window / np.linalg.norm(window), "valid") for row in steps])
 

@@ -85,10 +85,6 @@ class Videos:
         arrays = (self._paths, self._ends, self._labels, self._label_ends, self._spans)
         return [array for array in arrays if array is not None]
 
-    def without_arrays(self) -> Videos:
-        """The set without `arrays()`, which `with_arrays` restores."""
-        return self.with_arrays([np.empty(0, np.uint8)] * 3)
-
     def with_arrays(self, arrays: Sequence[np.ndarray]) -> Videos:
         """The same videos with other arrays, such as copies in shared memory."""
         paths, ends, labels, *others = arrays
@@ -100,9 +96,12 @@ class Videos:
 
     def name(self, index: int) -> str:
         """The path of a video, relative to the root, with its stretch if it is one (see data/stretch.py)."""
+        return os.fsdecode(self._paths[self._own(self._ends, index)].tobytes())
+
+    def _own(self, ends: np.ndarray, index: int) -> slice:
+        """A video's part of an array."""
         index = range(len(self))[index]
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._paths[start : int(self._ends[index])].tobytes())
+        return slice(ends[index - 1] if index else 0, ends[index])
 
     def names(self) -> list[str]:
         """The paths of all videos, relative to the root."""
@@ -123,13 +122,13 @@ class Videos:
 
     def label(self, index: int) -> int:
         """The class of a video: an index into `classes`. Multi-label sets have `labels` only."""
-        assert self._label_ends is None, "a multi-label set has labels(), not label()"
-        return int(self._labels[index])
+        return int(self.single_labels[index])
 
-    def of_class(self, label: int) -> np.ndarray:
-        """The videos of a class: int64 (n,), for sets with one label per video."""
-        assert self._label_ends is None, "a multi-label set has no videos of one class"
-        return np.flatnonzero(self._labels == label)
+    @property
+    def single_labels(self) -> np.ndarray:
+        """The class of each video, int32 (N,), of sets with one label per video."""
+        assert self._label_ends is None, "a multi-label set has labels(), not label()"
+        return self._labels
 
     def labels(self, index: int, start: float = 0.0, end: float = np.inf) -> tuple[int, ...]:
         """The classes of a video, or of its seconds `start` to `end`: indices into `classes`, ascending.
@@ -140,8 +139,7 @@ class Videos:
         """
         if self._label_ends is None:
             return (int(self._labels[index]),)
-        index = range(len(self))[index]
-        own = slice(int(self._label_ends[index - 1]) if index else 0, int(self._label_ends[index]))
+        own = self._own(self._label_ends, index)
         labels = self._labels[own]
         if self._spans is not None:
             labels = labels[(self._spans[own, 0] <= end) & (self._spans[own, 1] >= start)]
@@ -204,6 +202,11 @@ class Videos:
         return f"{len(self)} ({self.fingerprint})"
 
 
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(map(printable, names[:EXAMPLES])) + (", ..." if names[EXAMPLES:] else "")
+
+
 def printable(name: str) -> str:
     """The name, quoted with escapes if it has line breaks or bytes that are not UTF-8.
 
@@ -236,8 +239,9 @@ def mirrored_labels(classes: Sequence[str], pairs: Iterable[tuple[str | int, str
 
 
 def _label_of(name: str | int, classes: Sequence[str]) -> int:
-    if name in range(len(classes)) if isinstance(name, int) else name in classes:
-        return name if isinstance(name, int) else classes.index(name)
+    known: Sequence[str | int] = range(len(classes)) if isinstance(name, int) else classes
+    if name in known:
+        return known.index(name)
     near = difflib.get_close_matches(str(name), classes, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use names or numbers 0 to {len(classes) - 1}"
     raise DataError(f"data.mirrored: {name!r} is not one of the {len(classes)} classes; {hint}")
@@ -253,15 +257,14 @@ def mirrored_pairs(classes: Sequence[str]) -> tuple[list[tuple[str, str]], bool]
     """
     pairs: list[tuple[str, str]] = []
     paired: set[str] = set()
-    sided = set()
+    sided: set[str] = set()
+    known = {name.lower(): name for name in reversed(classes)}
     for one, other in SIDES:
-        for name in classes:
-            if not re.search(rf"(?<![a-z]){one}(?![a-z])", name, re.IGNORECASE):
-                continue
-            twin = re.sub(rf"(?<![a-z]){one}(?![a-z])", other, name, flags=re.IGNORECASE)
-            found = next((known for known in classes if known.lower() == twin.lower()), None)
-            if found and not {name, found} & paired:
-                pairs.append((name, found))
-                paired |= {name, found}
-        sided |= {name for name in classes if re.search(rf"(?<![a-z])({one}|{other})(?![a-z])", name, re.IGNORECASE)}
+        word, either = (re.compile(rf"(?<![a-z])({side})(?![a-z])", re.IGNORECASE) for side in (one, f"{one}|{other}"))
+        sided |= {*filter(either.search, classes)}
+        for name in filter(word.search, classes):
+            twin = known.get(word.sub(other, name).lower())
+            if twin and not {name, twin} & paired:
+                pairs.append((name, twin))
+                paired |= {name, twin}
     return pairs, bool(sided - paired)

@@ -22,7 +22,7 @@ from mgtrain.console import ShowProgress
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
-from mgtrain.data.videos import EXAMPLES, Videos, mirrored_pairs, printable
+from mgtrain.data.videos import Videos, few, mirrored_pairs
 from mgtrain.engine.checks import check_shapes
 from mgtrain.errors import UsageError
 from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, HALF_PAYS, half_precision_gain, matrix_product
@@ -217,8 +217,7 @@ def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[
 
 def _some(names: Sequence[str]) -> str:
     """The number of names, and the first ones."""
-    more = ", ..." if names[EXAMPLES:] else ""
-    return f"{len(names):,} ({', '.join(printable(name) for name in names[:EXAMPLES])}{more})"
+    return f"{len(names):,} ({few(names)})"
 
 
 def propose(found: Found, world: World, gpus: int, hours: float | None, network: str | None = None) -> Proposal:

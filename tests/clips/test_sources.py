@@ -17,6 +17,7 @@ import mgtrain.clips.frames as module
 from mgtrain.clips.cut import Cut, cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.frames import FrameFolder
+from mgtrain.clips.pictures import Clip
 from mgtrain.clips.sources import Reader, open_source
 from mgtrain.clips.units import Source
 from mgtrain.data import open_videos
@@ -215,10 +216,8 @@ def test_a_jpeg_is_shrunk_as_far_as_no_clip_is_enlarged(
     for picture in pictures:
         picture[190:] = 90 + 60 * np.sin(np.arange(642) / 25)[None, :, None]  # smooth, so that sizes can be compared
     sizes: list[tuple[int, ...]] = []
-    put = module.Clip.put
-    monkeypatch.setattr(
-        module.Clip, "put", lambda clip, k, picture: (sizes.append(picture.shape), put(clip, k, picture))
-    )
+    put = Clip.put
+    monkeypatch.setattr(Clip, "put", lambda clip, k, picture: (sizes.append(picture.shape), put(clip, k, picture)))
     write_frames(tmp_path / "v", pictures, "img_{:05}.jpg", quality=95)
     write_frames(tmp_path / "w", pictures)
     with open_source(tmp_path / "v", 10) as frames, open_source(tmp_path / "w", 10) as lossless:

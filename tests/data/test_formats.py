@@ -365,7 +365,7 @@ def test_a_charades_clip_has_the_classes_of_the_actions_that_happen_in_it(tmp_pa
     assert (videos.videos_per_class[[0, 92, 147]].tolist(), int(videos.videos_per_class.sum())) == ([1, 1, 1], 3)
     last = videos.only(np.array([1]))
     assert (last.labels(0, 0, 0.5), last.labels(0, 2, 3)) == ((0,), ())
-    shared = videos.without_arrays().with_arrays(videos.arrays())
+    shared = videos.with_arrays([np.empty(0)] * 3).with_arrays(videos.arrays())
     assert (shared.labels(0, 15, 16), shared.fingerprint) == ((92,), videos.fingerprint)
     write_list(tmp_path, CHARADES.replace("11.90", "12.90"), "Charades_v1_train.csv")
     assert open_videos("charades", str(tmp_path), "Charades_v1_train.csv").fingerprint != videos.fingerprint

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mgtrain.data import open_videos
 from mgtrain.data.groups import read_groups
-from mgtrain.data.split import count_classes, joined, make_split
+from mgtrain.data.split import joined, make_split
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
@@ -29,7 +29,7 @@ def labelled(*counts: int, root: str = "/r") -> Videos:
 
 
 def per_class(videos: Videos, rows: np.ndarray) -> list[int]:
-    return count_classes(videos, rows).tolist()
+    return videos.only(rows).videos_per_class.tolist()
 
 
 @settings(deadline=None, max_examples=40)

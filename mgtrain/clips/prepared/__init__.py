@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,10 +26,10 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from pydantic import TypeAdapter, ValidationError
 
-from mgtrain.clips.cut import Cut, VideoInfo
+from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import decoded, one_thread
-from mgtrain.clips.pictures import Clip, UnconvertibleError, box_around, converted
-from mgtrain.clips.prepared.shards import Shards, check_shards, shard_path
+from mgtrain.clips.pictures import UnconvertibleError, box_around, clips_by, clips_of, converted
+from mgtrain.clips.prepared.shards import check_shards, opened_shards, shard_path
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
 from mgtrain.errors import DataError, VideoError
@@ -62,11 +62,7 @@ def level_path(folder: Path, level: int, relative: str) -> Path:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings that the folder was prepared with.
-
-    Raises:
-        DataError: it is not a prepared set.
-    """
+    """The settings that the folder was prepared with. Raises `DataError` if it is not a prepared set."""
     file = folder / "prepared.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -96,11 +92,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
 
 
 def read_index(folder: Path, settings: Settings) -> np.ndarray:
-    """`index.npy`, mapped into memory: `row_type` (N,).
-
-    Raises:
-        DataError: the set is incomplete, or the index does not belong to it.
-    """
+    """`index.npy`, mapped into memory: `row_type` (N,). Raises `DataError` if it is missing or of another set."""
     try:
         rows = np.load(folder / "index.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -121,7 +113,7 @@ class PreparedSet:
             self._offsets = np.memmap(self.folder / "offsets.bin", np.uint32, mode="r")
         except (OSError, ValueError):
             raise DataError(f"{folder}: is incomplete; resume `mgtrain data prepare`") from None
-        self._shards = Shards(self.folder) if self.settings.shards else None
+        self._shards = opened_shards(self.folder) if self.settings.shards else None
         if self._shards and check:
             check_shards(self.folder, self._rows["levels"])
 
@@ -142,13 +134,9 @@ class PreparedSet:
 
     @contextmanager
     def file(self, place: np.void, path: Path) -> Iterator[tuple[int, int]]:
-        """Open the file with a video's level, its own at `path` or a shard; return it and the offset of the level.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Open the file with a video's level, its own at `path` or a shard; return it and the offset of the level."""
         if self._shards:
-            shard = self._shards.open(int(place["shard"]))  # stays open while `shard` refers to it
+            shard = self._shards(int(place["shard"]))  # stays open while `shard` refers to it
             yield shard.file, int(place["offset"])
         else:
             file = os.open(path, os.O_RDONLY)
@@ -168,7 +156,7 @@ class PreparedSet:
         return int(self._offsets[start + first]), int(self._offsets[start + first + 1])
 
 
-class PreparedVideo:
+class PreparedVideo(AbstractContextManager["PreparedVideo"]):
     """A video of a prepared set, read like a `VideoFile`: `info` describes the original, `read` decodes clips."""
 
     def __init__(self, prepared: PreparedSet, row: np.void, relative: str) -> None:
@@ -177,36 +165,22 @@ class PreparedVideo:
         if min(self.info.frames, self.info.width, self.info.height) < 1 or not self.info.fps > 0:
             raise VideoError(f"{relative}: could not be prepared; {prepared.folder / 'videos.jsonl'} says why")
 
-    def __enter__(self) -> PreparedVideo:
-        return self
-
     def __exit__(self, *_: object) -> None:
         pass
 
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips, uint8 (T, crop, crop, 3) RGB, each from the smallest level that needs no enlargement."""
-        levels = [self._level(cut) for cut in cuts]
-        stored = [self._stored(cut, level) for cut, level in zip(cuts, levels, strict=True)]
-        clips: dict[int, np.ndarray] = {}
-        for level in dict.fromkeys(levels):
-            these = [n for n in range(len(cuts)) if levels[n] == level]
-            clips.update(zip(these, self._read(level, [stored[n] for n in these]), strict=True))
-        return [clips[n] for n in range(len(cuts))]
+        return clips_by(self._level, self._read, cuts)
 
     def _level(self, cut: Cut) -> int:
         """The smallest level that needs no enlargement, or else the largest."""
-        least = cut.crop - 0.5
-        sizes = self._row["levels"]
-        large_enough = [
-            n
-            for n in range(len(sizes))
-            if min(
-                cut.region[2] * sizes[n]["width"] / self.info.width,
-                cut.region[3] * sizes[n]["height"] / self.info.height,
-            )
-            >= least
-        ]
-        return max(large_enough, default=0)
+        sizes, (_, _, width, height) = self._row["levels"], cut.region
+        for level in range(len(sizes) - 1, 0, -1):
+            size = sizes[level]
+            scaled = width * size["width"] / self.info.width, height * size["height"] / self.info.height
+            if min(scaled) >= cut.crop - 0.5:
+                return level
+        return 0
 
     def _stored(self, cut: Cut, level: int) -> Cut:
         """The cut in frames and pixels of the level's file."""
@@ -218,13 +192,15 @@ class PreparedVideo:
 
     def _read(self, level: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips from a level's file; each frame is decoded once for all clips."""
-        size = self._row["levels"][level]
-        decoder, start = decoder_of((int(size["width"]), int(size["height"]))), int(size["start"])
+        cuts = [self._stored(cut, level) for cut in cuts]
+        place = self._row["levels"][level]
+        size, start = (int(place["width"]), int(place["height"])), int(place["start"])
+        decoder = decoder_of(size)
         path = level_path(self._set.folder, self._set.settings.levels[level], self._relative)
-        where = self._set.where(size, path)
+        where = self._set.where(place, path)
 
         def frames(file: int, first: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-            wanted = sorted({index for cut in cuts for index in cut.frames})
+            wanted = wanted_frames(cuts)
             with suppress(AttributeError, IndexError, OSError, OverflowError):  # macOS has no posix_fadvise
                 for index in wanted:  # so that a cold disk reads all of them while the first is decoded
                     begin, end = self._set.offsets(start, index)
@@ -240,17 +216,13 @@ class PreparedVideo:
                 yield frame, (index,)
 
         box = box_around([cut.region for cut in cuts])
-        clips = [Clip(cut, box[:2]) for cut in cuts]
         try:
-            with self._set.file(size, path) as place:
-                for picture, indices in converted(frames(*place), decoder.size, box, decoder.reformatter):
-                    for clip in clips:
-                        clip.put(indices, picture)
+            with self._set.file(place, path) as (file, first):
+                return clips_of(cuts, converted(frames(file, first), size, box, decoder.reformatter), box[:2])
         except UnconvertibleError as error:
             raise VideoError(f"{where}: {error}; `mgtrain data verify` lists all damage") from error
         except OSError as error:
             raise VideoError(f"{where}: {error.strerror}; `mgtrain data prepare` writes what is missing") from error
-        return [clip.pixels() for clip in clips]
 
 
 def stored_frame(index: int, frames: int, stored: int) -> int:
@@ -278,29 +250,24 @@ def read_bytes(file: int, begin: int, end: int) -> bytes:
     return os.pread(file, end - begin, begin)
 
 
-@dataclass(slots=True)
 class Decoder:
-    """A decoder for stored frames of one size."""
+    """A decoder for stored frames of one size (width, height)."""
 
-    size: tuple[int, int]  # width, height
-    codec: av.VideoCodecContext
-    reformatter: VideoReformatter
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.reformatter = VideoReformatter()
+        self._codec = one_thread(av.VideoCodecContext.create("h264", "r"))
+        self._codec.extradata = EVERY_HEADER
 
     def frame(self, data: bytes) -> av.VideoFrame | None:
         """Decode a frame; None if it is damaged."""
         try:
-            frames = decoded(self.codec, av.Packet(data))
+            frames = decoded(self._codec, av.Packet(data))
             if not frames:
-                frames = decoded(self.codec, None)
-                self.codec.flush_buffers()
+                frames = decoded(self._codec, None)
+                self._codec.flush_buffers()
         except (av.FFmpegError, ValueError):
             return None
         return frames[0] if frames and not frames[0].is_corrupt else None
 
 
-@lru_cache(maxsize=8)
-def decoder_of(size: tuple[int, int]) -> Decoder:
-    """This process's decoder for frames of a size. Reusing it halves the time of a clip."""
-    codec = one_thread(av.VideoCodecContext.create("h264", "r"))
-    codec.extradata = EVERY_HEADER
-    return Decoder(size, codec, VideoReformatter())
+decoder_of = lru_cache(maxsize=8)(Decoder)  # this process's decoders: reusing one halves the time of a clip

@@ -20,13 +20,8 @@ from mgtrain.errors import DataError, VideoError
 
 # Only key frames, each with its headers; `fastdecode` avoids the entropy coder and loop filter that decode slowly.
 ENCODER = {
-    "preset": "veryfast",
-    "tune": "fastdecode",
-    "g": "1",
-    "bf": "0",
-    "threads": "1",
-    "x264-params": "repeat-headers=1",
-}
+    "preset": "veryfast", "tune": "fastdecode", "g": "1", "bf": "0", "threads": "1", "x264-params": "repeat-headers=1"
+}  # fmt: skip
 
 
 def encode_video(
@@ -40,8 +35,7 @@ def encode_video(
     try:
         source = (root / file_of(path)).stat()
         with open_source(root / path, fps) as video:
-            nbytes = video.nbytes
-            info = video.info
+            nbytes, info = video.nbytes, video.info
             stored = max(1, round(info.frames * min(1.0, (settings.fps or info.fps) / info.fps)))
             sizes = level_sizes(info, settings.levels)
             files = [level_path(folder, level, path) for level in sizes]

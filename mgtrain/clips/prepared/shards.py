@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,16 +26,10 @@ class Shard:
             os.close(self.file)
 
 
-class Shards:
-    """The shards of a set. In each process the last ones stay open, up to a quarter of what `ulimit -n` allows."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._opened = lru_cache(max(1, min(1 << 16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)))(Shard)
-
-    def open(self, number: int) -> Shard:
-        """A shard. Raises OSError."""
-        return self._opened(shard_path(self._folder, number))
+def opened_shards(folder: Path) -> Callable[[int], Shard]:
+    """A function that opens a set's shards. The last ones stay open, up to a quarter of what `ulimit -n` allows."""
+    most = max(1, min(1 << 16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+    return lru_cache(most)(lambda number: Shard(shard_path(folder, number)))
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -52,11 +47,7 @@ def padded(size: int) -> int:
 
 
 def check_shards(folder: Path, levels: np.ndarray) -> None:
-    """Check that the shards of an index exist and are long enough; `levels` are those of all its rows.
-
-    Raises:
-        DataError: a shard is missing or truncated.
-    """
+    """Raise `DataError` if a shard of an index is missing or truncated; `levels` are those of all its rows."""
     there = levels[levels["width"] > 0]
     for number in np.unique(there["shard"]).tolist():
         members, path = there[there["shard"] == number], shard_path(folder, number)

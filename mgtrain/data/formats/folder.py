@@ -37,9 +37,7 @@ def videos_in(folder: Path) -> list[str]:
 def read_folder(root: str, source: str, classes: Sequence[str] | None) -> Videos:
     """The videos `root/<source>/<class>/<video>`, files or folders of frames, sorted by class and name.
 
-    Hidden and other files are ignored.
-
-    `classes` defaults to the folders' names in alphabetical order.
+    Hidden and other files are ignored. `classes` defaults to the folders' names in alphabetical order.
     """
     top = Path(root, source)
     check_exists(top, "folder of classes")

@@ -10,11 +10,11 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-from mgtrain.data.formats.dialect import quoted, recognize, with_slashes
+from mgtrain.data.formats.dialect import Columns, cells_before_label, quoted, recognize, with_slashes
+from mgtrain.data.formats.folder import is_video
 from mgtrain.data.formats.reading import numbered_lines
-from mgtrain.data.formats.times import Columns, are_files, cells_before_label, numbers_before_label
 from mgtrain.data.stretch import Stretch, parted
-from mgtrain.data.videos import Videos, leaves_root
+from mgtrain.data.videos import EXAMPLES, Videos, leaves_root
 from mgtrain.errors import DataError, UsageError
 
 NO_LABEL = "-"
@@ -55,25 +55,29 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
     if dialect.stretch:
         stretches = [_stretch(dialect.stretch, dialect.fields(line), f"{listing}:{n}: {line!r}") for n, line in lines]
     elif not dialect.columns and all(is_label(text) for _, text in fields):
-        paths, stretches, form = _before_label(root, listing, lines, [path for path, _ in fields])
-        fields = [(path, text) for path, (_, text) in zip(paths, fields, strict=True)]
-        remarks += [f"read as `{form}`"] if form else []
+        cells = cells_before_label(root, [path for path, _ in fields])
+        if cells:
+            stretches, form = _before_label(root, listing, lines, cells)
+            fields = [(path, text) for (path, *_), (_, text) in zip(cells, fields, strict=True)]
+            remarks.append(f"read as `{form}`")
     meaning: dict[str, int | tuple[int, ...]] = {}  # text of a label -> its number or numbers
     row_of: dict[str, int] = {}  # path -> its first index in `rows`
     rows: list[tuple[str, int | tuple[int, ...], int]] = []  # path, label, line
-    for (number, line), (path, text), stretch in zip_longest(lines, fields, stretches):
-        if text not in meaning or not path:
-            meaning[text] = _parse_label(line, path, text, numbers, f"{listing}:{number}", len(dialect.fields(line)))
-        path, written = _parted(path, f"{listing}:{number}: {path!r}")
-        path = _within(path, root, f"{listing}:{number}", outside_root)
-        if stretch or written:
-            path += str(stretch or written)
+    for (number, line), (name, text), stretch in zip_longest(lines, fields, stretches):
+        where = f"{listing}:{number}"
+        if text not in meaning or not name:
+            meaning[text] = _parse_label(line, name, text, numbers, where, len(dialect.fields(line)))
+        path, written = parted(name)
+        if written and not written.start < written.end:
+            nothing = f"{written.start:g} to {written.end:g} has nothing in it"
+            raise DataError(f"{where}: {name!r}: {nothing}; the end must be after the start")
+        path = f"{_within(path, root, where, outside_root)}{stretch or written or ''}"
         label = meaning[text]
         row = row_of.setdefault(path, len(rows))
         rows.append((path, label, number))
         _, known, first = rows[row]
         if known != label:
-            raise DataError(f"{listing}:{number}: {path!r} has label {label}, but {known} in line {first}; keep one")
+            raise DataError(f"{where}: {path!r} has label {label}, but {known} in line {first}; keep one")
     if not rows:
         raise DataError(f"{listing}: lists no video; write one `path label` per line")
     if not classes:
@@ -89,46 +93,28 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
 
 
 def _before_label(
-    root: str, listing: Path, lines: Sequence[tuple[int, str]], texts: Sequence[str]
-) -> tuple[list[str], list[Stretch | None], str]:
-    """The paths and stretches of rows without a header, from what stands before each label, and their form."""
-    count = numbers_before_label(root, texts)
-    if not count:
-        return [*texts], [], ""
-    cells = [cells_before_label(text, count) for text in texts]
-    paths = [path for path, *_ in cells]
-    files = are_files(root, paths)
-    if files and count == 1:
+    root: str, listing: Path, lines: Sequence[tuple[int, str]], cells: Sequence[Sequence[str]]
+) -> tuple[list[Stretch | None], str]:
+    """The stretches of rows without a header, from the path and the numbers before each label, and their form."""
+    start = len(cells[0]) == 3
+    files = any(is_video(path) or os.path.isfile(os.path.join(root, path)) for path, *_ in cells[:EXAMPLES])
+    if files and not start:
         raise DataError(
             f"{listing}:{lines[0][0]}: {lines[0][1]!r} is `path number label`, which is for folders of frames; write "
             "`path label` or `path start end label`, or name the columns in a first line such as `path,number,label`"
         )
-    columns = Columns("t" if files else "n", 1 if count == 2 else None, count)
+    columns = Columns("t" if files else "n", 1 if start else None, 1 + start)
     rows = zip(cells, lines, strict=True)
     stretches = [_stretch(columns, row, f"{listing}:{number}: {line!r}") for row, (number, line) in rows]
-    return paths, stretches, ("path start end label" if files else f"path {'start ' * (count == 2)}frames label")
-
-
-def _parted(path: str, where: str) -> tuple[str, Stretch | None]:
-    """The path, and the stretch that is written after it."""
-    path, stretch = parted(path)
-    if stretch and not stretch.start < stretch.end:
-        raise DataError(
-            f"{where}: {stretch.start:g} to {stretch.end:g} has nothing in it; the end must be after the start"
-        )
-    return path, stretch
+    return stretches, ("path start end label" if files else f"path {'start ' * start}frames label")
 
 
 def _stretch(columns: Columns, cells: Sequence[str], where: str) -> Stretch | None:
     try:
         return columns.stretch(cells)
     except ValueError as error:
-        advice = (
-            "start and end are seconds, with the end after the start"
-            if columns.unit == "t"
-            else ("frames are whole numbers, counted from 0, with the end after the start")
-        )
-        raise DataError(f"{where}: {error}; {advice}") from None
+        what = "start and end are seconds" if columns.unit == "t" else "frames are whole numbers, counted from 0"
+        raise DataError(f"{where}: {error}; {what}, with the end after the start") from None
 
 
 def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]]) -> list[Path]:
@@ -183,22 +169,19 @@ def _parse_label(
 ) -> int | tuple[int, ...]:
     """The number of the label, or those of several labels."""
     parts = [text] if text in numbers else [part.strip() for part in text.split(";")]
-    if parts == [NO_LABEL]:
+    if parts == [NO_LABEL] and path:
         return ()
-    labels = [
-        numbers[part] if part in numbers else int(float(part)) for part in parts if part in numbers or _is_number(part)
-    ]
-    if len(labels) < len(parts) or not path:
+    if not path or not all(part in numbers or _is_number(part) for part in parts):
         allowed = "the number or the name of a class" if numbers else "the number of a class (0, 1, ...)"
         more = ", or name the columns in a first line such as `path,label,name`" if fields > 2 else ""
         raise DataError(
             f"{where}: {line!r} does not end in a label; write `path label`, where the label is {allowed}{more}"
         )
+    labels = [numbers[part] if part in numbers else int(float(part)) for part in parts]
+    most = len(numbers) or MOST_CLASSES
     for label in labels:
-        if not 0 <= label < (len(numbers) or MOST_CLASSES):
-            raise DataError(
-                f"{where}: label {label} is out of range; it must be 0 to {(len(numbers) or MOST_CLASSES) - 1}"
-            )
+        if not 0 <= label < most:
+            raise DataError(f"{where}: label {label} is out of range; it must be 0 to {most - 1}")
     return labels[0] if len(labels) == 1 else tuple(sorted(set(labels)))
 
 

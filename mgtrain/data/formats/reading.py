@@ -28,8 +28,7 @@ class Row(NamedTuple):
 
 
 def locate(root: str, listing: Path, rows: Sequence[Row], classes: Sequence[str]) -> Videos:
-    """Find the rows' files or folders of frames, `<folder>/<video>.*` or `<folder>/<video>`, without hidden ones; rows
-    without one count as `missing`.
+    """Find the rows' files or folders of frames, `<folder>/<video>.*` or `<folder>/<video>`; the others are `missing`.
 
     Raises:
         DataError: there are no rows, a label is not a class, or no video exists.
@@ -65,10 +64,7 @@ def locate(root: str, listing: Path, rows: Sequence[Row], classes: Sequence[str]
 
 
 def _files(folder: str) -> dict[str, str]:
-    """The files and folders of a folder by their names without suffix, a file before a folder of the same name.
-
-    Empty if there is no such folder.
-    """
+    """What a folder holds, by name without suffix, a file before a folder; empty if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
             found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
