@@ -76,7 +76,10 @@ def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
 
 
 def jitter_colour(x: Tensor, rows: Tensor) -> Tensor:
-    """Change the colours of normalized clips (B, 3, T, S, S), by `colour_rows` on the device, to the same shape."""
+    """Change brightness, contrast, saturation and hue of each clip: normalized (B, 3, T, S, S) to the same.
+
+    `rows` is the result of `colour_rows`, on the device.
+    """
     matrix = rows[:, :9].contiguous().view(-1, 3, 3)
     grey = x.mean((2, 3, 4)) @ rows[0, 11:]  # (B)
     offset = rows[:, 9] + rows[:, 10] * grey
@@ -116,12 +119,18 @@ def erase_rows(draws: np.ndarray, probability: float, size: int) -> np.ndarray:
 
 
 def erase(x: Tensor, rows: Tensor) -> Tensor:
-    """Make boxes of clips grey in all frames, by `erase_rows` on the device: normalized (B, 3, T, S, S), in place."""
+    """Make each clip's box grey in all frames: normalized clips (B, 3, T, S, S), changed in place.
+
+    `rows` is the result of `erase_rows`, on the device.
+    """
     return x.masked_fill_(inside(rows, x.shape[-1]), 0)
 
 
 def box_rows(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
-    """Boxes in pixels (B, 4): top, left, and bottom and right excluded, from fractions `first` and `last`, (B, 2)."""
+    """Boxes in pixels (B, 4): first row, first column, and the row and column after the last.
+
+    `first` (top, left) and `last` (bottom, right), (B, 2) each, are fractions of the frame.
+    """
     return np.round(size * np.concatenate([first, last], axis=1))
 
 

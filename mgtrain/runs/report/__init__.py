@@ -38,18 +38,18 @@ def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ())
     together = compare_groups(groups) if several and all(c["runs"][0]["finished"] for c in comparisons) else None
     with guarded(*runs):
         described = [_describe(run, COLOURS[n % len(COLOURS)]) for n, run in enumerate(histories)]
-        return render_page(
-            "report.html.j2",
-            version=__version__,
-            runs=described,
-            comparisons=comparisons,
-            together={"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
-            rows=_table(described, comparisons),
-            curves=curves(described),
-            figures=[figure for view in described for figure in (schedule(view), time_split(view))],
-            classes=[_changes(described[0], view) for view in described[1:]],
-            frames=frames,
-        )
+        context = {
+            "version": __version__,
+            "runs": described,
+            "comparisons": comparisons,
+            "together": {"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
+            "rows": _table(described, comparisons),
+            "curves": curves(described),
+            "figures": [figure for view in described for figure in (schedule(view), time_split(view))],
+            "classes": [_changes(described[0], view) for view in described[1:]],
+            "frames": frames,
+        }
+    return render_page("report.html.j2", **context)
 
 
 def render_page(template: str, **context: Any) -> str:
