@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from mgtrain.engine.fit import fit
@@ -38,11 +39,12 @@ EVERY_STEP = (*GENTLE, "logging.checkpoint_steps=1", "logging.keep_checkpoints=1
 AUGMENTED = (
     *GENTLE, "augment.contrast=0.4", "augment.saturation=0.4", "augment.erase=0.5", "augment.rand_augment=2",
     "augment.mixup=0.8", "augment.cutmix=1", "data.mirrored=[[left, right]]", "optim.stages=[2, 1]",
+    "evaluation.times=2",
 )  # fmt: skip
 # With AdamW, rounding decides the direction of a weight whose gradients are next to nothing, unless eps is larger.
 ADAMW = (
     *GENTLE, "optim.name=adamw", "optim.eps=0.001", "optim.clip_norm=0.1", "optim.ema=0.9", "optim.layer_decay=0.9",
-    "schedule.bn_groups=both", "optim.stages=[4, 2]",
+    "schedule.bn_groups=both", "optim.stages=[4, 2]", "evaluation.times=2",
 )  # fmt: skip
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
 
@@ -321,7 +323,9 @@ def test_ranks_tell_each_other_their_cores(first: str, cores: str, tmp_path: Pat
         f"first = {first}; distributed.which_cores = lambda: set(range(first, first + 4))\n"
         "with distributed.connect('cpu') as world: Path(sys.argv[1] + str(world.rank)).write_text(str(world.cores))"
     )
-    assert launch([sys.executable, "-c", program, str(tmp_path / "rank")], 2) == 0
+    command = [sys.executable, "-c", program, str(tmp_path / "rank")]
+    launcher = f"import sys, mgtrain.processes.distributed as d; sys.exit(d.launch({command}, 2))"
+    assert warm.run(["-c", launcher], tmp_path).returncode == 0
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == [cores, cores]
 
 
