@@ -430,7 +430,8 @@ def test_no_process_imports_from_the_current_folder(tiny_text: str, tmp_path: Pa
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     for name in ("random", "queue", "select", "calendar", "secrets", "torch"):
         (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()\n")
-    few = ("optim.stages=[1, 1]", "optim.warmup_epochs=0", "evaluation.recalibration_batches=0", "hardware.workers=1")
+    few = ("schedule={name: baseline}", "optim.stages=[0.3]", "optim.warmup_epochs=0", "evaluation.times=1",
+           "hardware.workers=1")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "mgtrain", "fit", "tiny.yaml", "--procs", "2", "--device", "cpu", *few],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,

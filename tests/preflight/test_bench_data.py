@@ -82,7 +82,9 @@ def test_data_is_prepared_verified_and_trained_on_from_the_command_line(
     result = json.loads(done.stdout)
     assert (result["schema"], result["videos"], result["broken"]) == ("mgtrain.prepare/1", 36, {})
     assert mgtrain(tmp_path, "data", "verify", "out").stdout == "out: every file is intact\n"
-    trained = mgtrain(tmp_path, "fit", "tiny.yaml", "data.prepared=out", "optim.stages=[1, 1]", "--json")
+    trained = mgtrain(
+        tmp_path, "fit", "tiny.yaml", "data.prepared=out", "optim.stages=[1, 1]", "evaluation.times=1", "--json"
+    )
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["videos"] == 12
     next((tmp_path / "out" / "36").rglob("*.mp4")).unlink()
