@@ -129,9 +129,7 @@ def test_only_distributed_imports_torch_distributed() -> None:
     assert users == {"processes.distributed"}
 
 
-def test_the_python_interface_is_imported_when_it_is_used() -> None:
-    program = "import sys, mgtrain; mgtrain.load_recipe, mgtrain.make_plan; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+def test_the_python_interface_has_the_names_that_it_lists() -> None:
     for name in mgtrain.__all__:
         assert getattr(mgtrain, name).__name__ == name
     with pytest.raises(AttributeError):

@@ -40,12 +40,7 @@ class Warm:
     """A process that runs `python *words`; its stdout and stderr go to files. Used as `subprocess.Popen` is."""
 
     def __init__(
-        self,
-        words: Sequence[object],
-        cwd: Path,
-        *,
-        start_new_session: bool = False,
-        largest_file: int | None = None,
+        self, words: Sequence[object], cwd: Path, *, start_new_session: bool = False, largest_file: int | None = None
     ) -> None:
         self.returncode: int | None = None
         self.pid, self._said = _Server.running().start(

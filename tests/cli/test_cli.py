@@ -293,22 +293,6 @@ def test_eval_for_a_reader(mgtrain: Start, here: Path) -> None:
     assert "on 12 videos, 1 view each; 95 % interval of top-1: " in total
 
 
-def test_eval_writes_a_table_and_what_two_ranks_write_is_the_same(mgtrain: Start, here: Path, tmp_path: Path) -> None:
-    tables = []
-    for procs in (1, 2):
-        table = tmp_path / f"{procs}.csv"
-        words = ("eval", "tiny", "--device", "cpu", "--views", "2x1", "--csv", str(table), "--procs", str(procs))
-        assert mgtrain(here, *words).returncode == 0
-        tables.append([line.split(",") for line in table.read_text().splitlines()])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.csv", "2.csv"]
-    one, two = tables
-    assert len(one) == 13
-    assert one[0] == two[0] == ["path", "label", "predicted", "left", "right", "up", "down"]
-    assert [row[:3] for row in one] == [row[:3] for row in two]
-    for ours, theirs in zip(one[1:], two[1:], strict=True):
-        assert [float(p) for p in ours[3:]] == pytest.approx([float(p) for p in theirs[3:]], rel=1e-5)
-
-
 def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Path, tmp_path: Path) -> None:
     videos = [str(motions / f"videos/val/{name}_0.mp4") for name in ("left", "up")]
     found = result(mgtrain(here, "predict", "tiny", *videos, "--views", "1x1", "--top", "2", "--json"))

@@ -242,6 +242,9 @@ def test_a_pickle_as_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
+        b"",
+        b"garbage",
+        b"\xff" * 100,
         struct.pack("<Q", 2**63),
         struct.pack("<Q", 10**8) + b" ",
         struct.pack("<Q", 100_000) + b"[" * 100_000,
@@ -399,8 +402,7 @@ def test_damaged_prepared_sets_are_refused_and_run_nothing(prepared: Path, motio
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("frames", -5), ("fps", float("nan")), ("width", 0), ("height", -3), ("stored", -5)],
+    ("key", "value"), [("frames", -5), ("fps", float("nan")), ("width", 0), ("height", -3), ("stored", -5)]
 )
 def test_an_index_of_absurd_numbers_breaks_videos_not_the_loader(
     prepared: Path, tmp_path: Path, key: str, value: float

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_sources import lossless
+from videos import write_frames
 
 import mgtrain.engine.fit
 import mgtrain.engine.resume
@@ -159,10 +160,12 @@ def test_a_run_on_other_sources_too_is_the_one_that_was_not_cut(
 
 
 def test_frames_without_their_rate_are_refused_before_anything_is_computed(
-    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path
+    tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    lossless(motions, tmp_path / "all")
-    recipe = tiny(f"data.root={tmp_path}/all", "data.train=frames/train.csv", "data.val=frames/train.csv")
+    (tmp_path / "train.csv").write_text(
+        "\n".join(f"{write_frames(tmp_path / f'f{n}', 2).name} 2 {n}" for n in range(4))
+    )
+    recipe = tiny(f"data.root={tmp_path}", "data.val=train.csv")
     with pytest.raises(DataError, match=r"is a folder of frames, so set data\.fps"):
         open_data(recipe)
 

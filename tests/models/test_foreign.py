@@ -325,10 +325,7 @@ def test_the_classifier_has_its_own_learning_rate_wherever_it_is(tiny: Callable[
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (
-            "flattens",
-            ("layer fc, Linear, expects 2048 features, but flattened features depend", "clips of 2x16² fit"),
-        ),
+        ("flattens", ("layer fc, Linear, expects 2048 features, but flattened features depend", "clips of 2x16² fit")),
         (
             "positions",
             ("the network itself, Positions, adds or joins a tensor of fixed size", "fit: choose clip", "8x16²"),
