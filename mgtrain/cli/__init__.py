@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from mgtrain import __version__
 from mgtrain.cli.bench import bench_app, doctor
@@ -61,7 +62,7 @@ for group in (recipes_app, data_app, bench_app, ckpt_app, weights_app):
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit

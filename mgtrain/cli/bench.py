@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected, parse_levels
 from mgtrain.cli.prepare import LEVELS, QUALITY
@@ -18,12 +19,12 @@ bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads 
 def bench_data(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time to measure each shape, twice.")] = 2.0,
+    seconds: Annotated[float, Option(min=0.01, help="Time to measure each shape, twice.")] = 2.0,
     step_seconds: Annotated[
-        float | None, typer.Option(min=0.001, help="Time of a training step. Default: measure it.")
+        float | None, Option(min=0.001, help="Time of a training step. Default: measure it.")
     ] = None,
-    levels: Annotated[str, typer.Option(help="Short sides of the prepared set to try.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="Quality of the prepared set to try.")] = QUALITY,
+    levels: Annotated[str, Option(help="Short sides of the prepared set to try.")] = LEVELS,
+    quality: Annotated[int, Option(min=0, max=51, help="Quality of the prepared set to try.")] = QUALITY,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -51,7 +52,7 @@ def bench_step(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Videos = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps of each shape to time.")] = 3,
+    repeats: Annotated[int, Option(min=1, help="Steps of each shape to time.")] = 3,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -76,7 +77,7 @@ def bench_step(
 
 
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe, to check its data too.")] = None,
+    recipe: Annotated[str | None, Argument(help="A recipe, to check its data too.")] = None,
     overrides: Overrides = None,
     device: Device = None,
     json_: Json = False,

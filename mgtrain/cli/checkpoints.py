@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from mgtrain.cli.options import CheckpointArgument, Json, checkpoint_path
 from mgtrain.console import out
@@ -55,7 +56,7 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
 
 @ckpt_app.command("verify")
 def verify_checkpoints(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
+    path: Annotated[str, Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
     json_: Json = False,
 ) -> None:
     """Verify checkpoints against their checksums. Exits with 4 if one is damaged.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Json, check_finite, parse_thresholds
 from mgtrain.console import note, out
@@ -14,22 +14,20 @@ from mgtrain.errors import UsageError
 
 def compare(
     baseline: Annotated[
-        str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
+        str, Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
     ],
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs to compare: one, or several recipes and seeds.")
-    ],
-    html: Annotated[Path | None, typer.Option(help="Also write the report of `mgtrain report` to this file.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a table with a line for each run to this file.")] = None,
+    runs: Annotated[list[str], Argument(metavar="RUN...", help="Runs to compare: one, or several recipes and seeds.")],
+    html: Annotated[Path | None, Option(help="Also write the report of `mgtrain report` to this file.")] = None,
+    csv: Annotated[Path | None, Option(help="Write a table with a line for each run to this file.")] = None,
     fail_under: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="KEY=LEAST,...",
             help="Exit with 6 if the gain is smaller: speedup=3,clock=2,steps=3,accuracy=-0.5 (points).",
         ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
+        float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
     ] = 1.0,
     json_: Json = False,
 ) -> None:
@@ -68,10 +66,10 @@ def compare(
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
+        list[str], Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
     ],
-    to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    frames: Annotated[bool, typer.Option(help="Include pictures of the clips if the data is on this machine.")] = True,
+    to: Annotated[Path, Option(help="The HTML file to write.")] = Path("report.html"),
+    frames: Annotated[bool, Option(help="Include pictures of the clips if the data is on this machine.")] = True,
 ) -> None:
     """Write an HTML report about the cost and accuracy of runs.
 
@@ -89,10 +87,10 @@ def report(
 
 
 def watch(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A running or finished run.")],
-    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="A finished run to compare with.")] = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Print once and exit; the default without a terminal.")] = False,
+    run: Annotated[str, Argument(metavar="RUN", help="A running or finished run.")],
+    baseline: Annotated[str | None, Option(metavar="RUN", help="A finished run to compare with.")] = None,
+    every: Annotated[float, Option(min=0.1, help="Seconds between updates.")] = 5.0,
+    once: Annotated[bool, Option("--once", help="Print once and exit; the default without a terminal.")] = False,
     json_: Json = False,
 ) -> None:
     """Show the progress of a run from another terminal, until the run ends.

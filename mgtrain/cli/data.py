@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Json, Overrides, RecipeArgument, Seed, check_finite, check_share, opened_splits
 from mgtrain.console import counts_table, note, out, progress, warn
@@ -17,23 +18,21 @@ from mgtrain.recipe import load_recipe
 data_app = typer.Typer(name="data", help="Make, inspect, check and prepare data sets.", no_args_is_help=True)
 
 MOST_NAMED = 20  # videos to name one by one
-ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
+ToFolder = Annotated[Path, Option("--to", help="Folder to write the lists to.")]
 
 
 @data_app.command()
 def synthesize(
-    root: Annotated[Path, typer.Argument(help="Folder to create.")],
-    train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
-    val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 40,
-    classes: Annotated[int, typer.Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
-    distractors: Annotated[int, typer.Option(min=0, max=100, help="Distracting discs in each video.")] = 1,
-    noise: Annotated[float, typer.Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 2.0,
-    camera: Annotated[float, typer.Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 0.3,
-    pace: Annotated[
-        float, typer.Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")
-    ] = 0.1,
-    frames: Annotated[int, typer.Option(min=8, max=10_000, help="Frames of each video.")] = 48,
-    size: Annotated[str, typer.Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
+    root: Annotated[Path, Argument(help="Folder to create.")],
+    train: Annotated[int, Option(min=1, help="Training videos of each class.")] = 60,
+    val: Annotated[int, Option(min=1, help="Validation videos of each class.")] = 40,
+    classes: Annotated[int, Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
+    distractors: Annotated[int, Option(min=0, max=100, help="Distracting discs in each video.")] = 1,
+    noise: Annotated[float, Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 2.0,
+    camera: Annotated[float, Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 0.3,
+    pace: Annotated[float, Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")] = 0.1,
+    frames: Annotated[int, Option(min=8, max=10_000, help="Frames of each video.")] = 48,
+    size: Annotated[str, Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
     seed: Seed = 0,
 ) -> None:
     """Make a small data set of videos whose classes differ only by motion. Options make it easier or harder to see.
@@ -66,9 +65,9 @@ def index(
     *,
     to: ToFolder,
     contents: Annotated[
-        bool, typer.Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
+        bool, Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
     ] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 on any warning.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with 3 on any warning.")] = False,
     json_: Json = False,
 ) -> None:
     """Convert annotations to lists. Reports missing videos, duplicates and leakage between the splits.
@@ -106,21 +105,17 @@ def index(
 
 @data_app.command()
 def split(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or a folder with one folder per class.")
-    ],
+    source: Annotated[str, Argument(metavar="RECIPE|FOLDER", help="A recipe, or a folder with one folder per class.")],
     overrides: Overrides = None,
     *,
     to: ToFolder,
-    val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
+    val: Annotated[float | None, Option(help="Share of the videos for validation, such as 0.2.")] = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
+        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
     ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Split the training and validation videos together.")] = False,
-    groups: Annotated[
-        Path | None, typer.Option(help="CSV with a column `path`; videos of one group stay together.")
-    ] = None,
-    by: Annotated[str, typer.Option(help="Column of the CSV that names the group.")] = "group",
+    all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
+    groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
+    by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -165,11 +160,11 @@ def split(
 def stats(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    split: Annotated[Literal["train", "val"], typer.Option(help="Which videos to describe.")] = "train",
-    sample: Annotated[int, typer.Option(min=1, help="How many videos to open.")] = 500,
+    split: Annotated[Literal["train", "val"], Option(help="Which videos to describe.")] = "train",
+    sample: Annotated[int, Option(min=1, help="How many videos to open.")] = 500,
     seed: Seed = 0,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the statistics to this PNG file.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
+    picture: Annotated[Path | None, Option(help="Also draw the statistics to this PNG file.")] = None,
+    workers: Annotated[int | None, Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
     json_: Json = False,
 ) -> None:
     """Describe lengths, sizes, frame rates and classes of the videos.
@@ -205,11 +200,11 @@ def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     to: Annotated[
-        Path | None, typer.Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
+        Path | None, Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time limit for each video.")] = 300.0,
-    memory: Annotated[float, typer.Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    seconds: Annotated[float, Option(min=0.1, help="Time limit for each video.")] = 300.0,
+    memory: Annotated[float, Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
+    workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
     json_: Json = False,
 ) -> None:
     """Check that every video can be decoded. Writes a manifest of the videos and their status.

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from mgtrain.cli.options import Device, Json, Overrides, Procs, RecipeArgument, connected, start_ranks
 from mgtrain.console import note, out
@@ -24,19 +24,19 @@ SCORES = ("mean_ap", "top1", "mean_class", "top5", "loss", "videos")  # to print
 def fit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
+    name: Annotated[str | None, Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
+        bool, Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
+        bool, Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
     ] = False,
     baseline: Annotated[
-        str | None, typer.Option(help="A run, by name or folder, to measure the speedup against during training.")
+        str | None, Option(help="A run, by name or folder, to measure the speedup against during training.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--dry-run", help="Do all that a run does up to one step of each shape, show time and memory, keep nothing."
         ),
     ] = False,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from mgtrain.cli.data import data_app
 from mgtrain.cli.options import Json, Overrides, RecipeArgument, check_finite, opened_splits, parse_levels, parse_size
@@ -24,25 +24,22 @@ LEAST_SHARD = 1_000_000  # bytes
 def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[
-        Path | None, typer.Option(help="Folder to write to. Default: data.root with -prepared added.")
-    ] = None,
-    levels: Annotated[str, typer.Option(help="Short sides to store, in pixels.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
+    to: Annotated[Path | None, Option(help="Folder to write to. Default: data.root with -prepared added.")] = None,
+    levels: Annotated[str, Option(help="Short sides to store, in pixels.")] = LEVELS,
+    quality: Annotated[int, Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
     fps: Annotated[
-        float | None, typer.Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
+        float | None, Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
     ] = None,
     shards: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="SIZE",
             help="Write tar files of at most this size, such as 2GiB, instead of a file for each video and level.",
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
     forecast: Annotated[
-        bool,
-        typer.Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop."),
+        bool, Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop.")
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -102,7 +99,7 @@ def prepare(
 
 @data_app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder written by `mgtrain data prepare`.")], json_: Json = False
+    folder: Annotated[Path, Argument(help="A folder written by `mgtrain data prepare`.")], json_: Json = False
 ) -> None:
     """Verify a prepared set against its manifest. Exits with 3 if a file is damaged.
 

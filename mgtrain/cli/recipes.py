@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from mgtrain.cli.options import Json
 from mgtrain.console import harmless, note, out
@@ -32,7 +33,7 @@ def list_recipes(json_: Json = False) -> None:
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")]) -> None:
+def show_recipe(name: Annotated[str, Argument(help="The name of a shipped recipe.")]) -> None:
     """Print a shipped recipe as a start for your own.
 
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
@@ -42,9 +43,9 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped 
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    name: Annotated[str, Argument(help="The name of a shipped recipe.")],
     target: Annotated[
-        Path | None, typer.Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
+        Path | None, Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
     ] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import RANK, Device, Json, check_finite, connected
 from mgtrain.console import duration, note, out, progress
@@ -16,21 +17,21 @@ ONE_THREAD_EACH = "Runs at the same time, each pinned to its share of the cores.
 
 
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
-    jobs: Annotated[int, typer.Option(min=1, max=1000, help=ONE_THREAD_EACH)] = 1,
-    runs: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
+    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
+    jobs: Annotated[int, Option(min=1, max=1000, help=ONE_THREAD_EACH)] = 1,
+    runs: Annotated[Path | None, Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of the results and the page. Default: results/<name> beside the file.")
+        Path | None, Option(help="Folder of the results and the page. Default: results/<name> beside the file.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="VARIANT", help="Train only this variant now; repeatable.")
+        list[str] | None, Option(metavar="VARIANT", help="Train only this variant now; repeatable.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
+    seeds: Annotated[int | None, Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the runs, measure steps and estimate the hours.")
+        bool, Option("--dry-run", help="Only list the runs, measure steps and estimate the hours.")
     ] = False,
     measure: Annotated[
-        float, typer.Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
+        float, Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
     ] = 1.0,
     device: Device = None,
     json_: Json = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import (
     Changes,
@@ -24,13 +24,12 @@ from mgtrain.console import out
 from mgtrain.errors import DataError, UsageError
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
-Views = Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
+Views = Annotated[str, Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="The recipe that says how clips are cut, for weights of other projects.")
+    str | None, Option(help="The recipe that says how clips are cut, for weights of other projects.")
 ]
 Trust = Annotated[
-    list[str] | None,
-    typer.Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable."),
+    list[str] | None, Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable.")
 ]
 
 
@@ -41,14 +40,14 @@ def evaluate(
     recipe: RecipeOption = None,
     table: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--csv", help="Write class probabilities of every video to this file. An interrupted evaluation resumes."
         ),
     ] = None,
     trust: Trust = None,
     procs: Procs = None,
     device: Device = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print the accuracy of every class.")] = False,
+    per_class: Annotated[bool, Option("--per-class", help="Print the accuracy of every class.")] = False,
     json_: Json = False,
 ) -> None:
     """Evaluate a checkpoint on the validation videos. The predictions for a video are averaged over views.
@@ -98,16 +97,13 @@ def predict(
     checkpoint: CheckpointArgument,
     videos: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."
-        ),
+        Argument(metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."),
     ],
     views: Views = "10x3",
     every: Annotated[
-        float | None,
-        typer.Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views."),
+        float | None, Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
+    top: Annotated[int, Option(min=1, help="Number of classes to print.")] = 5,
     recipe: RecipeOption = None,
     changes: Changes = None,
     trust: Trust = None,
@@ -143,10 +139,7 @@ def predict(
 def export(
     checkpoint: CheckpointArgument,
     to: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix."
-        ),
+        str, Option(metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix.")
     ],
     recipe: RecipeOption = None,
     changes: Changes = None,

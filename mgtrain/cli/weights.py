@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Json
 from mgtrain.console import note, out
@@ -18,26 +19,24 @@ weights_app = typer.Typer(name="weights", help="Convert weights of other project
 def import_weights(
     file: Annotated[
         Path | None,
-        typer.Argument(
-            help="Weights of PySlowFast (.pyth or Caffe2 .pkl), PyTorchVideo, MMAction2, torchvision or mgtrain."
-        ),
+        Argument(help="Weights of PySlowFast (.pyth or Caffe2 .pkl), PyTorchVideo, MMAction2, torchvision or mgtrain."),
     ] = None,
     *,
     from_: Annotated[
         str | None,
-        typer.Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of reading a file."),
+        Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of reading a file."),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(help="The .safetensors file to write. Default: only report what matches.")
+        Path | None, Option(help="The .safetensors file to write. Default: only report what matches.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
+        str | None, Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="A file of class names to store, one per line. Default: those of the weights.")
+        Path | None, Option(help="A file of class names to store, one per line. Default: those of the weights.")
     ] = None,
     at_least: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
+        float, Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
     ] = 1.0,
     json_: Json = False,
 ) -> None:
