@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+from rich.live import Live
 from typer import Argument, Option
 
 from mgtrain.cli.options import Json, check_finite, parse_thresholds
-from mgtrain.console import note, out
+from mgtrain.console import note, out, show
 from mgtrain.errors import UsageError
+from mgtrain.runs.folder import find_run
 
 
 def compare(
@@ -40,19 +44,18 @@ def compare(
     """
     from mgtrain.runs.compare import compare as compare_runs
     from mgtrain.runs.compare import demand, render
-    from mgtrain.runs.folder import find_run
     from mgtrain.runs.groups import Outcome, compare_groups, grouped, render_groups, write_csv
 
     check_finite(margin=margin)
     wanted = parse_thresholds(fail_under)
     found = [find_run(name) for name in (baseline, *runs)]
     if len(found) == 2:
-        result, shown = compare_runs(found[0], found[1], margin), render
+        result = compare_runs(found[0], found[1], margin)
     elif wanted:
         raise UsageError("--fail-under: needs a baseline and exactly one run")
     else:
-        result, shown = compare_groups(grouped(found), margin), render_groups
-    out.print_json(data=result) if json_ else out.print(shown(result))
+        result = compare_groups(grouped(found), margin)
+    show(json_, result, render(result) if len(found) == 2 else render_groups(result))
     if csv:
         write_csv(map(Outcome.of, found), csv)
     if html:
@@ -75,8 +78,6 @@ def report(
 
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
-    from mgtrain.runs.folder import find_run
-
     found = [find_run(run) for run in runs]
 
     from mgtrain.engine.examples import example_frames
@@ -97,24 +98,16 @@ def watch(
 
     Example:  mgtrain watch demo_multigrid --baseline demo_baseline
     """
-    import time
-    from dataclasses import asdict
-
-    from rich.live import Live
-
-    from mgtrain.runs.folder import find_run
     from mgtrain.runs.watch import look, render
 
     check_finite(every=every)
     watched, rival = find_run(run), find_run(baseline) if baseline else None
     view = look(watched, rival)
-    if json_:
-        out.print_json(data={"schema": "mgtrain.watch/1", **asdict(view), "finished": view.finished})
-    elif once or not out.is_terminal:
-        out.print(render(view))
-    else:
-        with Live(render(view), console=out, auto_refresh=False) as live:
-            while not view.finished:
-                time.sleep(every)
-                view = look(watched, rival)
-                live.update(render(view), refresh=True)
+    if json_ or once or not out.is_terminal:
+        show(json_, {"schema": "mgtrain.watch/1", **asdict(view), "finished": view.finished}, render(view))
+        return
+    with Live(render(view), console=out, auto_refresh=False) as live:
+        while not view.finished:
+            time.sleep(every)
+            view = look(watched, rival)
+            live.update(render(view), refresh=True)

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from typer import Option
 
 from mgtrain.cli.options import Device, Json, Seed, check_finite, check_share
-from mgtrain.console import note, out, progress, warn
+from mgtrain.console import note, progress, show, warn
+from mgtrain.data.found import find_videos
 
 
 def init(
@@ -45,18 +46,14 @@ def init(
     """
     check_finite(hours=hours, fps=fps)
     check_share(val)
-
-    from mgtrain.data.found import find_videos
-
     videos = find_videos(data, root)
 
     from mgtrain.preflight.init import make_project
 
     name = name or os.path.basename(os.path.abspath(data)).partition(".")[0]
-    with progress() as show:
+    with progress() as shown:
         made = make_project(
             data, videos, to, name, val=val, group_by=group_by, hours=hours, fps=fps, seed=seed, device=device,
-            network=network,
-            report=lambda text, warns: warn(text) if warns else note(text), progress=show,
+            network=network, report=lambda text, warns: warn(text) if warns else note(text), progress=shown,
         )  # fmt: skip
-    out.print_json(data=made.describe()) if json_ else out.print(made.render())
+    show(json_, made.describe(), made.render())

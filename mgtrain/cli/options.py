@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from mgtrain.console import note, start_logging
+from mgtrain.data import open_splits
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.processes.environment import is_launched
+from mgtrain.runs.folder import find_run
 
 if TYPE_CHECKING:
     from mgtrain.data.videos import Videos as Listed
@@ -47,11 +49,10 @@ Videos = Annotated[
 
 def opened_splits(data: Data) -> dict[str, Listed]:
     """The training and validation videos of a recipe, with remarks on how their lists were read."""
-    from mgtrain.data import open_splits
-
     splits = open_splits(data)
-    for remark in [remark for videos in splits.values() for remark in videos.remarks]:
-        note(remark)
+    for videos in splits.values():
+        for remark in videos.remarks:
+            note(remark)
     return splits
 
 
@@ -115,19 +116,15 @@ def parse_thresholds(text: str | None) -> dict[str, float]:
 
 def checkpoint_path(checkpoint: str) -> Path:
     """The file of a checkpoint argument."""
-    from mgtrain.runs.folder import find_run
-
-    path = Path(checkpoint)
-    if path.is_file():
-        return path
+    if Path(checkpoint).is_file():
+        return Path(checkpoint)
     run = find_run(checkpoint)
 
     from mgtrain.runs.checkpoint import newest_whole
 
-    newest = newest_whole(run.checkpoints())
-    if newest is None:
-        raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
-    return newest
+    if newest := newest_whole(run.checkpoints()):
+        return newest
+    raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
 
 
 @contextmanager
@@ -150,7 +147,6 @@ def start_ranks(procs: int | None, device: str | None) -> bool:
     wanted = procs or default_procs(device)
     if wanted == 1:
         return False
-    code = launch([sys.executable, "-c", RANK, *sys.argv[1:]], wanted)
-    if code:
+    if code := launch([sys.executable, "-c", RANK, *sys.argv[1:]], wanted):
         sys.exit(code)
     return True

@@ -10,7 +10,11 @@ from typer import Option
 
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected
 from mgtrain.console import out, progress
+from mgtrain.data import count_training_videos
 from mgtrain.recipe import load_recipe
+from mgtrain.schedule import check_world
+from mgtrain.schedule.drawing import plan_table, schedule_drawing
+from mgtrain.schedule.totals import compare_totals, make_plans, render_totals
 
 
 def plan(
@@ -39,11 +43,6 @@ def plan(
 
     Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8 --memory 40  |  mgtrain plan mine.yaml --measure 2
     """
-    from mgtrain.data import count_training_videos
-    from mgtrain.schedule import check_world
-    from mgtrain.schedule.drawing import plan_table, schedule_drawing
-    from mgtrain.schedule.totals import compare_totals, make_plans, render_totals
-
     check_finite(measure=measure, memory=memory)
     loaded = load_recipe(recipe, overrides or ())
     made, baseline = make_plans(loaded, videos or count_training_videos(loaded)).values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from typer import Argument, Option
 
 from mgtrain.cli.data import data_app
 from mgtrain.cli.options import Json, Overrides, RecipeArgument, check_finite, opened_splits, parse_levels, parse_size
-from mgtrain.console import duration, note, out, progress, size
+from mgtrain.console import duration, note, out, progress, show, size
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
 from mgtrain.recipe import load_recipe
@@ -49,8 +50,6 @@ def prepare(
 
     Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
     """
-    from dataclasses import asdict
-
     check_finite(fps=fps)
     shard_bytes = parse_size("shards", shards) if shards else None
     if shard_bytes is not None and shard_bytes < LEAST_SHARD:
@@ -81,20 +80,19 @@ def prepare(
         )
         return not forecast
 
-    with progress() as show:
+    with progress() as shown:
         done = make(
-            Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=show_forecast, progress=show
+            Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=show_forecast, progress=shown
         )
     for cause in done.broken.values():
         note(f"skipped: {cause}")
-    if json_:
-        out.print_json(data={"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)})
-    else:
-        out.print(
-            f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
-            f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
-            f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}"
-        )
+    show(
+        json_,
+        {"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)},
+        f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
+        f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
+        f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}",
+    )
 
 
 @data_app.command()
@@ -107,12 +105,10 @@ def verify(
     """
     from mgtrain.preflight.prepare import verify as verify_set
 
-    with progress() as show:
-        wrong = verify_set(folder, usable_cores(), show)
-    if json_:
-        out.print_json(data={"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong})
-    for file, problem in [] if json_ else wrong.items():
-        out.print(f"{file}: {problem}")
+    with progress() as shown:
+        wrong = verify_set(folder, usable_cores(), shown)
+    result = {"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}
+    show(json_, result, *(f"{file}: {problem}" for file, problem in wrong.items()))
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} files are damaged; delete them and prepare the set again")
     if not json_:

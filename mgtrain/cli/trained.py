@@ -20,7 +20,7 @@ from mgtrain.cli.options import (
     parse_views,
     start_ranks,
 )
-from mgtrain.console import out
+from mgtrain.console import show
 from mgtrain.errors import DataError, UsageError
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
@@ -82,14 +82,12 @@ def evaluate(
             if table is not None and journal is not None:
                 predictions.write_csv(table, videos)
                 journal.remove()
-            if json_:
-                facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
-                facts["weights"] = "ema" if trained.averaged else "model"
-                out.print_json(data={**facts, **predictions.describe(videos.classes)})
-            else:
-                out.print(predictions.render(videos.classes, times * crops, per_class))
-                if trained.averaged:
-                    out.print("of the averaged weights (optim.ema)")
+            facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
+            facts |= {"weights": "ema" if trained.averaged else "model", **predictions.describe(videos.classes)}
+            text = [predictions.render(videos.classes, times * crops, per_class)]
+            if trained.averaged:
+                text.append("of the averaged weights (optim.ema)")
+            show(json_, facts, *text)
         world.barrier()
 
 
@@ -125,13 +123,10 @@ def predict(
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
         trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust or ())
         answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
-    if json_:
-        found = [answer.describe(trained.classes, top) for answer in answers]
-        facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
-        out.print_json(data={**facts, "videos": found, "failed": failed})
-    else:
-        for answer in answers:
-            out.print(answer.render(trained.classes, top))
+    found = [answer.describe(trained.classes, top) for answer in answers]
+    facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
+    text = (answer.render(trained.classes, top) for answer in answers)
+    show(json_, {**facts, "videos": found, "failed": failed}, *text)
     if failed:
         raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used: {'; '.join(failed.values())}")
 
@@ -161,16 +156,11 @@ def export(
 
     trained = load_trained(path, recipe, changes or (), World(), trust or ())
     done = export_network(trained, file)
-    if json_:
-        facts = {
-            "schema": "mgtrain.export/1",
-            "checkpoint": str(path),
-            "weights": "ema" if trained.averaged else "model",
-        }
-        out.print_json(data={**facts, **done.describe()})
-        return
-    for parity in done.parity:
-        out.print(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest")
+    weights, of = ("ema", ", the averaged weights (optim.ema)") if trained.averaged else ("model", "")
     sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation size only"
-    of = ", the averaged weights (optim.ema)" if trained.averaged else ""
-    out.print(f"wrote {done.path}{of}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}")
+    show(
+        json_,
+        {"schema": "mgtrain.export/1", "checkpoint": str(path), "weights": weights, **done.describe()},
+        *(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest" for parity in done.parity),
+        f"wrote {done.path}{of}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}",
+    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from mgtrain.cli.options import Json
-from mgtrain.console import note, out
+from mgtrain.console import note, show
+from mgtrain.data.formats.reading import numbered_lines
 from mgtrain.errors import UsageError
 
 weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
@@ -50,8 +52,6 @@ def import_weights(
     if (file is None) == (from_ is None):
         raise UsageError("give either a FILE or --from torchvision:NAME")
 
-    from dataclasses import asdict
-
     import torch
 
     from mgtrain.models import TORCHVISION, build_model
@@ -63,7 +63,7 @@ def import_weights(
     model = model or (named if named in TORCHVISION else None)
     weights = read_weights(path, common=model not in TORCHVISION)
     options = model_options(weights, model)
-    names = _read_names(classes) if classes else names
+    names = tuple(text for _, text in numbered_lines(classes)) if classes else names
     if classes and len(names) != options["classes"]:
         raise UsageError(f"{classes}: names {len(names)} classes, the weights have {options['classes']}")
     with torch.device("meta"):
@@ -71,21 +71,16 @@ def import_weights(
     target.to_empty(device="cpu")
     report = load_weights(target, weights)
     kept = {key: value for key, value in options.items() if key != "classes"}
-    if json_:
-        result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": to and str(to), "share": report.share}
-        out.print_json(data={**result, "model": kept, "classes": options["classes"], **asdict(report)})
-    else:
-        for line in report.lines():
-            out.print(line)
-        section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
-        out.print(f"model: {{{section}}}, of {options['classes']} classes")
+    result: dict[str, Any] = {
+        "schema": "mgtrain.weights_import/1",
+        "file": str(path),
+        "to": to and str(to),
+        "share": report.share,
+    }
+    result |= {"model": kept, "classes": options["classes"], **asdict(report)}
+    section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
+    show(json_, result, *report.lines(), f"model: {{{section}}}, of {options['classes']} classes")
     report.demand(at_least, path)
     if to:
         save_weights(to, target, options, names, report.matched, report.project)
         note(f"wrote {to}; a recipe starts from it with init.weights={to}")
-
-
-def _read_names(file: Path) -> tuple[str, ...]:
-    from mgtrain.data.formats.reading import numbered_lines
-
-    return tuple(text for _, text in numbered_lines(file))
