@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -71,15 +71,10 @@ def import_weights(
     target.to_empty(device="cpu")
     report = load_weights(target, weights)
     kept = {key: value for key, value in options.items() if key != "classes"}
-    result: dict[str, Any] = {
-        "schema": "mgtrain.weights_import/1",
-        "file": str(path),
-        "to": to and str(to),
-        "share": report.share,
-    }
-    result |= {"model": kept, "classes": options["classes"], **asdict(report)}
+    result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": str(to) if to else None}
+    facts = {"share": report.share, "model": kept, "classes": options["classes"], **asdict(report)}
     section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
-    show(json_, result, *report.lines(), f"model: {{{section}}}, of {options['classes']} classes")
+    show(json_, {**result, **facts}, *report.lines(), f"model: {{{section}}}, of {options['classes']} classes")
     report.demand(at_least, path)
     if to:
         save_weights(to, target, options, names, report.matched, report.project)

@@ -49,11 +49,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("plan k400_i3d_8x8_r50_basline", 2, "did you mean the shipped recipe 'k400_i3d_8x8_r50_baseline'?"),
         ("plan none.yaml", 2, "none.yaml: no such recipe file"),
         ("plan tiny.yaml optim.lrr=1", 2, "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
-        ("plan tiny.yaml optim.lr", 2, "override 'optim.lr': must have the form section.key=value"),
-        ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it must be a valid number"),
         ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
         ("plan tiny.yaml --gpus 0", 2, "--gpus"),
         ("plan tiny.yaml data.root=nowhere", 3, "nowhere: no such folder of videos"),
@@ -61,8 +58,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("plann tiny.yaml", 2, "plann"),
         ("fit tiny.yaml --devcie cpu", 2, "--devcie"),
         ("fit tiny.yaml --device cpu", 2, "runs/tiny: holds a run already; add --resume to continue it, or --name"),
-        ("fit tiny.yaml --device cpu --name new data.root=nowhere", 3, "nowhere: no such folder of videos"),
-        ("fit tiny.yaml --device cpu --name new data.classes=5", 3, "have 4 classes, data.classes says 5"),
         ("fit tiny.yaml --dry-run --resume", 2, "--dry-run --resume: a dry run starts from the first step"),
         ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: not a run directory"),
         ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "changed since: optim.lr 0.002 -> 0.01; undo"),
@@ -73,12 +68,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("eval tiny --views 3", 2, "--views 3: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3"),
         ("eval tiny --views 1x2", 2, "--views 1x2: write clips in time x crops"),
         ("eval tiny --views 0x1", 2, "--views 0x1: write clips in time x crops"),
-        ("eval tiny --device cpu model.width=16", 4, "stem.conv.weight has shape (8, 3, 5, 7, 7), but (16, "),
         ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such file"),
         ("compare tiny none", 2, "none: not a run directory, because it has no recipe.yaml; runs here: begun, tiny"),
-        ("compare tiny .", 2, ".: not a run directory"),
         ("compare tiny", 2, "Missing argument 'RUN...'"),
-        ("recipes show none", 2, "none: no such recipe file"),
         ("predict tiny -5KQ66BBWC4.mp4", 2, "write ./-5KQ66BBWC4.mp4, or -- before the names, for a file whose name"),
     ],
 )  # fmt: skip
