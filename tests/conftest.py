@@ -102,7 +102,7 @@ def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session", name="mgtrain")
-def start_mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+def start_mgtrain() -> warm.Start:
     """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end.
 
     In a process that is forked (see `warm`), unless there is a launcher or it has to be `really` started.

@@ -28,10 +28,11 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+Start = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture `mgtrain`
 # What commands import late.
 LATE = ("matplotlib.backends.backend_svg", "torch.utils.tensorboard", "torch.utils.flop_counter", "torchvision.io")
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from warm import Start
 
 from mgtrain import __version__
 from mgtrain.recipe import Recipe, shipped_recipes
 from mgtrain.runs.folder import RunDir
-
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")

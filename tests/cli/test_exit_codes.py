@@ -7,18 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import warm
+from warm import Start
 
 from mgtrain import errors
 from mgtrain.errors import MgtrainError
 
 PAGE = Path(__file__).parent.parent.parent / "docs/reference/exit-codes.md"
 FIT = ("fit", "tiny.yaml", "--device", "cpu")
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from warm import Warm
+from warm import Start, Warm
 
 import mgtrain.engine.fit
 import mgtrain.engine.start
@@ -441,9 +441,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_there_are(folder: Path, straigh
     assert not list((run.path / "checkpoints").glob(".*"))
 
 
-def test_checkpoints_can_be_looked_at_and_verified(
-    mgtrain: Callable[..., subprocess.CompletedProcess[str]], straight: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_can_be_looked_at_and_verified(mgtrain: Start, straight: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(straight, tmp_path / "runs/tiny")))
     for path in run.checkpoints()[:-4]:
         path.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from torchvision.models import video
 from torchvision.models.video import mvit
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
+from warm import Start
 
 from mgtrain.clips.pixels import normalize
 from mgtrain.engine.checks import check_shapes, misfit
@@ -344,9 +344,7 @@ def test_a_network_of_fixed_size_is_refused_with_the_layer_and_with_what_fits(
     assert all(word in str(caught.value) for word in ("own does not accept clips of", *words)), str(caught.value)
 
 
-def test_a_network_of_ones_own_is_trained_and_evaluated(
-    own: Path, tiny_text: str, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_network_of_ones_own_is_trained_and_evaluated(own: Path, tiny_text: str, mgtrain: Start) -> None:
     (own / "own.yaml").write_text(tiny_text)
     words = ("--device", "cpu", "--procs", "2", section("recurrent", "{width: 16}"), "optim.stages=[2, 1]")
     result = mgtrain(own, "fit", "own.yaml", "--name", "run", *words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import warm
 from safetensors.torch import load_file
+from warm import Start
 
 from mgtrain.engine.fit import fit
 from mgtrain.errors import MissingCapabilityError
@@ -31,7 +31,6 @@ from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import make_plan
 
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 # A ReLU whose input is zero but for rounding lets a gradient through on one rank and not on two; that the loss shows it
 # little, learning rates are a tenth of the tiny recipe's.
 GENTLE = ("optim.lr=0.0002", "optim.warmup_lr=0.0001")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from warm import Start
 
 from mgtrain.cli.options import parse_thresholds
 from mgtrain.engine.examples import example_frames
@@ -153,9 +153,7 @@ def test_damaged_logs_are_one_line(runs: list[RunDir], tmp_path: Path) -> None:
         render_report([RunDir(tmp_path / "bad")])
 
 
-def test_the_command_writes_the_file(
-    runs: list[RunDir], tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_the_command_writes_the_file(runs: list[RunDir], tmp_path: Path, mgtrain: Start) -> None:
     write_report(runs, tmp_path / "deep" / "r.html")
     assert (tmp_path / "deep/r.html").read_text().startswith("<!DOCTYPE html>")
     with pytest.raises(CheckpointError, match="cannot be written"):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import Start
 
 from mgtrain.errors import CheckpointError, RecipeError, StoppedError
 from mgtrain.runs.study.definition import Run, load_study, runs_of
@@ -72,9 +71,7 @@ def test_a_mistake_is_one_line(file: Path, old: str, new: str, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_study_runs_to_its_end_and_no_run_is_made_twice(
-    file: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: Start) -> None:
     folder = file.parent
     assert "1 of 4 runs to train" in mgtrain(folder, "study", file, "--only", "baseline", "--seeds", 1).stderr
     first = mgtrain(folder, "study", file, "--jobs", 2, "--only", "baseline")
@@ -127,9 +124,7 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(
     assert known_result(run, folder / "none.json") is None
 
 
-def test_a_dry_run_forecasts_and_trains_nothing(
-    file: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_dry_run_forecasts_and_trains_nothing(file: Path, mgtrain: Start) -> None:
     done = mgtrain(file.parent, "study", file, "--dry-run", "--measure", 0.05, "--json", "--jobs", 2)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

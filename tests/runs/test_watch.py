@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from warm import Start
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Recipe
@@ -100,7 +100,7 @@ def test_nothing_to_see_and_damage_are_one_line(tiny: Callable[..., Recipe], tmp
 
 
 def test_the_command_shows_it_once_where_there_is_no_terminal(
-    tiny: Callable[..., Recipe], tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
+    tiny: Callable[..., Recipe], tmp_path: Path, mgtrain: Start
 ) -> None:
     logged(tmp_path / "runs" / "mine", tiny(), 5)
     result = mgtrain(tmp_path, "watch", "mine")
