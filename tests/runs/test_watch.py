@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from test_compare import printed
 from warm import Start
 
 from mgtrain.errors import CheckpointError, UsageError
@@ -36,10 +35,7 @@ def logged(folder: Path, recipe: Recipe, steps: int, pace: float = 2.0) -> RunDi
 
 
 def shown(run: RunDir, baseline: RunDir | None = None) -> str:
-    console = Console(file=io.StringIO(), width=160)
-    console.print(render(look(run, baseline)))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    return printed(render(look(run, baseline)))
 
 
 def test_a_run_under_way_says_where_it_is_and_what_is_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
