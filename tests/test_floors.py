@@ -136,35 +136,16 @@ def test_the_python_interface_has_the_names_that_it_lists() -> None:
         mgtrain.__getattr__("nothing")
 
 
-COMMANDS = {
-    "--help": 0,
-    "--version": 0,
-    "fit --help": 0,
-    "recipes list": 0,
-    "recipes show demo_baseline": 0,
-    "plan k400_slowfast_8x8_r50_multigrid --gpus 8 --no-costs": 0,
-    "plan k400_slowfast_8x8_r50_multigrid --json": 0,
-    "compare none nothing": 2,
-    "data index none --to lists": 2,
-    "data split none --val 0.2 --to lists": 2,
-    "data check none": 2,
-    "data stats none": 2,
-    "data prepare none": 2,
-    "fit none": 2,
-    "fit demo_multigrid optim.none=1": 2,
-    "fit demo_multigrid --baseline none": 2,
-    "fit demo_multigrid --procs 3": 2,
-    "init --data none": 3,
-    "bench data none": 2,
-    "bench step none": 2,
-    "doctor none": 2,
-    "eval none": 2,
-    "predict none a.mp4": 2,
-    "export none --to onnx": 2,
-    "ckpt verify none": 2,
-    "report none": 2,
-    "watch none": 2,
-}
+COMMANDS = {  # by their exit codes
+    0: ["--help", "--version", "fit --help", "recipes list", "recipes show demo_baseline",
+        "plan k400_slowfast_8x8_r50_multigrid --gpus 8 --no-costs", "plan k400_slowfast_8x8_r50_multigrid --json"],
+    2: ["compare none nothing", "data index none --to lists", "data split none --val 0.2 --to lists", "data check none",
+        "data stats none", "data prepare none", "fit none", "fit demo_multigrid optim.none=1",
+        "fit demo_multigrid --baseline none", "fit demo_multigrid --procs 3", "bench data none", "bench step none",
+        "doctor none", "eval none", "predict none a.mp4", "export none --to onnx", "ckpt verify none", "report none",
+        "watch none"],
+    3: ["init --data none"],
+}  # fmt: skip
 # Of each line of stdin, in a process that has imported the command line only: the exit code, and what is imported.
 IMPORTS = """
 import os, sys
@@ -186,9 +167,10 @@ for line in sys.stdin:
 
 
 def test_commands_that_do_not_compute_and_those_that_refuse_do_not_import_torch(tmp_path: Path) -> None:
+    expected = {line: [str(code)] for code, lines in COMMANDS.items() for line in lines}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORTS], input="\n".join(COMMANDS), cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", IMPORTS], input="\n".join(expected), cwd=tmp_path, capture_output=True, text=True
     )
     said = [line.split(";")[1:] for line in done.stderr.splitlines() if line.startswith("imported:")]
-    assert {line: (code, *slow) for line, code, *slow in said} == {line: (str(c),) for line, c in COMMANDS.items()}
+    assert {line: found for line, *found in said} == expected
     assert "Traceback" not in done.stderr

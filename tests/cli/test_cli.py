@@ -107,19 +107,14 @@ def test_a_plan_as_json(mgtrain: Start, here: Path) -> None:
     for sums in ("totals", "baseline", "ratios"):
         assert set(plan[sums]) == {"steps", "epochs", "clips", "voxels"}
     assert plan["phases"][0] == {
-        "index": 0,
-        "stage": 0,
-        "first_step": 0,
-        "steps": 3,
-        "end_epoch": 128 / 24,
-        "lr": pytest.approx(0.002 * 8),
+        "index": 0, "stage": 0, "first_step": 0, "steps": 3, "end_epoch": 128 / 24, "lr": pytest.approx(0.002 * 8),
         "stride": [2, 8],
         "shapes": [
             {"clips": 64, "frames": 2, "crop": 16, "short_side": [16, 40], "bn_clips": 8},
             {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
             {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
         ],
-    }
+    }  # fmt: skip
     assert plan["baseline"] == {"steps": 54, "epochs": 9.0, "clips": 216, "voxels": 216 * 8 * 32**2}
     assert plan["ratios"]["epochs"] == 1.5
 

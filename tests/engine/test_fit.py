@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import mgtrain.engine.fit
 import mgtrain.engine.resume
 from mgtrain.engine.examples import examples
 from mgtrain.engine.fit import fit
+from mgtrain.engine.resume import changed_keys
 from mgtrain.engine.start import open_data
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.processes.distributed import World
@@ -292,32 +292,23 @@ def test_a_run_of_an_earlier_version_is_resumed(
     assert last["clock_seconds"] > last["train_seconds"]
 
 
-@pytest.mark.parametrize(
-    ("override", "what"),
-    [
-        ("schedule.epoch_factor=1.4", "schedule.epoch_factor 1.5 -> 1.4; "),
-        ("optim.lr=0.03", "optim.lr 0.002 -> 0.03; "),
-        ("optim.stages=[6, 4]", "optim.stages [6.0, 3.0] -> [6.0, 4.0]; "),
-        ("batch.bn_clips=2", "batch.bn_clips 4 -> 2; "),
-        ("schedule.name=baseline", "schedule.name multigrid -> baseline; "),
-        ("clip.flip=0.25", "clip.flip 0.5 -> 0.25; "),
-        ("augment.erase=0.5", "augment.erase 0.0 -> 0.5; "),
-        ("hardware.precision=bf16", "hardware.precision fp32 -> bf16; "),
-    ],
-)
 def test_resuming_another_recipe_is_refused_with_the_difference(
-    tiny: Callable[..., Recipe],
-    straight: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    override: str,
-    what: str,
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mgtrain.engine.start.check_precision", lambda *_: None)  # bf16 may not work on this CPU
+    for override, change in (
+        ("schedule.epoch_factor=1.4", "schedule.epoch_factor 1.5 -> 1.4"),
+        ("optim.stages=[6, 4]", "optim.stages [6.0, 3.0] -> [6.0, 4.0]"),
+        ("batch.bn_clips=2", "batch.bn_clips 4 -> 2"),
+        ("schedule.name=baseline", "schedule.name multigrid -> baseline"),
+        ("clip.flip=0.25", "clip.flip 0.5 -> 0.25"),
+        ("augment.erase=0.5", "augment.erase 0.0 -> 0.5"),
+        ("hardware.precision=bf16", "hardware.precision fp32 -> bf16"),
+    ):
+        assert changed_keys(tiny(), tiny(override))[0] == change
     cut(straight, tmp_path / "cut", step=5)
     before = contents(tmp_path / "cut")
-    with pytest.raises(CheckpointError, match=f"has changed since: {re.escape(what)}") as caught:
-        run_to_end(tiny(override), tmp_path / "cut", resume=True)
+    with pytest.raises(CheckpointError, match=r"has changed since: optim\.lr 0\.002 -> 0\.03; ") as caught:
+        run_to_end(tiny("optim.lr=0.03"), tmp_path / "cut", resume=True)
     assert caught.value.exit_code == 4
     assert contents(tmp_path / "cut") == before
 

@@ -146,17 +146,8 @@ def test_predict_tells_the_times_of_the_recording(
     straight: Path, tiny: Callable[..., Recipe], mgtrain: Start, root: Path
 ) -> None:
     checkpoint = max((straight / "checkpoints").glob("step_*.safetensors"))
-    words = (
-        "predict",
-        checkpoint,
-        root / "long.mp4#t=1,2",
-        root / "f",
-        "--set",
-        "data.fps=10",
-        "--device",
-        "cpu",
-        "--json",
-    )
+    videos = (root / "long.mp4#t=1,2", root / "f")
+    words = ("predict", checkpoint, *videos, "--set", "data.fps=10", "--device", "cpu", "--json")
     done = mgtrain(root, *words, "--every", "0.2")
     assert done.returncode == 0, done.stderr
     part, frames = json.loads(done.stdout)["videos"]

@@ -112,10 +112,7 @@ def test_nothing_is_started_unless_asked_for(tiny: Callable[..., Recipe], tmp_pa
         ("start", "mgtrain: wandb: ConnectionError: no network here; nothing is logged there, the run continues"),
         ("online", "mgtrain: wandb: no network here; logging offline, upload it with `wandb sync "),
         ("call", "mgtrain: wandb: ConnectionError: the service is gone; some of what the run logs is missing there"),
-        ("crash", ""),
-        ("hang", ""),
-        ("end", ""),
-        ("start hangs", ""),
+        *((trouble, "") for trouble in ("crash", "hang", "end", "start hangs")),
     ],
 )
 def test_a_service_in_trouble_neither_stops_nor_delays(
