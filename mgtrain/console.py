@@ -7,6 +7,7 @@ characters that a terminal would act on are shown as numbers: see `harmless`.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,12 +72,12 @@ class RunLog(logging.FileHandler):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, encoding="utf-8", delay=True)
-        self._folder, self._early = file.parent, list[logging.LogRecord]()
+        self._early: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, or keep it until the folder exists."""
         self._early.append(record)
-        if self._folder.is_dir():
+        if os.path.isdir(os.path.dirname(self.baseFilename)):
             for waiting in self._early:
                 super().emit(waiting)
             self._early.clear()
@@ -93,6 +94,15 @@ def note(text: str, style: str | None = None) -> None:
     err.print(text, style=style, soft_wrap=True)
 
 
+def show(json_: bool, data: Mapping[str, Any], *text: RenderableType) -> None:
+    """Print a result to stdout: `data` as JSON, or `text` for a reader."""
+    if json_:
+        out.print_json(data=data)
+    else:
+        for part in text:
+            out.print(part)
+
+
 def warn(text: str) -> None:
     """Print to stderr what may be wrong; the command continues."""
     note(f"warning: {text}", "yellow")
@@ -106,11 +116,9 @@ def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
         old.close()
     log.setLevel(logging.INFO)
     log.propagate = False
-    handler: logging.Handler = RichHandler(
-        console=err, show_path=False, show_time=False, show_level=False, markup=False
-    )
-    if not err.is_terminal:
-        handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, show_time=False, show_level=False, markup=False)
     handler.setFormatter(HarmlessFormatter("%(message)s" if main else f"rank {rank}: %(message)s"))
     handler.setLevel(logging.INFO if main else logging.WARNING)
     log.addHandler(handler)
@@ -128,9 +136,8 @@ def duration(seconds: float) -> str:
     """
     if seconds < 60:
         return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
+    large, unit = (seconds, "min") if seconds < 3600 else (seconds / 60, "h")
+    return f"{int(large // 60)}:{int(large % 60):02d} {unit}"
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def straight(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session", name="mgtrain")
-def start_mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+def start_mgtrain() -> warm.Start:
     """Runs `python <launcher> -m mgtrain <words>` in a folder, to its end.
 
     In a process that is forked (see `warm`), unless there is a launcher or it has to be `really` started.
@@ -119,6 +119,17 @@ def start_mgtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return start
+
+
+@pytest.fixture
+def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor measures a convolution of few channels, for a moment, and no step of the demo."""
+    from mgtrain.preflight import doctor
+
+    loading = doctor.cut_on_one_core
+    monkeypatch.setattr(doctor, "PROBE", (1, 8, 4, 28, 28))
+    monkeypatch.setattr(doctor, "half_precision_gain", lambda *_: 1.5)
+    monkeypatch.setattr(doctor, "cut_on_one_core", lambda clips, requests, seconds: loading(clips, requests, 0.05))
 
 
 @pytest.fixture(scope="session")

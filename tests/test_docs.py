@@ -25,11 +25,11 @@ from mgtrain.recipe.keys import reference
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What makes a command of the pages quick; every other word stays as it is.
-SMALL_DATA = ("--train", "3", "--val", "1")
+SMALL_DATA = ("--train", "2", "--val", "1", "--frames", "24")
 SMALL = ("model={name: i3d_r50, width: 8, depth: [1, 1, 1, 1], dropout: 0.0}", "clip.frames=8", "clip.stride=1",
          "clip.crop=32", "clip.short_side=[32, 40]", "evaluation.crop=32", "evaluation.short_side=32",
          "evaluation.recalibration_batches=1", "batch.clips=4", "batch.bn_clips=4", "optim.stages=[1, 1]",
-         "optim.warmup_epochs=0", "hardware.workers=0")  # fmt: skip
+         "optim.warmup_epochs=0", "evaluation.times=2", "hardware.workers=0")  # fmt: skip
 WITH_RECIPE = {("fit",), ("plan",), ("bench", "data")}
 
 
@@ -99,6 +99,7 @@ def run_page(name: str, folder: Path, replaced: dict[str, str], monkeypatch: pyt
             Path(line.partition(" > ")[2]).write_text(done.stdout)
 
 
+@pytest.mark.usefixtures("quick_doctor")
 def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_page("tutorial/quick-start.md", tmp_path, {}, monkeypatch)
     assert "demo_multigrid" in (tmp_path / "demo.html").read_text()

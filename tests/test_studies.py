@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from mgtrain.engine.checks import check_shapes
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
-from mgtrain.runs.study.definition import load_study, runs_of
+from mgtrain.runs.study.definition import Run, load_study, runs_of
 from mgtrain.runs.study.results import read_result
 from mgtrain.schedule import check_world, make_plan
 
@@ -18,33 +19,38 @@ ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
+@cache
+def runs_in(file: Path) -> list[Run]:
+    return runs_of(load_study(file), file)
+
+
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_every_variant_can_be_planned(file: Path) -> None:
-    study = load_study(file)
-    runs = runs_of(study, file)
-    for run in runs:
+    for run in runs_in(file):
         check_world(make_plan(run.recipe, run.recipe.data.videos or 480), 1)
-    assert {run.variant for run in runs} == set(study.variants)
+    assert {run.variant for run in runs_in(file)} == set(load_study(file).variants)
 
 
 def test_the_networks_of_all_variants_take_all_their_shapes() -> None:
     networks: dict[str, tuple[Recipe, set[tuple[int, int]]]] = {}
-    for file in STUDIES:
-        for run in runs_of(load_study(file), file):
-            plan = make_plan(run.recipe, run.recipe.data.videos or 480)
-            _, sizes = networks.setdefault(f"{run.recipe.model!r} {run.recipe.data.classes}", (run.recipe, set()))
-            sizes |= {(shape.frames, shape.crop) for shape in (*plan.shapes(), run.recipe.evaluation_shape)}
+    for run in (run for file in STUDIES for run in runs_in(file)):
+        plan = make_plan(run.recipe, run.recipe.data.videos or 480)
+        _, sizes = networks.setdefault(f"{run.recipe.model!r} {run.recipe.data.classes}", (run.recipe, set()))
+        sizes |= {(shape.frames, shape.crop) for shape in (*plan.shapes(), run.recipe.evaluation_shape)}
     assert len(networks) > 3
     for recipe, sizes in networks.values():
         check_shapes(recipe, [Shape(1, *size) for size in sizes])
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "studies/results").rglob("*.json")), ids=lambda file: file.stem)
-def test_every_result_is_a_run_of_its_study_as_it_is_now(file: Path) -> None:
-    result, study = read_result(file), ROOT / "studies" / f"{file.parent.name}.yaml"
-    known = runpy.run_path(str(ROOT / "scripts/evidence.py"))["found"](study)
-    assert result.variant in load_study(study).variants
-    assert file.stem in {run.name for run in runs_of(load_study(study), study)}
-    assert result.outcome.summary.finished
-    assert result.outcome.env["git"]
-    assert result in known
+def test_every_result_is_a_run_of_its_study_as_it_is_now() -> None:
+    found = runpy.run_path(str(ROOT / "scripts/evidence.py"))["found"]
+    for folder in (ROOT / "studies/results").iterdir():
+        study = ROOT / "studies" / f"{folder.name}.yaml"
+        known, names = found(study), {run.name for run in runs_in(study)}
+        for file in folder.rglob("*.json"):
+            result = read_result(file)
+            assert result.variant in load_study(study).variants
+            assert file.stem in names
+            assert result.outcome.summary.finished
+            assert result.outcome.env["git"]
+            assert result in known

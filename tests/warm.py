@@ -1,8 +1,8 @@
 """A Python that has imported mgtrain and torch: it forks where `python ...` would start, and import them for seconds.
 
 What is forked is a process of its own, with its own process id, session, environment, folder and files, that ends as
-Python ends. So are the ranks that it starts. Tests of how Python starts (isolation, imports, torchrun, `python -m`)
-start it really.
+Python ends. So are the ranks and the runs of a study that it starts. Tests of how Python starts (isolation, imports,
+torchrun, `python -m`) start it really.
 
 One server per test process has imported everything and computed nothing: it has one thread. It is told what to run in
 lines of JSON, and tells process ids and, later, exit codes.
@@ -28,10 +28,11 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+Start = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture `mgtrain`
 # What commands import late.
 LATE = ("matplotlib.backends.backend_svg", "torch.utils.tensorboard", "torch.utils.flop_counter", "torchvision.io")
 
@@ -40,12 +41,7 @@ class Warm:
     """A process that runs `python *words`; its stdout and stderr go to files. Used as `subprocess.Popen` is."""
 
     def __init__(
-        self,
-        words: Sequence[object],
-        cwd: Path,
-        *,
-        start_new_session: bool = False,
-        largest_file: int | None = None,
+        self, words: Sequence[object], cwd: Path, *, start_new_session: bool = False, largest_file: int | None = None
     ) -> None:
         self.returncode: int | None = None
         self.pid, self._said = _Server.running().start(
@@ -231,8 +227,9 @@ def _become(
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         os.environ.clear()
         os.environ.update(env)
-        distributed: Any = sys.modules["mgtrain.processes.distributed"]
-        distributed.subprocess = types.SimpleNamespace(Popen=Rank)
+        for name in ("processes.distributed", "runs.study.jobs"):
+            starts: Any = sys.modules[f"mgtrain.{name}"]
+            starts.subprocess = types.SimpleNamespace(Popen=Rank, DEVNULL=subprocess.DEVNULL)
         code = _run(words)
     except SystemExit as end:
         if end.code is not None and not isinstance(end.code, int):
@@ -267,16 +264,19 @@ def _run(words: list[str]) -> int:
 
 
 class Rank:
-    """A rank that a forked launcher starts, forked as well; it has what `launch` needs of `subprocess.Popen`."""
+    """A rank or a study's run that a forked process starts, forked as well, used as `subprocess.Popen` is."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], start_new_session: bool) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], start_new_session: bool, stdout: Any = None, **_: Any
+    ) -> None:
         assert command[0] == sys.executable
+        files = (stdout.name, stdout.name) if stdout else ()  # a study's run writes both to one file
         self.returncode: int | None = None
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self.pid = os.fork()
         if not self.pid:
-            _become(list(command[1:]), env, start_new_session)
+            _become(list(command[1:]), env, start_new_session, files=files)
 
     def poll(self) -> int | None:
         """The exit code, if it has ended."""
@@ -290,6 +290,10 @@ class Rank:
         """Send a signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Kill it."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from mgtrain import __version__
 from mgtrain.cli.bench import bench_app, doctor
@@ -27,7 +28,7 @@ from mgtrain.cli.recipes import recipes_app
 from mgtrain.cli.study import study
 from mgtrain.cli.trained import evaluate, export, predict
 from mgtrain.cli.weights import weights_app
-from mgtrain.console import err, out
+from mgtrain.console import note, out
 from mgtrain.data.formats.folder import is_video
 from mgtrain.errors import MgtrainError, lack_of
 
@@ -42,18 +43,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init,
-    "fit": fit,
-    "eval": evaluate,
-    "predict": predict,
-    "export": export,
-    "report": report,
-    "watch": watch,
-    "doctor": doctor,
-    "compare": compare,
-    "study": study,
-    "plan": plan,
-}
+    "init": init, "fit": fit, "eval": evaluate, "predict": predict, "export": export, "report": report,
+    "watch": watch, "doctor": doctor, "compare": compare, "study": study, "plan": plan,
+}  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)
 for group in (recipes_app, data_app, bench_app, ckpt_app, weights_app):
@@ -61,7 +53,7 @@ for group in (recipes_app, data_app, bench_app, ckpt_app, weights_app):
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit
@@ -81,12 +73,10 @@ def main() -> None:
         _say(str(error))
         code = error.exit_code
     except typer.TyperException as error:
-        dashed = next(
-            (word for word in sys.argv[1:] if word[0:1] == "-" and (is_video(word) or os.path.exists(word))), None
-        )
         advice = f"see `{' '.join(_command_words())} --help`"
-        if dashed:  # such as a video named by its YouTube id
-            advice = f"write ./{dashed}, or -- before the names, for a file whose name starts with a dash"
+        for word in reversed(sys.argv[1:]):  # a file such as a video named by its YouTube id
+            if word.startswith("-") and (is_video(word) or os.path.exists(word)):
+                advice = f"write ./{word}, or -- before the names, for a file whose name starts with a dash"
         _say(f"{error.format_message().rstrip('.')}; {advice}")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
@@ -98,15 +88,14 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not write again when it exits
         code = 141
     except Exception as error:
-        lack = lack_of(error)
-        if lack is not None:
+        if lack := lack_of(error):
             _say(str(lack))
             code = lack.exit_code
         elif isinstance(error, OSError) and error.filename is not None:
             _say(f"{error.filename}: {error.strerror}; give another path, correct its permissions or free disk space")
             code = 2
         else:
-            err.print(traceback.format_exc().rstrip(), soft_wrap=True)
+            note(traceback.format_exc().rstrip())
             _say(f"unexpected {type(error).__name__}, a bug in mgtrain; please report it with the lines above")
             code = 1
     sys.exit(code if isinstance(code, int) else 0)
@@ -119,8 +108,7 @@ def _say(message: str) -> None:
 
         if not says_first(message):
             return
-    line = message.replace("\n", r"\n")
-    err.print(f"mgtrain: {line}", style="red", soft_wrap=True)
+    note("mgtrain: " + message.replace("\n", r"\n"), "red")
 
 
 def _command_words() -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected, parse_levels
 from mgtrain.cli.prepare import LEVELS, QUALITY
-from mgtrain.console import out, progress
+from mgtrain.console import out, progress, show
+from mgtrain.data import count_training_videos
 from mgtrain.recipe import load_recipe
+from mgtrain.schedule import make_plan
 
 bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads and trains.", no_args_is_help=True)
 
@@ -18,12 +22,12 @@ bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads 
 def bench_data(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time to measure each shape, twice.")] = 2.0,
+    seconds: Annotated[float, Option(min=0.01, help="Time to measure each shape, twice.")] = 2.0,
     step_seconds: Annotated[
-        float | None, typer.Option(min=0.001, help="Time of a training step. Default: measure it.")
+        float | None, Option(min=0.001, help="Time of a training step. Default: measure it.")
     ] = None,
-    levels: Annotated[str, typer.Option(help="Short sides of the prepared set to try.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="Quality of the prepared set to try.")] = QUALITY,
+    levels: Annotated[str, Option(help="Short sides of the prepared set to try.")] = LEVELS,
+    quality: Annotated[int, Option(min=0, max=51, help="Quality of the prepared set to try.")] = QUALITY,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -41,9 +45,9 @@ def bench_data(
 
     videos, _ = open_data(loaded)
     settings = Settings(parse_levels(levels), quality, None)
-    with connected(device) as world, progress() as show:
-        result = bench(loaded, videos, world, settings, seconds=seconds, step_seconds=step_seconds, progress=show)
-    out.print_json(data={"schema": "mgtrain.bench_data/1", **result}) if json_ else out.print(render(result))
+    with connected(device) as world, progress() as shown:
+        result = bench(loaded, videos, world, settings, seconds=seconds, step_seconds=step_seconds, progress=shown)
+    show(json_, {"schema": "mgtrain.bench_data/1", **result}, render(result))
 
 
 @bench_app.command("step")
@@ -51,7 +55,7 @@ def bench_step(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Videos = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps of each shape to time.")] = 3,
+    repeats: Annotated[int, Option(min=1, help="Steps of each shape to time.")] = 3,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -59,9 +63,6 @@ def bench_step(
 
     Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
     """
-    from mgtrain.data import count_training_videos
-    from mgtrain.schedule import make_plan
-
     loaded = load_recipe(recipe, overrides or ())
     plan = make_plan(loaded, videos or loaded.data.videos or count_training_videos(loaded))
 
@@ -69,14 +70,14 @@ def bench_step(
     from mgtrain.preflight.bench_step import bench_step as bench
     from mgtrain.preflight.bench_step import render
 
-    with connected(device) as world, progress() as show:
+    with connected(device) as world, progress() as shown:
         check_precision(loaded, world.device)
-        result = bench(loaded, plan, world, repeats, show)
-    out.print_json(data={"schema": "mgtrain.bench_step/1", **result}) if json_ else out.print(render(result))
+        result = bench(loaded, plan, world, repeats, shown)
+    show(json_, {"schema": "mgtrain.bench_step/1", **result}, render(result))
 
 
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe, to check its data too.")] = None,
+    recipe: Annotated[str | None, Argument(help="A recipe, to check its data too.")] = None,
     overrides: Overrides = None,
     device: Device = None,
     json_: Json = False,
@@ -85,8 +86,6 @@ def doctor(
 
     Examples:  mgtrain doctor  |  mgtrain doctor mine.yaml data.root=/data/mine
     """
-    from dataclasses import asdict
-
     loaded = load_recipe(recipe, overrides or ()) if recipe else None
 
     from mgtrain.preflight.doctor import examine, refuse_missing
@@ -98,6 +97,5 @@ def doctor(
             found.append(finding)
             if not json_:
                 out.print(str(finding))
-    if json_:
-        out.print_json(data={"schema": "mgtrain.doctor/1", "findings": [asdict(finding) for finding in found]})
+    show(json_, {"schema": "mgtrain.doctor/1", "findings": [asdict(finding) for finding in found]})
     refuse_missing(found)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from mgtrain.cli.options import CheckpointArgument, Json, checkpoint_path
-from mgtrain.console import out
+from mgtrain.console import show
 from mgtrain.errors import CheckpointError
+from mgtrain.recipe import parse_recipe
+from mgtrain.runs.folder import find_run
 
 ckpt_app = typer.Typer(name="ckpt", help="Inspect and verify checkpoints.", no_args_is_help=True)
 
@@ -20,9 +24,6 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
 
     Example:  mgtrain ckpt inspect demo_multigrid
     """
-    from math import prod
-
-    from mgtrain.recipe import parse_recipe
     from mgtrain.runs.checkpoint import read_info, tensor_shapes
 
     path = checkpoint_path(checkpoint)
@@ -45,25 +46,22 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         "validation_videos": info.val_data,
         "steps_left_out": info.left_out,
     }
-    if json_:
-        out.print_json(data={"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe})
-        return
+    lines = []
     for key, value in facts.items():
         shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
-        out.print(f"{key.replace('_', ' '):18} {shown}")
+        lines.append(f"{key.replace('_', ' '):18} {shown}")
+    show(json_, {"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}, *lines)
 
 
 @ckpt_app.command("verify")
 def verify_checkpoints(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
+    path: Annotated[str, Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
     json_: Json = False,
 ) -> None:
     """Verify checkpoints against their checksums. Exits with 4 if one is damaged.
 
     Example:  mgtrain ckpt verify demo_multigrid
     """
-    from mgtrain.runs.folder import find_run
-
     files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
     if not files:
         raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
@@ -76,12 +74,8 @@ def verify_checkpoints(
             verify(file)
         except CheckpointError as error:
             damaged[str(file)] = str(error)
-    if json_:
-        out.print_json(
-            data={"schema": "mgtrain.ckpt_verify/1", "checkpoints": [str(file) for file in files], "damaged": damaged}
-        )
-    else:
-        for file in files:
-            out.print(damaged.get(str(file), f"{file}: whole"))
+    names = [str(file) for file in files]
+    result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": names, "damaged": damaged}
+    show(json_, result, *(damaged.get(name, f"{name}: whole") for name in names))
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume skips them")

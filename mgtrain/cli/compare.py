@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from rich.live import Live
+from typer import Argument, Option
 
 from mgtrain.cli.options import Json, check_finite, parse_thresholds
-from mgtrain.console import note, out
+from mgtrain.console import note, out, show
 from mgtrain.errors import UsageError
+from mgtrain.runs.folder import find_run
 
 
 def compare(
     baseline: Annotated[
-        str, typer.Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
+        str, Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
     ],
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs to compare: one, or several recipes and seeds.")
-    ],
-    html: Annotated[Path | None, typer.Option(help="Also write the report of `mgtrain report` to this file.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a table with a line for each run to this file.")] = None,
+    runs: Annotated[list[str], Argument(metavar="RUN...", help="Runs to compare: one, or several recipes and seeds.")],
+    html: Annotated[Path | None, Option(help="Also write the report of `mgtrain report` to this file.")] = None,
+    csv: Annotated[Path | None, Option(help="Write a table with a line for each run to this file.")] = None,
     fail_under: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="KEY=LEAST,...",
             help="Exit with 6 if the gain is smaller: speedup=3,clock=2,steps=3,accuracy=-0.5 (points).",
         ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
+        float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
     ] = 1.0,
     json_: Json = False,
 ) -> None:
@@ -42,19 +43,18 @@ def compare(
     """
     from mgtrain.runs.compare import compare as compare_runs
     from mgtrain.runs.compare import demand, render
-    from mgtrain.runs.folder import find_run
     from mgtrain.runs.groups import Outcome, compare_groups, grouped, render_groups, write_csv
 
     check_finite(margin=margin)
     wanted = parse_thresholds(fail_under)
     found = [find_run(name) for name in (baseline, *runs)]
     if len(found) == 2:
-        result, shown = compare_runs(found[0], found[1], margin), render
+        result = compare_runs(found[0], found[1], margin)
     elif wanted:
         raise UsageError("--fail-under: needs a baseline and exactly one run")
     else:
-        result, shown = compare_groups(grouped(found), margin), render_groups
-    out.print_json(data=result) if json_ else out.print(shown(result))
+        result = compare_groups(grouped(found), margin)
+    show(json_, result, render(result) if len(found) == 2 else render_groups(result))
     if csv:
         write_csv(map(Outcome.of, found), csv)
     if html:
@@ -68,17 +68,15 @@ def compare(
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
+        list[str], Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
     ],
-    to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    frames: Annotated[bool, typer.Option(help="Include pictures of the clips if the data is on this machine.")] = True,
+    to: Annotated[Path, Option(help="The HTML file to write.")] = Path("report.html"),
+    frames: Annotated[bool, Option(help="Include pictures of the clips if the data is on this machine.")] = True,
 ) -> None:
     """Write an HTML report about the cost and accuracy of runs.
 
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
-    from mgtrain.runs.folder import find_run
-
     found = [find_run(run) for run in runs]
 
     from mgtrain.engine.examples import example_frames
@@ -89,33 +87,26 @@ def report(
 
 
 def watch(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A running or finished run.")],
-    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="A finished run to compare with.")] = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Print once and exit; the default without a terminal.")] = False,
+    run: Annotated[str, Argument(metavar="RUN", help="A running or finished run.")],
+    baseline: Annotated[str | None, Option(metavar="RUN", help="A finished run to compare with.")] = None,
+    every: Annotated[float, Option(min=0.1, help="Seconds between updates.")] = 5.0,
+    once: Annotated[bool, Option("--once", help="Print once and exit; the default without a terminal.")] = False,
     json_: Json = False,
 ) -> None:
     """Show the progress of a run from another terminal, until the run ends.
 
     Example:  mgtrain watch demo_multigrid --baseline demo_baseline
     """
-    import time
-
-    from rich.live import Live
-
-    from mgtrain.runs.folder import find_run
     from mgtrain.runs.watch import look, render
 
     check_finite(every=every)
     watched, rival = find_run(run), find_run(baseline) if baseline else None
     view = look(watched, rival)
-    if json_:
-        out.print_json(data={"schema": "mgtrain.watch/1", **view})
-    elif once or not out.is_terminal:
-        out.print(render(view))
-    else:
-        with Live(render(view), console=out, auto_refresh=False) as live:
-            while not view["finished"]:
-                time.sleep(every)
-                view = look(watched, rival)
-                live.update(render(view), refresh=True)
+    if json_ or once or not out.is_terminal:
+        show(json_, {"schema": "mgtrain.watch/1", **view}, render(view))
+        return
+    with Live(render(view), console=out, auto_refresh=False) as live:
+        while not view["finished"]:
+            time.sleep(every)
+            view = look(watched, rival)
+            live.update(render(view), refresh=True)

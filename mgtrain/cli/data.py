@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Json, Overrides, RecipeArgument, Seed, check_finite, check_share, opened_splits
-from mgtrain.console import counts_table, note, out, progress, warn
+from mgtrain.console import counts_table, note, out, progress, show, warn
+from mgtrain.data import open_videos
+from mgtrain.data.formats.listfile import write_lists
+from mgtrain.data.groups import groups_of_files, read_groups
+from mgtrain.data.index import make_index
+from mgtrain.data.manifest import STATUSES, USABLE
+from mgtrain.data.split import joined, make_split
+from mgtrain.data.videos import printable
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
 from mgtrain.recipe import load_recipe
@@ -17,23 +26,21 @@ from mgtrain.recipe import load_recipe
 data_app = typer.Typer(name="data", help="Make, inspect, check and prepare data sets.", no_args_is_help=True)
 
 MOST_NAMED = 20  # videos to name one by one
-ToFolder = Annotated[Path, typer.Option("--to", help="Folder to write the lists to.")]
+ToFolder = Annotated[Path, Option("--to", help="Folder to write the lists to.")]
 
 
 @data_app.command()
 def synthesize(
-    root: Annotated[Path, typer.Argument(help="Folder to create.")],
-    train: Annotated[int, typer.Option(min=1, help="Training videos of each class.")] = 60,
-    val: Annotated[int, typer.Option(min=1, help="Validation videos of each class.")] = 40,
-    classes: Annotated[int, typer.Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
-    distractors: Annotated[int, typer.Option(min=0, max=100, help="Distracting discs in each video.")] = 1,
-    noise: Annotated[float, typer.Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 2.0,
-    camera: Annotated[float, typer.Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 0.3,
-    pace: Annotated[
-        float, typer.Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")
-    ] = 0.1,
-    frames: Annotated[int, typer.Option(min=8, max=10_000, help="Frames of each video.")] = 48,
-    size: Annotated[str, typer.Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
+    root: Annotated[Path, Argument(help="Folder to create.")],
+    train: Annotated[int, Option(min=1, help="Training videos of each class.")] = 60,
+    val: Annotated[int, Option(min=1, help="Validation videos of each class.")] = 40,
+    classes: Annotated[int, Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
+    distractors: Annotated[int, Option(min=0, max=100, help="Distracting discs in each video.")] = 1,
+    noise: Annotated[float, Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 2.0,
+    camera: Annotated[float, Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 0.3,
+    pace: Annotated[float, Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")] = 0.1,
+    frames: Annotated[int, Option(min=8, max=10_000, help="Frames of each video.")] = 48,
+    size: Annotated[str, Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
     seed: Seed = 0,
 ) -> None:
     """Make a small data set of videos whose classes differ only by motion. Options make it easier or harder to see.
@@ -50,11 +57,11 @@ def synthesize(
         raise UsageError(f"--size {size}: write width and height of 16 to 4096 pixels, such as 112x84")
     if int(width) % 2 or int(height) % 2:
         raise UsageError(f"--size {size}: both must be even for the encoder")
-    hides = Difficulty(distractors, noise, camera, pace)
-    with progress() as show:
+    with progress() as shown:
         make(
             root, videos_per_class={"train": train, "val": val}, classes=ALL_MOTIONS[:classes], seed=seed,
-            frames=frames, size=(int(width), int(height)), difficulty=hides, progress=show,
+            frames=frames, size=(int(width), int(height)), progress=shown,
+            difficulty=Difficulty(distractors, noise, camera, pace),
         )  # fmt: skip
     out.print(f"{root}: ready")
 
@@ -66,9 +73,9 @@ def index(
     *,
     to: ToFolder,
     contents: Annotated[
-        bool, typer.Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
+        bool, Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
     ] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 on any warning.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with 3 on any warning.")] = False,
     json_: Json = False,
 ) -> None:
     """Convert annotations to lists. Reports missing videos, duplicates and leakage between the splits.
@@ -78,49 +85,40 @@ def index(
 
     Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
     """
-    from mgtrain.data.formats.listfile import write_lists
-    from mgtrain.data.index import make_index
-
     splits = opened_splits(load_recipe(recipe, overrides or ()).data)
-    with progress() as show:
-        made = make_index(splits, contents=contents, progress=show)
-    unusable = [name for name, rows in made.usable.items() if not len(rows)]
+    with progress() as shown:
+        made = make_index(splits, contents=contents, progress=shown)
     warnings = [str(finding) for finding in made.findings if finding.warns]
     for warning in warnings:
         warn(warning)
-    if unusable:
-        raise DataError(f"{splits[unusable[0]].root}: the {unusable[0]} split has no video that can be used; see above")
-    files = write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()})
-    if json_:
-        written = {"root": splits["train"].root, "files": [str(file) for file in files]}
-        out.print_json(data={"schema": "mgtrain.data_index/1", **written, **made.describe()})
-    else:
-        out.print(counts_table("split", made.counts()))
-        for finding in made.findings:
-            if not finding.warns:
-                out.print(str(finding))
-        out.print(f"wrote {', '.join(map(str, files))}")
+    for name, rows in made.usable.items():
+        if not len(rows):
+            raise DataError(f"{splits[name].root}: the {name} split has no video that can be used; see above")
+    files = [*map(str, write_lists(to, {name: (videos, made.usable[name]) for name, videos in splits.items()}))]
+    show(
+        json_,
+        {"schema": "mgtrain.data_index/1", "root": splits["train"].root, "files": files, **made.describe()},
+        counts_table("split", made.counts()),
+        *(str(finding) for finding in made.findings if not finding.warns),
+        f"wrote {', '.join(files)}",
+    )
     if strict and warnings:
         raise DataError(f"warnings: {len(warnings)}, and --strict allows none; fix what they name")
 
 
 @data_app.command()
 def split(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or a folder with one folder per class.")
-    ],
+    source: Annotated[str, Argument(metavar="RECIPE|FOLDER", help="A recipe, or a folder with one folder per class.")],
     overrides: Overrides = None,
     *,
     to: ToFolder,
-    val: Annotated[float | None, typer.Option(help="Share of the videos for validation, such as 0.2.")] = None,
+    val: Annotated[float | None, Option(help="Share of the videos for validation, such as 0.2.")] = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
+        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
     ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Split the training and validation videos together.")] = False,
-    groups: Annotated[
-        Path | None, typer.Option(help="CSV with a column `path`; videos of one group stay together.")
-    ] = None,
-    by: Annotated[str, typer.Option(help="Column of the CSV that names the group.")] = "group",
+    all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
+    groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
+    by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -131,11 +129,6 @@ def split(
     Examples:  mgtrain data split videos --to lists --val 0.2
     |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
     """
-    from mgtrain.data import open_videos
-    from mgtrain.data.formats.listfile import write_lists
-    from mgtrain.data.groups import groups_of_files, read_groups
-    from mgtrain.data.split import joined, make_split
-
     if (val is None) == (folds is None):
         raise UsageError("give either --val SHARE or --folds NUMBER")
     check_share(val)
@@ -149,27 +142,25 @@ def split(
     together = groups_of_files(videos.names())
     grouping = read_groups(groups, by, videos) if groups else together.ids if together else None
     lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
-    files = write_lists(to, {name: (videos, rows) for name, rows in lists.items()})
+    files = [*map(str, write_lists(to, {name: (videos, rows) for name, rows in lists.items()}))]
     counts = {name: videos.only(rows).videos_per_class for name, rows in lists.items()}
     table = {name: {key: int(of[label]) for key, of in counts.items()} for label, name in enumerate(videos.classes)}
     total = {name: len(rows) for name, rows in lists.items()}
-    if json_:
-        result = {"schema": "mgtrain.data_split/1", "root": videos.root, "files": [str(file) for file in files]}
-        out.print_json(data={**result, "videos": total, "videos_per_class": table})
-    else:
-        out.print(counts_table("class", {**table, "total": total}))
-        out.print(f"wrote {', '.join(map(str, files))}; their data.root is {videos.root}")
+    result = {"schema": "mgtrain.data_split/1", "root": videos.root, "files": files}
+    shown = counts_table("class", {**table, "total": total})
+    end = f"wrote {', '.join(files)}; their data.root is {videos.root}"
+    show(json_, {**result, "videos": total, "videos_per_class": table}, shown, end)
 
 
 @data_app.command()
 def stats(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    split: Annotated[Literal["train", "val"], typer.Option(help="Which videos to describe.")] = "train",
-    sample: Annotated[int, typer.Option(min=1, help="How many videos to open.")] = 500,
+    split: Annotated[Literal["train", "val"], Option(help="Which videos to describe.")] = "train",
+    sample: Annotated[int, Option(min=1, help="How many videos to open.")] = 500,
     seed: Seed = 0,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the statistics to this PNG file.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
+    picture: Annotated[Path | None, Option(help="Also draw the statistics to this PNG file.")] = None,
+    workers: Annotated[int | None, Option(min=0, help="Processes. Default: one for each core, up to 16.")] = None,
     json_: Json = False,
 ) -> None:
     """Describe lengths, sizes, frame rates and classes of the videos.
@@ -178,24 +169,20 @@ def stats(
     """
     if picture and picture.suffix.lower() != ".png":
         raise UsageError(f"--picture {picture}: must end in .png")
-
     loaded = load_recipe(recipe, overrides or ())
     videos = opened_splits(loaded.data)[split]
 
     from mgtrain.preflight.stats import draw_picture, make_stats, render
 
     count = workers if workers is not None else min(16, usable_cores())
-    with progress() as show:
+    with progress() as shown:
         made = make_stats(
-            videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=loaded.data.fps, progress=show
+            videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=loaded.data.fps, progress=shown
         )
     for cause in made.broken:
         warn(cause)
-    if json_:
-        result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split}
-        out.print_json(data={**result, **made.describe()})
-    else:
-        out.print(render(made))
+    result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split}
+    show(json_, {**result, **made.describe()}, render(made))
     if picture:
         draw_picture(made, picture)
 
@@ -205,11 +192,11 @@ def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     to: Annotated[
-        Path | None, typer.Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
+        Path | None, Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time limit for each video.")] = 300.0,
-    memory: Annotated[float, typer.Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    seconds: Annotated[float, Option(min=0.1, help="Time limit for each video.")] = 300.0,
+    memory: Annotated[float, Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
+    workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
     json_: Json = False,
 ) -> None:
     """Check that every video can be decoded. Writes a manifest of the videos and their status.
@@ -219,11 +206,6 @@ def check(
 
     Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
     """
-    from collections import Counter
-
-    from mgtrain.data.manifest import STATUSES, USABLE
-    from mgtrain.data.videos import printable
-
     loaded = load_recipe(recipe, overrides or ())
     data = loaded.data
     file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
@@ -232,26 +214,24 @@ def check(
 
     from mgtrain.preflight.check import check as check_videos
 
-    with progress() as show:
+    with progress() as shown:
         records = check_videos(
             data.root, [name for split in names.values() for name in split], file, loaded.clip,
-            workers or usable_cores(), seconds=seconds, memory=round(memory * 1e9), fps=data.fps, progress=show,
+            workers or usable_cores(), seconds=seconds, memory=round(memory * 1e9), fps=data.fps, progress=shown,
         )  # fmt: skip
     status = {record["path"]: record["status"] for record in records}
     counted = {split: Counter(status[name] for name in within) for split, within in names.items()}
     counts = {split: {one: of[one] for one in STATUSES} for split, of in counted.items()}
     unusable = [record for record in records if record["status"] not in USABLE]
-    if json_:
-        found = {record["path"]: {"status": record["status"], "message": record["message"]} for record in unusable}
-        result = {"schema": "mgtrain.data_check/1", "root": data.root, "file": str(file), "splits": counts}
-        out.print_json(data={**result, "unusable": found})
-    else:
+    found = {record["path"]: {"status": record["status"], "message": record["message"]} for record in unusable}
+    if not json_:
         for record in unusable[:MOST_NAMED]:
             note(f"{record['status']}: {printable(record['path'])}: {record['message']}")
         if len(unusable) > MOST_NAMED:
             note(f"and {len(unusable) - MOST_NAMED:,} more; see {file}")
-        out.print(counts_table("split", counts))
-        out.print(f"wrote {file}; to skip unusable videos: data.checked={file}")
+    result = {"schema": "mgtrain.data_check/1", "root": data.root, "file": str(file), "splits": counts}
+    end = f"wrote {file}; to skip unusable videos: data.checked={file}"
+    show(json_, {**result, "unusable": found}, counts_table("split", counts), end)
     if len(unusable) > data.max_bad_fraction * len(records):
         raise DataError(
             f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "

@@ -8,12 +8,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from mgtrain.cli.options import Device, Json, Overrides, Procs, RecipeArgument, connected, start_ranks
-from mgtrain.console import note, out
+from mgtrain.console import note, show
+from mgtrain.data import count_training_videos
 from mgtrain.errors import UsageError
+from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
 from mgtrain.recipe import find_recipe, load_recipe
+from mgtrain.runs.folder import RUNS, RunDir, find_run
+from mgtrain.schedule import check_world, make_plan
 
 if TYPE_CHECKING:
     from mgtrain.runs.scores import Scores
@@ -24,19 +28,19 @@ SCORES = ("mean_ap", "top1", "mean_class", "top5", "loss", "videos")  # to print
 def fit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
+    name: Annotated[str | None, Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
+        bool, Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
+        bool, Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
     ] = False,
     baseline: Annotated[
-        str | None, typer.Option(help="A run, by name or folder, to measure the speedup against during training.")
+        str | None, Option(help="A run, by name or folder, to measure the speedup against during training.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--dry-run", help="Do all that a run does up to one step of each shape, show time and memory, keep nothing."
         ),
     ] = False,
@@ -50,11 +54,6 @@ def fit(
     torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
     """
     began = time.perf_counter()
-    from mgtrain.data import count_training_videos
-    from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
-    from mgtrain.runs.folder import RUNS, RunDir, find_run
-    from mgtrain.schedule import check_world, make_plan
-
     loaded = load_recipe(recipe, overrides or ())
     if name in (os.curdir, os.pardir):
         raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
@@ -85,10 +84,8 @@ def fit(
     if dry_run:
         with TemporaryDirectory() as kept_nowhere, connected(device, None, loaded.faults.timeout_seconds) as world:
             found = rehearse(loaded, RunDir(Path(kept_nowhere), writes=world.main), world)
-            if world.main and json_:
-                out.print_json(data=found)
-            elif world.main:
-                out.print(render(found))
+            if world.main:
+                show(json_, found, render(found))
         return
     with run.locked(), connected(device, folder / "log.txt", loaded.faults.timeout_seconds) as world:
         scores = train(loaded, run, world, resume, rival, allow_changes, began)
@@ -98,9 +95,6 @@ def fit(
 
 def _show(folder: Path, scores: Scores, json_: bool) -> None:
     """Print a run's final scores."""
-    if json_:
-        row = scores.row()
-        shown = {key: row[key] for key in SCORES if key in row}
-        out.print_json(data={"schema": "mgtrain.fit/1", "run": str(folder), **shown})
-    else:
-        out.print(scores.line(1))
+    row = scores.row()
+    shown = {key: row[key] for key in SCORES if key in row}
+    show(json_, {"schema": "mgtrain.fit/1", "run": str(folder), **shown}, scores.line(1))

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from mgtrain.console import note, start_logging
+from mgtrain.data import open_splits
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.processes.environment import is_launched
+from mgtrain.runs.folder import find_run
 
 if TYPE_CHECKING:
     from mgtrain.data.videos import Videos as Listed
@@ -24,37 +26,33 @@ if TYPE_CHECKING:
 # A rank must not import from the current folder, which `-m` and `-c` put on the path.
 RANK = "import sys; sys.path = [path for path in sys.path if path]; from mgtrain.cli import main; main()"
 
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
-]
+RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=0.05."),
+    list[str] | None, Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=0.05.")
 ]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe; repeatable.")
+    list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe; repeatable.")
 ]
 CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run, which means its newest checkpoint.")
+    str, Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run, which means its newest checkpoint.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where to compute. Default: a GPU if present.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+Device = Annotated[Literal["cpu", "cuda"] | None, Option(help="Where to compute. Default: a GPU if present.")]
 Procs = Annotated[
-    int | None, typer.Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
+    int | None, Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 Videos = Annotated[
-    int | None, typer.Option(min=1, max=10**9, help="Number of training videos. Default: as the data or recipe says.")
+    int | None, Option(min=1, max=10**9, help="Number of training videos. Default: as the data or recipe says.")
 ]
 
 
 def opened_splits(data: Data) -> dict[str, Listed]:
     """The training and validation videos of a recipe, with remarks on how their lists were read."""
-    from mgtrain.data import open_splits
-
     splits = open_splits(data)
-    for remark in [remark for videos in splits.values() for remark in videos.remarks]:
-        note(remark)
+    for videos in splits.values():
+        for remark in videos.remarks:
+            note(remark)
     return splits
 
 
@@ -118,19 +116,15 @@ def parse_thresholds(text: str | None) -> dict[str, float]:
 
 def checkpoint_path(checkpoint: str) -> Path:
     """The file of a checkpoint argument."""
-    from mgtrain.runs.folder import find_run
-
-    path = Path(checkpoint)
-    if path.is_file():
-        return path
+    if Path(checkpoint).is_file():
+        return Path(checkpoint)
     run = find_run(checkpoint)
 
     from mgtrain.runs.checkpoint import newest_whole
 
-    newest = newest_whole(run.checkpoints())
-    if newest is None:
-        raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
-    return newest
+    if newest := newest_whole(run.checkpoints()):
+        return newest
+    raise CheckpointError(f"{run.path}: no checkpoint yet; train it with `mgtrain fit`")
 
 
 @contextmanager
@@ -153,7 +147,6 @@ def start_ranks(procs: int | None, device: str | None) -> bool:
     wanted = procs or default_procs(device)
     if wanted == 1:
         return False
-    code = launch([sys.executable, "-c", RANK, *sys.argv[1:]], wanted)
-    if code:
+    if code := launch([sys.executable, "-c", RANK, *sys.argv[1:]], wanted):
         sys.exit(code)
     return True

@@ -5,35 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import RenderableType
+from typer import Option
 
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected
 from mgtrain.console import out, progress
+from mgtrain.data import count_training_videos
 from mgtrain.recipe import load_recipe
+from mgtrain.schedule import check_world
+from mgtrain.schedule.drawing import plan_table, schedule_drawing
+from mgtrain.schedule.totals import compare_totals, make_plans, render_totals
 
 
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     videos: Videos = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Check that this many GPUs can share every step.")] = None,
+    gpus: Annotated[int | None, Option(min=1, help="Check that this many GPUs can share every step.")] = None,
     measure: Annotated[
         float | None,
-        typer.Option(
-            min=0.01, metavar="SECONDS", help="Time steps and loading on this machine, for so long per shape."
-        ),
+        Option(min=0.01, metavar="SECONDS", help="Time steps and loading on this machine, for so long per shape."),
     ] = None,
     costs: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             help="Estimate multiply-adds and memory of each shape, which takes a few seconds. Default: not with --json."
         ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0.01, metavar="GIB", help="Choose micro-batches that fit a GPU of this memory.")
+        float | None, Option(min=0.01, metavar="GIB", help="Choose micro-batches that fit a GPU of this memory.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the schedule to this SVG, PNG or PDF file.")] = None,
+    picture: Annotated[Path | None, Option(help="Draw the schedule to this SVG, PNG or PDF file.")] = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -41,11 +43,6 @@ def plan(
 
     Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8 --memory 40  |  mgtrain plan mine.yaml --measure 2
     """
-    from mgtrain.data import count_training_videos
-    from mgtrain.schedule import check_world
-    from mgtrain.schedule.drawing import plan_table, schedule_drawing
-    from mgtrain.schedule.totals import compare_totals, make_plans, render_totals
-
     check_finite(measure=measure, memory=memory)
     loaded = load_recipe(recipe, overrides or ())
     made, baseline = make_plans(loaded, videos or count_training_videos(loaded)).values()

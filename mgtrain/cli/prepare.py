@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from mgtrain.cli.data import data_app
 from mgtrain.cli.options import Json, Overrides, RecipeArgument, check_finite, opened_splits, parse_levels, parse_size
-from mgtrain.console import duration, note, out, progress, size
+from mgtrain.console import duration, note, out, progress, show, size
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
 from mgtrain.recipe import load_recipe
@@ -24,25 +25,22 @@ LEAST_SHARD = 1_000_000  # bytes
 def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[
-        Path | None, typer.Option(help="Folder to write to. Default: data.root with -prepared added.")
-    ] = None,
-    levels: Annotated[str, typer.Option(help="Short sides to store, in pixels.")] = LEVELS,
-    quality: Annotated[int, typer.Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
+    to: Annotated[Path | None, Option(help="Folder to write to. Default: data.root with -prepared added.")] = None,
+    levels: Annotated[str, Option(help="Short sides to store, in pixels.")] = LEVELS,
+    quality: Annotated[int, Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
     fps: Annotated[
-        float | None, typer.Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
+        float | None, Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
     ] = None,
     shards: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="SIZE",
             help="Write tar files of at most this size, such as 2GiB, instead of a file for each video and level.",
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
     forecast: Annotated[
-        bool,
-        typer.Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop."),
+        bool, Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop.")
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -52,8 +50,6 @@ def prepare(
 
     Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
     """
-    from dataclasses import asdict
-
     check_finite(fps=fps)
     shard_bytes = parse_size("shards", shards) if shards else None
     if shard_bytes is not None and shard_bytes < LEAST_SHARD:
@@ -84,25 +80,24 @@ def prepare(
         )
         return not forecast
 
-    with progress() as show:
+    with progress() as shown:
         done = make(
-            Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=show_forecast, progress=show
+            Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=show_forecast, progress=shown
         )
     for cause in done.broken.values():
         note(f"skipped: {cause}")
-    if json_:
-        out.print_json(data={"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)})
-    else:
-        out.print(
-            f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
-            f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
-            f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}"
-        )
+    show(
+        json_,
+        {"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)},
+        f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
+        f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
+        f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}",
+    )
 
 
 @data_app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder written by `mgtrain data prepare`.")], json_: Json = False
+    folder: Annotated[Path, Argument(help="A folder written by `mgtrain data prepare`.")], json_: Json = False
 ) -> None:
     """Verify a prepared set against its manifest. Exits with 3 if a file is damaged.
 
@@ -110,12 +105,10 @@ def verify(
     """
     from mgtrain.preflight.prepare import verify as verify_set
 
-    with progress() as show:
-        wrong = verify_set(folder, usable_cores(), show)
-    if json_:
-        out.print_json(data={"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong})
-    for file, problem in [] if json_ else wrong.items():
-        out.print(f"{file}: {problem}")
+    with progress() as shown:
+        wrong = verify_set(folder, usable_cores(), shown)
+    result = {"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}
+    show(json_, result, *(f"{file}: {problem}" for file, problem in wrong.items()))
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} files are damaged; delete them and prepare the set again")
     if not json_:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from mgtrain.cli.options import Json
-from mgtrain.console import harmless, note, out
+from mgtrain.console import harmless, note, show
 from mgtrain.errors import UsageError
 from mgtrain.recipe import find_recipe, shipped_recipes
+from mgtrain.recipe.keys import reference
 
 recipes_app = typer.Typer(name="recipes", help="List, show and copy the shipped recipes.", no_args_is_help=True)
+Name = Annotated[str, Argument(help="The name of a shipped recipe.")]
 
 
 @recipes_app.command("list")
@@ -24,15 +27,12 @@ def list_recipes(json_: Json = False) -> None:
     Example:  mgtrain recipes list
     """
     first_lines = {name: file.read_text().splitlines()[0].lstrip("# ") for name, file in shipped_recipes().items()}
-    if json_:
-        out.print_json(data={"schema": "mgtrain.recipes/1", "recipes": first_lines})
-    else:
-        for name, line in first_lines.items():
-            out.print(f"{name:36} {line}")
+    shown = (f"{name:36} {line}" for name, line in first_lines.items())
+    show(json_, {"schema": "mgtrain.recipes/1", "recipes": first_lines}, *shown)
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")]) -> None:
+def show_recipe(name: Name) -> None:
     """Print a shipped recipe as a start for your own.
 
     Example:  mgtrain recipes show k400_slowfast_8x8_r50_multigrid > my.yaml
@@ -42,9 +42,9 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped 
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    name: Name,
     target: Annotated[
-        Path | None, typer.Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
+        Path | None, Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
     ] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own.
@@ -67,6 +67,4 @@ def recipe_keys() -> None:
 
     Example:  mgtrain recipes keys | less
     """
-    from mgtrain.recipe.keys import reference
-
     sys.stdout.write(reference())

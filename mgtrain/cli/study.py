@@ -7,30 +7,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import RANK, Device, Json, check_finite, connected
-from mgtrain.console import duration, note, out, progress
+from mgtrain.console import duration, note, progress, show
 from mgtrain.errors import UsageError
-
-ONE_THREAD_EACH = "Runs at the same time, each pinned to its share of the cores."
+from mgtrain.runs.folder import RUNS, RunDir
+from mgtrain.runs.study.definition import Run, load_study, runs_of
+from mgtrain.runs.study.jobs import pinned, shares_of_cores, train_all
 
 
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
-    jobs: Annotated[int, typer.Option(min=1, max=1000, help=ONE_THREAD_EACH)] = 1,
-    runs: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
+    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
+    jobs: Annotated[
+        int, Option(min=1, max=1000, help="Runs at the same time, each pinned to its share of the cores.")
+    ] = 1,
+    runs: Annotated[Path | None, Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of the results and the page. Default: results/<name> beside the file.")
+        Path | None, Option(help="Folder of the results and the page. Default: results/<name> beside the file.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="VARIANT", help="Train only this variant now; repeatable.")
+        list[str] | None, Option(metavar="VARIANT", help="Train only this variant now; repeatable.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
+    seeds: Annotated[int | None, Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the runs, measure steps and estimate the hours.")
+        bool, Option("--dry-run", help="Only list the runs, measure steps and estimate the hours.")
     ] = False,
     measure: Annotated[
-        float, typer.Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
+        float, Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
     ] = 1.0,
     device: Device = None,
     json_: Json = False,
@@ -41,10 +45,7 @@ def study(
 
     Examples:  mgtrain study studies/demo.yaml --dry-run  |  mgtrain study studies/demo.yaml --jobs 2
     """
-    from mgtrain.runs.folder import RUNS, RunDir
     from mgtrain.runs.groups import render_groups
-    from mgtrain.runs.study.definition import load_study, runs_of
-    from mgtrain.runs.study.jobs import pinned, shares_of_cores, train_all
     from mgtrain.runs.study.results import keep_result, known_result, read_result, summed_up, write_study_page
 
     check_finite(measure=measure)
@@ -54,32 +55,28 @@ def study(
     all_runs = runs_of(asked, file)
     folder, kept = runs or RUNS / file.stem, results or file.parent / "results" / file.stem
     files = {run.name: kept / f"{run.name}.json" for run in all_runs}
-    left = [run for run in all_runs if known_result(run, files[run.name]) is None]
+    unknown = [run for run in all_runs if known_result(run, files[run.name]) is None]
     now = asked.seeds[:seeds]
-    left = [run for run in left if run.recipe.seed in now and (not only or run.variant in only)]
+    left = [run for run in unknown if run.recipe.seed in now and (not only or run.variant in only)]
     if dry_run:
         with pinned(shares_of_cores(jobs)[0] if jobs > 1 else ()):
             _forecast(left, len(all_runs), jobs, measure, device, json_)
         return
     note(f"{file}: {len(left)} of {len(all_runs)} runs to train, in {folder}; results in {kept}")
     words = ["--device", device] if device else []
+
+    def keep(run: Run) -> None:
+        keep_result(run, RunDir(folder / run.name), files[run.name])
+
+    failed: list[tuple[Run, int]] = []
     if left:
         with RunDir(folder).locked():
-            failed = train_all(
-                left,
-                folder,
-                [sys.executable, "-c", RANK],
-                jobs,
-                words,
-                lambda run: keep_result(run, RunDir(folder / run.name), files[run.name]),
-            )
-    else:
-        failed = []
+            failed = train_all(left, folder, [sys.executable, "-c", RANK], jobs, words, keep)
     found = [read_result(files[run.name]) for run in all_runs if files[run.name].is_file()]
     if any(result.variant == next(iter(asked.variants)) for result in found):
         compared = summed_up(asked, found)
         write_study_page(asked, file, found, kept / "index.html")
-        out.print_json(data=compared) if json_ else out.print(render_groups(compared))
+        show(json_, compared, render_groups(compared))
         note(f"wrote {kept / 'index.html'}")
     if failed:
         names = ", ".join(run.name for run, _ in failed)
@@ -87,24 +84,24 @@ def study(
         raise typer.Exit(max(1, failed[0][1]))
 
 
-def _forecast(left: list[Any], total: int, jobs: int, seconds: float, device: str | None, json_: bool) -> None:
+def _forecast(left: list[Run], total: int, jobs: int, seconds: float, device: str | None, json_: bool) -> None:
     """Estimate the time of the remaining runs from measurements of one run of each variant."""
     from mgtrain.engine.start import open_data
     from mgtrain.preflight.forecast import forecast
 
-    firsts = {run.variant: run for run in reversed(left)}
-    rows = []
-    with connected(device) as world, progress() as show:
-        for variant in dict.fromkeys(run.variant for run in left):
-            train, val = open_data(firsts[variant].recipe)
-            here = forecast(firsts[variant].recipe, train, val, world, seconds, show)["plan"]
-            count = sum(run.variant == variant for run in left)
-            rows.append({"variant": variant, "runs": count, "seconds_each": here["clock_seconds"]})
+    variants: dict[str, list[Run]] = {}
+    for run in left:
+        variants.setdefault(run.variant, []).append(run)
+    rows: list[dict[str, Any]] = []
+    with connected(device) as world, progress() as shown:
+        for variant, runs in variants.items():
+            train, val = open_data(runs[0].recipe)
+            here = forecast(runs[0].recipe, train, val, world, seconds, shown)["plan"]
+            rows.append({"variant": variant, "runs": len(runs), "seconds_each": here["clock_seconds"]})
     whole = sum(row["runs"] * row["seconds_each"] for row in rows) / jobs
-    if json_:
-        data = {"schema": "mgtrain.study_forecast/1", "variants": rows, "jobs": jobs, "seconds": whole}
-        out.print_json(data=data)
-        return
-    for row in rows:
-        out.print(f"{row['variant']:30} {row['runs']:3} runs of {duration(row['seconds_each'])} by the clock")
-    out.print(f"{len(left)} of {total} runs to train, {jobs} at a time: about {duration(whole)}")
+    show(
+        json_,
+        {"schema": "mgtrain.study_forecast/1", "variants": rows, "jobs": jobs, "seconds": whole},
+        *(f"{row['variant']:30} {row['runs']:3} runs of {duration(row['seconds_each'])} by the clock" for row in rows),
+        f"{len(left)} of {total} runs to train, {jobs} at a time: about {duration(whole)}",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import (
     Changes,
@@ -20,17 +20,16 @@ from mgtrain.cli.options import (
     parse_views,
     start_ranks,
 )
-from mgtrain.console import out
+from mgtrain.console import show
 from mgtrain.errors import DataError, UsageError
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
-Views = Annotated[str, typer.Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
+Views = Annotated[str, Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="The recipe that says how clips are cut, for weights of other projects.")
+    str | None, Option(help="The recipe that says how clips are cut, for weights of other projects.")
 ]
 Trust = Annotated[
-    list[str] | None,
-    typer.Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable."),
+    list[str] | None, Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable.")
 ]
 
 
@@ -41,14 +40,14 @@ def evaluate(
     recipe: RecipeOption = None,
     table: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--csv", help="Write class probabilities of every video to this file. An interrupted evaluation resumes."
         ),
     ] = None,
     trust: Trust = None,
     procs: Procs = None,
     device: Device = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print the accuracy of every class.")] = False,
+    per_class: Annotated[bool, Option("--per-class", help="Print the accuracy of every class.")] = False,
     json_: Json = False,
 ) -> None:
     """Evaluate a checkpoint on the validation videos. The predictions for a video are averaged over views.
@@ -83,14 +82,12 @@ def evaluate(
             if table is not None and journal is not None:
                 predictions.write_csv(table, videos)
                 journal.remove()
-            if json_:
-                facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
-                facts["weights"] = "ema" if trained.averaged else "model"
-                out.print_json(data={**facts, **predictions.describe(videos.classes)})
-            else:
-                out.print(predictions.render(videos.classes, times * crops, per_class))
-                if trained.averaged:
-                    out.print("of the averaged weights (optim.ema)")
+            facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
+            facts |= {"weights": "ema" if trained.averaged else "model", **predictions.describe(videos.classes)}
+            text = [predictions.render(videos.classes, times * crops, per_class)]
+            if trained.averaged:
+                text.append("of the averaged weights (optim.ema)")
+            show(json_, facts, *text)
         world.barrier()
 
 
@@ -98,16 +95,13 @@ def predict(
     checkpoint: CheckpointArgument,
     videos: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."
-        ),
+        Argument(metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."),
     ],
     views: Views = "10x3",
     every: Annotated[
-        float | None,
-        typer.Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views."),
+        float | None, Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
+    top: Annotated[int, Option(min=1, help="Number of classes to print.")] = 5,
     recipe: RecipeOption = None,
     changes: Changes = None,
     trust: Trust = None,
@@ -129,13 +123,10 @@ def predict(
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
         trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust or ())
         answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
-    if json_:
-        found = [answer.describe(trained.classes, top) for answer in answers]
-        facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
-        out.print_json(data={**facts, "videos": found, "failed": failed})
-    else:
-        for answer in answers:
-            out.print(answer.render(trained.classes, top))
+    found = [answer.describe(trained.classes, top) for answer in answers]
+    facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
+    text = (answer.render(trained.classes, top) for answer in answers)
+    show(json_, {**facts, "videos": found, "failed": failed}, *text)
     if failed:
         raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used: {'; '.join(failed.values())}")
 
@@ -143,10 +134,7 @@ def predict(
 def export(
     checkpoint: CheckpointArgument,
     to: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix."
-        ),
+        str, Option(metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix.")
     ],
     recipe: RecipeOption = None,
     changes: Changes = None,
@@ -168,16 +156,11 @@ def export(
 
     trained = load_trained(path, recipe, changes or (), World(), trust or ())
     done = export_network(trained, file)
-    if json_:
-        facts = {
-            "schema": "mgtrain.export/1",
-            "checkpoint": str(path),
-            "weights": "ema" if trained.averaged else "model",
-        }
-        out.print_json(data={**facts, **done.describe()})
-        return
-    for parity in done.parity:
-        out.print(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest")
+    weights, of = ("ema", ", the averaged weights (optim.ema)") if trained.averaged else ("model", "")
     sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation size only"
-    of = ", the averaged weights (optim.ema)" if trained.averaged else ""
-    out.print(f"wrote {done.path}{of}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}")
+    show(
+        json_,
+        {"schema": "mgtrain.export/1", "checkpoint": str(path), "weights": weights, **done.describe()},
+        *(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest" for parity in done.parity),
+        f"wrote {done.path}{of}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}",
+    )

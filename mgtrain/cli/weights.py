@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from mgtrain.cli.options import Json
-from mgtrain.console import note, out
+from mgtrain.console import note, show
+from mgtrain.data.formats.reading import numbered_lines
 from mgtrain.errors import UsageError
 
 weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
@@ -18,26 +21,24 @@ weights_app = typer.Typer(name="weights", help="Convert weights of other project
 def import_weights(
     file: Annotated[
         Path | None,
-        typer.Argument(
-            help="Weights of PySlowFast (.pyth or Caffe2 .pkl), PyTorchVideo, MMAction2, torchvision or mgtrain."
-        ),
+        Argument(help="Weights of PySlowFast (.pyth or Caffe2 .pkl), PyTorchVideo, MMAction2, torchvision or mgtrain."),
     ] = None,
     *,
     from_: Annotated[
         str | None,
-        typer.Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of reading a file."),
+        Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of reading a file."),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(help="The .safetensors file to write. Default: only report what matches.")
+        Path | None, Option(help="The .safetensors file to write. Default: only report what matches.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
+        str | None, Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="A file of class names to store, one per line. Default: those of the weights.")
+        Path | None, Option(help="A file of class names to store, one per line. Default: those of the weights.")
     ] = None,
     at_least: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
+        float, Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
     ] = 1.0,
     json_: Json = False,
 ) -> None:
@@ -51,8 +52,6 @@ def import_weights(
     if (file is None) == (from_ is None):
         raise UsageError("give either a FILE or --from torchvision:NAME")
 
-    from dataclasses import asdict
-
     import torch
 
     from mgtrain.models import TORCHVISION, build_model
@@ -64,7 +63,7 @@ def import_weights(
     model = model or (named if named in TORCHVISION else None)
     weights = read_weights(path, common=model not in TORCHVISION)
     options = model_options(weights, model)
-    names = _read_names(classes) if classes else names
+    names = tuple(text for _, text in numbered_lines(classes)) if classes else names
     if classes and len(names) != options["classes"]:
         raise UsageError(f"{classes}: names {len(names)} classes, the weights have {options['classes']}")
     with torch.device("meta"):
@@ -72,21 +71,11 @@ def import_weights(
     target.to_empty(device="cpu")
     report = load_weights(target, weights)
     kept = {key: value for key, value in options.items() if key != "classes"}
-    if json_:
-        result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": to and str(to), "share": report.share}
-        out.print_json(data={**result, "model": kept, "classes": options["classes"], **asdict(report)})
-    else:
-        for line in report.lines():
-            out.print(line)
-        section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
-        out.print(f"model: {{{section}}}, of {options['classes']} classes")
+    result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": str(to) if to else None}
+    facts = {"share": report.share, "model": kept, "classes": options["classes"], **asdict(report)}
+    section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
+    show(json_, {**result, **facts}, *report.lines(), f"model: {{{section}}}, of {options['classes']} classes")
     report.demand(at_least, path)
     if to:
         save_weights(to, target, options, names, report.matched, report.project)
         note(f"wrote {to}; a recipe starts from it with init.weights={to}")
-
-
-def _read_names(file: Path) -> tuple[str, ...]:
-    from mgtrain.data.formats.reading import numbered_lines
-
-    return tuple(text for _, text in numbered_lines(file))

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from warm import Start
 
 from mgtrain import __version__
 from mgtrain.recipe import Recipe, shipped_recipes
 from mgtrain.runs.folder import RunDir
-
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("plan k400_i3d_8x8_r50_basline", 2, "did you mean the shipped recipe 'k400_i3d_8x8_r50_baseline'?"),
         ("plan none.yaml", 2, "none.yaml: no such recipe file"),
         ("plan tiny.yaml optim.lrr=1", 2, "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
-        ("plan tiny.yaml optim.lr", 2, "override 'optim.lr': must have the form section.key=value"),
-        ("plan tiny.yaml optim.lr=fast", 2, "optim.lr is \"fast\"; it must be a valid number"),
         ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
         ("plan tiny.yaml --gpus 0", 2, "--gpus"),
         ("plan tiny.yaml data.root=nowhere", 3, "nowhere: no such folder of videos"),
@@ -61,8 +57,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("plann tiny.yaml", 2, "plann"),
         ("fit tiny.yaml --devcie cpu", 2, "--devcie"),
         ("fit tiny.yaml --device cpu", 2, "runs/tiny: holds a run already; add --resume to continue it, or --name"),
-        ("fit tiny.yaml --device cpu --name new data.root=nowhere", 3, "nowhere: no such folder of videos"),
-        ("fit tiny.yaml --device cpu --name new data.classes=5", 3, "have 4 classes, data.classes says 5"),
         ("fit tiny.yaml --dry-run --resume", 2, "--dry-run --resume: a dry run starts from the first step"),
         ("fit tiny.yaml --device cpu --name new --baseline none", 2, "none: not a run directory"),
         ("fit tiny.yaml --device cpu --resume optim.lr=0.01", 4, "changed since: optim.lr 0.002 -> 0.01; undo"),
@@ -73,12 +67,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("eval tiny --views 3", 2, "--views 3: write clips in time x crops, with 1 or 3 crops, such as 1x1 or 10x3"),
         ("eval tiny --views 1x2", 2, "--views 1x2: write clips in time x crops"),
         ("eval tiny --views 0x1", 2, "--views 0x1: write clips in time x crops"),
-        ("eval tiny --device cpu model.width=16", 4, "stem.conv.weight has shape (8, 3, 5, 7, 7), but (16, "),
         ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such file"),
         ("compare tiny none", 2, "none: not a run directory, because it has no recipe.yaml; runs here: begun, tiny"),
-        ("compare tiny .", 2, ".: not a run directory"),
         ("compare tiny", 2, "Missing argument 'RUN...'"),
-        ("recipes show none", 2, "none: no such recipe file"),
         ("predict tiny -5KQ66BBWC4.mp4", 2, "write ./-5KQ66BBWC4.mp4, or -- before the names, for a file whose name"),
     ],
 )  # fmt: skip
@@ -116,19 +107,14 @@ def test_a_plan_as_json(mgtrain: Start, here: Path) -> None:
     for sums in ("totals", "baseline", "ratios"):
         assert set(plan[sums]) == {"steps", "epochs", "clips", "voxels"}
     assert plan["phases"][0] == {
-        "index": 0,
-        "stage": 0,
-        "first_step": 0,
-        "steps": 3,
-        "end_epoch": 128 / 24,
-        "lr": pytest.approx(0.002 * 8),
+        "index": 0, "stage": 0, "first_step": 0, "steps": 3, "end_epoch": 128 / 24, "lr": pytest.approx(0.002 * 8),
         "stride": [2, 8],
         "shapes": [
             {"clips": 64, "frames": 2, "crop": 16, "short_side": [16, 40], "bn_clips": 8},
             {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
             {"clips": 32, "frames": 2, "crop": 23, "short_side": [23, 40], "bn_clips": 4},
         ],
-    }
+    }  # fmt: skip
     assert plan["baseline"] == {"steps": 54, "epochs": 9.0, "clips": 216, "voxels": 216 * 8 * 32**2}
     assert plan["ratios"]["epochs"] == 1.5
 
@@ -291,22 +277,6 @@ def test_eval_for_a_reader(mgtrain: Start, here: Path) -> None:
     assert calibration.startswith("calibration: ")
     assert total.startswith("top-1 ")
     assert "on 12 videos, 1 view each; 95 % interval of top-1: " in total
-
-
-def test_eval_writes_a_table_and_what_two_ranks_write_is_the_same(mgtrain: Start, here: Path, tmp_path: Path) -> None:
-    tables = []
-    for procs in (1, 2):
-        table = tmp_path / f"{procs}.csv"
-        words = ("eval", "tiny", "--device", "cpu", "--views", "2x1", "--csv", str(table), "--procs", str(procs))
-        assert mgtrain(here, *words).returncode == 0
-        tables.append([line.split(",") for line in table.read_text().splitlines()])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.csv", "2.csv"]
-    one, two = tables
-    assert len(one) == 13
-    assert one[0] == two[0] == ["path", "label", "predicted", "left", "right", "up", "down"]
-    assert [row[:3] for row in one] == [row[:3] for row in two]
-    for ours, theirs in zip(one[1:], two[1:], strict=True):
-        assert [float(p) for p in ours[3:]] == pytest.approx([float(p) for p in theirs[3:]], rel=1e-5)
 
 
 def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Path, tmp_path: Path) -> None:

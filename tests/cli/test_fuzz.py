@@ -213,19 +213,19 @@ def annotations_are_taken_or_refused(data: st.DataObject, folder: Path, tiny_tex
     shutil.rmtree(folder / "made", ignore_errors=True)
 
 
-@quick(25)
+@quick(15)
 @given(st.data())
 def test_fit_and_plan_take_or_refuse_any_recipe(folder: Path, tiny_text: str, data: st.DataObject) -> None:
     recipes_are_taken_or_refused(data, folder, tiny_text)
 
 
-@quick(30)
+@quick(20)
 @given(st.data())
 def test_plan_takes_or_refuses_any_change_to_a_shipped_recipe(folder: Path, data: st.DataObject) -> None:
     shipped_recipes_are_taken_or_refused(data, folder)
 
 
-@quick(25)
+@quick(20)
 @given(st.data())
 def test_plan_takes_or_refuses_any_override(folder: Path, data: st.DataObject) -> None:
     overrides_are_taken_or_refused(data, folder)

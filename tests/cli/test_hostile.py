@@ -242,6 +242,9 @@ def test_a_pickle_as_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
+        b"",
+        b"garbage",
+        b"\xff" * 100,
         struct.pack("<Q", 2**63),
         struct.pack("<Q", 10**8) + b" ",
         struct.pack("<Q", 100_000) + b"[" * 100_000,
@@ -399,8 +402,7 @@ def test_damaged_prepared_sets_are_refused_and_run_nothing(prepared: Path, motio
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("frames", -5), ("fps", float("nan")), ("width", 0), ("height", -3), ("stored", -5)],
+    ("key", "value"), [("frames", -5), ("fps", float("nan")), ("width", 0), ("height", -3), ("stored", -5)]
 )
 def test_an_index_of_absurd_numbers_breaks_videos_not_the_loader(
     prepared: Path, tmp_path: Path, key: str, value: float
@@ -430,7 +432,8 @@ def test_no_process_imports_from_the_current_folder(tiny_text: str, tmp_path: Pa
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     for name in ("random", "queue", "select", "calendar", "secrets", "torch"):
         (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()\n")
-    few = ("optim.stages=[1, 1]", "optim.warmup_epochs=0", "evaluation.recalibration_batches=0", "hardware.workers=1")
+    few = ("schedule={name: baseline}", "optim.stages=[0.3]", "optim.warmup_epochs=0", "evaluation.times=1",
+           "hardware.workers=1")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "mgtrain", "fit", "tiny.yaml", "--procs", "2", "--device", "cpu", *few],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,

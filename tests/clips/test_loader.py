@@ -64,6 +64,12 @@ def uneven(motions: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def alone(tiny: Callable[..., Recipe]) -> list[Batch]:
+    """The batches of the tiny recipe, loaded in one process. Not to be changed."""
+    return trained_on(tiny())
+
+
 def opened(recipe: Recipe, split: str = "train") -> Videos:
     return open_videos(recipe.data.format, recipe.data.root, f"{split}.csv")
 
@@ -92,54 +98,47 @@ def joined(shares: list[list[Batch]]) -> list[Batch]:
     ]
 
 
-def test_batches_have_the_shapes_of_the_plan(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny()
-    plan = make_plan(recipe, 24)
-    batches = trained_on(recipe)
-    for step, (clips, labels) in zip(plan, batches, strict=False):
-        shape = step.shape
+def test_batches_have_the_shapes_of_the_plan_and_labels_are_those_of_the_videos(
+    tiny: Callable[..., Recipe], alone: list[Batch]
+) -> None:
+    videos, plan = opened(tiny()), make_plan(tiny(), 24)
+    for step, (clips, labels) in zip(plan, alone, strict=False):
+        shape, requests = step.shape, step_requests(step, Order.of(videos, tiny()))
         assert (clips.dtype, labels.dtype) == (torch.uint8, torch.int64)
         assert clips.shape == (shape.clips, 3, shape.frames, shape.crop, shape.crop)
         assert labels.shape == (shape.clips,)
         assert clips.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def test_labels_are_those_of_the_videos(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny()
-    videos, plan = opened(recipe), make_plan(recipe, 24)
-    for step, (_, labels) in zip(plan, trained_on(recipe), strict=False):
-        requests = step_requests(step, Order.of(videos, recipe))
         assert labels.tolist() == [videos.label(request.video) for request in requests]
 
 
-def test_clips_of_one_step_are_cut_differently(tiny: Callable[..., Recipe]) -> None:
-    clips, _ = trained_on(tiny())[0]
+def test_clips_of_one_step_are_cut_differently(alone: list[Batch]) -> None:
+    clips, _ = alone[0]
     assert len({clip.numpy().tobytes() for clip in clips}) == len(clips)  # though videos come up to three times
 
 
-def test_the_number_of_workers_does_not_change_the_clips(tiny: Callable[..., Recipe]) -> None:
-    assert_same(trained_on(tiny("hardware.workers=2")), trained_on(tiny()))
-
-
-@pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 0), (4, 2), (8, 0)])
-def test_clips_are_the_same_from_any_step_on(tiny: Callable[..., Recipe], start: int, workers: int) -> None:
-    assert_same(trained_on(tiny(f"hardware.workers={workers}"), start), trained_on(tiny())[start:])
+@pytest.mark.parametrize(("start", "workers"), [(0, 2), (1, 0), (3, 0), (4, 2), (8, 0)])
+def test_clips_are_the_same_from_any_step_on_with_any_number_of_workers(
+    tiny: Callable[..., Recipe], alone: list[Batch], start: int, workers: int
+) -> None:
+    assert_same(trained_on(tiny(f"hardware.workers={workers}"), start), alone[start:])
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (2, 2), (4, 0)])
-def test_the_shares_of_all_ranks_are_the_batch_of_one(tiny: Callable[..., Recipe], ranks: int, workers: int) -> None:
+def test_the_shares_of_all_ranks_are_the_batch_of_one(
+    tiny: Callable[..., Recipe], alone: list[Batch], ranks: int, workers: int
+) -> None:
     recipe = tiny(f"hardware.workers={workers}")
-    shares = [trained_on(recipe, world=World(rank, ranks)) for rank in range(ranks)]
-    assert_same(joined(shares), trained_on(tiny()))
+    assert_same(joined([trained_on(recipe, world=World(rank, ranks)) for rank in range(ranks)]), alone)
 
 
-def test_augmented_clips_too_are_the_same_with_workers_and_on_ranks(tiny: Callable[..., Recipe]) -> None:
+def test_augmented_clips_too_are_the_same_with_workers_and_on_ranks(
+    tiny: Callable[..., Recipe], alone: list[Batch]
+) -> None:
     words = ("augment.rand_augment=2", "data.mirrored=[[left, right]]")
-    alone = trained_on(tiny(*words))
-    assert_same(trained_on(tiny(*words, "hardware.workers=2"), 4), alone[4:])
-    assert_same(joined([trained_on(tiny(*words), world=World(rank, 2)) for rank in range(2)]), alone)
-    plain = trained_on(tiny())
-    changed = torch.cat([(x != y).flatten(1).any(1) for (x, _), (y, _) in zip(alone, plain, strict=True)])
+    augmented = trained_on(tiny(*words))
+    assert_same(trained_on(tiny(*words, "hardware.workers=2"), 4), augmented[4:])
+    assert_same(joined([trained_on(tiny(*words), world=World(rank, 2)) for rank in range(2)]), augmented)
+    changed = torch.cat([(x != y).flatten(1).any(1) for (x, _), (y, _) in zip(augmented, alone, strict=True)])
     assert changed.double().mean() > 0.9  # a few draw Identity twice
 
 
@@ -232,10 +231,10 @@ def test_a_class_without_any_readable_video_is_replaced_by_others(tiny: Callable
     assert set(labels.tolist()) == {0, 1, 2, 3} - {opened(tiny(*words)).classes.index("down")}
 
 
-def test_a_broken_video_changes_no_other_clip(tiny: Callable[..., Recipe], broken: Path) -> None:
+def test_a_broken_video_changes_no_other_clip(tiny: Callable[..., Recipe], broken: Path, alone: list[Batch]) -> None:
     damaged = tiny(f"data.root={broken}", "data.max_bad_fraction=0.1")
     videos, plan = opened(damaged), make_plan(damaged, 24)
-    for step, (clips, _), (whole, _) in zip(plan, trained_on(damaged), trained_on(tiny()), strict=False):
+    for step, (clips, _), (whole, _) in zip(plan, trained_on(damaged), alone, strict=False):
         for i, request in enumerate(step_requests(step, Order.of(videos, damaged))):
             same = not videos.path(request.video).endswith("right_1.mp4")
             assert torch.equal(clips[i], whole[i]) == same

@@ -405,10 +405,7 @@ def test_ucf101s_own_lists(tmp_path: Path):
     ]  # fmt: skip
     test = open_videos("ucf101", str(tmp_path), "lists/testlist01.txt", train.classes)
     assert (test.classes, test.label(0), test.missing_names) == (("Archery", "Bowling"), 0, ("v_Archery_g09_c01",))
-    for bad, words in (
-        ("x.avi 1\n", "trainlist01.txt:1: 'x.avi 1' is not one of the 2 classes"),
-        ("", "lists no vid"),
-    ):
+    for bad, words in (("x.avi 1\n", "trainlist01.txt:1: 'x.avi 1' is not one of the 2 classes"), ("", "lists no vid")):
         write_list(tmp_path, bad, "lists/trainlist01.txt")
         with pytest.raises(DataError, match=words):
             open_videos("ucf101", str(tmp_path), "lists/trainlist01.txt")

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import Start
 
 from mgtrain.data import open_splits, open_videos
 from mgtrain.data.index import Finding, Index, make_index
@@ -14,7 +14,6 @@ from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 from mgtrain.recipe import Recipe
 
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 BLOCK = b"0123456789abcdef" * 1024  # 16 KiB, more than the blocks that are compared first
 
 

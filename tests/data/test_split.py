@@ -1,23 +1,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm import Start
 
 from mgtrain.data import open_videos
 from mgtrain.data.groups import read_groups
 from mgtrain.data.split import joined, make_split
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
-
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
-
 
 PARTS = ("train", "val")
 

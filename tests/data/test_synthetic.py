@@ -9,15 +9,7 @@ import pytest
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
 from mgtrain.data import open_videos
-from mgtrain.data.synthetic import (
-    ALL_MOTIONS,
-    BASIC_MOTIONS,
-    PLAIN,
-    RETURNING,
-    Difficulty,
-    draw_motion,
-    synthesize,
-)
+from mgtrain.data.synthetic import ALL_MOTIONS, BASIC_MOTIONS, PLAIN, RETURNING, Difficulty, draw_motion, synthesize
 from mgtrain.errors import DataError
 from mgtrain.rng import Draw, generator
 

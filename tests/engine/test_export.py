@@ -75,7 +75,7 @@ def assert_equal_at_any_size(done: Exported) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trained", "suffix"),
-    [("i3d_r50", ".onnx"), ("i3d_nln_r50", ".onnx"), ("i3d_nln_r50", ".safetensors")],
+    [("slowfast_r50", ".onnx"), ("i3d_nln_r50", ".onnx"), ("i3d_r50", ".pt2"), ("i3d_nln_r50", ".safetensors")],
     indirect=["trained"],
 )
 def test_the_other_networks_are_equal_at_any_size_too(trained: Trained, suffix: str, tmp_path: Path) -> None:
@@ -84,11 +84,12 @@ def test_the_other_networks_are_equal_at_any_size_too(trained: Trained, suffix: 
 
 @pytest.mark.parametrize("trained", ["fixed"], indirect=True)
 def test_of_a_network_that_fixes_sizes_only_the_clips_are_free(trained: Trained, tmp_path: Path) -> None:
-    done = export(trained, tmp_path / "network.onnx")
+    done = export(trained, tmp_path / "network.pt2")
     assert done.free == ("clips",)
     assert {parity.shape for parity in done.parity} == {(1, 3, 16, 64, 64), (3, 3, 16, 64, 64)}
 
 
+@pytest.mark.parametrize("trained", ["i3d_r50"], indirect=True)
 def test_onnx_gives_the_networks_probabilities_of_real_clips_and_says_how_to_make_them(
     trained: Trained, tmp_path: Path
 ) -> None:

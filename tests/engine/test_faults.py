@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from warm import Warm
+from warm import Start, Warm
 
 import mgtrain.engine.fit
 import mgtrain.engine.start
@@ -36,7 +36,7 @@ from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import Step, make_plan
 
 FIT = ("-m", "mgtrain", "fit", "tiny.yaml", "--device", "cpu")
-LONG = ("optim.stages=[2000, 9]", "evaluation.recalibration_batches=0")
+LONG = ("schedule={name: baseline}", "optim.stages=[2000]")
 BAD = 4  # the index of the step in which a fault is put
 
 
@@ -65,28 +65,17 @@ def begin_really(folder: Path, *words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def faulty(folder: Path, code: str) -> str:
+    """A program that runs some Python code, and then is `mgtrain`."""
+    (folder / "faulty.py").write_text(f"{code}\nfrom mgtrain.cli import main\nmain()\n")
+    return "faulty.py"
+
+
 def begin_faulty(folder: Path, code: str, *words: object) -> Warm:
     """Start `mgtrain fit` on two ranks, each of which runs some Python code first."""
-    (folder / "faulty.py").write_text(f"{code}\nfrom mgtrain.cli import main\nmain()\n")
-    command = [sys.executable, "faulty.py", *FIT[2:], *map(str, words)]
+    command = [sys.executable, faulty(folder, code), *FIT[2:], *map(str, words)]
     launcher = f"import mgtrain.processes.distributed as d, sys\nsys.exit(d.launch({command}, 2))"
     return Warm(["-c", launcher], folder)
-
-
-def torchrun(folder: Path, code: str, ranks: int, restarts: int) -> subprocess.CompletedProcess[str]:
-    """The same under torchrun, to its end."""
-    (folder / "faulty.py").write_text(f"{code}\nfrom mgtrain.cli import main\nmain()\n")
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "--max-restarts",
-        str(restarts),
-    ]
-    command = [sys.executable, *launcher, "faulty.py", *FIT[2:]]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -111,8 +100,8 @@ def ranks_of(process: Warm | subprocess.Popen[str]) -> list[int]:
     ("asked", "start"),
     [
         (signal.SIGTERM, begin),
-        (signal.SIGUSR1, begin),
         (signal.SIGINT, begin),
+        pytest.param(signal.SIGUSR1, begin, marks=pytest.mark.slow),  # the quick test of two ranks sends it
         pytest.param(signal.SIGTERM, begin_really, marks=pytest.mark.slow),
     ],
 )
@@ -132,16 +121,16 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(
 
 
 def test_one_rank_asked_to_stop_stops_all_at_one_step_and_they_go_on_bit_for_bit(folder: Path) -> None:
-    words = ("--procs", 2, "evaluation.recalibration_batches=0")  # 0: running averages count
+    words = ("--procs", 2, "evaluation.recalibration_batches=0", "optim.stages=[3, 1]")  # running averages count
     assert end(begin(folder, "--name", "straight", *words))[0] == 0
     code = (
         "import pathlib, time, mgtrain.engine.fit as f\nstep = f.train_step\n"
-        "def train_step(*a):\n    while a[5].index == 9 and not pathlib.Path('asked').exists(): time.sleep(0.02)\n"
+        "def train_step(*a):\n    while a[5].index == 1 and not pathlib.Path('asked').exists(): time.sleep(0.02)\n"
         "    return step(*a)\nf.train_step = train_step"
     )
     process = begin_faulty(folder, code, *words[2:])
     run = RunDir(folder / "runs/tiny")
-    wait_for_step(run, 4)
+    wait_for_step(run, 1)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     (folder / "asked").touch()
     status, errors = end(process)
@@ -205,10 +194,6 @@ def test_a_rank_that_is_killed_ends_the_others(folder: Path) -> None:
     assert "rank 0 of 2 lost its connection to another rank" in errors
 
 
-def wait_until_gone(pids: list[int]) -> None:
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "a rank is left")
-
-
 def processes_of_session(session: int) -> list[str]:
     listed = subprocess.run(["ps", "-eo", "sess=,stat=,cmd="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listed.splitlines()]
@@ -228,31 +213,24 @@ def test_loader_processes_end_with_a_run_that_is_killed(folder: Path) -> None:
     ("start", "seconds"),
     [
         (begin, 0.0),
-        (begin, 0.3),
+        (begin, None),  # after a step
         # While the ranks import torch:
         *(pytest.param(begin_really, seconds, marks=pytest.mark.slow) for seconds in (0.0, 1.0, 2.0, 3.0)),
     ],
 )
-def test_ranks_end_however_early_their_launcher_is_killed(
-    folder: Path, start: Callable[..., Warm | subprocess.Popen[str]], seconds: float
+def test_ranks_end_whenever_their_launcher_is_killed(
+    folder: Path, start: Callable[..., Warm | subprocess.Popen[str]], seconds: float | None
 ) -> None:
     process = start(folder, "--procs", 2, *LONG)
     wait_until(lambda: len(ranks_of(process)) == 2, "no ranks are started")
     ranks = ranks_of(process)
-    time.sleep(seconds)
+    if seconds is None:
+        wait_for_step(RunDir(folder / "runs/tiny"), 1)
+    else:
+        time.sleep(seconds)
     process.kill()
     end(process)
-    wait_until_gone(ranks)
-
-
-def test_ranks_whose_launcher_is_killed_end_too(folder: Path) -> None:
-    process = begin(folder, "--procs", 2, *LONG)
-    run = RunDir(folder / "runs/tiny")
-    wait_for_step(run, 1)
-    ranks = ranks_of(process)
-    process.kill()
-    end(process)
-    wait_until_gone(ranks)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "a rank is left")
 
 
 def test_a_rank_that_hangs_is_found_and_names_the_video(folder: Path) -> None:
@@ -271,13 +249,16 @@ def test_a_rank_that_hangs_is_found_and_names_the_video(folder: Path) -> None:
 def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
     code = (
         "import os, mgtrain.engine.fit as f\nstep = f.train_step\n"
-        "def train_step(*a):\n    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and a[5].index == 7: os._exit(9)\n"
+        "def train_step(*a):\n    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and a[5].index == 3: os._exit(9)\n"
         "    return step(*a)\nf.train_step = train_step"
     )
-    done = torchrun(folder, code, 2, restarts=1)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    short = ("schedule={name: baseline}", "optim.stages=[1]", "evaluation.times=1", "logging.checkpoint_steps=1")
+    command = [sys.executable, *torchrun, faulty(folder, code), *FIT[2:], *short]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "resumed after step 6" in done.stderr
-    assert [row["step"] for row in RunDir(folder / "runs/tiny").rows("steps.jsonl")] == list(range(1, 18))
+    assert "resumed after step 3" in done.stderr
+    assert [row["step"] for row in RunDir(folder / "runs/tiny").rows("steps.jsonl")] == [*range(1, 7)]
 
 
 @pytest.fixture
@@ -376,7 +357,7 @@ def test_the_first_step_of_all_can_be_left_out(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "BAD", 0)  # there is no momentum yet
     seen = weights_before_each_step(monkeypatch)
-    fit(tiny("faults.non_finite=skip"), RunDir(tmp_path / "run"), World())
+    fit(tiny("faults.non_finite=skip", "optim.stages=[2, 1]", "evaluation.times=1"), RunDir(tmp_path / "run"), World())
     assert same(seen[0], seen[1])
     assert all(not value.any() for name, value in seen[1].items() if name.startswith("m."))
 
@@ -460,9 +441,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_there_are(folder: Path, straigh
     assert not list((run.path / "checkpoints").glob(".*"))
 
 
-def test_checkpoints_can_be_looked_at_and_verified(
-    mgtrain: Callable[..., subprocess.CompletedProcess[str]], straight: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_can_be_looked_at_and_verified(mgtrain: Start, straight: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(straight, tmp_path / "runs/tiny")))
     for path in run.checkpoints()[:-4]:
         path.unlink()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from torch import nn
 
 import mgtrain
@@ -93,13 +94,16 @@ def test_recipes_and_plans_need_no_torch() -> None:
     assert done.stdout.split() == [str(n) for n in (len(plan), last.clips, last.frames, 64, 64, plan[-1].bn_groups)]
 
 
-def run(folder: Path, program: str, text: str, *launcher: str) -> tuple[list[tuple[int, str, float]], list[float]]:
+def run(folder: Path, program: str, text: str, ranks: int = 1) -> tuple[list[tuple[int, str, float]], list[float]]:
     """The steps that a program prints, (number, shape, loss), and the accuracies; ranks may print into one another."""
     (folder / "loop.py").write_text(PROGRAMS[program])
     (folder / "tiny.yaml").write_text(text)
-    workers = int(program == "plain" and not launcher)  # loader processes import the program
-    command = [sys.executable, *launcher, "loop.py", "tiny.yaml", f"hardware.workers={workers}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    workers = int(program == "plain" and ranks == 1)  # loader processes import the program
+    words = [str(folder / "loop.py"), "tiny.yaml", f"hardware.workers={workers}"]
+    if ranks > 1:  # with torchrun's variables
+        command = [sys.executable, *words]
+        words = ["-c", f"import sys, mgtrain.processes.distributed as d; sys.exit(d.launch({command}, {ranks}))"]
+    done = warm.run(words, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = re.findall(r"step (\d+) of (\S+): loss ([\d.]+)", done.stdout)
     tops = re.findall(r"top-1 ([\d.]+)", done.stdout)
@@ -123,8 +127,7 @@ def test_the_plain_loop_is_short() -> None:
 
 
 def test_the_plain_loop_on_two_ranks_has_the_losses_of_one(tiny_text: str, straight: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    steps, tops = run(tmp_path, "plain", tiny_text, *launcher)
+    steps, tops = run(tmp_path, "plain", tiny_text, ranks=2)
     for row in RunDir(straight).rows("steps.jsonl"):
         losses = [loss for number, _, loss in steps if number == row["step"]]
         assert len(losses) == 2

@@ -143,6 +143,7 @@ def test_a_run_recalibrates_as_often_as_is_needed(
 
     monkeypatch.setattr(mgtrain.engine.fit, "recalibrate", noted)
     for schedule, expected in (("baseline", [0, 0]), ("multigrid", [2, 2])):
-        fit(tiny(f"schedule={{name: {schedule}}}", "evaluation.times=2"), RunDir(tmp_path / schedule), World())
+        recipe = tiny(f"schedule={{name: {schedule}}}", "evaluation.times=2", "optim.stages=[1.5, 0.5]")
+        fit(recipe, RunDir(tmp_path / schedule), World())
         assert asked == expected
         asked.clear()

@@ -37,7 +37,7 @@ ALONE = World()
 def checkpoint(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a finished run."""
     run = RunDir(tmp_path_factory.mktemp("run"))
-    fit(tiny("optim.lr=0.05"), run, ALONE)
+    fit(tiny("optim.lr=0.05", "evaluation.times=1"), run, ALONE)
     return run.checkpoints()[-1]
 
 

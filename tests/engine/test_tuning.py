@@ -81,14 +81,14 @@ def test_a_form_that_computes_something_else_is_not_taken(
 def test_a_run_keeps_its_forms_and_resumes_with_them_bit_for_bit(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny(FAST, "logging.checkpoint_steps=1")
+    recipe = tiny(FAST, "logging.checkpoint_steps=1", "optim.stages=[2, 1]", "evaluation.times=1")
     monkeypatch.setattr(tuning, "_timed", other_forms)
     fit(recipe, RunDir(tmp_path / "straight"), World())
     table = (tmp_path / "straight" / FILE).read_text()
     assert any("first" in row["forms"] for row in json.loads(table)["convolutions"])
     steps = iter(range(1000))
     with monkeypatch.context() as patch:
-        patch.setattr("mgtrain.engine.fit.Agreement", lambda world: lambda yes: next(steps) == 6)
+        patch.setattr("mgtrain.engine.fit.Agreement", lambda world: lambda yes: next(steps) == 2)
         with pytest.raises(StoppedError):
             fit(recipe, RunDir(tmp_path / "stopped"), World())
     monkeypatch.setattr(tuning, "measure", None)  # is not called again
@@ -122,7 +122,7 @@ def test_on_another_machine_they_are_measured_again(
 def test_losses_are_those_of_the_rule_up_to_rounding(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = ("optim.lr=0.0001", "optim.warmup_lr=0.0001", "model.dropout=0")
+    slow = ("optim.lr=0.0001", "optim.warmup_lr=0.0001", "model.dropout=0", "optim.stages=[2, 1]", "evaluation.times=1")
     fit(tiny(*slow), RunDir(tmp_path / "rule"), World())
     monkeypatch.setattr(tuning, "_timed", other_forms)
     fit(tiny(FAST, *slow), RunDir(tmp_path / "measured"), World())

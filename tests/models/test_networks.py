@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,11 +116,6 @@ def test_options_that_make_no_sense_are_refused():
     ]:
         with pytest.raises(ValidationError):
             check(wrong)
-
-
-def test_options_are_read_without_torch():
-    code = "import sys, mgtrain.recipe.model; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_slow_frames_of_the_authors_code():

@@ -176,11 +176,18 @@ def common_of(model: nn.Module) -> dict[str, Tensor]:
     return {OWN.common(name): tensor for name, tensor in model.state_dict().items()}
 
 
-def test_a_2d_resnet_fills_all_of_i3d(tmp_path: Path) -> None:
-    torch.save(torchvision.models.resnet50(num_classes=3).state_dict(), tmp_path / "in1k.pth")
-    weights = read_weights(tmp_path / "in1k.pth")
+@pytest.fixture(scope="module")
+def in1k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of torchvision's 2-D ResNet."""
+    file = tmp_path_factory.mktemp("weights") / "in1k.pth"
+    torch.save(torchvision.models.resnet50().state_dict(), file)
+    return file
+
+
+def test_a_2d_resnet_fills_all_of_i3d(in1k: Path) -> None:
+    weights = read_weights(in1k)
     options = model_options(weights, "i3d_r50")
-    assert options == {"name": "i3d_r50", "width": 64, "depth": 50, "classes": 3}
+    assert options == {"name": "i3d_r50", "width": 64, "depth": 50, "classes": 1000}
     with torch.device("meta"):
         model = build_model(**options)
     report = load_weights(model, weights)
@@ -190,11 +197,11 @@ def test_a_2d_resnet_fills_all_of_i3d(tmp_path: Path) -> None:
         model_options(weights)
 
 
-def test_a_2d_resnet_fills_slowfasts_slow_pathway(tmp_path: Path) -> None:
-    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "in1k.pth")
-    torch.manual_seed(0)
-    model = build_model("slowfast_r50", classes=5)
-    report = load_weights(model, read_weights(tmp_path / "in1k.pth"))
+def test_a_2d_resnet_fills_slowfasts_slow_pathway(in1k: Path) -> None:
+    with torch.device("meta"):
+        model = build_model("slowfast_r50", classes=5)
+    model.to_empty(device="cpu")
+    report = load_weights(model, read_weights(in1k))
     assert len(report.matched) == 265
     assert {name.split(".")[0] for name in report.missing} == {"fast", "laterals", "head"}
     assert "(1000, 2048) in the file and (5, 2304) here, so it starts from random weights" in report.resized
@@ -202,8 +209,8 @@ def test_a_2d_resnet_fills_slowfasts_slow_pathway(tmp_path: Path) -> None:
     assert not kernel[:, 64:].any()
     assert kernel[:, :64].abs().min() > 0
     with pytest.raises(ThresholdError, match=r"matched 265 of 552 tensors, a share of 0\.481, below the required 1"):
-        report.demand(1.0, tmp_path / "in1k.pth")
-    report.demand(0.48, tmp_path / "in1k.pth")
+        report.demand(1.0, in1k)
+    report.demand(0.48, in1k)
 
 
 def test_an_inflated_kernel_computes_of_a_still_clip_what_the_flat_one_computes_of_its_frame() -> None:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import Start
 
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
@@ -18,8 +18,6 @@ from mgtrain.preflight.loading import IN_TRAINING_PROCESS, STAGES
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_every_shape_is_measured_and_every_phase_is_judged(tiny: Callable[..., Recipe]) -> None:
@@ -69,7 +67,7 @@ def test_the_stages_of_a_clip_add_up_to_no_more_than_its_time(motions: Path) -> 
 
 
 def test_data_is_prepared_verified_and_trained_on_from_the_command_line(
-    tiny_text: str, tmp_path: Path, mgtrain: Run
+    tiny_text: str, tmp_path: Path, mgtrain: Start
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     stopped = mgtrain(tmp_path, "data", "prepare", "tiny.yaml", "--to", "out", "--levels", "48,36", "--forecast")
@@ -82,7 +80,9 @@ def test_data_is_prepared_verified_and_trained_on_from_the_command_line(
     result = json.loads(done.stdout)
     assert (result["schema"], result["videos"], result["broken"]) == ("mgtrain.prepare/1", 36, {})
     assert mgtrain(tmp_path, "data", "verify", "out").stdout == "out: every file is intact\n"
-    trained = mgtrain(tmp_path, "fit", "tiny.yaml", "data.prepared=out", "optim.stages=[1, 1]", "--json")
+    trained = mgtrain(
+        tmp_path, "fit", "tiny.yaml", "data.prepared=out", "optim.stages=[1, 1]", "evaluation.times=1", "--json"
+    )
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["videos"] == 12
     next((tmp_path / "out" / "36").rglob("*.mp4")).unlink()

@@ -71,10 +71,11 @@ def test_convolutions_alone_are_all_of_the_networks(
 def test_the_command_prints_a_table_or_json(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(tiny_text)
-    result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--json"])
+    words = ["bench", "step", "tiny.yaml", "--repeats", "1"]
+    result = CliRunner().invoke(app, [*words, "schedule={name: baseline}", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["schema"] == "mgtrain.bench_step/1"
-    result = CliRunner().invoke(app, ["bench", "step", "tiny.yaml", "--repeats", "1", "--videos", "24"])
+    result = CliRunner().invoke(app, [*words, "--videos", "24"])
     assert "per voxel, the slowest shape takes" in result.stdout
     assert "64x2x16²" in result.stdout
 

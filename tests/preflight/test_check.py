@@ -230,12 +230,7 @@ def test_a_run_trains_on_and_evaluates_what_can_be_used_and_resumes_with_the_sam
     hurt: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(hurt)
-    short = (
-        "optim.stages=[1]",
-        "optim.warmup_epochs=0",
-        "evaluation.recalibration_batches=0",
-        "schedule.name=baseline",
-    )
+    short = ("optim.stages=[1]", "optim.warmup_epochs=0", "evaluation.times=1", "schedule.name=baseline")
     text = (hurt / "tiny.yaml").read_text()
     recipe = parse_recipe(text, "tiny.yaml", [*short, "data.max_bad_fraction=0", "data.checked=c.jsonl"])
     everything = open_splits(recipe.data.model_copy(update={"checked": None}))

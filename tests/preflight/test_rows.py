@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from videos import number_of, numbered_picture, write_frames, write_video
+from warm import Start
 
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.prepared import PreparedSet, Settings
@@ -25,7 +25,6 @@ from mgtrain.preflight.prepare import prepare, verify
 from mgtrain.preflight.stats import make_stats
 from mgtrain.recipe import Clip, Recipe, load_recipe
 
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 CLIP = Clip(frames=4, stride=2, crop=32, short_side=(32, 40))
 SETTINGS = Settings(levels=(64, 32), quality=18, fps=None)
 
@@ -147,17 +146,8 @@ def test_predict_tells_the_times_of_the_recording(
     straight: Path, tiny: Callable[..., Recipe], mgtrain: Start, root: Path
 ) -> None:
     checkpoint = max((straight / "checkpoints").glob("step_*.safetensors"))
-    words = (
-        "predict",
-        checkpoint,
-        root / "long.mp4#t=1,2",
-        root / "f",
-        "--set",
-        "data.fps=10",
-        "--device",
-        "cpu",
-        "--json",
-    )
+    videos = (root / "long.mp4#t=1,2", root / "f")
+    words = ("predict", checkpoint, *videos, "--set", "data.fps=10", "--device", "cpu", "--json")
     done = mgtrain(root, *words, "--every", "0.2")
     assert done.returncode == 0, done.stderr
     part, frames = json.loads(done.stdout)["videos"]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import av
 import pytest
 from videos import write_video
+from warm import Start
 
 from mgtrain.clips.sources import open_source
 from mgtrain.data import open_splits
@@ -19,7 +19,6 @@ from mgtrain.preflight import stats as module
 from mgtrain.preflight.stats import draw_picture, make_stats, render
 from mgtrain.recipe import Clip, Recipe
 
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
 CLIP = Clip(frames=8, stride=4, crop=32, short_side=(40, 64))  # spans 32/30 s
 
 

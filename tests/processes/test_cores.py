@@ -27,9 +27,8 @@ def test_a_process_at_work_is_seen() -> None:
     os.sched_setaffinity(0, {min(before)})  # of this process and the worker, which would else share a core with others
     try:
         worker.start()
-        busy = [busy_cores(0.3) for _ in range(10)]
         assert usable_cores() == 1
-        assert max(value for value in busy if value is not None) > 0.9
+        assert any((busy_cores(0.3) or 0) > 0.9 for _ in range(10))
         assert crowded(0.9)
     finally:
         worker.kill()

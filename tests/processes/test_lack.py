@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors import SafetensorError
 
 from mgtrain.clips import units
@@ -91,14 +92,10 @@ def test_too_little_address_space_to_import_torch_is_said_in_a_line(tiny_text: s
 
 def test_too_few_file_descriptors_for_the_loader_are_said(tiny_text: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(tiny_text)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
-    try:
-        program = "from mgtrain.cli import main; main()"
-        words = [sys.executable, "-c", program, "fit", "tiny.yaml", "--device", "cpu", "hardware.workers=2"]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
+    program = f"{limit}; from mgtrain.cli import main; main()"
+    words = ("schedule={name: baseline}", "hardware.workers=2")
+    done = warm.run(["-c", program, "fit", "tiny.yaml", "--device", "cpu", *words], tmp_path)
     assert done.returncode == 71, done.stderr
     said = "\nmgtrain: too many open files; raise the limit (ulimit -n"
     assert said in done.stderr  # the fork server may print its own end at the same time, before or after
@@ -212,7 +209,9 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".safetensors", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "suffix", [".safetensors", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".pt2", ".onnx"))]
+)
 def test_an_export_onto_a_full_disk_leaves_nothing(tiny: Callable[..., Recipe], tmp_path: Path, suffix: str) -> None:
     recipe = tiny()
     trained = Trained(make_model(recipe).eval(), recipe, ("a", "b", "c", "d"), 1, True, "")

@@ -86,27 +86,13 @@ def test_another_model_is_refused_and_a_tensor_named(
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100, b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
-        read_info(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_cut_short_is_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_checkpoint_cut_short_and_a_missing_one_are_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, *trained(tiny()), INFO)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        read_info(path)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        read_info(tmp_path / "none.safetensors")
+    for file in (path, tmp_path / "none.safetensors"):
+        with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+            read_info(file)
 
 
 def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.recipe import Recipe, recipe_differences
@@ -63,11 +63,16 @@ def run(tiny: Callable[..., Recipe], tmp_path: Path) -> RunDir:
     return written_run(tmp_path, tiny())
 
 
-def text(result: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(render(result))
+def printed(shown: RenderableType) -> str:
+    """What a wide terminal shows."""
+    console = Console(file=io.StringIO(), width=250)
+    console.print(shown)
     out: str = console.file.getvalue()  # type: ignore[attr-defined]
     return out
+
+
+def text(result: dict[str, Any]) -> str:
+    return printed(render(result))
 
 
 def test_a_comparison_adds_up_as_by_hand(baseline: RunDir, run: RunDir) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from test_compare import evaluation, written
+from test_compare import evaluation, printed, written
 
 from mgtrain.errors import UsageError
 from mgtrain.recipe import Recipe
@@ -32,10 +30,7 @@ def many(
 
 
 def shown(result: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=250)
-    console.print(render_groups(result))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    return printed(render_groups(result))
 
 
 def test_seeds_of_a_recipe_are_one_group_and_pairs(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -107,9 +107,10 @@ def test_mean_class_accuracy_weighs_classes_alike_and_knows_only_those_with_vide
 
 
 def test_classes_that_are_equally_probable_are_taken_in_their_order() -> None:
-    scores = predictions([[1 / 7] * 7] * 7, list(range(7))).scores()
-    assert scores.correct == (1, 0, 0, 0, 0, 0, 0)
-    assert scores.top5 == 5 / 7
+    for row in ([1 / 7] * 7, np.arange(7.0, 0, -1) / 28):  # and those that are more probable before
+        scores = predictions([row] * 7, list(range(7))).scores()
+        assert scores.correct == (1, 0, 0, 0, 0, 0, 0)
+        assert scores.top5 == 5 / 7
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (5, 10), (3, 1000)])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from test_compare import printed
+from warm import Start
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Recipe
@@ -36,10 +35,7 @@ def logged(folder: Path, recipe: Recipe, steps: int, pace: float = 2.0) -> RunDi
 
 
 def shown(run: RunDir, baseline: RunDir | None = None) -> str:
-    console = Console(file=io.StringIO(), width=160)
-    console.print(render(look(run, baseline)))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    return printed(render(look(run, baseline)))
 
 
 def test_a_run_under_way_says_where_it_is_and_what_is_left(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -100,7 +96,7 @@ def test_nothing_to_see_and_damage_are_one_line(tiny: Callable[..., Recipe], tmp
 
 
 def test_the_command_shows_it_once_where_there_is_no_terminal(
-    tiny: Callable[..., Recipe], tmp_path: Path, mgtrain: Callable[..., subprocess.CompletedProcess[str]]
+    tiny: Callable[..., Recipe], tmp_path: Path, mgtrain: Start
 ) -> None:
     logged(tmp_path / "runs" / "mine", tiny(), 5)
     result = mgtrain(tmp_path, "watch", "mine")
