@@ -31,7 +31,7 @@ def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | N
     if gib is not None:
         recipe = memory.limit(plan, ranks, gib)
     counts = steps_of_shapes(plan)
-    groups = dict(batch for phase in plan.phases for batch in phase.batches())
+    groups = plan.fewest_groups()
     rows = [
         {
             "shape": asdict(shape),

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, overload
 
 from mgtrain.errors import PlanError
@@ -158,6 +158,14 @@ class Plan(Sequence[Step]):
     def shapes(self) -> tuple[Shape, ...]:
         """The distinct shapes, in order of their first step."""
         return tuple(self.first_steps())
+
+    def fewest_groups(self) -> dict[Shape, int]:
+        """Each distinct shape -> its number of BatchNorm groups, in the phase where they have the most clips."""
+        fewest: dict[Shape, int] = {}
+        for phase in self.phases:
+            for shape, groups in islice(phase.batches(), phase.steps):
+                fewest[shape] = min(groups, fewest.get(shape, groups))
+        return fewest
 
     def milestones(self, times: int) -> tuple[int, ...]:
         """The numbers of steps after which to evaluate: `times` of them, equally spaced, the last at the end.

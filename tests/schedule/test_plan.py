@@ -303,6 +303,11 @@ def test_batchnorm_groups_may_keep_their_size_within_the_short_cycle() -> None:
             assert equal[same.first_step + offset].bn_groups == groups == shape.clips // 8
     assert equal.fingerprint() != usual.fingerprint()
     assert equal.totals() == usual.totals()
+    for plan in (usual, equal):
+        fewest = plan.fewest_groups()
+        assert fewest.keys() == set(plan.shapes())
+        steps = [step for phase in plan.phases for step in plan[phase.first_step : phase.first_step + 3]]
+        assert all(min(s.bn_groups for s in steps if s.shape == shape) == groups for shape, groups in fewest.items())
     with pytest.raises(PlanError, match="6 clips cannot be split into BatchNorm groups of 4 clips"):
         make_plan(
             multigrid("schedule={name: multigrid, bn_groups: both, long_cycle: []}", "batch={clips: 3, bn_clips: 4}"),

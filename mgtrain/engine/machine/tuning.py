@@ -152,7 +152,7 @@ def uses_of(recipe: Recipe, plan: Plan, world: World) -> dict[Kind, Use]:
     with torch.device("meta"):
         model = make_model(recipe)
     uses: dict[Kind, Use] = {}
-    groups = dict(batch for phase in plan.phases for batch in phase.batches())
+    groups = plan.fewest_groups()
     for shape, steps in steps_of_shapes(plan).items():
         clips = pass_clips(recipe, shape, groups[shape], world.size)
         add_uses(uses, model.train(), shape, clips, steps * shape.clips / world.size)
