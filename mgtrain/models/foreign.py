@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,7 @@ def torchvision_video(classes: int, *, name: str, drop_path: float | None = None
     if name == "s3d":
         network.avgpool.__class__ = LocalAverage
     elif name == "mvit_v2_s":
-        network.conv_proj.register_forward_hook(_tell_size(network.pos_encoding))
+        network.conv_proj.register_forward_hook(partial(_tell_size, network.pos_encoding))
     elif name == "swin3d_t":
         for layer in [m for m in network.modules() if type(m) is ShiftedWindowAttention3d]:
             layer.__class__ = WindowAttention
@@ -141,12 +142,10 @@ class LocalAverage(nn.AvgPool3d):
         return F.avg_pool3d(x, window, stride=1)
 
 
-def _tell_size(positions: Any) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(_: nn.Module, __: Any, patches: Tensor) -> None:  # (B, C, T, H, W)
-        positions.temporal_size, *size = patches.shape[2:]
-        positions.spatial_size = tuple(size)
-
-    return hook
+def _tell_size(positions: Any, _: nn.Module, __: Any, patches: Tensor) -> None:
+    """A forward hook that sets MViT's position tables to the size of `patches`, (B, C, T, H, W)."""
+    positions.temporal_size, *size = patches.shape[2:]
+    positions.spatial_size = tuple(size)
 
 
 def _imported(module: str) -> ModuleType:

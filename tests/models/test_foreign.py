@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -246,7 +247,7 @@ def test_mvits_relative_positions_are_stretched_to_the_clip(
 
     monkeypatch.setattr(mvit, "_add_rel_pos", spied)
     with torch.device("meta"):
-        model = build_model("mvit_v2_s", classes=5)
+        model = copy.deepcopy(build_model("mvit_v2_s", classes=5))  # a copy has its own sizes
         model(torch.empty(1, 3, frames, crop, crop))
     first, last = seen[0][0], seen[-1][0]
     assert first == (frames // 2, -(-crop // 4), -(-crop // 4))

@@ -60,7 +60,7 @@ def test_at_full_size_it_is_that_of_transformers_and_its_weights_are_loaded(
 
 
 def test_it_is_trained_by_multigrid_and_evaluated(module: str, tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = tiny(section(module), "optim={name: adamw, lr: 0.001, stages: [2, 1], layer_decay: 0.8, clip_norm: 1.0}")
+    recipe = tiny(section(module), "optim={name: adamw, lr: 0.001, stages: [4, 2], layer_decay: 0.8, clip_norm: 1.0}")
     run = RunDir(tmp_path / "run")
     fit(recipe, run, World())
     shapes = {(row["clips"], row["frames"], row["crop"]) for row in run.rows("steps.jsonl")}
