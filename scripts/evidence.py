@@ -71,6 +71,8 @@ def section(study: Study, name: str, results: list[Result]) -> str:
     parts = [f"## {study.question}", markdown(compared), *(f"* {verdict}" for verdict in verdicts(compared))]
     if study.paper:
         parts.append(f"Published: {study.paper}.")
+    if study.conclusion:
+        parts.append(f"**Conclusion**: {study.conclusion}.")
     changes = [
         f"* {group['name']}: `{words}`"
         for group in compared["groups"][1:]

@@ -36,6 +36,7 @@ class Study(Section):
     margin: float = Field(
         1.0, ge=0, le=100, description="points by which an accuracy may be lower without counting as lower"
     )
+    conclusion: str = Field("", description="what the results say about it, written when they are known")
 
     @model_validator(mode="after")
     def _has_distinct_names(self) -> Study:
