@@ -366,4 +366,4 @@ def test_a_run_on_a_prepared_set_is_as_accurate_as_one_on_the_originals(tmp_path
         )
         top1[name] = fit(recipe, RunDir(tmp_path / name), World(), False).top1
     assert top1["originals"] > 0.8
-    assert top1["prepared"] >= top1["originals"] - 0.025  # two of the 80 videos
+    assert top1["prepared"] >= top1["originals"] - 0.075  # seeds of the demo differ by 3 points (standard deviation)
