@@ -237,12 +237,20 @@ def average_precision(right: np.ndarray, scores: np.ndarray) -> float | None:
     >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.8, 0.7]))
     0.8333333333333333
     """
-    if not right.any():
-        return None
+    (area,) = _areas(right, scores, np.ones((1, len(right)), np.int64))
+    return None if np.isnan(area) else float(area)
+
+
+def _areas(right: np.ndarray, scores: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Average precision if each video counts so many `times`, (R, V): float (R,), NaN where no right video counts."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # the last of each run of equal scores
-    found = np.cumsum(right[order])[ends]
-    return float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / found[-1])
+    counted = times[:, order]
+    found, taken = (counted * right[order]).cumsum(1)[:, ends], counted.cumsum(1)[:, ends]
+    steps = np.diff(found, prepend=0, axis=1) * found / np.maximum(taken, 1)
+    with np.errstate(invalid="ignore"):
+        areas: np.ndarray = steps.sum(1) / found.max(1, initial=0)
+    return areas
 
 
 def mean_ap_sd(right: np.ndarray, scores: np.ndarray) -> float | None:
@@ -257,13 +265,9 @@ def mean_ap_sd(right: np.ndarray, scores: np.ndarray) -> float | None:
     times = generator(0, Draw.BOOTSTRAP).multinomial(count, np.full(count, 1 / count), size=replicates)  # (R, V)
     total, known = np.zeros(replicates), np.zeros(replicates)
     for row, score in zip(right.T, scores.T, strict=True):
-        order = np.argsort(-score, kind="stable")
-        ends = np.flatnonzero(np.diff(score[order], append=-np.inf))
-        drawn = times[:, order]
-        found, taken = (drawn * row[order]).cumsum(1)[:, ends], drawn.cumsum(1)[:, ends]
-        area = (np.diff(found, prepend=0, axis=1) * found / np.maximum(taken, 1)).sum(1)
-        total += area / np.maximum(found[:, -1], 1)
-        known += found[:, -1] > 0
+        areas = _areas(row, score, times)
+        total += np.nan_to_num(areas)
+        known += ~np.isnan(areas)
     means = total[known > 0] / known[known > 0]
     return float(means.std(ddof=1)) if len(means) > 1 else None
 
