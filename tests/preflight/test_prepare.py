@@ -351,8 +351,12 @@ def test_a_set_that_lacks_videos_is_refused(tiny: Callable[..., Recipe], motions
         Source(opened(recipe), recipe.data)
 
 
+# Until both runs get nearly all right: halfway there, two runs of the demo differ by several points.
+LONGER = ("schedule.epoch_factor=3.0", "evaluation.times=1")
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # two trainings, a minute each on two idle cores
+@pytest.mark.timeout(1800)  # two trainings, two minutes each on two idle cores
 def test_a_run_on_a_prepared_set_is_as_accurate_as_one_on_the_originals(tmp_path: Path) -> None:
     root, classes, out = tmp_path / "motions", ("left", "right", "up", "down"), tmp_path / "out"
     synthesize(root, videos_per_class={"train": 40, "val": 20}, classes=classes)
@@ -362,8 +366,8 @@ def test_a_run_on_a_prepared_set_is_as_accurate_as_one_on_the_originals(tmp_path
     for name, prepared_set in {"originals": [], "prepared": [f"data.prepared={out}"]}.items():
         recipe = load_recipe(
             "demo_multigrid",
-            [f"data.root={root}", "data.classes=4", "data.videos=160", "data.mirrored=[]", *prepared_set],
+            [f"data.root={root}", "data.classes=4", "data.videos=160", "data.mirrored=[]", *LONGER, *prepared_set],
         )
         top1[name] = fit(recipe, RunDir(tmp_path / name), World(), False).top1
     assert top1["originals"] > 0.8
-    assert top1["prepared"] >= top1["originals"] - 0.075  # seeds of the demo differ by 3 points (standard deviation)
+    assert top1["prepared"] >= top1["originals"] - 0.025  # two of the 80 videos
