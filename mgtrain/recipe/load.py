@@ -39,15 +39,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), saved: bool = F
         RecipeError: one line, `file:line: what is wrong, what is allowed`.
     """
     file = find_recipe(path)
+    return parse_recipe(read_text(file, "recipe"), str(file), overrides, saved)
+
+
+def read_text(file: Path, what: str) -> str:
+    """The text of a recipe or a study, which is `what`. Raises `RecipeError` if it cannot be one."""
     try:
         with file.open("rb") as opened:
             content = opened.read(MOST_BYTES + 1)
-        text = content.decode()
+        if len(content) > MOST_BYTES:
+            raise RecipeError(f"{file}:1: larger than {MOST_BYTES:,} bytes, so not a {what}")
+        return content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}:1: cannot be read: {error}; a recipe must be a UTF-8 text file") from None
-    if len(content) > MOST_BYTES:
-        raise RecipeError(f"{file}:1: larger than {MOST_BYTES:,} bytes, so not a recipe")
-    return parse_recipe(text, str(file), overrides, saved)
+        raise RecipeError(f"{file}:1: cannot be read: {error}; a {what} must be a UTF-8 text file") from None
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: bool = False) -> Recipe:

@@ -37,6 +37,7 @@ from mgtrain.recipe.load import MOST_BYTES
 from mgtrain.runs.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint, verify
 from mgtrain.runs.compare import compare
 from mgtrain.runs.folder import RunDir
+from mgtrain.runs.study.definition import load_study
 from mgtrain.schedule import make_plan
 
 KINETICS = "label,youtube_id,time_start,time_end,split\n"
@@ -108,6 +109,8 @@ def test_what_is_no_recipe_is_not_read_to_its_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     for name in ("pipe.yaml", ".", "x" * 5000, "a\0b"):
         assert "no such recipe file" in refusal(lambda name=name: load_recipe(tmp_path / name), RecipeError)
+    assert f"larger than {MOST_BYTES:,} bytes, so not a study" in refusal(lambda: load_study(large), RecipeError)
+    assert "no such study file" in refusal(lambda: load_study(tmp_path / "pipe.yaml"), RecipeError)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mgtrain.errors import RecipeError
 from mgtrain.recipe import Recipe, Section, find_recipe, load_recipe
-from mgtrain.recipe.load import locate, parse_yaml
+from mgtrain.recipe.load import locate, parse_yaml, read_text
 
 Words = tuple[str, ...]
 
@@ -59,11 +59,10 @@ class Run:
 
 def load_study(file: Path) -> Study:
     """Read a study. A `RecipeError` is one line, `file:line: what is wrong, what is allowed`."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}:1: cannot be read: {error}; give a YAML file, such as studies/demo.yaml") from None
-    tree = parse_yaml(text, str(file), f"a study is a mapping with the keys {', '.join(Study.model_fields)}")
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such study file; give a YAML file, such as studies/demo.yaml")
+    shape = f"a study is a mapping with the keys {', '.join(Study.model_fields)}"
+    tree = parse_yaml(read_text(file, "study"), str(file), shape)
     try:
         return Study.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
     except ValidationError as error:
