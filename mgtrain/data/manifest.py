@@ -41,19 +41,21 @@ class Manifest:
             self._end = end
 
     def __enter__(self) -> Manifest:
-        """Raises `DataError` if another process is adding lines."""
+        """Raises `DataError` if another process is adding lines, or the file cannot be written or locked."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._lines = self.file.open("ab")
-        except OSError as error:
-            raise DataError(f"{self.file}: cannot be written: {error.strerror}; choose another place") from None
-        try:
-            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
-        except OSError:
-            self._lines.close()
+            try:
+                fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
+            except OSError:
+                self._lines.close()
+                raise
+        except BlockingIOError:
             raise DataError(
                 f"{self.file}: another process is writing to it; wait for it, or choose another place"
             ) from None
+        except OSError as error:  # also where there are no locks, as on some network file systems
+            raise DataError(f"{self.file}: cannot be written: {error.strerror}; choose another place") from None
         self._lines.truncate(self._end)
         return self
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -94,6 +95,15 @@ def test_the_manifest_says_what_each_video_is(tmp_path: Path):
         "path": "v.mp4", "status": "ok", "message": "", "frames": 20, "fps": 25.0, "width": 128, "height": 64,
         "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns,
     }  # fmt: skip
+
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(DataError, match="cannot be written: No locks available; choose another place"):
+        Manifest(tmp_path / "checked.jsonl").__enter__()
 
 
 def test_only_what_is_new_or_has_changed_is_looked_at_again(tmp_path: Path):
