@@ -46,7 +46,7 @@ model: {name: i3d_r50, width: 8, depth: [1, 1, 1, 1], dropout: 0.5}
 batch: {clips: 4, bn_clips: 4}
 optim: {lr: 0.002, stages: [24, 12], warmup_epochs: 1, warmup_lr: 0.001}
 schedule: {name: multigrid}
-hardware: {workers: 1}
+hardware: {workers: 1, deterministic: true}  # otherwise each run measures its convolutions, and rounds differently
 logging: {steps: 1, checkpoint_steps: 3}
 """
 TIMES = ("train_seconds", "data_seconds", "eval_seconds", "clock_seconds")
