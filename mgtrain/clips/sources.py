@@ -20,6 +20,8 @@ class Part(AbstractContextManager["Part"]):
     """A stretch of a video, read as if its frames were the whole video. Closing it closes the video."""
 
     def __init__(self, whole: VideoFile | FrameFolder, stretch: Stretch) -> None:
+        if not stretch.start < stretch.end:
+            raise VideoError(f"{whole.path}{stretch}: has nothing in it; the end must be after the start")
         info = whole.info
         self.first, end = stretch.frames(info.fps, info.frames)
         if self.first >= info.frames:

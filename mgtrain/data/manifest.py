@@ -35,13 +35,14 @@ class Manifest:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.records: dict[str, Record] = {}
+        self._size = file.stat().st_size if file.is_file() else 0
         self._end = 0  # of the last complete line, bytes
         for record, end in read_records(file):
             self.records[record["path"]] = record
             self._end = end
 
     def __enter__(self) -> Manifest:
-        """Raises `DataError` if another process is adding lines, or the file cannot be written or locked."""
+        """Raises `DataError` if another process adds lines or has added some, or the file cannot be written or locked."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._lines = self.file.open("ab")
@@ -56,6 +57,9 @@ class Manifest:
             ) from None
         except OSError as error:  # also where there are no locks, as on some network file systems
             raise DataError(f"{self.file}: cannot be written: {error.strerror}; choose another place") from None
+        if os.fstat(self._lines.fileno()).st_size != self._size:
+            self._lines.close()
+            raise DataError(f"{self.file}: another process has written to it just now; run the same command again")
         self._lines.truncate(self._end)
         return self
 

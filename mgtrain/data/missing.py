@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from contextlib import suppress
 from functools import cache
 
 from mgtrain.data.frames import list_frames
@@ -57,14 +58,19 @@ def explain(videos: Videos, row: int) -> str:
         if os.path.lexists(os.path.join(videos.root, rest)):
             start = "/".join(parts[:first])
             return f"{os.path.join(videos.root, rest)} exists; leave out {start!r} at the start of the rows"
-    within = (os.path.join(videos.root, entry) for entry in sorted(_files(videos.root)))
-    for place in (os.path.dirname(os.path.abspath(videos.root)), *filter(os.path.isdir, within)):
+    for place in (os.path.dirname(os.path.abspath(videos.root)), *_folders(videos.root)):
         if os.path.lexists(os.path.join(place, name)):
             return f"{os.path.join(place, name)} exists; set data.root={place}"
     if not os.path.isdir(folder):
         return f"there is no folder {folder}; correct data.root or the rows"
     near = difflib.get_close_matches(base, there, n=1) or there[:1]
     return f"{folder} {f'has {printable(near[0])!r}' if near else 'is empty'}; correct data.root or the rows"
+
+
+def _folders(folder: str) -> list[str]:
+    with suppress(OSError), os.scandir(folder or ".") as entries:
+        return sorted(entry.path for entry in entries if entry.is_dir())
+    return []
 
 
 def _files(folder: str) -> frozenset[str]:

@@ -25,9 +25,9 @@ from pathlib import Path
 from mgtrain.clips.cut import VideoInfo, cut_views
 from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, no_progress
-from mgtrain.data.manifest import Manifest, Record, checksum
+from mgtrain.data.manifest import STATUSES, Manifest, Record, checksum
 from mgtrain.data.stretch import file_of
-from mgtrain.errors import VideoError
+from mgtrain.errors import DataError, VideoError
 from mgtrain.grid import Grid
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
@@ -52,10 +52,12 @@ def check(
     `seconds` limits the time of a video, `memory` the bytes of a process. `fps` is the rate of folders of frames.
 
     Raises:
-        DataError: the manifest cannot be written.
+        DataError: the manifest is another command's, or cannot be written.
     """
     paths = sorted(set(paths))
     manifest = Manifest(file)
+    if not all(_is_check(record) for record in manifest.records.values()):
+        raise DataError(f"{file}: not a manifest of `mgtrain data check`; choose another file")
     todo = [path for path in paths if not _is_known(root, path, manifest.records.get(path))]
     checks = isolated(partial(check_video, root, clip=clip, fps=fps), todo, workers, seconds=seconds, memory=memory)
     with manifest:
@@ -125,6 +127,10 @@ def _file_facts(root: str, path: str) -> Record:
     if status and stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
         facts |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return {**facts, "sha256": "", "message": ""}
+
+
+def _is_check(record: Record) -> bool:
+    return record.get("status") in STATUSES and record.keys() >= {"bytes", "mtime_ns"}
 
 
 def _is_known(root: str, path: str, record: Record | None) -> bool:

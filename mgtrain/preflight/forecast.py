@@ -20,6 +20,7 @@ from mgtrain.engine.checks import check_shapes, make_model
 from mgtrain.engine.evaluate import predict
 from mgtrain.engine.recalibrate import batches_needed
 from mgtrain.engine.step import to_device
+from mgtrain.errors import DataError
 from mgtrain.grid import Shape
 from mgtrain.preflight.bench_step import HALF_PAYS, half_precision_gain, step_seconds
 from mgtrain.preflight.costs import multiply_adds
@@ -70,15 +71,20 @@ def waiting_phases(estimate: dict[str, Any]) -> str:
 def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: float) -> float:
     """Videos per second of an evaluation, including loading, measured for about `seconds` after the first batch."""
     model = to_device(make_model(recipe), recipe, world)
-    start, done = time.perf_counter(), 0
+    begun = start = time.perf_counter()
+    first = done = 0
     found = predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world), 1, recipe, world)
     for n, (numbers, _) in enumerate(found):
-        if n == 0 and len(numbers) < len(val):  # includes starting the workers
-            start = time.perf_counter()
+        if n == 0:  # includes starting the workers
+            first, start = len(numbers), time.perf_counter()
             continue
         done += len(numbers)
         if time.perf_counter() - start > seconds:
             break
+    if not done:  # all videos are in the first batch
+        done, start = first, begun
+    if not done:
+        raise DataError(f"{val.root}: no validation video can be decoded; `mgtrain data check` says why")
     return done / (time.perf_counter() - start)
 
 

@@ -111,6 +111,9 @@ def test_a_stretch_after_the_end_is_refused(whole: Path) -> None:
         VideoError, match=r"v\.mkv#t=5,9: starts after the end, which is at frame 100, 4\.00 s; correct"
     ):
         open_source(f"{whole / 'v.mkv'}#t=5,9")
+    for nothing in ("#t=2,1", "#t=1,1", f"#t={'9' * 400}"):
+        with pytest.raises(VideoError, match="has nothing in it; the end must be after the start"):
+            open_source(f"{whole / 'v.mkv'}{nothing}")
 
 
 @pytest.mark.parametrize(

@@ -117,11 +117,20 @@ def test_list_classes_are_numbers_unless_told(tmp_path: Path):
 
 
 def test_list_labels_may_be_several_or_none(tmp_path: Path):
-    for text in ("a b.mp4 2;0;2\nc.mp4 -\nd.mp4 1\n", "a b.mp4,z; x\nc.mp4,-\nd.mp4,y\n"):
+    for text in (
+        "a b.mp4 2;0;2\nc.mp4 -\nd.mp4 1\n",
+        "a b.mp4,z; x\nc.mp4,-\nd.mp4,y\n",
+        "a b.mp4 z;x\nc.mp4 -\nd.mp4 y\n",
+        "a b.mp4,2; 0\nc.mp4,-\nd.mp4,1; 1\n",
+    ):
         write_list(tmp_path, text)
         videos = open_videos("list", str(tmp_path), "train.csv", ["x", "y", "z"])
         assert videos.multi_label
         assert [videos.labels(i) for i in range(3)] == [(0, 2), (), (1,)]
+    write_list(tmp_path, "a.mp4 1 9 0;2\nb.mp4 2 8 -\n")
+    videos = open_videos("list", str(tmp_path), "train.csv")
+    assert [videos.name(0), videos.name(1)] == ["a.mp4#t=1,9", "b.mp4#t=2,8"]
+    assert [videos.labels(0), videos.labels(1)] == [(0, 2), ()]
     write_list(tmp_path, "a.mp4 0;12\nb.mp4 3\n")
     assert len(open_videos("list", str(tmp_path), "train.csv").classes) == 13
     assert "label 3 is out of range" in refusal(tmp_path, "a.mp4 0;3\n", ["x", "y", "z"])

@@ -106,6 +106,23 @@ def test_a_file_system_without_locks_is_not_another_process(tmp_path: Path, monk
         Manifest(tmp_path / "checked.jsonl").__enter__()
 
 
+def test_another_command_s_manifest_is_refused(tmp_path: Path):
+    write_video(tmp_path / "a.mp4", 20)
+    (tmp_path / "checked.jsonl").write_text('{"path": "a.mp4", "stored": 20, "levels": []}\n')
+    with pytest.raises(DataError, match="not a manifest of `mgtrain data check`; choose another file"):
+        statuses(tmp_path, "a.mp4")
+
+
+def test_lines_that_another_process_has_added_since_are_kept(tmp_path: Path):
+    write_video(tmp_path / "a.mp4", 20)
+    manifest = Manifest(tmp_path / "checked.jsonl")
+    statuses(tmp_path, "a.mp4")
+    before = (tmp_path / "checked.jsonl").read_text()
+    with pytest.raises(DataError, match="another process has written to it just now"):
+        manifest.__enter__()
+    assert (tmp_path / "checked.jsonl").read_text() == before
+
+
 def test_only_what_is_new_or_has_changed_is_looked_at_again(tmp_path: Path):
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, 20)

@@ -6,13 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from mgtrain.cli import app
+from mgtrain.data import open_videos
+from mgtrain.data.videos import Videos
+from mgtrain.errors import DataError
 from mgtrain.preflight.costs import multiply_adds
-from mgtrain.preflight.forecast import ShapeRate, evaluation_seconds, hours, render
+from mgtrain.preflight.forecast import ShapeRate, evaluated_per_second, evaluation_seconds, hours, render
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
 
@@ -71,6 +76,17 @@ def test_evaluations_and_recalibration_take_their_time(tiny: Callable[..., Recip
     plan, baseline = make_plan(recipe, 24), make_plan(tiny("schedule={name: baseline}"), 24)
     assert evaluation_seconds(recipe, plan, 12, rate=2.0) == 4 * (12 + 8) / 2
     assert evaluation_seconds(recipe, baseline, 12, rate=2.0) == 4 * 12 / 2
+
+
+def test_one_batch_of_videos_is_measured_even_if_one_is_broken(
+    tiny: Callable[..., Recipe], motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny("batch.clips=24", "data.max_bad_fraction=0.5")
+    val = open_videos("list", str(motions), "val.csv")
+    bad = Videos.of(str(motions), [(val.name(0), 0), ("train.csv", 1)], val.classes)
+    assert evaluated_per_second(recipe, bad, World(), 0.1) > 0
+    with pytest.raises(DataError, match="no validation video can be decoded"):
+        evaluated_per_second(tiny("data.max_bad_fraction=1"), bad.only(np.array([1])), World(), 0.1)
 
 
 def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

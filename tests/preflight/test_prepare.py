@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -257,6 +258,40 @@ def test_a_folder_that_cannot_be_written_stops_the_work(root: Path, out: Path):
     (out / "64").write_text("in the way")
     with pytest.raises(DataError, match=r"v\.mp4\.mp4: cannot be written: .*; run the same command again to resume"):
         prepared(root)
+
+
+def test_a_full_disk_is_not_a_broken_video(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    class Full:  # a container that cannot be written to, as at the end of a disk
+        def __init__(self, container: Any) -> None:
+            self.container = container
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.container, name)
+
+        def mux(self, _: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def close(self) -> None:
+            self.container.close()
+            self.mux(None)
+
+    real = av.open
+    opened = SimpleNamespace(**{**vars(av), "open": lambda *args, **key: Full(real(*args, **key))})
+    write_video(root / "v.mp4", 5)
+    (out / "64").mkdir(parents=True)
+    monkeypatch.setattr(encode, "av", opened)
+    with pytest.raises(DataError, match=r"cannot be written: No space left on device; run the same command again"):
+        encode.encode_video(root, "v.mp4", out, SETTINGS)
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+def test_new_videos_leave_a_complete_set_readable(root: Path, out: Path):
+    write_video(root / "a.mp4", 5)
+    prepared(root)
+    for n in range(module.SAMPLE + 1):
+        write_video(root / f"b{n}.mp4", 5)
+    assert prepared(root, forecast=lambda _: False).made == module.SAMPLE
+    assert numbers(video(out, "a.mp4"), 0, 4) == [0, 4]
 
 
 def test_broken_videos_are_recorded_and_tried_again(root: Path, out: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -133,5 +134,6 @@ class _Writer:
 
     def discard(self) -> None:
         """Remove an incomplete file."""
-        self._container.close()
+        with suppress(OSError, ValueError, av.FFmpegError):  # on a full disk, closing fails like writing
+            self._container.close()
         self._temporary.unlink(missing_ok=True)

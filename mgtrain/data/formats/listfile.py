@@ -42,7 +42,9 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
     numbers = {name: number for number, name in enumerate(classes or ())}
 
     def is_label(text: str) -> bool:
-        return text in numbers or all(map(_is_number, text.split(";")))
+        if text in numbers or text == NO_LABEL:
+            return True
+        return all(part in numbers or _is_number(part) for part in map(str.strip, text.split(";")))
 
     dialect = recognize([line for _, line in lines[:SAMPLE]], is_label)
     lines = lines[dialect.header :]

@@ -48,7 +48,7 @@ def tune(model: nn.Module, run: RunDir, recipe: Recipe, plan: Plan, world: World
     choices: Choices = {}
     if world.main:
         found = _read(run, machine)
-        choices = measure(recipe, plan, world) if found is None else found
+        choices = measure(recipe, plan, world, log.info) if found is None else found
         rows = [{**asdict(kind), "dtype": str(dtype)[6:], "forms": forms} for (kind, dtype), forms in choices.items()]
         run.write(FILE, {"machine": machine, "convolutions": rows})
     with world.watchdog.paused():  # the others wait
@@ -93,16 +93,20 @@ class Use:
     trained: bool = False  # false: used in evaluations only
 
 
-def measure(recipe: Recipe, plan: Plan, world: World) -> Choices:
-    """The fastest forms of a plan's convolutions; none if they are not `tunable`."""
+def measure(recipe: Recipe, plan: Plan, world: World, tell: Callable[[str], None] = log.debug) -> Choices:
+    """The fastest forms of a plan's convolutions; none if they are not `tunable`. `tell` gets the summary."""
     if not tunable(recipe, world):
         return {}
     uses, dtype = uses_of(recipe, plan, world), DTYPES[recipe.hardware.precision]
-    return fastest(uses, dtype, LEAST_SECONDS, world.watchdog.beat)
+    return fastest(uses, dtype, LEAST_SECONDS, world.watchdog.beat, tell)
 
 
 def fastest(
-    uses: Mapping[Kind, Use], dtype: torch.dtype, least: float, beat: Callable[[], None] = lambda: None
+    uses: Mapping[Kind, Use],
+    dtype: torch.dtype,
+    least: float,
+    beat: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = log.debug,
 ) -> Choices:
     """The fastest forms of convolutions, measured for `least` seconds or 1 % of their time in the run.
 
@@ -128,7 +132,7 @@ def fastest(
     if not uses:
         return {}
     others = sum(forms != fixed_forms(kind, dtype) for kind, forms in found.items())
-    log.info(
+    tell(
         f"measured {len(found)} of {len(uses)} convolutions in {duration(time.perf_counter() - begun)}: {others} do "
         f"not use the default forms, which saves {100 * (1 - by_choice / max(by_default, 1e-9)):.0f} % of the time"
     )

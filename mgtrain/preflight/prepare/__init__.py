@@ -102,7 +102,7 @@ def prepare(
         if settings.shards and todo:
             shutil.rmtree(loose, ignore_errors=True)  # of an interrupted preparation
             shards = stack.enter_context(ShardWriter(folder, settings.shards, manifest.records.values()))
-        if todo:  # the index would point to files that are being replaced
+        if any("levels" in known.get(path, ()) for path in todo):  # the index points to files that will be replaced
             (folder / "index.npy").unlink(missing_ok=True)
         for path, done in isolated(encode, todo, workers):
             if isinstance(done, Lost):
