@@ -46,7 +46,7 @@ class VideoError(DataError):
 
 
 class CheckpointError(MgtrainError):
-    """A checkpoint or run directory that is missing, damaged or belongs to another run."""
+    """A checkpoint or a file of a run that is missing, damaged, cannot be written, or belongs to another run."""
 
     exit_code = 4
 

@@ -70,9 +70,9 @@ def section(study: Study, name: str, results: list[Result]) -> str:
     base = compared["groups"][0]["name"]
     parts = [f"## {study.question}", markdown(compared), *(f"* {verdict}" for verdict in verdicts(compared))]
     if study.paper:
-        parts.append(f"Published: {study.paper}.")
+        parts.append(f"Published: {study.paper.rstrip('.')}.")
     if study.conclusion:
-        parts.append(f"**Conclusion**: {study.conclusion}.")
+        parts.append(f"**Conclusion**: {study.conclusion.rstrip('.')}.")
     changes = [
         f"* {group['name']}: `{words}`"
         for group in compared["groups"][1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -271,7 +272,7 @@ def peers(check: Check) -> Iterator[Row]:
         return
     from bench_step import theirs  # needs what parity.py needs
 
-    recipe, device = check.recipe(), check.world.device
+    recipe, device, args = check.recipe(), check.world.device, argparse.Namespace(pyslowfast=check.pyslowfast)
     firsts = list(make_plan(recipe, 1000).first_steps().items())
     for shape, step in [firsts[n] for n in RACED]:
         size = (shape.clips, 3, shape.frames, shape.crop, shape.crop)
@@ -279,7 +280,7 @@ def peers(check: Check) -> Iterator[Row]:
         found: dict[str, float | None] = {}
         for name, layout in (("first", torch.contiguous_format), ("last", torch.channels_last_3d)):
             x = torch.rand(size).to(memory_format=layout)
-            model, optimizer, given = theirs("SLOWFAST_8x8_R50", check.pyslowfast, x, step.bn_groups)
+            model, optimizer, given = theirs("SLOWFAST_8x8_R50", args, x, step.bn_groups)
             model = model.to(device).to(memory_format=layout)
             given = [[pathway.to(device).to(memory_format=layout) for pathway in given]]
 

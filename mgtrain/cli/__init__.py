@@ -73,6 +73,9 @@ def main() -> None:
         _say(str(error))
         code = error.exit_code
     except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it; its message is the help
+            note(error.format_message())
+            sys.exit(2)
         advice = f"see `{' '.join(_command_words())} --help`"
         for word in reversed(sys.argv[1:]):  # a file such as a video named by its YouTube id
             if word.startswith("-") and (is_video(word) or os.path.exists(word)):

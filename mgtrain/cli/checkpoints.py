@@ -35,7 +35,7 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         "evaluated": info.evaluated,
         "recalibrated": info.recalibrated,
         "training_seconds": info.train_seconds,
-        "model": parse_recipe(info.recipe, str(path)).model.name,
+        "model": parse_recipe(info.recipe, str(path), saved=True).model.name,
         "classes": len(info.classes),
         "tensors": len(shapes),
         "numbers": {

@@ -102,8 +102,11 @@ def watch(
     check_finite(every=every)
     watched, rival = find_run(run), find_run(baseline) if baseline else None
     view = look(watched, rival)
-    if json_ or once or not out.is_terminal:
-        show(json_, {"schema": "mgtrain.watch/1", **view}, render(view))
+    if json_:
+        show(json_, {"schema": "mgtrain.watch/1", **view})
+        return
+    if once or not out.is_terminal:
+        out.print(render(view))
         return
     with Live(render(view), console=out, auto_refresh=False) as live:
         while not view["finished"]:

@@ -31,7 +31,7 @@ def study(
     ] = None,
     seeds: Annotated[int | None, Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Only list the runs, measure steps and estimate the hours.")
+        bool, Option("--dry-run", help="Only measure steps and estimate the hours of each variant.")
     ] = False,
     measure: Annotated[
         float, Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
@@ -46,7 +46,7 @@ def study(
     Examples:  mgtrain study studies/demo.yaml --dry-run  |  mgtrain study studies/demo.yaml --jobs 2
     """
     from mgtrain.runs.groups import render_groups
-    from mgtrain.runs.study.results import keep_result, known_result, read_result, summed_up, write_study_page
+    from mgtrain.runs.study.results import keep_result, known_result, summed_up, write_study_page
 
     check_finite(measure=measure)
     asked = load_study(file)
@@ -72,7 +72,7 @@ def study(
     if left:
         with RunDir(folder).locked():
             failed = train_all(left, folder, [sys.executable, "-c", RANK], jobs, words, keep)
-    found = [read_result(files[run.name]) for run in all_runs if files[run.name].is_file()]
+    found = [result for run in all_runs if (result := known_result(run, files[run.name]))]
     if any(result.variant == next(iter(asked.variants)) for result in found):
         compared = summed_up(asked, found)
         write_study_page(asked, file, found, kept / "index.html")

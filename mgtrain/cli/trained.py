@@ -20,7 +20,7 @@ from mgtrain.cli.options import (
     parse_views,
     start_ranks,
 )
-from mgtrain.console import show
+from mgtrain.console import out, show
 from mgtrain.errors import DataError, UsageError
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
@@ -82,12 +82,14 @@ def evaluate(
             if table is not None and journal is not None:
                 predictions.write_csv(table, videos)
                 journal.remove()
-            facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
-            facts |= {"weights": "ema" if trained.averaged else "model", **predictions.describe(videos.classes)}
-            text = [predictions.render(videos.classes, times * crops, per_class)]
-            if trained.averaged:
-                text.append("of the averaged weights (optim.ema)")
-            show(json_, facts, *text)
+            if json_:
+                facts = {"schema": "mgtrain.eval/2", "checkpoint": str(path), "step": trained.step, "views": views}
+                facts |= {"weights": "ema" if trained.averaged else "model", **predictions.describe(videos.classes)}
+                show(json_, facts)
+            else:
+                out.print(predictions.render(videos.classes, times * crops, per_class))
+                if trained.averaged:
+                    out.print("of the averaged weights (optim.ema)")
         world.barrier()
 
 

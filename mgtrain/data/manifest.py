@@ -42,7 +42,7 @@ class Manifest:
             self._end = end
 
     def __enter__(self) -> Manifest:
-        """Raises `DataError` if another process adds lines or has added some, or the file cannot be written or locked."""
+        """Raises `DataError` if another process adds lines or has added some, or the file cannot be written."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._lines = self.file.open("ab")

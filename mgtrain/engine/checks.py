@@ -65,7 +65,7 @@ def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None
             hooks.enter_context(layer.register_forward_hook(lambda *_: within.__delitem__(-1)))
         try:
             logits = model(torch.empty(2, 3, frames, crop, crop, device="meta"))
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             layer = model.get_submodule(within[-1])
             named = f"{f'layer {within[-1]}' if within[-1] else 'the network itself'}, {type(layer).__name__}"
             cause = " ".join(str(error).split())[:200]

@@ -68,7 +68,8 @@ def restore(path: Path, learner: Learner) -> None:
     if learner.average is not None:
         learner.average.restart()  # from the model's weights, if the checkpoint has no average
         load_average(path, learner.average.weights)
-    learner.scaler.load_state_dict(read_info(path).scaler)
+    if scaler := read_info(path).scaler:  # empty unless the run was in fp16
+        learner.scaler.load_state_dict(scaler)
 
 
 def newest_checkpoint(run: RunDir, world: World) -> Path | None:

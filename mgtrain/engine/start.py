@@ -22,6 +22,7 @@ from mgtrain.engine.resume import Learner, resume_run
 from mgtrain.engine.step import to_device
 from mgtrain.engine.update.average import Average
 from mgtrain.engine.update.optim import make_optimizer
+from mgtrain.errors import CheckpointError
 from mgtrain.models.weights.load import start_from
 from mgtrain.processes.distributed import World, replicate
 from mgtrain.recipe import Recipe
@@ -60,10 +61,10 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     # 1. Check everything before writing anything.
     train, val = open_data(recipe)
     plan = make_plan(recipe, len(train))
+    check_world(plan, world.size)
     set_up(recipe, world.device)
     recipe = fit_memory(recipe, plan, world)
     flops = check_shapes(recipe, [*plan.shapes(), recipe.base, recipe.evaluation_shape])
-    check_world(plan, world.size)
     check_micro_batches(recipe, plan, world.size)
     check_precision(recipe, world.device)
     check_boards(recipe.logging)
@@ -77,6 +78,11 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.identity, val.identity)
     if resume:
         state = resume_run(run, state, learner, recipe, world, allow_changes)
+        if state.step > len(plan):
+            raise CheckpointError(
+                f"{run.path}: its newest checkpoint is after step {state.step:,}, and this recipe has {len(plan):,} "
+                "steps; train for longer, or start a new run with --name"
+            )
 
     # 3. Write the run's description, and delete the log rows after the checkpoint.
     describe_run(run, recipe, plan, flops, train, val, world)

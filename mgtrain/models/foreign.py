@@ -23,7 +23,7 @@ from torchvision.models import video
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
 
-from mgtrain.errors import UsageError
+from mgtrain.errors import MgtrainError, UsageError
 from mgtrain.models.dropout import DropFeatures, Dropout, DropPath
 from mgtrain.models.norm import GroupBatchNorm3d
 
@@ -69,7 +69,13 @@ def own_network(classes: int, *, module: str, network: str, options: Mapping[str
         inspect.signature(factory).bind(classes, **options)
     except TypeError as error:
         raise UsageError(f"model.options: {module}.MODELS[{network!r}](classes, **options): {error}") from None
-    made = factory(classes, **options)
+    try:
+        made = factory(classes, **options)
+    except (MgtrainError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"model.network: {module}.MODELS[{network!r}](classes, **options) fails: {what}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(
             f"model.network: {module}.MODELS[{network!r}] returns {type(made).__name__}, which is not an nn.Module"

@@ -106,7 +106,7 @@ def find_recipe(path: str | Path) -> Path:
     if name in shipped and (str(path) == file.name or file.parent.name == "recipes"):
         return shipped[name]
     close = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"did you mean the shipped recipe {close[0]!r}?" if close else "`mgtrain recipes` lists the shipped ones"
+    hint = f"did you mean the shipped recipe {close[0]!r}?" if close else "`mgtrain recipes list` shows those shipped"
     raise RecipeError(f"{path}: no such recipe file; {hint}")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mgtrain.errors import CheckpointError, LackError, NonFiniteError, lack_of
 from mgtrain.models.norm import put_group_stats
+from mgtrain.models.weights.files import apart
 from mgtrain.runs.folder import replacing
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def save_checkpoint(
         for kind, tensor in optimizer.state.get(parameter, {}).items():
             if isinstance(tensor, Tensor):
                 tensors[f"optimizer.{kind}.{name}"] = tensor
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     if bad := not_finite({name: t for name, t in tensors.items() if name in learned or name[:6] != "model."}):
         raise NonFiniteError(
             f"{path}: not written, because {bad}; earlier checkpoints are unchanged; lower optim.lr or lengthen "

@@ -11,6 +11,7 @@ Reading imports neither torch nor TensorBoard.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -114,7 +115,11 @@ class RunDir:
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
                     break
-                except OSError:
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as a file system without locks
+                        raise CheckpointError(
+                            f"{self.path}: cannot be locked: {error.strerror}; choose a folder on another file system"
+                        ) from None
                     if time.monotonic() > deadline:
                         raise CheckpointError(
                             f"{self.path}: another process is training in this run directory; "

@@ -20,10 +20,12 @@ from videos import write_frames
 
 import mgtrain.engine.fit
 import mgtrain.engine.resume
+from mgtrain.engine.checks import make_model
 from mgtrain.engine.examples import examples
 from mgtrain.engine.fit import fit
-from mgtrain.engine.resume import changed_keys
+from mgtrain.engine.resume import Learner, changed_keys, restore, save
 from mgtrain.engine.start import open_data
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -323,6 +325,24 @@ def test_resuming_with_other_videos_is_refused(
     changed = r"training videos 24 \(\w{16}\) -> 24 \(\w{16}\); undo the changes, resume with --allow-changes"
     with pytest.raises(CheckpointError, match=changed):
         run_to_end(tiny(f"data.root={root}"), tmp_path / "cut", resume=True)
+
+
+def test_a_checkpoint_past_the_end_of_the_recipe_is_refused(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    cut(straight, tmp_path / "cut", step=15)
+    with pytest.raises(CheckpointError, match=r"newest checkpoint is after step 15, and this recipe has \d+ steps"):
+        fit(tiny("optim.stages=[1, 1]"), RunDir(tmp_path / "cut"), World(), resume=True, allow_changes=True)
+
+
+def test_a_run_may_go_on_in_half_precision(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    model = make_model(tiny())
+    learner = Learner(model, make_optimizer(model, tiny().optim), torch.amp.GradScaler("cpu", enabled=False))
+    save(run, CheckpointInfo(3, tiny().to_yaml(), [], "", ""), learner, 1, World())
+    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
+    restore(run.checkpoint_path(3), replace(learner, scaler=scaler))
+    assert scaler.get_scale() == 8.0
 
 
 def test_told_so_a_run_goes_on_with_another_recipe(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:

@@ -131,6 +131,12 @@ def test_recomputing_keeps_less(tiny: Callable[..., Recipe]) -> None:
     assert kept[1] < 0.7 * kept[0]
 
 
+def test_the_estimate_does_not_depend_on_where_recomputing_is_asked_for(tiny: Callable[..., Recipe]) -> None:
+    shape, model = Shape(2, 8, 64), "model={name: i3d_r50, width: 16, depth: 50}"
+    found = [Memory(tiny(model, f"hardware.recompute={on}"), [shape])._kept for on in ("false", "true")]
+    assert found[0] == found[1]
+
+
 def test_a_limit_takes_the_largest_passes_that_fit(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny("batch.clips=16", "batch.bn_clips=4")
     plan = make_plan(recipe, 24)

@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 from warm import Start
 
 from mgtrain.clips.pixels import normalize
-from mgtrain.engine.checks import check_shapes, misfit
+from mgtrain.engine.checks import check_shapes, make_model, misfit
 from mgtrain.engine.step import to_input
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import PlanError, UsageError
@@ -27,7 +27,7 @@ from mgtrain.models.dropout import DropFeatures, Dropout, DropPath
 from mgtrain.models.foreign import WindowAttention, classifier_of, fitted
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
-from mgtrain.models.weights.load import freeze, load_weights, read_weights
+from mgtrain.models.weights.load import freeze, load_weights, read_weights, save_weights
 from mgtrain.recipe import Init, Recipe
 
 torch.set_num_threads(1)
@@ -89,6 +89,15 @@ class Recurrent(nn.Module):
         return self.head(self.drop(self.gru(x)[0][:, -1]))
 
 
+class Wrapped(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.model = Recurrent(classes)
+
+    def forward(self, x):
+        return self.model(x)
+
+
 class Frames2d(nn.Module):
     def __init__(self, classes):
         super().__init__()
@@ -97,7 +106,7 @@ class Frames2d(nn.Module):
 
 MODELS = {
     "flattens": Flattens, "positions": Positions, "windows": Windows, "per_frame": PerFrame, "recurrent": Recurrent,
-    "frames2d": Frames2d, "number": lambda classes: 3,
+    "wrapped": Wrapped, "fails": lambda classes: {}["no key"], "frames2d": Frames2d, "number": lambda classes: 3,
 }
 """
 
@@ -311,6 +320,18 @@ def test_weights_of_torchvision_are_taken_by_their_names_and_another_classifier_
         freeze(other, Init(freeze="res2"))
 
 
+@pytest.mark.parametrize("network", ["recurrent", "wrapped"])
+def test_weights_of_a_network_of_ones_own_come_back(own: Path, tiny: Callable[..., Recipe], network: str) -> None:
+    one, same, other = (make_model(tiny(section(network), f"data.classes={n}")) for n in (4, 4, 3))
+    save_weights(own / "w.safetensors", one, {})
+    weights = read_weights(own / "w.safetensors", common=False)
+    assert load_weights(same, weights).share == 1
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), same.state_dict().values(), strict=True))
+    report = load_weights(other, weights)
+    assert (report.share, len(report.missing)) == (1, 2)
+    assert "(4, 8) in the file and (3, 8) here" in report.resized
+
+
 def test_the_classifier_has_its_own_learning_rate_wherever_it_is(tiny: Callable[..., Recipe]) -> None:
     for name, layer in (("s3d", "classifier.1"), ("mvit_v2_s", "head.1"), ("i3d_r50", "head.linear")):
         with torch.device("meta"):
@@ -368,6 +389,7 @@ def test_a_network_of_ones_own_is_trained_and_evaluated(own: Path, tiny_text: st
             "options: my_networks.MODELS['recurrent'](classes, **options): got an",
         ),
         ("network: number", "my_networks.MODELS['number'] returns int, which is not an nn.Module"),
+        ("network: fails", "my_networks.MODELS['fails'](classes, **options) fails: KeyError: 'no key'"),
         ("network: frames2d", "norm: BatchNorm2d normalizes over the clips of a rank"),
     ],
 )

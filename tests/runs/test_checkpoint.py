@@ -15,8 +15,9 @@ from torch import nn
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, NonFiniteError
+from mgtrain.models.weights.load import save_weights
 from mgtrain.recipe import Recipe
-from mgtrain.runs.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint
+from mgtrain.runs.checkpoint import CheckpointInfo, load_model, load_optimizer, read_info, save_checkpoint, verify
 
 Pair = tuple[nn.Module, torch.optim.Optimizer]
 INFO = CheckpointInfo(
@@ -52,6 +53,22 @@ def test_a_checkpoint_gives_back_what_was_saved(tiny: Callable[..., Recipe], tmp
     buffers = zip(momenta(other, other_optimizer), momenta(model, optimizer), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in buffers)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_tied_weights_are_saved_and_stay_tied(tmp_path: Path) -> None:
+    def tied() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        model[2].weight = model[0].weight
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    path, (model, optimizer), (other, _) = tmp_path / "a.safetensors", tied(), tied()
+    save_checkpoint(path, model, optimizer, INFO)
+    verify(path)
+    load_model(path, other)
+    assert torch.equal(other[2].weight, model[0].weight)
+    assert other[2].weight is other[0].weight
+    save_weights(tmp_path / "w.safetensors", model, {})
+    assert len(load_file(tmp_path / "w.safetensors")) == 4
 
 
 def test_names_in_the_file_say_what_they_are(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -60,6 +60,16 @@ def test_seeds_of_a_recipe_are_one_group_and_pairs(tiny: Callable[..., Recipe], 
         assert words in shown(result), words
 
 
+def test_what_takes_longer_is_said_to(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    fast = many(tmp_path, tiny, "fast", (0.6, 0.8, 0.7), "evaluation.times=3", seconds=40.0)
+    slow = many(tmp_path, tiny, "slow", (0.5, 0.6, 0.7), BASELINE, seconds=120.0)
+    (verdict,) = verdicts(compare_groups(grouped([*fast, *slow])))
+    _, group = compare_groups(grouped([*slow, *fast]))["groups"]
+    gain = group["speedups"]["train_seconds"]
+    assert f"{gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f}) more training time" in verdict
+    assert "3.18x more steps" in verdict
+
+
 def test_pairs_show_what_unpaired_groups_do_not(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     hard = (0.5, 0.6, 0.7, 0.8, 0.9)  # seeds, or folds, differ much more than the recipes
     slow = many(tmp_path, tiny, "slow", hard, BASELINE, seconds=120.0)

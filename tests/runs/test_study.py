@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_variants_take_turns_within_a_seed_and_fold(file: Path) -> None:
     ("old", "new", "message"),
     [
         ("question", "qestion", r"study.yaml:1: qestion: Extra inputs are not permitted; allowed: question, paper,"),
+        (
+            '{overrides: ["schedule.l',
+            '{overide: ["schedule.l',
+            "variants.short only.overide: .* allowed: recipe, overrides",
+        ),
         ("seeds: [0, 4]", "seeds: []", "seeds is empty; name at least one"),
         ("seeds: [0, 4]", "seeds: [4, 4]", "must differ in letters or digits; rename one"),
         ("short only", "Baseline!", "must differ in letters or digits; rename one"),
@@ -69,6 +75,13 @@ def test_a_mistake_is_one_line(file: Path, old: str, new: str, message: str) -> 
     with pytest.raises(RecipeError, match=message) as caught:
         runs_in(file)
     assert "\n" not in str(caught.value)
+
+
+def test_two_runs_of_one_name_are_refused(file: Path) -> None:
+    variants = STUDY.replace("short only", "baseline x")
+    file.write_text(f"{variants}folds: {{x y: [], y: []}}\n")
+    with pytest.raises(RecipeError, match="two runs are called baseline_x_y_0; rename a variant or a fold"):
+        runs_in(file)
 
 
 def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: Start) -> None:
@@ -111,6 +124,16 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     old["recipe"]["evaluation.per_phase"] = 1
     result.write_text(json.dumps(old))
     assert known_result(runs_in(file)[0], result) is not None
+    renamed = known_result(replace(runs_in(file)[0], variant="Baseline!"), result)
+    assert renamed is not None
+    assert renamed.variant == "Baseline!"
+    first, second = found[0], found[-1]
+    cleared = replace(second.outcome, recipe={**second.outcome.recipe, "optim.clip_norm": None})
+    others = [
+        replace(first, outcome=replace(first.outcome, recipe={**first.outcome.recipe, "optim.clip_norm": 1.0})),
+        replace(second, outcome=cleared),
+    ]
+    assert "optim.clip_norm=null" in changes_of(others, "short only", "baseline")
     file.write_text(STUDY.replace("[1, 1]", "[2, 1]"))
     refused = mgtrain(folder, "study", file)
     assert refused.returncode == 4
@@ -122,6 +145,10 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     with pytest.raises(CheckpointError, match="not a readable result"):
         known_result(run, folder / "bad.json")
     assert known_result(run, folder / "none.json") is None
+    del old["environment"]["torch"]
+    (folder / "bad.json").write_text(json.dumps(old))
+    with pytest.raises(CheckpointError, match="its environment lacks torch"):
+        known_result(run, folder / "bad.json")
 
 
 def test_a_dry_run_forecasts_and_trains_nothing(file: Path, mgtrain: Start) -> None:
@@ -147,6 +174,26 @@ def test_runs_that_fail_do_not_keep_others_from_running(file: Path, tmp_path: Pa
     failed = train_all(runs_in(file), tmp_path / "runs", command, 2, [], lambda run: finished.append(run.name))
     assert [(run.name, code) for run, code in failed] == [("baseline_0", 3)]
     assert sorted(finished) == ["baseline_4", "short_only_0", "short_only_4"]
+
+
+def test_runs_stop_where_their_study_fails(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = (
+        "ready = 'seed=0' in sys.argv and 'schedule={name: baseline}' in sys.argv\n"
+        "out = sys.argv[sys.argv.index('--name') + 1]\n"
+        "assert os.path.isabs(out), out\nother = os.path.join(os.path.dirname(out), 'short_only_0', 'output.txt')\n"
+        "def save(*_):\n    print('saved')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\n"
+        "while not ready: time.sleep(0.1)\n"
+        "while not os.path.exists(other) or 'ready' not in open(other).read(): time.sleep(0.05)\n"
+    )
+
+    def full(run: Run) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        train_all(runs_in(file), Path("runs"), program(waits), 2, [], full)
+    assert (tmp_path / "runs/short_only_0/output.txt").read_text().split() == ["ready", "saved"]
 
 
 def test_jobs_have_cores_of_their_own(file: Path, tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ class Memory:
     """Estimates the bytes that training with a recipe needs on a device."""
 
     def __init__(self, recipe: Recipe, shapes: Iterable[Shape]) -> None:
+        whole = recipe.hardware.model_copy(update={"recompute": False})  # `_kept` finds what recomputed blocks keep
         with torch.device("meta"):
-            model = make_model(recipe)
+            model = make_model(recipe.model_copy(update={"hardware": whole}))
         self.recipe = recipe
         copies = COPIES[recipe.optim.name] + (AVERAGE if recipe.optim.ema is not None else 0)
         self.state = copies * 4 * sum(parameter.numel() for parameter in model.parameters())

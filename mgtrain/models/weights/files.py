@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,6 +56,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: contains no named tensors; give a file of a model's weights")
     return tensors
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with copies of those that share memory with an earlier one, as tied weights do.
+
+    safetensors does not write tensors that share memory.
+    """
+    found, known = {}, set[int]()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in known else tensor
+        known.add(place)
+    return found
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mgtrain.models.i3d import I3D
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.resnet3d import STAGE_BLOCKS
 from mgtrain.models.slowfast import SlowFast
-from mgtrain.models.weights.files import read_tensors
+from mgtrain.models.weights.files import apart, read_tensors
 from mgtrain.models.weights.naming import NAMINGS, OWN, STAGES
 from mgtrain.recipe import Init
 from mgtrain.recipe.model import ModelOptions
@@ -176,11 +177,11 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
 def load_weights(model: nn.Module, weights: Weights) -> Report:
     """Copy the weights into the model where names and shapes fit, but not a classifier of another size."""
     unused, resized, classifier = dict(weights.tensors), "", classifier_of(model)
-    common = OWN.common if is_ours(model) else str
+    common = OWN.common if is_ours(model) else partial(re.sub, WRAPPERS, "")
     values: dict[str, Tensor] = {}
     missing: dict[str, str] = {}
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
-    logits = weights.tensors.get(f"{classifier}.weight")
+    logits = weights.tensors.get(common(f"{classifier}.weight"))
     if logits is not None and fit_shape(logits, state[f"{classifier}.weight"].shape) is None:
         theirs, ours = tuple(logits.shape), tuple(state[f"{classifier}.weight"].shape)
         resized = (
@@ -257,6 +258,7 @@ def save_weights(
 ) -> None:  # fmt: skip
     """Write the model's tensors, or those in `only`, as safetensors, which `init: {weights: ...}` reads."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
+    state = apart(state)
     metadata = {"format": "mgtrain.weights/1", "source": source, "model": json.dumps(options), **(notes or {})}
     if classes:
         metadata["classes"] = json.dumps(list(classes))

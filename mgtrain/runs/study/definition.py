@@ -68,7 +68,8 @@ def load_study(file: Path) -> Study:
     except ValidationError as error:
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         keys, line = locate(first["loc"], tree)
-        allowed = f"; allowed: {', '.join(Study.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        fields = Study.model_fields if len(first["loc"]) == 1 else Variant.model_fields
+        allowed = f"; allowed: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
         what = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{file}:{line}: {'.'.join(keys) or 'study'}: {what}{allowed}") from None
     except (TypeError, ValueError) as error:
@@ -78,7 +79,7 @@ def load_study(file: Path) -> Study:
 def runs_of(study: Study, file: Path) -> list[Run]:
     """All runs, one seed after the other, so that a busy hour of the machine affects all variants.
 
-    Raises `RecipeError` if a recipe does not exist or an override is invalid.
+    Raises `RecipeError` if a recipe does not exist, an override is invalid or two runs have the same name.
     """
     folds: dict[str, Words] = study.folds or {"": ()}
     made = []
@@ -89,6 +90,9 @@ def runs_of(study: Study, file: Path) -> list[Run]:
         words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
         parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
         made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
+    names = [run.name for run in made]
+    if twice := next((run for run in names if names.count(run) > 1), None):
+        raise RecipeError(f"{file}: two runs are called {twice}; rename a variant or a fold")
     return made
 
 

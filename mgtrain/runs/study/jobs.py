@@ -45,28 +45,34 @@ def train_all(
     shares, left, failed, told = shares_of_cores(jobs), list(runs), list[tuple[Run, int]](), False
     active: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by the index of its share of cores
     with StopRequest() as asked:
-        while left or active:
-            if asked.signal and not told:
-                left.clear()
-                told = True
-                for _, process in active.values():
-                    process.terminate()
-            while left and len(active) < jobs:
-                slot, run = min(set(range(jobs)) - set(active)), left.pop(0)
-                active[slot] = run, _start(run, folder, command, options, shares[slot], jobs)
-                note(f"{run.name}: started, {len(left)} waiting")
-            for slot, (run, process) in [*active.items()]:
-                code = process.poll()
-                if code is None:
-                    continue
-                del active[slot]
-                if code == 0:
-                    finished(run)
-                    note(f"{run.name}: finished")
-                elif not (asked.signal and code in (*STOPPED, -15)):
-                    failed.append((run, code))
-                    note(f"{run.name}: failed with exit code {code}, see {folder / run.name}/output.txt")
-            time.sleep(POLL_SECONDS if active else 0)
+        try:
+            while left or active:
+                if asked.signal and not told:
+                    left.clear()
+                    told = True
+                    for _, process in active.values():
+                        process.terminate()
+                while left and len(active) < jobs:
+                    slot, run = min(set(range(jobs)) - set(active)), left.pop(0)
+                    active[slot] = run, _start(run, folder, command, options, shares[slot], jobs)
+                    note(f"{run.name}: started, {len(left)} waiting")
+                for slot, (run, process) in [*active.items()]:
+                    code = process.poll()
+                    if code is None:
+                        continue
+                    del active[slot]
+                    if code == 0:
+                        finished(run)
+                        note(f"{run.name}: finished")
+                    elif not (asked.signal and code in (*STOPPED, -15)):
+                        failed.append((run, code))
+                        note(f"{run.name}: failed with exit code {code}, see {folder / run.name}/output.txt")
+                time.sleep(POLL_SECONDS if active else 0)
+        finally:
+            for _, process in active.values():  # after an exception; they save a checkpoint
+                process.terminate()
+            for _, process in active.values():
+                process.wait()
     if asked.signal:
         raise StoppedError("stopped by a signal, the runs are saved; run the same command again to resume the study")
     return failed
@@ -78,7 +84,7 @@ def _start(
     """Start a run, pinned to its cores if it shares the machine with others."""
     here = folder / run.name
     here.mkdir(parents=True, exist_ok=True)
-    words = [*command, "fit", *run.words, "--name", f"{here}", "--resume", *options]
+    words = [*command, "fit", *run.words, "--name", f"{here.absolute()}", "--resume", *options]
     threads = {"OMP_NUM_THREADS": str(len(cores))} if jobs > 1 else {}
     with (here / "output.txt").open("ab") as output, pinned(cores if jobs > 1 else ()):
         return subprocess.Popen(

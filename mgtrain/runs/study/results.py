@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mgtrain.console import duration
 from mgtrain.errors import CheckpointError
 from mgtrain.recipe import Recipe, affects_results
 from mgtrain.recipe.load import RETIRED, flat_differences
+from mgtrain.runs.compare import DEVICE_KEYS
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
 from mgtrain.runs.history import History, Summary, guarded
@@ -24,6 +25,7 @@ from mgtrain.runs.report.figures import COLOURS, drawn
 from mgtrain.runs.study.definition import Run, Study
 
 SCHEMA = "mgtrain.result/1"
+FACTS = {*DEVICE_KEYS, "torch", "mgtrain", "git"}
 PLACES = ("data.root", "data.prepared")  # keys that may differ between a result and its study
 
 
@@ -60,6 +62,8 @@ def read_result(file: Path) -> Result:
         value = json.loads(file.read_text(encoding="utf-8"))
         if value["schema"] != SCHEMA:
             raise ValueError(f"its schema is {value['schema']}, not {SCHEMA}")
+        if lacking := FACTS - value["environment"].keys():
+            raise ValueError(f"its environment lacks {min(lacking)}")
         outcome = Outcome(Summary(**value["summary"]), value["recipe"], value["environment"])
         return Result(value["variant"], outcome, value["curve"])
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -82,7 +86,7 @@ def known_result(run: Run, file: Path) -> Result | None:
             f"{file}: the study's recipe has changed since: {'; '.join(changed)}; "
             "remove the file to repeat the run, or rename the variant"
         )
-    return result
+    return replace(result, variant=run.variant)  # which may have been renamed in case or punctuation
 
 
 def completed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -116,8 +120,8 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
 def changes_of(results: Sequence[Result], name: str, base: str) -> str:
     """The differences of a variant's recipe from that of the variant `base`, as overrides."""
     ours, theirs = (next(r.outcome.recipe for r in results if r.variant == variant) for variant in (name, base))
-    changes = {key: value for key, (_, value) in flat_differences(theirs, ours).items() if affects_results(key)}
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None)
+    changes = [key for key in flat_differences(theirs, ours) if affects_results(key) and key in ours]
+    return " ".join(f"{key}={json.dumps(ours[key])}" for key in changes)
 
 
 def facts_of(results: Sequence[Result]) -> dict[str, list[str]]:
