@@ -27,14 +27,14 @@ def runs_in(file: Path) -> list[Run]:
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_every_variant_can_be_planned(file: Path) -> None:
     for run in runs_in(file):
-        check_world(make_plan(run.recipe, run.recipe.data.videos or 480), 1)
+        check_world(make_plan(run.recipe, run.recipe.data.videos or 160), 1)
     assert {run.variant for run in runs_in(file)} == set(load_study(file).variants)
 
 
 def test_the_networks_of_all_variants_take_all_their_shapes() -> None:
     networks: dict[str, tuple[Recipe, set[tuple[int, int]]]] = {}
     for run in (run for file in STUDIES for run in runs_in(file)):
-        plan = make_plan(run.recipe, run.recipe.data.videos or 480)
+        plan = make_plan(run.recipe, run.recipe.data.videos or 160)
         _, sizes = networks.setdefault(f"{run.recipe.model!r} {run.recipe.data.classes}", (run.recipe, set()))
         sizes |= {(shape.frames, shape.crop) for shape in (*plan.shapes(), run.recipe.evaluation_shape)}
     assert len(networks) > 3

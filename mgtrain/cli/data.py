@@ -32,7 +32,7 @@ ToFolder = Annotated[Path, Option("--to", help="Folder to write the lists to.")]
 @data_app.command()
 def synthesize(
     root: Annotated[Path, Argument(help="Folder to create.")],
-    train: Annotated[int, Option(min=1, help="Training videos of each class.")] = 60,
+    train: Annotated[int, Option(min=1, help="Training videos of each class.")] = 20,
     val: Annotated[int, Option(min=1, help="Validation videos of each class.")] = 40,
     classes: Annotated[int, Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
     distractors: Annotated[int, Option(min=0, max=100, help="Distracting discs in each video.")] = 1,

@@ -39,7 +39,7 @@ DECODERS = {"h264": "most videos", "hevc": "phones' videos", "vp9": "webm, such 
             "av1": "newer web videos", "mpeg4": "old avi files, such as UCF101's"}  # fmt: skip
 NEEDED_DECODER, ENCODER = "h264", "libx264"
 SHARED_BYTES = 1 << 30  # of shared memory for the clips of loader processes; containers often have 64 MiB
-DEMO_VIDEOS = 480  # training videos of the demo
+DEMO_VIDEOS = 160  # training videos of the demo
 PROBE = (8, 64, 8, 28, 28)  # shape of an early layer's features
 CLOSE = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.01}  # relative error of a gradient
 
