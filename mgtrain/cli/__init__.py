@@ -29,7 +29,7 @@ from mgtrain.cli.study import study
 from mgtrain.cli.trained import evaluate, export, predict
 from mgtrain.cli.weights import weights_app
 from mgtrain.console import note, out
-from mgtrain.data.formats.folder import is_video
+from mgtrain.data.formats.reading import is_video
 from mgtrain.errors import MgtrainError, lack_of
 
 INTERRUPTED = 130  # exit code
@@ -83,7 +83,7 @@ def main() -> None:
         _say(f"{error.format_message().rstrip('.')}; {advice}")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        _say("interrupted; `mgtrain fit ... --resume` continues from the newest checkpoint")
+        _say("interrupted; run the same command again, `mgtrain fit` with --resume")
         code = INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):

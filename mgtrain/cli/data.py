@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from mgtrain.cli.options import Json, Overrides, RecipeArgument, Seed, check_finite, check_share, opened_splits
+from mgtrain.cli.options import GroupBy, Json, Overrides, RecipeArgument, Seed, check_finite, check_share, opened_splits
 from mgtrain.console import counts_table, note, out, progress, show, warn
 from mgtrain.data import open_videos
 from mgtrain.data.formats.listfile import write_lists
-from mgtrain.data.groups import groups_of_files, read_groups
+from mgtrain.data.groups import find_groups, read_groups
 from mgtrain.data.index import make_index
 from mgtrain.data.manifest import STATUSES, USABLE
 from mgtrain.data.split import joined, make_split
@@ -119,12 +119,13 @@ def split(
     all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
     by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",
+    group_by: GroupBy = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
     """Split labelled videos for training and validation. Every class is split in the same proportion.
 
-    Stretches of one file stay together, unless --groups says otherwise.
+    Videos of one source stay together: those of a group in the CSV, or else those whose names show the same source.
 
     Examples:  mgtrain data split videos --to lists --val 0.2
     |  mgtrain data split my.yaml --all --to folds --folds 5 --groups groups.csv --by sequence
@@ -139,8 +140,12 @@ def split(
     else:
         splits = opened_splits(load_recipe(source, overrides or ()).data)
         videos = joined(splits.values() if all_ else [splits["train"]])
-    together = groups_of_files(videos.names())
-    grouping = read_groups(groups, by, videos) if groups else together.ids if together else None
+    if groups and group_by:
+        raise UsageError("--groups and --group-by: give one of them")
+    guessed = None if groups else find_groups(videos, group_by)
+    if guessed:
+        note(f"split by {guessed}")
+    grouping = read_groups(groups, by, videos) if groups else guessed.ids if guessed else None
     lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
     files = [*map(str, write_lists(to, {name: (videos, rows) for name, rows in lists.items()}))]
     counts = {name: videos.only(rows).videos_per_class for name, rows in lists.items()}

@@ -74,7 +74,7 @@ def fit(
                 _show(folder, scores, json_)
             return
     if not is_launched():  # report mistakes in the data, the plan or the processes before importing torch
-        check_world(make_plan(loaded, count_training_videos(loaded)), procs or 1)
+        check_world(make_plan(loaded, count_training_videos(loaded, expected=False)), procs or 1)
     if start_ranks(procs, device):
         return
 

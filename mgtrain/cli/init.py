@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from mgtrain.cli.options import Device, Json, Seed, check_finite, check_share
+from mgtrain.cli.options import Device, GroupBy, Json, Seed, check_finite, check_share
 from mgtrain.console import note, progress, show, warn
 from mgtrain.data.found import find_videos
 
@@ -18,13 +18,7 @@ def init(
     to: Annotated[Path, Option(help="Folder to write the recipes, the lists and classes.txt to.")] = Path(),
     name: Annotated[str | None, Option(help="Name of the recipes. Default: the folder's name.")] = None,
     val: Annotated[float, Option(help="Share of the videos for validation, unless the data is already split.")] = 0.2,
-    group_by: Annotated[
-        str | None,
-        Option(
-            metavar="REGEX|none",
-            help="The part of a path that names the video's source. Default: guess from the file names.",
-        ),
-    ] = None,
+    group_by: GroupBy = None,
     hours: Annotated[
         float | None, Option(min=0.01, help="Time for training the baseline. Default: 1 on a CPU, 12 on GPUs.")
     ] = None,

@@ -41,6 +41,13 @@ Device = Annotated[Literal["cpu", "cuda"] | None, Option(help="Where to compute.
 Procs = Annotated[
     int | None, Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
 ]
+GroupBy = Annotated[
+    str | None,
+    Option(
+        metavar="REGEX|none",
+        help="The part of a path that names the video's source. Default: guess from the file names; none: no groups.",
+    ),
+]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 Videos = Annotated[
     int | None, Option(min=1, max=10**9, help="Number of training videos. Default: as the data or recipe says.")

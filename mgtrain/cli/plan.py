@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from typer import Option
 
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, Videos, check_finite, connected
-from mgtrain.console import out, progress
+from mgtrain.console import note, out, progress
 from mgtrain.data import count_training_videos
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import check_world
@@ -69,6 +69,10 @@ def plan(
         from mgtrain.preflight.forecast import render as render_forecast
 
         train, val = open_data(loaded)
+        from mgtrain.processes.distributed import default_procs
+
+        if (procs := default_procs(device)) > 1:
+            note(f"measured for one process; `mgtrain fit` starts {procs} here, which share each step")
         with connected(device) as world, progress() as shown:
             found["forecast"] = forecast(loaded, train, val, world, measure, shown)
         show(render_forecast(found["forecast"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -20,8 +20,11 @@ from mgtrain.cli.options import (
     parse_views,
     start_ranks,
 )
-from mgtrain.console import out, show
+from mgtrain.console import out, show, warn
 from mgtrain.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from mgtrain.engine.trained import Trained
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
 Views = Annotated[str, Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
@@ -124,6 +127,7 @@ def predict(
     with connected(device) as world:
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
         trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust or ())
+        _caution(trained, path)
         answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
     found = [answer.describe(trained.classes, top) for answer in answers]
     facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
@@ -157,6 +161,7 @@ def export(
     from mgtrain.processes.distributed import World
 
     trained = load_trained(path, recipe, changes or (), World(), trust or ())
+    _caution(trained, path)
     done = export_network(trained, file)
     weights, of = ("ema", ", the averaged weights (optim.ema)") if trained.averaged else ("model", "")
     sizes = f"any number of {', '.join(done.free)}" if done.free else "clips of the evaluation size only"
@@ -166,3 +171,14 @@ def export(
         *(f"clips {parity.shape}: logits agree to {parity.error:.1e} of the largest" for parity in done.parity),
         f"wrote {done.path}{of}, {done.path.stat().st_size / 1e6:.1f} MB, for {sizes}",
     )
+
+
+def _caution(trained: Trained, path: Path) -> None:
+    """Warn of a checkpoint between evaluations, whose BatchNorm statistics may be those of coarse shapes."""
+    from mgtrain.models.norm import group_slots
+
+    if not trained.recalibrated and group_slots(trained.model):
+        warn(
+            f"{path}: from between two evaluations, so its BatchNorm statistics may be those of coarse shapes; let the "
+            "run go on to an evaluation, or name an evaluated checkpoint (see `mgtrain ckpt inspect`)"
+        )

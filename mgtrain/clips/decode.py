@@ -133,7 +133,8 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         limit = {"max_pixels": str(MAX_PIXELS)}
         os.lseek(self._file, 0, os.SEEK_SET)
         try:
-            self._container = self._opened.enter_context(av.open("fd:", options=limit, container_options=alone))
+            opened = av.open("fd:", options=limit, container_options=alone, metadata_errors="ignore")
+            self._container = self._opened.enter_context(opened)
         except av.ArgumentError as error:
             raise self._error("not a container that mgtrain reads (Invalid argument)") from error
         except (OSError, ValueError, av.FFmpegError) as error:
@@ -186,11 +187,14 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             agreed: int = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
             return min(agreed, os.fstat(self._file).st_size)
         self._reopen()
-        packets = 0
+        packets, last = 0, self._start
         with suppress(av.FFmpegError):  # counted up to the damage
             for packet in self._container.demux(self._stream):
                 packets += packet.size > 0
+                last = max(last, packet.pts or 0)
         self._reopen()
+        if self._timed:  # the rate may be a guess
+            packets = min(round((last - self._start) * self._time_base * self._fps) + 1, os.fstat(self._file).st_size)
         return max(1, packets)
 
     def _reopen(self) -> None:

@@ -205,7 +205,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 def _server() -> BaseContext:
     """A context that forks workers from a process that has only imported this module."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["mgtrain.processes.server", __name__])
     if sys.version_info < (3, 11):  # which lacks PYTHONSAFEPATH: the server must not import from the current folder
         here = os.getcwd()
         os.chdir(os.sep)

@@ -102,14 +102,17 @@ def usable(data: Data, *splits: Videos) -> list[Videos]:
     return [checked.usable(videos) for videos in splits]
 
 
-def count_training_videos(recipe: Recipe) -> int:
-    """The number of usable training videos, or else `data.videos`. Raises `DataError` if there is neither."""
+def count_training_videos(recipe: Recipe, expected: bool = True) -> int:
+    """The number of usable training videos, or else, if `expected`, `data.videos`. Raises `DataError` without both."""
     data = recipe.data
     try:
         videos = open_videos(data.format, data.root, data.train, None, data.outside_root)
     except DataError as error:
+        if not expected:
+            raise
         if data.videos is None:
             raise DataError(f"{error}; give --videos to plan without the data") from None
+        note(f"{error}; planning with data.videos={data.videos}")
         return data.videos
     (videos,) = usable(data, videos)
     if videos.left_out:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mgtrain.data import open_videos
 from mgtrain.data.formats.folder import class_folders, videos_in
-from mgtrain.data.groups import groups_by_pattern, groups_of_names
+from mgtrain.data.groups import find_groups
 from mgtrain.data.index import Index
 from mgtrain.data.split import make_split
 from mgtrain.data.videos import Videos
@@ -83,16 +83,12 @@ def make_parts(splits: Mapping[str, Videos], index: Index, *, val: float, group_
     if "all" not in usable:
         return Parts(usable, "the existing lists or folders")
     videos = usable["all"]
-    if group_by is None:
-        groups = groups_of_names(videos.names(), videos.single_labels)
-    else:
-        groups = None if group_by == "none" else groups_by_pattern(videos.names(), group_by)
+    groups = find_groups(videos, group_by)
     lists = make_split(videos, val=val, seed=seed, groups=groups.ids if groups else None)
     parts = {part: videos.only(rows) for part, rows in lists.items()}
     if groups is None:
         return Parts(parts, "class only: the names show no sources; if videos share sources, give --group-by")
-    count = len(np.unique(groups.ids))
-    return Parts(parts, f"{groups.rule}: {count} groups, each in one part ({groups.example})", count)
+    return Parts(parts, str(groups), len(np.unique(groups.ids)))
 
 
 def _open_both(format: str, root: Path, train: str, val: str) -> dict[str, Videos]:

@@ -33,6 +33,16 @@ class Groups:
     rule: str
     example: str
 
+    def __str__(self) -> str:
+        return f"{self.rule}: {len(np.unique(self.ids))} groups, each in one part ({self.example})"
+
+
+def find_groups(videos: Videos, group_by: str | None) -> Groups | None:
+    """The groups by a regular expression; None: guessed from the names. No groups if it is `none`, or none fit."""
+    if group_by is None:
+        return groups_of_names(videos.names(), videos.single_labels)
+    return None if group_by == "none" else groups_by_pattern(videos.names(), group_by)
+
 
 def groups_of_names(names: Sequence[str], labels: Sequence[int] | np.ndarray) -> Groups | None:
     """The groups by the first naming scheme that fits these videos; None if none fits.

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from mgtrain.console import ShowProgress, no_progress
-from mgtrain.data.formats.folder import is_video
+from mgtrain.data.formats.reading import is_video
 from mgtrain.data.frames import Frames, is_frame, list_frames
 from mgtrain.data.manifest import key_of
 from mgtrain.data.missing import explain

@@ -69,10 +69,15 @@ def _parts(videos: Videos, shares: np.ndarray, seed: int, groups: np.ndarray | N
     for label in np.unique(labels):
         members = (labels == label).sum() if groups is None else len(np.unique(groups[labels == label]))
         if members < len(shares):
-            what = "videos" if groups is None else "groups of videos"
+            what, more = "videos", ""
+            if groups is not None:
+                what, more = (
+                    "groups of videos",
+                    ", or split without groups (--group-by none), which leaks between parts",
+                )
             raise DataError(
                 f"{videos.root}: class {videos.classes[label]!r} has too few {what} for {len(shares)} parts, "
-                f"{members}; add videos, drop the class, or make fewer parts"
+                f"{members}; add videos, drop the class, or make fewer parts{more}"
             )
     return _deal(labels, shares, seed) if groups is None else _place(labels, groups, shares, seed, videos)
 

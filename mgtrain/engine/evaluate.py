@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mgtrain.clips.loader import view_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
-from mgtrain.errors import NonFiniteError
+from mgtrain.errors import DataError, NonFiniteError
 from mgtrain.models.norm import merge_group_stats
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -30,8 +30,11 @@ def evaluate(
 ) -> Predictions:
     """The predictions for all decodable videos, on every rank, with `views` (times, crops) of each video.
 
-    Videos in the `journal` are not evaluated again, and every batch is added to it. Raises `NonFiniteError` if a class
-    probability is NaN.
+    Videos in the `journal` are not evaluated again, and every batch is added to it.
+
+    Raises:
+        DataError: too many videos cannot be decoded.
+        NonFiniteError: a class probability is NaN.
     """
     merge_group_stats(model, world.gather)
     classes, (times, crops) = recipe.data.classes, views
@@ -51,6 +54,12 @@ def evaluate(
     every, every_row = world.gather(mine).flatten(), world.gather(my_rows).flatten(0, 1)  # of all ranks
     numbers = np.append(numbers, every[every >= 0].cpu().numpy())
     probabilities = np.append(probabilities, every_row[every >= 0].cpu().numpy(), axis=0)
+    lost, most_lost = len(videos) - len(numbers), recipe.data.max_bad_fraction
+    if lost > most_lost * len(videos):  # the loader of each rank counts its own only
+        raise DataError(
+            f"{lost} of {len(videos)} videos cannot be decoded, more than data.max_bad_fraction {most_lost:g} allows; "
+            "leave them out with `mgtrain data check`, or raise it"
+        )
     refuse_non_finite(probabilities, [videos.name(number) for number in numbers.tolist()])
     order = np.argsort(numbers)
     label = videos.targets if recipe.data.multi_label else videos.label

@@ -14,7 +14,7 @@ from torch import Tensor
 from mgtrain.clips.loader import train_batches
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import report_skipped
-from mgtrain.engine.recalibrate import batches_needed, recalibrate
+from mgtrain.engine.recalibrate import batches_needed, recalibrate, remembered
 from mgtrain.engine.record import Clock, Record
 from mgtrain.engine.resume import newest_checkpoint, restore, save
 from mgtrain.engine.start import start
@@ -63,7 +63,7 @@ def fit(
 
     def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
         with clock.paused(), learner.averaged():
-            recalibrate(model, train, batches_needed(recipe, plan, step.index + 1), recipe, world)
+            recalibrate(model, train, batches_needed(recipe, plan, step.index + 1, remembered(model)), recipe, world)
             predictions = evaluate(model, val, recipe, world)
         record.evaluation(step, predictions, "model" if learner.average is None else "ema")
         recalibrated = recipe.evaluation.recalibration_batches > 0

@@ -123,9 +123,17 @@ def recalibrate(
 
     They are needed where recent steps had other shapes; `videos` are those of training. All ranks take part.
     """
-    count = recalibration.batches_needed(recipe, plan, steps)
+    count = recalibration.batches_needed(recipe, plan, steps, recalibration.remembered(model))
+    norms = [layer for layer in model.modules() if isinstance(layer, GroupBatchNorm3d)]
+    constant = [norm for norm in norms if model.training and not norm.training and not norm.frozen]  # by the user
     with _mode_kept(model):
-        recalibration.recalibrate(unwrap(model), videos, count, recipe, joined(device))
+        for norm in constant:
+            norm.frozen = True
+        try:
+            recalibration.recalibrate(unwrap(model), videos, count, recipe, joined(device))
+        finally:
+            for norm in constant:
+                norm.frozen = False
         set_part(model, None)
 
 

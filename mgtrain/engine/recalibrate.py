@@ -7,6 +7,7 @@ running averages are good.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mgtrain.clips.loader import recalibration_batches
 from mgtrain.data.videos import Videos
 from mgtrain.engine.step import autocast, to_input
-from mgtrain.models.norm import group_slots, merge_group_stats, reset_group_stats, set_momentum
+from mgtrain.models.norm import GroupBatchNorm3d, group_slots, merge_group_stats, reset_group_stats, set_momentum
 from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -36,18 +37,27 @@ def recalibrate(model: nn.Module, train: Videos, count: int, recipe: Recipe, wor
         recalibrate_bn(model, recalibration_batches(train, count, recipe, world), recipe, world)
 
 
-def batches_needed(recipe: Recipe, plan: Plan, step: int) -> int:
+def remembered(model: nn.Module) -> int:
+    """The last steps that determine the running averages, to 0.5 %: `REMEMBERED` with the usual momentum of 0.1."""
+    norms = (layer for layer in model.modules() if isinstance(layer, GroupBatchNorm3d) and not layer.frozen)
+    momentum = min((norm.usual_momentum for norm in norms if norm.usual_momentum), default=0.1)
+    return REMEMBERED if momentum >= 1 else max(1, round(math.log(0.005) / math.log1p(-momentum)))
+
+
+def batches_needed(recipe: Recipe, plan: Plan, step: int, remembered: int = REMEMBERED) -> int:
     """The number of batches to recalibrate on after `step` steps.
 
-    0 if the last `REMEMBERED` steps, which determine the running averages, all had the evaluation's shape, and if the
-    weights themselves are evaluated, not their average. Otherwise at most `SHARE` of the steps since the last
-    evaluation, or of all steps at the end of the run: a batch takes about a third of the time of a base step, so
-    recalibration takes about 5 % of the training time.
+    0 if the last `remembered` steps, which determine the running averages, all had the evaluation's shape, and if the
+    weights themselves are evaluated, not their average; the first `REMEMBERED` steps of a run are too few to matter.
+    Otherwise at most `SHARE` of the steps since the last evaluation, or of all steps at the end of the run: a batch
+    takes about a third of the time of a base step, so recalibration takes about 5 % of the training time.
     """
     most = recipe.evaluation.recalibration_batches
     shape = recipe.evaluation_shape
-    recent = plan[max(0, step - REMEMBERED) : step]
-    if recipe.optim.ema is None and all((s.shape.frames, s.shape.crop) == (shape.frames, shape.crop) for s in recent):
+    recent = plan[max(0, step - remembered) : step]
+    settled = step >= remembered or remembered <= REMEMBERED
+    alike = all((s.shape.frames, s.shape.crop) == (shape.frames, shape.crop) for s in recent)
+    if recipe.optim.ema is None and settled and alike:
         return 0
     earlier = [milestone for milestone in plan.milestones(recipe.evaluation.times) if milestone < step]
     since = step if step == len(plan) else step - (earlier[-1] if earlier else 0)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mgtrain.errors import UsageError
 from mgtrain.models.part import Part
 
 STREAMS = 0x9E3779B97F4A7C15  # odd, so that the seeds of all streams differ
+PLACES = 0xD1B54A32D192ED03  # odd, and not STREAMS, so that no stream is another one's, shifted
 MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shifts and factors of splitmix64 (Steele et al. 2014)
 
 
 class Dropout(nn.Module):
     """Dropout of features (B, ...) with probability `p`; each layer of a network has its own random `stream`.
 
-    Given a `part`, the mask is a slice of the global batch's.
+    Given a `part`, the mask is a slice of the global batch's. A layer that is called several times in a pass, as the
+    stochastic depth of torchvision's transformers is for attention and MLP, drops the same each time. `x` may have
+    several rows per clip, one after the other, as where frames are part of the batch.
     """
 
     part: Part | None = None
@@ -39,8 +43,13 @@ class Dropout(nn.Module):
         if part is None:
             keep = torch.rand(len(x), drawn.numel(), device=x.device) >= self.p
         else:
+            rows, rest = divmod(len(x), part.clips)  # of each clip
+            if rest:
+                raise UsageError(
+                    f"dropout: {part.clips} clips do not divide {len(x)} rows; keep clips in the first axis"
+                )
             make = keep_mask if x.device.type == "cpu" else hashed_mask
-            keep = make(self.seed, part.first, part.clips, part.total, drawn.numel(), self.p)
+            keep = make(self.seed, part.first * rows, part.clips * rows, part.total * rows, drawn.numel(), self.p)
         return x * keep.view(len(x), *drawn, *[1] * (x.ndim - 1 - len(drawn))) / (1 - self.p)
 
     def extra_repr(self) -> str:
@@ -83,7 +92,7 @@ def hashed_mask(seed: Tensor, first: int, clips: int, total: int, features: int,
     devices compute the same mask.
     """
     place = torch.arange(first * features, (first + clips) * features, device=seed.device)
-    number = place * _signed(STREAMS) + seed
+    number = place * _signed(PLACES) + seed
     for shift, factor in MIXING:
         number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return (number >= int(p * 2**64) - 2**63).view(clips, features)

@@ -10,12 +10,13 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -90,13 +91,20 @@ def fitted(model: nn.Module) -> nn.Module:
         UsageError: a layer normalizes over the clips of a rank and cannot be split into groups.
     """
     streams = iter(range(1, 1 << 30))  # ours, which has one dropout, is stream 0
+    with next((parameter.device for parameter in model.parameters()), torch.device("cpu")):
+        _replace(model, streams)
+    return model
+
+
+def _replace(model: nn.Module, streams: Iterator[int]) -> None:
     for parent_name, parent in list(model.named_modules()):
         for name, layer in parent.named_children():
             path = f"{parent_name}.{name}".removeprefix(".")
             if type(layer) is nn.BatchNorm3d and layer.affine and layer.track_running_stats:
                 grouped = GroupBatchNorm3d(layer.num_features, layer.eps, layer.momentum or 0.1)
                 grouped.load_state_dict(layer.state_dict(), assign=True)
-                setattr(parent, name, grouped)
+                grouped.weight, grouped.bias = layer.weight, layer.bias  # perhaps frozen, or known to an optimizer
+                setattr(parent, name, grouped.train(layer.training))
             elif isinstance(layer, nn.Dropout) and layer.p:
                 setattr(parent, name, Dropout(layer.p, next(streams)))
             elif isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d) and layer.p:
@@ -112,7 +120,6 @@ def fitted(model: nn.Module) -> nn.Module:
                     f"{path}: {type(layer).__name__} normalizes over the clips of a rank; use BatchNorm3d with its "
                     "default options, which mgtrain splits into groups, or LayerNorm or GroupNorm"
                 )
-    return model
 
 
 def classifier_of(model: nn.Module) -> str:

@@ -315,15 +315,20 @@ def _patches_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind) -> Tensor
     """
     (_, down, right), (_, pad_h, pad_w) = kind.stride, kind.padding
     outs, high, wide, channels = weight.shape
-    found = weight.new_zeros(outs, high * wide * channels)
+    half = weight.dtype.itemsize < 4
+    found = torch.zeros(outs, high * wide * channels, dtype=torch.float32 if half else weight.dtype)
     at_once = max(1, PATCHES // (grad.shape[2] * grad.shape[3] * found.shape[1]))
     pictures, grads = x.flatten(0, 1), grad.flatten(0, 1)  # (N, H, W, C), (N, H', W', O)
     for first in range(0, len(pictures), at_once):
         some = slice(first, first + at_once)
         padded = F.pad(pictures[some], (0, 0, pad_w, pad_w, pad_h, pad_h))
         patches = padded.unfold(1, high, down).unfold(2, wide, right)  # (n, H', W', C, kh, kw)
-        found.addmm_(grads[some].flatten(0, 2).t(), patches.movedim(3, 5).reshape(-1, found.shape[1]))
-    return found.view(weight.shape)
+        rows, columns = grads[some].flatten(0, 2).t(), patches.movedim(3, 5).reshape(-1, found.shape[1])
+        if half:
+            found += rows @ columns  # a sum of many products needs float32
+        else:
+            found.addmm_(rows, columns)
+    return found.to(weight.dtype).view(weight.shape)
 
 
 def _pictures(x: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ class NormSpanningGpus(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert part.gather is not None, "a group that spans ranks needs `gather`"
+        if not x.is_contiguous(memory_format=torch.channels_last_3d):
+            x = x.contiguous()  # `flat` must be a view of the result
         rows = flat(x)
         mean, inv_std = torch.batch_norm_stats(rows, eps)  # (C) each, float32
         means, inv_stds = part.gather(torch.stack([mean, inv_std]), part.span).unbind(dim=1)  # (span, C)

@@ -133,6 +133,7 @@ def step_seconds(recipe: Recipe, plan: Plan, steps: Iterable[Step], world: World
     Convolutions use the same forms as in a run of the `plan`.
     """
     set_up(recipe, world.device)
+    recipe = fit_memory(recipe, plan, world)
     model = to_device(make_model(recipe), recipe, world)
     choose(model, measure(recipe, plan, world))
     for step in steps:

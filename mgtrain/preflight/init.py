@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -122,20 +123,21 @@ class Project:
         """The files and the commands to run next."""
         recipe, (baseline, multigrid) = self.proposal.recipe, self.recipes.values()
         classes = len(self.parts.splits["train"].classes)
-        broken = len(self.stats.broken)
+        broken, check = len(self.stats.broken), quote(f"{multigrid}")
+        weights = f"torchvision:{recipe.model.name} --to {quote(recipe.init.weights or '')}"
         return "\n".join([
             f"videos    {self.counts['train']:,} to train, {self.counts['val']:,} to validate, of {classes} classes",
             f"split by  {self.parts.rule}",
             f"baseline  {recipe.model.name}, clips of {recipe.clip.frames} frames of {recipe.clip.crop}², "
             f"{sum(recipe.optim.stages):g} epochs: about {self.proposal.seconds / 3600:.1f} h of training here",
             f"wrote     {', '.join(map(str, self.written))}",
-            f"next      mgtrain plan {multigrid} --measure 2",
-            f"          mgtrain fit {baseline}",
-            f"          mgtrain fit {multigrid} --baseline {baseline.stem}",
-            f"          mgtrain compare {baseline.stem} {multigrid.stem} --html report.html",
-            *([f"before    mgtrain weights import --from torchvision:{recipe.model.name} --to {recipe.init.weights}"]
-               if recipe.init.weights else []),
-            *([f"before    mgtrain data check {multigrid}: {broken} videos cannot be opened"] if broken else []),
+            *([f"before    mgtrain weights import --from {weights}"] if recipe.init.weights else []),
+            *([f"before    mgtrain data check {check} --to checked.jsonl, because {broken} videos of a sample cannot "
+               "be opened; then train with data.checked=checked.jsonl"] if broken else []),
+            f"next      mgtrain plan {quote(f'{multigrid}')} --measure 2",
+            f"          mgtrain fit {quote(f'{baseline}')}",
+            f"          mgtrain fit {quote(f'{multigrid}')} --baseline {quote(baseline.stem)}",
+            f"          mgtrain compare {quote(baseline.stem)} {quote(multigrid.stem)} --html report.html",
         ])  # fmt: skip
 
 
@@ -260,7 +262,7 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: s
     lr, multigrid = 0.1 * clips / 64, "multigrid                  # with the paper's cycles"
     pairs, breaks = mirrored_pairs(train.classes)
     flip = "0.0                        # a class name contains left or right" if breaks else "0.5"
-    precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     rate = f"\n  fps: {found.fps:g}" if found.fps else ""
     same = f"\n  mirrored: {json.dumps(pairs, ensure_ascii=False)}" if pairs else ""
     optim = f"""\

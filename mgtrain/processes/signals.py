@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -14,6 +15,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._interrupted = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
@@ -24,11 +26,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == "SIGINT":
-            os.write(2, b"mgtrain: interrupted twice, exiting without saving; --resume uses the newest checkpoint\n")
+        if number == signal.SIGINT and self._interrupted:
+            _say("interrupted twice, exiting without saving; --resume uses the newest checkpoint")
             os._exit(130)
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.signal = self.signal or signal.Signals(number).name
-        os.write(2, f"mgtrain: {self.signal}: stopping after the next step, saving\n".encode())
+        _say(f"{self.signal}: stopping after the next step, saving")
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # the reader of stderr may have ended, as `tee` does on Ctrl-C
+        os.write(2, f"mgtrain: {message}\n".encode())
 
 
 def leave_signals_to_the_parent() -> None:

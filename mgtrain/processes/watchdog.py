@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 CHECKS_PER_SECOND = 2
@@ -66,7 +66,8 @@ class Watchdog:
                 continue
             videos = [path for decoding in self._decoding for path in decoding()]
             if videos or idle > WAITS_LONGER * self.seconds:
-                faulthandler.dump_traceback(sys.stderr)
+                with suppress(OSError, ValueError):  # stderr may be closed
+                    faulthandler.dump_traceback(sys.stderr)
                 what = f"while decoding {', '.join(videos)}" if videos else "with no video being decoded"
                 self._end(
                     f"no progress for {idle:.0f} s (faults.timeout_seconds), {what}; the stacks are above; "
@@ -74,6 +75,8 @@ class Watchdog:
                 )
 
     def _end(self, why: str) -> NoReturn:
-        sys.stderr.write(f"mgtrain: rank {self.rank} ends: {why}\n")
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            sys.stderr.write(f"mgtrain: rank {self.rank} ends: {why}\n")
+            sys.stderr.flush()
+        finally:
+            os._exit(1)

@@ -24,8 +24,8 @@ class Data(Section):
         description="format of the annotations"
     )
     root: str = Field(description="folder of the videos; their paths are relative to it")
-    train: str = Field(description="annotations of the training videos, relative to root")
-    val: str = Field(description="annotations of the validation videos, relative to root")
+    train: str = Field(description="annotations of the training videos, relative to root or absolute")
+    val: str = Field(description="annotations of the validation videos, relative to root or absolute")
     classes: int = Field(ge=2, le=1_000_000, description="number of classes")
     outside_root: bool = Field(False, description="allow paths outside of root (format: list)")
     videos: Count | None = Field(

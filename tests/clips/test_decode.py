@@ -361,6 +361,35 @@ def test_a_picture_that_grows_on_the_way_is_damage(tmp_path: Path, monkeypatch: 
         assert video.damage
 
 
+def test_metadata_in_another_encoding_is_no_damage(tmp_path: Path):
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "an old title"
+        stream = container.add_stream("libx264", rate=30, options={"g": "4"})
+        stream.height, stream.width = numbered_picture(0).shape[:2]
+        for n in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_picture(n))))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    assert b"an old title" in data
+    path.write_bytes(data.replace(b"an old title", b"an old titl\xe9"))
+    assert numbers(path, 0, 4) == [0, 4]
+
+
+def test_without_a_duration_times_say_how_many_frames_there_are(tmp_path: Path):
+    times = [n if n < 20 else 20 + 6 * (n - 20) for n in range(40)]
+    path = write_video(tmp_path / "v.mkv", 40, b_frames=0, times=times)
+    with VideoFile(path) as video:
+        seconds = video.info.frames / video.info.fps
+    data = bytearray(path.read_bytes())
+    place = data.find(b"\x44\x89\x88")  # the duration, which becomes a void element of the same size
+    data[place : place + 11] = b"\xec\x89" + bytes(9)
+    path.write_bytes(data)
+    with VideoFile(path) as video:
+        assert video.info.frames / video.info.fps == pytest.approx(seconds, rel=0.1)
+        assert number_of(video.read([whole(video.info, video.info.frames - 1)])[0][0]) == 39
+
+
 def test_no_file_has_more_frames_than_bytes(tmp_path: Path):
     data = bytearray(write_video(tmp_path / "v.mkv", 5).read_bytes())
     struct.pack_into(">d", data, data.find(b"\x44\x89\x88") + 3, 1e12)  # the duration in milliseconds

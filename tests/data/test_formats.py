@@ -161,7 +161,7 @@ def test_lists_that_cannot_be_written_are_refused(tmp_path: Path):
     assert not (tmp_path / "lists").exists()
     videos = Videos.of("/r", [("a.mp4", 0), ("b.mp4", 0)], ["x"])
     write_lists(tmp_path, {"train": (videos, [0])})
-    with pytest.raises(UsageError, match=r"train.csv: exists with other contents; remove it, or"):
+    with pytest.raises(UsageError, match=r"train.csv: exists with other contents; choose another folder"):
         write_lists(tmp_path, {"more": (videos, [0]), "train": (videos, [1])})
     assert not (tmp_path / "more.csv").exists()
     with pytest.raises(UsageError, match="cannot be written"):
@@ -399,6 +399,17 @@ def test_bad_charades_files_are_refused(tmp_path: Path):
     write_list(tmp_path, "id,actions\n")
     with pytest.raises(DataError, match=r"train.csv: lists no video"):
         open_videos("charades", str(tmp_path), "train.csv")
+
+
+def test_files_beside_a_video_do_not_take_its_place(tmp_path: Path):
+    write_list(tmp_path, "1 Archery\n2 Bowling\n", "lists/classInd.txt")
+    write_list(tmp_path, "Archery/a.avi 1\nArchery/b.avi 1\n", "lists/trainlist01.txt")
+    (tmp_path / "UCF-101/Archery").mkdir(parents=True)
+    for suffix in (".aac", ".mp4", ".wav", ".json"):
+        (tmp_path / f"UCF-101/Archery/a{suffix}").touch()
+        (tmp_path / f"UCF-101/Archery/b{'.avi' if suffix == '.mp4' else suffix}").touch()
+    train = open_videos("ucf101", str(tmp_path), "lists/trainlist01.txt")
+    assert [train.name(n) for n in range(2)] == ["UCF-101/Archery/a.mp4", "UCF-101/Archery/b.avi"]
 
 
 def test_ucf101s_own_lists(tmp_path: Path):

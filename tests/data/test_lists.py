@@ -74,6 +74,8 @@ def test_a_video_and_a_class_may_have_the_names_of_columns(tmp_path: Path) -> No
         ("a.mp4,9,2,0\n", ":1: 'a.mp4,9,2,0': 9 to 2 has nothing in it; start and end are seconds, with the end after"),
         ("v/a 1.5 9 0\n", ":1: 'v/a 1.5 9 0': '1.5' is not a number of frames; frames are whole numbers"),
         ("path,start,end,label\na.mp4,soon,9,0\n", ":2: 'a.mp4,soon,9,0': 'soon' is not a time such as 75.5 or"),
+        ("label,youtube_id,time_start\nx,y,1\n", "list.csv: is a list of Kinetics; set data.format=kinetics"),
+        ("path,start,end,label\na.mp4,1,9,wave\n", "or its name, if classes.txt beside the list has a name per line"),
         ("a.mp4#t=5,5 0\n", "list.csv:1: 'a.mp4#t=5,5': 5 to 5 has nothing in it"),
         (
             "a.mp4,0,left\n",

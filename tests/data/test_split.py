@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,25 @@ def test_stretches_of_a_file_stay_together(mgtrain: Start, tmp_path: Path):
     files = {part: {line[0] for line in (tmp_path / f"lists/{part}.csv").read_text().split()[::2]} for part in PARTS}
     assert (len(files["train"]), len(files["val"])) == (6, 2)
     assert not files["train"] & files["val"]
+
+
+def test_videos_whose_names_show_one_source_stay_together(mgtrain: Start, tmp_path: Path):
+    for n in range(40):
+        file = tmp_path / f"v/{'bow' if n % 2 else 'wave'}/person{n // 4}_take{n % 4}.mp4"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    done = mgtrain(tmp_path, "data", "split", "v", "--to", "lists", "--folds", "5")
+    assert done.returncode == 0, done.stderr
+    assert "split by the words for a source in names: 10 groups, each in one part" in done.stderr
+    for fold in range(5):
+        train, val = (set(re.findall("person[0-9]+", (tmp_path / f"lists/{p}_{fold}.csv").read_text())) for p in PARTS)
+        assert train
+        assert val
+        assert not train & val
+    assert mgtrain(tmp_path, "data", "split", "v", "--to", "l", "--val", "0.2", "--group-by", "none").stderr == ""
+    both = mgtrain(tmp_path, "data", "split", "v", "--to", "m", "--val", "0.2", "--group-by", "x", "--groups", "g.csv")
+    assert both.returncode == 2
+    assert "--groups and --group-by: give one of them" in both.stderr
 
 
 def test_groups_are_read_by_path(tmp_path: Path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from videos import decode
 
 from mgtrain.clips.cut import cut_views
+from mgtrain.clips.loader import view_batches
 from mgtrain.clips.units import evaluation_grid
 from mgtrain.data import open_videos
+from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.evaluate import evaluate, predict
 from mgtrain.engine.step import to_device, to_input
+from mgtrain.errors import DataError
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -74,6 +77,23 @@ def test_scores_are_those_of_a_loop_over_the_videos(tiny: Callable[..., Recipe])
         assert ours.loss == pytest.approx(sum(-math.log(p[label]) for label, p in answers) / 12, rel=1e-5)
         losses.add(ours.loss)
     assert len(losses) == 3  # more views change the answer
+
+
+def test_broken_videos_of_all_ranks_count(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("data.max_bad_fraction=0.2")
+    val = open_videos("list", recipe.data.root, "val.csv")
+
+    def lacking(count: int) -> None:
+        def batches(videos: Videos, numbers: list[int], *given: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            return view_batches(videos, numbers[count:], *given)
+
+        monkeypatch.setattr("mgtrain.engine.evaluate.view_batches", batches)
+
+    lacking(2)
+    assert evaluate(make_model(recipe), val, recipe, World()).scores().videos == 10
+    lacking(3)
+    with pytest.raises(DataError, match=r"3 of 12 videos cannot be decoded, more than data.max_bad_fraction 0\.2"):
+        evaluate(make_model(recipe), val, recipe, World())
 
 
 class Fixed(nn.Module):

@@ -30,6 +30,7 @@ from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, NonFiniteError
 from mgtrain.models.norm import GroupBatchNorm3d, group_slots
 from mgtrain.processes.distributed import World
+from mgtrain.processes.signals import StopRequest
 from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import not_finite, read_info, verify
 from mgtrain.runs.folder import RunDir
@@ -118,6 +119,34 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(
     assert "Traceback" not in errors
     saved = read_info(run.checkpoints()[-1]).step
     assert saved == run.rows("steps.jsonl")[-1]["step"]
+
+
+def test_a_signal_to_the_process_group_lets_a_run_with_loader_processes_save(folder: Path) -> None:
+    command = [sys.executable, *FIT, *map(str, LONG), "hardware.workers=2"]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    run = RunDir(folder / "runs/tiny")
+    wait_for_step(run, 2)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` does
+    status, errors = end(process)
+    assert status == 75, errors
+    assert read_info(run.checkpoints()[-1]).step == run.rows("steps.jsonl")[-1]["step"]
+
+
+def test_a_run_stops_where_nobody_reads_its_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> int:
+        raise BrokenPipeError
+
+    ended: list[int] = []
+    monkeypatch.setattr("os.write", gone)
+    monkeypatch.setattr("os._exit", ended.append)
+    with StopRequest() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert (asked.signal, ended) == ("SIGTERM", [])
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
 
 
 def test_one_rank_asked_to_stop_stops_all_at_one_step_and_they_go_on_bit_for_bit(folder: Path) -> None:

@@ -16,7 +16,7 @@ from mgtrain.data import open_videos
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
-from mgtrain.engine.recalibrate import batches_needed, recalibrate, recalibrate_bn
+from mgtrain.engine.recalibrate import batches_needed, recalibrate, recalibrate_bn, remembered
 from mgtrain.engine.step import to_device, to_input
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.processes.distributed import World
@@ -121,6 +121,15 @@ def test_steps_of_the_evaluations_shape_alone_need_no_recalibration(tiny: Callab
     assert 0 not in counts(tiny(*words), 240).values()
     # Fine-tuning at the base shape alone lasts long enough to forget what was before.
     assert list(counts(tiny(*words, "schedule.fine_tune_short_cycle=false"), 2400).values())[-1] == 0
+
+
+def test_statistics_that_remember_for_longer_need_it_for_longer(tiny: Callable[..., Recipe]) -> None:
+    slow, usual = (nn.Sequential(GroupBatchNorm3d(3, momentum=m)) for m in (0.01, 0.1))
+    assert (remembered(slow), remembered(usual), remembered(nn.ReLU())) == (527, 50, 50)
+    recipe = tiny("evaluation.recalibration_batches=200", "schedule={name: baseline}")
+    plan = make_plan(recipe, 2400)
+    assert batches_needed(recipe, plan, 400) == batches_needed(recipe, plan, 600, remembered(slow)) == 0
+    assert batches_needed(recipe, plan, 400, remembered(slow)) > 0
 
 
 def test_recalibration_is_bounded_by_the_steps_it_follows(tiny: Callable[..., Recipe]) -> None:

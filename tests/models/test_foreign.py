@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,29 @@ def test_normalization_keeps_its_own_constants_and_state() -> None:
     assert {k: v.tolist() for k, v in ours.state_dict().items()} == {
         k: v.tolist() for k, v in layer.state_dict().items()
     }
+
+
+def test_frozen_layers_stay_frozen_and_parameters_the_same() -> None:
+    layer = nn.BatchNorm3d(3).requires_grad_(False).eval()
+    (ours,) = fitted(nn.Sequential(layer))
+    assert ours.weight is layer.weight
+    assert ours.bias is layer.bias
+    assert not ours.weight.requires_grad
+    assert not ours.training
+
+
+def test_dropout_takes_several_rows_of_each_clip() -> None:
+    (layer,) = fitted(nn.Sequential(nn.Dropout(0.5)))
+    x = torch.ones(24, 50)  # 8 clips of 3 frames
+    whole = Part(0, 8, 8, 2, seed=3)
+    set_part(layer, whole)
+    both = layer(x)
+    assert both.eq(0).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    for first in (0, 4):
+        set_part(layer, replace(whole, first=first, clips=4))
+        assert torch.equal(layer(x[3 * first : 3 * first + 12]), both[3 * first : 3 * first + 12])
+    with pytest.raises(UsageError, match="dropout: 4 clips do not divide 7 rows"):
+        layer(x[:7])
 
 
 @pytest.mark.parametrize(

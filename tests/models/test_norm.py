@@ -468,6 +468,7 @@ def test_a_mask_made_on_the_device_belongs_to_the_global_batch(clips: int) -> No
     assert torch.equal(torch.cat(pieces), whole)
     assert whole.double().mean(1) == pytest.approx(torch.full((8,), 0.7), abs=0.03)
     others = [hashed_mask(seed + n, 0, 8, 8, 5000, 0.3) for n in (1, STREAMS - 2**64)]
+    others += [mask.flatten().roll(by).view(8, -1) for mask in others for by in (-1, 1)]  # nor is it shifted
     for other in (*others, whole.roll(1, 0), whole.roll(1, 1)):  # two masks of 0.7 agree in 0.7² + 0.3² of all places
         assert (other == whole).double().mean().item() == pytest.approx(0.58, abs=0.02)
     assert hashed_mask(seed, 0, 8, 8, 5000, 0.0).all()

@@ -197,7 +197,7 @@ def test_size_grows_with_time_and_machine(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gpu_sizes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 4e14)
     world = World(device=torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     made = propose(_found(short_side=256), world, 8, 1000)
     assert (made.recipe.base.clips, made.recipe.base.frames, made.recipe.base.crop) == (64, 32, 224)
     assert made.recipe.hardware.precision == "bf16"

@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +283,26 @@ def test_a_full_disk_is_not_a_broken_video(root: Path, out: Path, monkeypatch: p
     with pytest.raises(DataError, match=r"cannot be written: No space left on device; run the same command again"):
         encode.encode_video(root, "v.mp4", out, SETTINGS)
     assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+def test_a_frame_that_is_decoded_in_a_second_pass_has_its_place(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    write_video(root / "v.mp4", 9)
+    pictures = VideoFile.pictures
+
+    def twice(self: VideoFile, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
+        found = list(pictures(self, wanted))
+        yield from [*found[:4], *found[5:], *found]  # frame 4 is damaged, so decoding starts again
+
+    monkeypatch.setattr(VideoFile, "pictures", twice)
+    assert encode.encode_video(root, "v.mp4", out, SETTINGS)[0]["stored"] == 9
+    monkeypatch.undo()
+    with VideoFile(level_path(out, 64, "v.mp4")) as video:
+        cut = Cut(tuple(range(9)), (0, 0, video.info.width, video.info.height), 64, flip=False)
+        assert [number_of(picture) for picture in video.read([cut])[0]] == [*range(9)]
+    monkeypatch.setattr(VideoFile, "pictures", lambda self, wanted: pictures(self, wanted[:5]))
+    record, offsets = encode.encode_video(root, "v.mp4", out, SETTINGS)
+    assert "v.mp4: only 5 of 9 frames can be decoded" in record["error"]
+    assert offsets == []
 
 
 def test_new_videos_leave_a_complete_set_readable(root: Path, out: Path):

@@ -41,6 +41,8 @@ def encode_video(
             sizes = level_sizes(info, settings.levels)
             files = [level_path(folder, level, path) for level in sizes]
             offsets = _write(video, stored, dict(zip(files, sizes.values(), strict=True)), settings.quality)
+            if len(offsets[0]) <= stored:
+                raise VideoError(f"{root / path}: only {len(offsets[0]) - 1} of {stored} frames can be decoded")
     except OSError as error:
         return {"path": path, "error": f"{root / path}: {error.strerror}"}, []
     except VideoError as error:
@@ -60,12 +62,14 @@ def _write(video: Reader, stored: int, sizes: dict[Path, tuple[int, int]], quali
     try:
         for file, size in sizes.items():
             writers.append(_Writer(file, size, video.info.fps * stored / frames, quality))
-        done = -1
-        for picture, indices in video.pictures([stored_frame(n, stored, frames) for n in range(stored)]):
+        wanted = [stored_frame(n, stored, frames) for n in range(stored)]
+        left = iter(wanted)
+        following = next(left, None)
+        for picture, indices in video.pictures(wanted):
             upright = np.ascontiguousarray(picture)
             for index in indices:
-                if index > done:  # after damage, decoding may start again
-                    done = index
+                if index == following:  # after damage, decoding may start again
+                    following = next(left, None)
                     for writer in writers:
                         writer.add(upright)
         return [writer.finish() for writer in writers]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mgtrain.data.formats.folder import is_video
+from mgtrain.data.formats.reading import is_video
 from mgtrain.data.stretch import NUMBER, Stretch, parted
 from mgtrain.data.videos import EXAMPLES
 

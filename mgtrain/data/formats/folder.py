@@ -6,25 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgtrain.data.formats.reading import check_exists
+from mgtrain.data.formats.reading import SUFFIXES, check_exists, is_video
 from mgtrain.data.frames import holds_frames
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
-
-SUFFIXES = (
-    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm",
-    ".wmv",
-)  # fmt: skip
 
 
 def class_folders(folder: Path) -> list[str]:
     """The names of the folders in a folder, in alphabetical order, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def is_video(name: str) -> bool:
-    """Whether a file's name has the suffix of a video."""
-    return name.lower().endswith(SUFFIXES)
 
 
 def videos_in(folder: Path) -> list[str]:

@@ -11,8 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from mgtrain.data.formats.dialect import Columns, cells_before_label, quoted, recognize, with_slashes
-from mgtrain.data.formats.folder import is_video
-from mgtrain.data.formats.reading import numbered_lines
+from mgtrain.data.formats.reading import is_video, numbered_lines
 from mgtrain.data.stretch import Stretch, parted
 from mgtrain.data.videos import EXAMPLES, Videos, leaves_root
 from mgtrain.errors import DataError, UsageError
@@ -46,6 +45,8 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
             return True
         return all(part in numbers or _is_number(part) for part in map(str.strip, text.split(";")))
 
+    if lines and "youtube_id" in lines[0][1]:
+        raise DataError(f"{listing}: is a list of Kinetics; set data.format=kinetics")
     dialect = recognize([line for _, line in lines[:SAMPLE]], is_label)
     lines = lines[dialect.header :]
     fields = [dialect.split(line) for _, line in lines]
@@ -68,7 +69,7 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
     for (number, line), (name, text), stretch in zip_longest(lines, fields, stretches):
         where = f"{listing}:{number}"
         if text not in meaning or not name:
-            meaning[text] = _parse_label(line, name, text, numbers, where, len(dialect.fields(line)))
+            meaning[text] = _parse_label(line, name, text, numbers, where, len(dialect.fields(line)), dialect.header)
         path, written = parted(name)
         if written and not written.start < written.end:
             nothing = f"{written.start:g} to {written.end:g} has nothing in it"
@@ -136,7 +137,7 @@ def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]])
         for name, text in texts.items():
             path = folder / name
             if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
-                raise UsageError(f"{path}: exists with other contents; remove it, or choose another folder")
+                raise UsageError(f"{path}: exists with other contents; choose another folder, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             path = folder / name
@@ -167,15 +168,19 @@ def _text(videos: Videos, rows: Iterable[int]) -> str:
 
 
 def _parse_label(
-    line: str, path: str, text: str, numbers: dict[str, int], where: str, fields: int
+    line: str, path: str, text: str, numbers: dict[str, int], where: str, fields: int, header: bool
 ) -> int | tuple[int, ...]:
     """The number of the label, or those of several labels."""
     parts = [text] if text in numbers else [part.strip() for part in text.split(";")]
     if parts == [NO_LABEL] and path:
         return ()
     if not path or not all(part in numbers or _is_number(part) for part in parts):
-        allowed = "the number or the name of a class" if numbers else "the number of a class (0, 1, ...)"
-        more = ", or name the columns in a first line such as `path,label,name`" if fields > 2 else ""
+        allowed = "the number or the name of a class"
+        if not numbers:
+            allowed = (
+                "the number of a class (0, 1, ...), or its name, if classes.txt beside the list has a name per line"
+            )
+        more = ", or name the columns in a first line such as `path,label,name`" if fields > 2 and not header else ""
         raise DataError(
             f"{where}: {line!r} does not end in a label; write `path label`, where the label is {allowed}{more}"
         )
@@ -200,7 +205,7 @@ def _within(path: str, root: str, where: str, outside_root: bool) -> str:
     relative = os.path.relpath(os.path.join(absolute_root, path), absolute_root)
     if leaves_root(relative) and not outside_root:
         raise DataError(
-            f"{where}: {path!r} is outside of {root}; set data.root to a folder that contains all videos, "
-            "or allow it with data.outside_root=true"
+            f"{where}: {path!r} is outside of {root}; set data.root (--root of init) to a folder with all "
+            "videos, or allow it with data.outside_root=true"
         )
     return relative

@@ -17,6 +17,12 @@ from mgtrain.errors import DataError
 MOST_BYTES = 1 << 32  # of an annotation file
 
 
+SUFFIXES = (
+    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm",
+    ".wmv",
+)  # fmt: skip
+
+
 class Row(NamedTuple):
     """A video that an annotation file lists."""
 
@@ -63,13 +69,19 @@ def locate(root: str, listing: Path, rows: Sequence[Row], classes: Sequence[str]
     return Videos.of(root, found, classes, len(missing), missing, spans or None)
 
 
+def is_video(name: str) -> bool:
+    """Whether a file's name has the suffix of a video."""
+    return name.lower().endswith(SUFFIXES)
+
+
 def _files(folder: str) -> dict[str, str]:
-    """What a folder holds, by name without suffix, a file before a folder; empty if there is no such folder."""
+    """What a folder holds, by name without suffix: videos before other files before folders; empty if there is none."""
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
         folders = {name: name for name, is_folder in found if is_folder}
-        return folders | {os.path.splitext(name)[0]: name for name, is_folder in found if not is_folder}
+        files = sorted((name for name, is_folder in found if not is_folder), key=is_video)
+        return folders | {os.path.splitext(name)[0]: name for name in files}
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             return {}

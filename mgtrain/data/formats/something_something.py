@@ -11,7 +11,7 @@ from mgtrain.data.formats.reading import Row, locate, read_file
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
-FOLDERS = ("20bn-something-something-v2", "videos", "")  # relative to the root
+FOLDERS = ("20bn-something-something-v2", "videos", "frames", "rawframes", "")  # relative to the root
 LABELS = ("something-something-v2-labels.json", "labels.json")  # next to the list of videos
 
 

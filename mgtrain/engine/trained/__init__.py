@@ -18,6 +18,7 @@ from mgtrain.data.manifest import checksum
 from mgtrain.data.missing import check_present
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.machine.warmup import set_up
 from mgtrain.engine.step import to_device
 from mgtrain.errors import CheckpointError, DataError, UsageError
 from mgtrain.models.weights.files import read_tensors
@@ -88,6 +89,7 @@ def load_trained(
             f"{path}: has {len(classes)} classes, but data.classes is {made.data.classes}; set it to {len(classes)}"
         )
     check_shapes(made, [made.evaluation_shape])
+    set_up(made, world.device)
     model, averaged = to_device(make_model(made), made, world), False
     if ours:
         load_model(path, model)

@@ -36,6 +36,8 @@ def download(source: str) -> tuple[Path, tuple[str, ...]]:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2])
         except (OSError, RuntimeError) as error:
-            raise MissingCapabilityError(f"{url}: cannot be downloaded: {error}; give the file itself") from None
+            raise MissingCapabilityError(
+                f"{url}: cannot be downloaded: {error}; download it elsewhere and give the file with --model"
+            ) from None
     video = source.partition(":")[2] in TORCHVISION
     return file, tuple(known[source].meta["categories"]) if video else ()

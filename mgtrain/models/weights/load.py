@@ -121,7 +121,7 @@ def read_weights(path: Path, common: bool = True, tensors: Mapping[str, Tensor] 
     if naming is None:
         raise CheckpointError(
             f"{path}: has tensors such as {min(found)!r}, which no known network has; known are the networks of "
-            f"{', '.join(n.project for n in NAMINGS)}"
+            f"{', '.join(n.project for n in NAMINGS)}; for torchvision's video networks, give --model"
         )
     renamed = {naming.common(name): t for name, t in weights.items() if not re.match(naming.ignored, name)}
     notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
