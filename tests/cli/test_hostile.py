@@ -188,8 +188,8 @@ def test_a_list_leads_out_of_the_root_only_where_that_is_allowed(tmp_path: Path,
     (root / "train.csv").write_text("../a.mp4 0\n/b.mp4 1\n")
     message = refusal(lambda: open_videos("list", str(root), "train.csv"))
     assert message == (
-        f"{root}/train.csv:1: '../a.mp4' is outside of {root}; set data.root to a folder that contains all videos, "
-        "or allow it with data.outside_root=true"
+        f"{root}/train.csv:1: '../a.mp4' is outside of {root}; set data.root (--root of init) to a folder with all "
+        "videos, or allow it with data.outside_root=true"
     )
     videos = open_videos("list", str(root), "train.csv", outside_root=True)
     assert [os.path.normpath(videos.path(n)) for n in range(2)] == [str(tmp_path / "a.mp4"), "/b.mp4"]

@@ -223,19 +223,29 @@ def test_a_rank_that_is_killed_ends_the_others(folder: Path) -> None:
     assert "rank 0 of 2 lost its connection to another rank" in errors
 
 
-def processes_of_session(session: int) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "sess=,stat=,cmd="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-    return [cmd for sess, status, cmd in rows if int(sess) == session and not status.startswith("Z")]
+def family_of(pid: int) -> list[int]:
+    """A process and those that it has started, and they in turn."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in pairs if parent == member]
+    return family
+
+
+def alive(pid: int) -> bool:
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(listed.strip()) and not listed.startswith("Z")
 
 
 def test_loader_processes_end_with_a_run_that_is_killed(folder: Path) -> None:
     process = begin(folder, *LONG, "hardware.workers=2", start_new_session=True)
     wait_for_step(RunDir(folder / "runs/tiny"), 1)
-    assert len(processes_of_session(process.pid)) >= 4  # the run, the server of its workers, and these
+    family = family_of(process.pid)
+    assert len(family) >= 4  # the run, the server of its workers, and these
     process.kill()
     end(process)
-    wait_until(lambda: not processes_of_session(process.pid), "a process is left")
+    wait_until(lambda: not any(map(alive, family)), "a process is left")
 
 
 @pytest.mark.parametrize(

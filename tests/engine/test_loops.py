@@ -36,7 +36,7 @@ ON_TWO_RANKS = {  # what the page says to change, and that both ranks print
         "strategy=DDPStrategy(broadcast_buffers=False),",
         "import lightning\n": "import lightning\nfrom lightning.pytorch.strategies import DDPStrategy\n",
     },
-    "accelerate": {"accelerator.print": "print"},
+    "accelerate": {"accelerator.print": "print", "Accelerator(kwargs": "Accelerator(cpu=True, kwargs"},
 }
 # The public interface. A change here is one that users have to read about in CHANGELOG.md.
 INTERFACE = {
