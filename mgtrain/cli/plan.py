@@ -67,10 +67,9 @@ def plan(
         from mgtrain.engine.start import open_data
         from mgtrain.preflight.forecast import forecast
         from mgtrain.preflight.forecast import render as render_forecast
-
-        train, val = open_data(loaded)
         from mgtrain.processes.distributed import default_procs
 
+        train, val = open_data(loaded)
         if (procs := default_procs(device)) > 1:
             note(f"measured for one process; `mgtrain fit` starts {procs} here, which share each step")
         with connected(device) as world, progress() as shown:

@@ -25,6 +25,7 @@ from mgtrain.preflight.prepare import prepare
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, generator
+from mgtrain.runs.compare import times
 from mgtrain.schedule import Plan
 from mgtrain.schedule.totals import make_plans, steps_of_shapes
 
@@ -112,7 +113,7 @@ def render(result: dict[str, Any]) -> str:
             f"finest shape, an average step of the plan {found['cost']['average']:.2f}x",
             f"phases that wait for data: {waiting_phases(plan) or 'none'}; training takes about "
             f"{duration(plan['seconds'])}, or {duration(plan['compute'])} without waiting; "
-            f"{rival['seconds'] / plan['seconds']:.2f}x less than the baseline's {duration(rival['seconds'])}",
+            f"{times(rival['seconds'] / plan['seconds'])} than the baseline's {duration(rival['seconds'])}",
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

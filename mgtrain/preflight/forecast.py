@@ -28,6 +28,7 @@ from mgtrain.preflight.loading import measure_loading
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
+from mgtrain.runs.compare import times
 from mgtrain.schedule import Plan
 from mgtrain.schedule.totals import make_plans
 
@@ -146,12 +147,12 @@ def render(result: dict[str, Any]) -> str:
     work = baseline["multiply_adds"] / plan["multiply_adds"]
     lines.append(
         f"training: {duration(plan['seconds'])} against the baseline's {duration(baseline['seconds'])} "
-        f"({result['speedup']:.2f}x less), with 1/{work:.2f} of its multiply-adds"
+        f"({times(result['speedup'])}), with 1/{work:.2f} of its multiply-adds"
     )
     lines.append(
         f"by the clock, with evaluations of {duration(plan['evaluation_seconds'])} and "
         f"{duration(baseline['evaluation_seconds'])}: {duration(plan['clock_seconds'])} against "
-        f"{duration(baseline['clock_seconds'])} ({result['clock_speedup']:.2f}x less)"
+        f"{duration(baseline['clock_seconds'])} ({times(result['clock_speedup'])})"
     )
     if crowded(result["busy_cores"]):
         lines.append(
@@ -164,6 +165,6 @@ def render(result: dict[str, Any]) -> str:
         remedy = "use more loader processes (hardware.workers)" if result["prepared"] else "use `mgtrain data prepare`"
         lines.append(
             f"phases {waiting} wait for the {result['workers']} loader processes; without waiting training would take "
-            f"{result['speedup_without_waiting']:.2f}x less: {remedy}"
+            f"{times(result['speedup_without_waiting'])}: {remedy}"
         )
     return "\n".join(lines)

@@ -201,6 +201,8 @@ def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
     )
 
 
-def times(ratio: float, less: str = "less") -> str:
-    """A ratio in words, such as `2.50x less` or `1.20x more`."""
-    return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x more"
+def times(ratio: float, less: str = "less", ends: tuple[float, float] | None = None) -> str:
+    """A ratio in words, with the ends of its interval, such as `2.50x (2.40 to 2.60) less` or `1.20x more`."""
+    if ratio < 1:
+        ratio, less, ends = 1 / ratio, "more", (1 / ends[1], 1 / ends[0]) if ends else None
+    return f"{ratio:.2f}x {f'({ends[0]:.2f} to {ends[1]:.2f}) ' if ends else ''}{less}"

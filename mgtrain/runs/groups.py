@@ -168,15 +168,6 @@ def spread(found: Mapping[str, Any]) -> str:
     return f"{found['value']:.2f}x{ends}"
 
 
-def _less(found: Mapping[str, Any]) -> str:
-    """A ratio in words, with its interval, such as `3.67x (3.60 to 3.75) less` or `1.30x (1.22 to 1.37) more`."""
-    if found["value"] >= 1:
-        return f"{spread(found)} less"
-    low, high = found["high"], found["low"]  # of the inverse
-    ends = {"low": None, "high": None} if low is None else {"low": 1 / low, "high": 1 / high}
-    return f"{spread({'value': 1 / found['value'], **ends})} more"
-
-
 def verdicts(result: dict[str, Any]) -> list[str]:
     """A sentence for each group except the first."""
     base, *others = result["groups"]
@@ -185,9 +176,11 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         gains = group["speedups"]
         time = f"{times(gains['steps']['value'], 'fewer')} steps"
         if "train_seconds" in gains:
-            time = (
-                f"{_less(gains['train_seconds'])} training time, {_less(gains['clock_seconds'])} by the clock, {time}"
+            training, clock = (
+                times(gain["value"], ends=None if gain["low"] is None else (gain["low"], gain["high"]))
+                for gain in (gains["train_seconds"], gains["clock_seconds"])
             )
+            time = f"{training} training time, {clock} by the clock, {time}"
         sizes = len(base["runs"]), len(group["runs"])
         runs = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
         if group["pairs"]:

@@ -311,3 +311,18 @@ def test_a_process_group_of_somebody_elses_is_joined(monkeypatch: pytest.MonkeyP
     world = distributed.joined("cpu")
     assert (world.rank, world.size, world.device.type) == (3, 8, "cpu")
     assert world.cores == max(1, World().cores // 4)
+
+
+def test_statistics_that_the_user_holds_constant_are_not_recalibrated(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    train, _ = mgtrain.open_data(recipe)
+    plan = mgtrain.make_plan(recipe, len(train))
+    model = mgtrain.make_model(recipe)
+    first, second, *_ = (layer for layer in model.modules() if isinstance(layer, GroupBatchNorm3d))
+    model.train()
+    first.eval()
+    before = [norm.running_mean.clone() for norm in (first, second)]
+    mgtrain.recalibrate(model, recipe, plan, train, steps=len(plan))
+    assert torch.equal(first.running_mean, before[0])
+    assert not torch.equal(second.running_mean, before[1])
+    assert (first.training, second.training, first.frozen) == (False, True, False)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import mgtrain.clips.sources
 import mgtrain.engine.evaluate
+from mgtrain.cli.trained import _caution
 from mgtrain.clips.decode import VideoFile
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.fit import fit
@@ -255,3 +256,13 @@ def test_a_pass_has_no_more_clips_than_one_of_training(trained: Trained) -> None
     assert sizes == [4, 4, 1] * 12
     assert torch.is_grad_enabled()
     assert len(whole.numbers) == 12
+
+
+def test_a_checkpoint_between_evaluations_is_used_with_a_warning(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_trained(checkpoint, None, (), ALONE)
+    _caution(trained, checkpoint)
+    assert capsys.readouterr().err == ""
+    _caution(dataclasses.replace(trained, recalibrated=False), checkpoint)
+    assert "BatchNorm statistics may be those of coarse shapes" in " ".join(capsys.readouterr().err.split())

@@ -176,3 +176,14 @@ def test_in_half_precision_a_kernels_gradient_of_single_pixels_is_a_product_of_p
         assert all(form.endswith("patches") for form in forms)
         assert fixed_forms(one, torch.bfloat16)[2] == forms[0]
         assert not all(form.endswith("patches") for form in candidates(one, "weight"))
+
+
+def test_a_kernel_s_gradient_by_patches_is_a_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_module, "PATCHES", 1)  # a picture at a time
+    torch.manual_seed(0)
+    kind = Kind((1, 3, 3), (1, 1, 1), (0, 1, 1), (8, 8), (400, 4, 4))
+    x, weight, grad = torch.rand(2, 400, 4, 4, 8), torch.rand(8, 1, 3, 3, 8), torch.rand(2, 400, 4, 4, 8)
+    exact = weight_grad(grad, x, weight, kind, "beside patches")
+    half = weight_grad(*(tensor.bfloat16() for tensor in (grad, x, weight)), kind, "beside patches")
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).norm() < 4e-3 * exact.norm()
