@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 from gpu_runs import end_to_end, loading, losses, make_videos, memory, resuming
-from gpu_sections import Check, Row, compiling, machine, normalization, peers, shapes, waits
+from gpu_sections import Check, Row, Trainer, compiling, machine, normalization, peers, shapes, waits
 
 from mgtrain.processes.distributed import World, connect
 
@@ -135,6 +135,9 @@ def main() -> None:
 
 def run(check: Check, wanted: Iterable[int] | None, report: Report) -> None:
     """Run the sections, each until its deadline; an error in one does not stop the others."""
+    for recipe in (check.small(), check.small("hardware.precision=bf16"), check.recipe()) if check.gpu else ():
+        trainer = Trainer(recipe, check.world)  # Triton compiles its kernels on a new machine, before all deadlines
+        trainer.step(trainer.plan[-1], trainer.batch(trainer.plan[-1]))
     for number, section in enumerate(SECTIONS, start=1):
         if (wanted and number not in wanted) or (check.world.size > 1 and not section.ranks):
             continue

@@ -151,7 +151,10 @@ def waits(check: Check) -> Iterator[Row]:
         where = ""
         for step in list(trainer.plan.first_steps().values())[::3]:  # of 8, 4 and 1 groups
             batch = trainer.batch(step)
-            trainer.step(step, batch)  # the first of its shape may wait: torch queries the device
+            for _ in range(
+                2
+            ):  # may wait: torch queries the device, and DDP arranges gradients anew after its first step
+                trainer.step(step, batch)
             try:
                 with waiting_refused(check):
                     trainer.step(step, batch)
@@ -179,7 +182,7 @@ def shapes(check: Check) -> Iterator[Row]:
     trainer = Trainer(check.recipe(), check.world)
     firsts = trainer.plan.first_steps()
     flops, repeats = check_shapes(trainer.recipe, firsts), 1 if check.toy else 10
-    for shape, step in firsts.items():
+    for shape, step in sorted(firsts.items(), key=lambda item: item[0] != trainer.recipe.base):  # others need its time
         batch = trainer.batch(step)
         first = seconds_of(lambda s=step, b=batch: trainer.step(s, b), 1, check.world.device)[0]
         trainer.step(step, batch)

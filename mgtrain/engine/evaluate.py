@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mgtrain.clips.loader import view_batches
 from mgtrain.data.videos import Videos
+from mgtrain.engine.checks import micro_limit
 from mgtrain.engine.step import autocast, to_input
 from mgtrain.errors import DataError, NonFiniteError
 from mgtrain.models.norm import merge_group_stats
@@ -78,7 +79,8 @@ def predict(
     `evaluation.views` says (the paper uses 10 x 3 views). A forward pass has at most as many clips as in training.
     """
     model.eval()
-    most = max(1, recipe.batch.clips // world.size)
+    share = recipe.batch.clips // world.size
+    most = max(1, min(share, micro_limit(recipe, recipe.evaluation_shape) or share))
     for clips, numbers in batches:
         if not len(numbers):
             continue

@@ -47,8 +47,8 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     queries, keys, channels = query.shape[2], key.shape[2], key.shape[3]
     if queries * keys < channels * (queries + keys) / 2:
-        return (query @ key.transpose(2, 3)) @ value / keys
-    return query @ (key.transpose(2, 3) @ value / keys)
+        return (query @ (key / keys).transpose(2, 3)) @ value
+    return query @ ((key / keys).transpose(2, 3) @ value)
 
 
 def _tokens(x: Tensor) -> Tensor:

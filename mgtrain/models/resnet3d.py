@@ -35,7 +35,22 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x), relu=True)  # (B, C, T, S/2, S/2)
-        return F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1))  # (B, C, T, S/4, S/4)
+        return max_pool(x)  # (B, C, T, S/4, S/4)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """The maximum of 3x3 pixels around every second one.
+
+    A GPU pools pictures: it adds the gradients of max_pool3d in any order, so that two runs differ by rounding.
+    """
+    return pool_pictures(x) if x.is_cuda else F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+
+def pool_pictures(x: Tensor) -> Tensor:
+    """`max_pool` with each frame as a picture."""
+    clips, _, frames = x.shape[:3]
+    pictures = F.max_pool2d(x.transpose(1, 2).flatten(0, 1), 3, 2, 1)  # of a view in channels_last_3d
+    return pictures.view(clips, frames, *pictures.shape[1:]).transpose(1, 2)
 
 
 class Bottleneck(nn.Module):

@@ -201,7 +201,7 @@ def convolutions(device: torch.device) -> Iterator[Finding]:
             advice += ", but this build of torch computes wrong gradients of short clips with it: use fp32"
         level: Level = "good" if last else "could be better"
         yield Finding("layout", level, f"channels {'last' if last else 'first'}", advice)
-    if gain := half_precision_gain(load_recipe("demo_baseline"), DEMO_VIDEOS, World()):
+    if gain := half_precision_gain(load_recipe("demo_baseline"), DEMO_VIDEOS, World(device=device)):
         yield Finding("half precision", "good", f"a step of demo_baseline is {gain:.2f}x as fast in bf16 as in fp32")
 
 

@@ -18,6 +18,7 @@ from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes, make_model
 from mgtrain.engine.evaluate import predict
+from mgtrain.engine.machine.warmup import wait_for_gpu
 from mgtrain.engine.recalibrate import batches_needed
 from mgtrain.engine.step import to_device
 from mgtrain.errors import DataError
@@ -76,6 +77,7 @@ def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: flo
     first = done = 0
     found = predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world), 1, recipe, world)
     for n, (numbers, _) in enumerate(found):
+        wait_for_gpu(world.device)
         if n == 0:  # includes starting the workers
             first, start = len(numbers), time.perf_counter()
             continue

@@ -153,3 +153,18 @@ def test_an_impossible_answer_has_a_finite_loss(tiny: Callable[..., Recipe]) -> 
     ours = asked(table, [numbered(1)], 1, tiny(), [1])
     assert ours.top1 == 0
     assert math.isfinite(ours.loss)
+
+
+def test_an_evaluation_passes_as_many_clips_as_a_step_may(tiny: Callable[..., Recipe]) -> None:
+    sizes = []
+
+    class Counting(Fixed):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    for _ in predict(
+        Counting(torch.randn(4, 4)), [(numbered(4), torch.arange(4))], 1, tiny("hardware.micro_clips=2"), World()
+    ):
+        pass
+    assert sizes == [2, 2]

@@ -18,7 +18,7 @@ from mgtrain.cli import app
 from mgtrain.engine.checks import make_model, pass_clips
 from mgtrain.engine.fit import fit
 from mgtrain.engine.machine.memory import USABLE, Memory, fit_memory, lack_explained
-from mgtrain.errors import MissingCapabilityError, PlanError, UsageError
+from mgtrain.errors import LackError, PlanError, UsageError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import group_stats
 from mgtrain.models.part import Part, set_part
@@ -217,7 +217,7 @@ def test_a_lack_of_memory_names_the_step_and_what_to_set(tiny: Callable[..., Rec
         r"rank 1: step 1 of 64x2x16², 32 clips at a time in fp32, does not fit .* GiB\); set hardware.memory_gib=.*"
         " for smaller micro-batches, or hardware.recompute=true, or stop"
     )
-    with pytest.raises(MissingCapabilityError, match=said), lack_explained(step, recipe, World(1, 2)):
+    with pytest.raises(LackError, match=said), lack_explained(step, recipe, World(1, 2)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
 

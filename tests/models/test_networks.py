@@ -17,7 +17,7 @@ from mgtrain.models import MODELS, TORCHVISION, build_model
 from mgtrain.models.nonlocal3d import NonLocal3d, _tokens
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
 from mgtrain.models.part import Part, set_part
-from mgtrain.models.resnet3d import Bottleneck
+from mgtrain.models.resnet3d import Bottleneck, max_pool, pool_pictures
 from mgtrain.models.slowfast import Lateral, slow_frames, take_frames
 from mgtrain.recipe import parse_recipe
 from mgtrain.recipe.model import I3DNonLocalOptions, I3DOptions, ModelOptions, SlowFastOptions
@@ -289,3 +289,14 @@ def test_attention_over_one_place_is_given_no_gaps(layout: torch.memory_format) 
         assert tokens.shape == (3, 1, size, 16)
         if size == 1:
             assert tokens.stride() == (16, 16, 16, 1)
+
+
+def test_pictures_are_pooled_as_clips_are() -> None:
+    x = torch.randn(2, 8, 3, 9, 10).round(decimals=1).contiguous(memory_format=torch.channels_last_3d)  # with ties
+    ours, theirs = (x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+    y, expected = pool_pictures(ours), max_pool(theirs)
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    for pooled in (y, expected):
+        pooled.backward(torch.arange(pooled.numel()).view(pooled.shape).float())
+    assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]

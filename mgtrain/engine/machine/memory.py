@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mgtrain.engine.checks import DTYPES, check_micro_batches, make_model, pass_clips
-from mgtrain.errors import MissingCapabilityError, PlanError
+from mgtrain.errors import LackError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models.recompute import blocks
 from mgtrain.processes.distributed import World
@@ -92,6 +92,7 @@ def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
     """The recipe with micro-batches that fit `hardware.memory_gib`, or the free memory of this GPU: see `limit`."""
     gib = recipe.hardware.memory_gib
     if gib is None and world.device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks that an earlier run of this process has kept are not free
         free = torch.tensor(torch.cuda.mem_get_info(world.device)[0])
         gib = world.gather(free).min().item() / 2**30  # all ranks must choose the same micro-batches
     if gib is None:
@@ -117,7 +118,7 @@ def lack_explained(step: Step, recipe: Recipe, world: World) -> Iterator[None]:
         needed = Memory(recipe, [shape]).step(shape, step.bn_groups, world.size) / 2**30
         there = torch.cuda.mem_get_info(world.device)[1] / 2**30 if world.device.type == "cuda" else float("nan")
         more = "" if hardware.recompute else ", or hardware.recompute=true"
-        raise MissingCapabilityError(
+        raise LackError(
             f"rank {world.rank}: step {step.index + 1} of {shape}, {clips} clips at a time in {hardware.precision}, "
             f"does not fit into the {there:.3g} GiB of {world.device} (estimate: {needed:.3g} GiB); set "
             f"hardware.memory_gib={0.8 * there:.3g} for smaller micro-batches{more}, or stop other programs on the "

@@ -178,4 +178,4 @@ def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -
 def wait_for_gpu(device: torch.device) -> None:
     """Wait until a GPU has computed everything, to take the time."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)

@@ -66,7 +66,8 @@ def norm_groups(
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Start a kernel. All kernels start here, so that tests without a GPU can count them."""
-    kernel[grid](*args, **constants)
+    with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]  # Triton takes the current device
+        kernel[grid](*args, **constants)
 
 
 class _NormGroups(torch.autograd.Function):
