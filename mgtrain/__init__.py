@@ -8,8 +8,8 @@ The Python interface is the names in `__all__`; each is imported when it is firs
 >>> [str(step.shape) for step in plan][:3], f"{plan[0].lr:.3g}", plan[0].bn_groups
 (['128x4x32²', '64x4x45²', '64x4x45²'], '0.01', 8)
 
-`fit(recipe, RunDir(Path("runs/mine")), World())` trains it and returns the final scores. `train_batches`, `at_step` and
-their like bring multigrid into a training loop of one's own. Errors that the user can fix are of the class
+`fit(recipe, RunDir(Path("runs/mine")), World())` trains it and returns the final scores. `train_batches`, `at_step`
+and related functions bring multigrid into your own training loop. Errors that the user can fix are of the class
 `MgtrainError`.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mgtrain.engine.fit import fit
-    from mgtrain.engine.loops import at_step, evaluate, group_batchnorm, make_model, recalibrate, train_batches
+    from mgtrain.engine.loops import at_step, evaluate, group_batchnorm, loss, make_model, recalibrate, train_batches
     from mgtrain.engine.start import open_data
     from mgtrain.engine.trained import load_trained
     from mgtrain.engine.update.optim import make_optimizer, set_lr
@@ -45,6 +45,7 @@ HOME = {
     "group_batchnorm": "engine.loops",
     "load_recipe": "recipe",
     "load_trained": "engine.trained",
+    "loss": "engine.loops",
     "lr": "schedule.plan",
     "make_model": "engine.loops",
     "make_optimizer": "engine.update.optim",
@@ -55,7 +56,7 @@ HOME = {
     "train_batches": "engine.loops",
 }
 __all__ = ["MgtrainError", "Plan", "Recipe", "RunDir", "Shape", "Step", "World", "at_step", "evaluate", "fit",
-           "group_batchnorm", "load_recipe", "load_trained", "lr", "make_model", "make_optimizer", "make_plan",
+           "group_batchnorm", "load_recipe", "load_trained", "loss", "lr", "make_model", "make_optimizer", "make_plan",
            "open_data", "recalibrate", "set_lr", "train_batches"]  # fmt: skip
 
 

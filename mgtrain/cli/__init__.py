@@ -6,9 +6,13 @@ computed here. Only the commands that need torch import it, so the others answer
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":
+    sys.exit("mgtrain: this is Windows, and mgtrain needs Linux; run it in WSL 2")
+
 import io
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any

@@ -53,7 +53,7 @@ def evaluate(
     per_class: Annotated[bool, Option("--per-class", help="Print the accuracy of every class.")] = False,
     json_: Json = False,
 ) -> None:
-    """Evaluate a checkpoint on the validation videos. The predictions for a video are averaged over views.
+    """Evaluate a checkpoint on the validation videos; evaluation.views says how a video's views are combined.
 
     Examples:  mgtrain eval demo_multigrid --views 10x3  |  mgtrain eval runs/mine data.val=test.csv --csv scores.csv
     |  mgtrain eval k400.safetensors --recipe k400_slowfast_8x8_r50_baseline data.root=/data/k400

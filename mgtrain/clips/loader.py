@@ -153,7 +153,11 @@ def batches_of(
 
 
 def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
-    """The loader's items. Raises `DataError` if a worker died, with the video that it was decoding."""
+    """The loader's items.
+
+    Raises `DataError` if a worker died, with the video that it was decoding, and `LackError` if the machine lacks
+    something. A worker that has no file descriptor left closes its connection.
+    """
     of_child = signal.getsignal(signal.SIGCHLD)
     units = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -161,8 +165,11 @@ def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
         signal.signal(signal.SIGCHLD, of_child)
     try:
         yield from units
-    except RuntimeError as error:
-        lost = lack_of(error) or source.lost(error)
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        cause: Exception = error
+        if not isinstance(error, RuntimeError):
+            cause = RuntimeError(f"Too many open files: {str(error) or 'a loader process has closed its connection'}")
+        lost = lack_of(cause) or source.lost(cause)
         if lost is None:
             raise
         raise lost from None

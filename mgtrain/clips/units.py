@@ -105,7 +105,7 @@ class Source:
         reading = [(pid, video - 1) for pid, video in self._reading.tolist() if video]
         return [self.videos.path(video) for pid, video in reading if pids is None or pid in pids]
 
-    def lost(self, error: RuntimeError) -> DataError | None:
+    def lost(self, error: Exception) -> DataError | None:
         """The message for torch's error about workers that died; None for any other error."""
         dead = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
         if dead is None:

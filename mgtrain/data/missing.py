@@ -58,9 +58,15 @@ def explain(videos: Videos, row: int) -> str:
         if os.path.lexists(os.path.join(videos.root, rest)):
             start = "/".join(parts[:first])
             return f"{os.path.join(videos.root, rest)} exists; leave out {start!r} at the start of the rows"
-    for place in (os.path.dirname(os.path.abspath(videos.root)), *_folders(videos.root)):
+    outer = os.path.dirname(os.path.abspath(videos.root))
+    if os.path.lexists(os.path.join(outer, name)):
+        return f"{os.path.join(outer, name)} exists; set data.root={outer}"
+    for place in _folders(videos.root):
         if os.path.lexists(os.path.join(place, name)):
-            return f"{os.path.join(place, name)} exists; set data.root={place}"
+            return (
+                f"{os.path.join(place, name)} exists; write {os.path.basename(place)}/ before the paths of this list, "
+                f"or set data.root={place} if it has the videos of all lists"
+            )
     if not os.path.isdir(folder):
         return f"there is no folder {folder}; correct data.root or the rows"
     near = difflib.get_close_matches(base, there, n=1) or there[:1]

@@ -120,6 +120,11 @@ class Videos:
         """Whether videos may have several labels, or none."""
         return self._label_ends is not None
 
+    @property
+    def timed(self) -> bool:
+        """Whether labels have times within their videos, as Charades' actions do."""
+        return self._spans is not None
+
     def label(self, index: int) -> int:
         """The class of a video: an index into `classes`. Multi-label sets have `labels` only."""
         return int(self.single_labels[index])

@@ -1,4 +1,4 @@
-"""Multigrid in a training loop of one's own: the batches, BatchNorm groups and evaluations of a plan.
+"""Multigrid in your own training loop: the batches, BatchNorm groups, loss and evaluations of a plan.
 
 `fit` is made of the same parts, so a loop that uses them has its losses. A process group that the loop has initialized
 with torch.distributed is respected: each rank gets its share of every step.
@@ -18,10 +18,10 @@ from mgtrain.data.videos import Videos
 from mgtrain.engine import evaluate as evaluation
 from mgtrain.engine import recalibrate as recalibration
 from mgtrain.engine.start import first_model
-from mgtrain.engine.step import augmented, part_of
+from mgtrain.engine.step import augmented, loss_sum_of, part_of
 from mgtrain.errors import UsageError
 from mgtrain.models.foreign import fitted
-from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
 from mgtrain.models.part import set_part
 from mgtrain.processes.distributed import joined, unwrap
 from mgtrain.recipe import Recipe
@@ -58,9 +58,12 @@ def train_batches(recipe: Recipe, plan: Plan, videos: Videos, start: int = 0, de
     to step, and b is `step.shape.clips` divided by the number of ranks. `device` None: the current GPU, or the CPU.
 
     Raises:
+        UsageError: `start` is not a number of finished steps of the plan.
         PlanError: on iteration, the ranks cannot share the steps.
         DataError: on iteration, too many videos cannot be decoded.
     """
+    if not 0 <= start <= len(plan):
+        raise UsageError(f"train_batches: start={start} is not a number of finished steps; the plan has {len(plan):,}")
     return Batches(recipe, plan, videos, start, device)
 
 
@@ -87,9 +90,17 @@ def group_batchnorm(model: nn.Module) -> nn.Module:
     return fitted(model)
 
 
+def loss(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """The mean loss that `fit` minimizes, a scalar: cross entropy, with the recipe's label smoothing.
+
+    With several labels (`data.multi_label`), binary cross entropy. Logits (b, classes), targets of `train_batches`.
+    """
+    return loss_sum_of(logits, targets, recipe) / len(logits)
+
+
 @contextmanager
 def at_step(model: nn.Module, step: Step, recipe: Recipe, first: int = 0, clips: int | None = None) -> Iterator[None]:
-    """Within it the network is trained on this rank's clips of a step: do the forward and the backward pass there.
+    """Tell the network which of this rank's clips it sees: run the forward and backward pass of a step in this block.
 
     For gradient accumulation, `first` and `clips` say which of the rank's clips the pass sees; they must be whole
     BatchNorm groups (of `step.shape.clips // step.bn_groups` clips). Default: all.
@@ -121,8 +132,10 @@ def recalibrate(
 ) -> None:
     """Before an evaluation after `steps` steps: measure BatchNorm's statistics on the evaluation's shape, if needed.
 
-    They are needed where recent steps had other shapes; `videos` are those of training. All ranks take part.
+    They are needed where recent steps had other shapes; otherwise the model gets the running statistics of training,
+    which it keeps by groups. `videos` are those of training. All ranks take part. Call it before you save weights, too.
     """
+    world = joined(device)
     count = recalibration.batches_needed(recipe, plan, steps, recalibration.remembered(model))
     norms = [layer for layer in model.modules() if isinstance(layer, GroupBatchNorm3d)]
     constant = [norm for norm in norms if model.training and not norm.training and not norm.frozen]  # by the user
@@ -130,7 +143,8 @@ def recalibrate(
         for norm in constant:
             norm.frozen = True
         try:
-            recalibration.recalibrate(unwrap(model), videos, count, recipe, joined(device))
+            recalibration.recalibrate(unwrap(model), videos, count, recipe, world)
+            merge_group_stats(unwrap(model), world.gather)
         finally:
             for norm in constant:
                 norm.frozen = False
@@ -140,7 +154,9 @@ def recalibrate(
 def evaluate(
     model: nn.Module, recipe: Recipe, videos: Videos, views: tuple[int, int] = (1, 1), device: Device = None
 ) -> Scores:
-    """The network's scores on the evaluation's grid, the mean over `views` (in time, crops) of each video.
+    """The network's scores on the evaluation's grid, with `views` (in time, crops) of each video.
+
+    `evaluation.views` says whether their mean or their maximum counts.
 
     All ranks take part, and all get the scores of all videos: `top1`, `top5` (fractions), `loss` (nats), and more.
 

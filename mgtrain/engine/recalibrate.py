@@ -50,7 +50,7 @@ def batches_needed(recipe: Recipe, plan: Plan, step: int, remembered: int = REME
     0 if the last `remembered` steps, which determine the running averages, all had the evaluation's shape, and if the
     weights themselves are evaluated, not their average; the first `REMEMBERED` steps of a run are too few to matter.
     Otherwise at most `SHARE` of the steps since the last evaluation, or of all steps at the end of the run: a batch
-    takes about a third of the time of a base step, so recalibration takes about 5 % of the training time.
+    takes about a third of the time of a base step, so recalibration takes 5 to 10 % of the training time.
     """
     most = recipe.evaluation.recalibration_batches
     shape = recipe.evaluation_shape

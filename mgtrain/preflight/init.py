@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mgtrain.console import ShowProgress
+from mgtrain.console import ShowProgress, duration
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
@@ -192,6 +192,13 @@ def make_project(
         report(
             f"only {len(train)} training videos, so the recipes need {epochs:,g} epochs; add videos, or start from "
             "trained weights with init.weights",
+            True,
+        )
+    limit = 3600 * (hours if hours is not None else HOURS[world.device.type])
+    if proposal.seconds > limit:
+        report(
+            f"even the smallest recipe takes about {duration(proposal.seconds)}, more than {duration(limit)}; use "
+            "fewer videos or more GPUs, or give more --hours",
             True,
         )
     written = write_lists(to, {part: (of, range(len(of))) for part, of in parts.splits.items()})

@@ -179,6 +179,8 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
                 homes = [s for s in Recipe.model_fields for kind in _kinds(s) if keys[0] in kind.model_fields]
                 close = [f"{section}.{keys[0]}" for section in homes]
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+            if (keys[0], "name") in origins:
+                hint += f"; to change the name, replace the section: '{keys[0]}={{name: {tree[keys[0]]['name']}}}'"
             return f"{where}: unknown key {dotted!r}; {RETIRED.get(dotted, hint)}"
         case "missing" | "union_tag_not_found":
             key = dotted if first["type"] == "missing" else f"{dotted}.name"

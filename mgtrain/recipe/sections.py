@@ -246,8 +246,7 @@ class Hardware(Section):
     )
     workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None,
-        description="loader processes per rank; null: a rank's share of the cores, and half of that when training on "
-        "a CPU",
+        description="loader processes per rank; null: a rank's share of the cores, or half of it on a CPU, at most 16",
     )
     channels_last: bool = Field(True, description="use the channels-last memory format for clips and weights")
 

@@ -465,3 +465,20 @@ def test_a_flip_turns_labels_into_those_of_the_mirrored_classes():
         mirrored_labels(classes, [("left", "rigth")])
     with pytest.raises(DataError, match=r"^data.mirrored: 5 is not one of the 5 classes; use names or numbers 0 to 4$"):
         mirrored_labels(classes, [(5, "left")])
+
+
+def test_a_list_of_charades_lacks_the_times_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_list(tmp_path, CHARADES, "Charades_v1_train.csv")
+    for place in ("Charades_v1_480/46GP8.mp4", "N11GT.mp4"):
+        write_list(tmp_path, "", place)
+    videos = open_videos("charades", str(tmp_path), "Charades_v1_train.csv")
+    with caplog.at_level("WARNING", "mgtrain"):
+        write_lists(tmp_path / "lists", {"train": (videos, range(len(videos)))})
+    assert "a list has no times of labels, so each clip gets all labels of its video" in caplog.text
+
+
+def test_a_list_of_hacs_is_not_taken_for_kinetics(tmp_path: Path) -> None:
+    write_list(tmp_path, "classname,youtube_id,subset,start,end,label\nsit,abc,training,1.0,3.0,1\n", "hacs.csv")
+    with pytest.raises(DataError) as caught:
+        open_videos("list", str(tmp_path), "hacs.csv")
+    assert "Kinetics" not in str(caught.value)

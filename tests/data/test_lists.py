@@ -191,7 +191,7 @@ def test_missing_files_are_found_once_with_what_the_rows_could_mean(tmp_path: Pa
     meant = {
         "c/s0": "has 's0_color.mp4'; write names as they are there, with what follows 's0'",
         "c/t.mp4": "has 't.avi'; write names as they are there, with what follows 't'",
-        "train/a.mp4": f"{root}/v/train/a.mp4 exists; set data.root={root}/v",
+        "train/a.mp4": f"{root}/v/train/a.mp4 exists; write v/ before the paths of this list, or set data.root={root}",
         "videos/c/t.avi": f"{root}/c/t.avi exists; leave out 'videos' at the start of the rows",
         "x/y/c/t.avi": f"{root}/c/t.avi exists; leave out 'x/y' at the start of the rows",
         "no/z.mp4": f"there is no folder {root}/no; correct data.root or the rows",

@@ -53,6 +53,7 @@ INTERFACE = {
     "group_batchnorm": "(model)",
     "load_recipe": "(path, overrides=(), saved=False)",
     "load_trained": "(path, recipe, overrides, world, trust=())",
+    "loss": "(logits, targets, recipe)",
     "lr": "(step)",
     "make_model": "(recipe, device=None)",
     "make_optimizer": "(model, optim)",
@@ -326,3 +327,33 @@ def test_statistics_that_the_user_holds_constant_are_not_recalibrated(tiny: Call
     assert torch.equal(first.running_mean, before[0])
     assert not torch.equal(second.running_mean, before[1])
     assert (first.training, second.training, first.frozen) == (False, True, False)
+
+
+@pytest.mark.parametrize("start", [-1, 18])
+def test_a_start_outside_of_the_plan_is_refused(tiny: Callable[..., Recipe], start: int) -> None:
+    with pytest.raises(UsageError, match=f"start={start} is not a number of finished steps; the plan has 17"):
+        batches_of(tiny(), start)
+
+
+def test_without_recalibration_the_statistics_of_training_are_the_models(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("evaluation.recalibration_batches=0")
+    train, _ = mgtrain.open_data(recipe)
+    plan = mgtrain.make_plan(recipe, len(train))
+    model = mgtrain.make_model(recipe)
+    norm = next(layer for layer in model.modules() if isinstance(layer, GroupBatchNorm3d))
+    before = norm.running_mean.clone()
+    for step, (clips, _) in zip(plan, mgtrain.train_batches(recipe, plan, train), strict=False):
+        with mgtrain.at_step(model.train(), step, recipe):
+            model(clips)
+        break
+    mgtrain.recalibrate(model, recipe, plan, train, steps=1)
+    assert not torch.equal(norm.running_mean, before)
+
+
+def test_the_loss_is_the_recipes(tiny: Callable[..., Recipe]) -> None:
+    logits, classes = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    smooth = mgtrain.loss(logits, classes, tiny("augment.label_smoothing=0.2"))
+    torch.testing.assert_close(smooth, F.cross_entropy(logits, classes, label_smoothing=0.2))
+    several = F.one_hot(classes, 4).float() + F.one_hot(classes.flip(0), 4)
+    found = mgtrain.loss(logits, several, tiny("data.multi_label=true"))
+    torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(logits, several))

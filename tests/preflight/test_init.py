@@ -237,6 +237,8 @@ def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeyp
     recipe = load_recipe("work/mine_multigrid.yaml")
     assert {part: len(of) for part, of in open_splits(recipe.data).items()} == said["videos"]
     assert "only 29 training videos, so the recipes need " in result.stderr
+    assert "even the smallest recipe takes about " in result.stderr
+    assert ", more than 36.0 s; use fewer videos or more GPUs, or give more --hours" in result.stderr
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, UsageError)
     assert "exists already" in str(again.exception)

@@ -180,21 +180,24 @@ def test_what_a_loader_process_lacks_is_said_once(tiny: Callable[..., Recipe]) -
     source = units.RandomClips(open_splits(recipe.data)["train"], recipe).source
 
     class Failing:
-        def __init__(self, text: str) -> None:
-            self.text = text
+        def __init__(self, error: Exception) -> None:
+            self.error = error
 
         def __iter__(self) -> Iterator[Any]:
-            raise RuntimeError(self.text)
+            raise self.error
             yield
 
-    kinds: list[tuple[str, type[MgtrainError]]] = [
-        (f"{OF_A_WORKER}\nRuntimeError: unable to allocate shared memory(shm) for file </torch_1>: x (28)", LackError),
-        ("DataLoader worker (pid(s) 1234) exited unexpectedly", DataError),
+    of_memory = f"{OF_A_WORKER}\nRuntimeError: unable to allocate shared memory(shm) for file </torch_1>: x (28)"
+    kinds: list[tuple[Exception, type[MgtrainError], str]] = [
+        (RuntimeError(of_memory), LackError, "out of shared memory; "),
+        (RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly"), DataError, "a loader process died "),
+        (EOFError(), LackError, "too many open files; .* closed its connection"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), LackError, "too many .* reset by peer"),
     ]
     before = signal.getsignal(signal.SIGCHLD)
-    for text, kind in kinds:
-        with pytest.raises(kind):
-            next(_units_of(Failing(text), source))  # type: ignore[arg-type]
+    for error, kind, words in kinds:
+        with pytest.raises(kind, match=words):
+            next(_units_of(Failing(error), source))  # type: ignore[arg-type]
     assert signal.getsignal(signal.SIGCHLD) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from mgtrain.data.formats.reading import is_video, numbered_lines
 from mgtrain.data.stretch import Stretch, parted
 from mgtrain.data.videos import EXAMPLES, Videos, leaves_root
 from mgtrain.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 NO_LABEL = "-"
 MOST_CLASSES = 1_000_000
@@ -45,7 +48,7 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
             return True
         return all(part in numbers or _is_number(part) for part in map(str.strip, text.split(";")))
 
-    if lines and "youtube_id" in lines[0][1]:
+    if lines and {"youtube_id", "time_start"} <= set(re.split(r"\W+", lines[0][1])):
         raise DataError(f"{listing}: is a list of Kinetics; set data.format=kinetics")
     dialect = recognize([line for _, line in lines[:SAMPLE]], is_label)
     lines = lines[dialect.header :]
@@ -123,13 +126,19 @@ def _stretch(columns: Columns, cells: Sequence[str], where: str) -> Stretch | No
 def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]]) -> list[Path]:
     """Write the given rows of each set as a list, `folder/<name>.csv`, and their classes as `folder/classes.txt`.
 
-    With the same `data.root` and `data.format=list` a recipe reads the same videos, classes and labels from them.
+    With the same `data.root` and `data.format=list` a recipe reads the same videos, classes and labels from them. A
+    list has no times of labels; a warning says so.
 
     Raises:
         UsageError: one of the files exists with other contents, or cannot be written.
         DataError: a list cannot contain one of the paths.
     """
     texts = {f"{name}.csv": _text(videos, rows) for name, (videos, rows) in lists.items()}
+    if any(videos.timed for videos, _ in lists.values()):
+        log.warning(
+            "a list has no times of labels, so each clip gets all labels of its video; to train on the labels of each "
+            "clip, keep the original files and their data.format"
+        )
     classes = next(iter(lists.values()))[0].classes
     texts["classes.txt"] = "".join(f"{name}\n" for name in classes)
     path = folder
