@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from mgtrain.cli.options import Device, Json, Overrides, Procs, RecipeArgument, connected, start_ranks
-from mgtrain.console import note, show
+from mgtrain.console import note, show, start_logging
 from mgtrain.data import count_training_videos
 from mgtrain.errors import UsageError
-from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
+from mgtrain.processes.environment import is_launched, may_restart, rank_of_environment, restarts
 from mgtrain.recipe import find_recipe, load_recipe
 from mgtrain.runs.folder import RUNS, RunDir, find_run
 from mgtrain.schedule import check_world, make_plan
 
 if TYPE_CHECKING:
+    from mgtrain.recipe import Recipe
     from mgtrain.runs.scores import Scores
 
+SECONDS_TO_UNLOCK = 120.0  # a server of NFS keeps the lock of a machine that has failed for about 90 s
 SCORES = ("mean_ap", "top1", "mean_class", "top5", "loss", "videos")  # to print
 
 
@@ -62,17 +64,12 @@ def fit(
     folder = Path(name) if name and os.sep in name else RUNS / (name or find_recipe(recipe).stem)
     run = RunDir(folder, writes=rank_of_environment() == 0)
     resume = not dry_run and (resume or restarts() > 0)
-    if not dry_run and run.rows("steps.jsonl") and not resume:
-        raise UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
+    held = UsageError(f"{folder}: holds a run already; add --resume to continue it, or --name to start another")
+    if not (dry_run or resume or may_restart()) and run.started:
+        raise held
     rival = find_run(baseline) if baseline else None
-    if resume and run.rows("evals.jsonl"):
-        from mgtrain.engine.resume import finished
-
-        if scores := finished(run, loaded):
-            if run.writes:
-                note(f"{folder}: this run is finished; nothing is left to train")
-                _show(folder, scores, json_)
-            return
+    if resume and not is_launched() and run.rows("evals.jsonl") and _is_finished(run, loaded, json_):
+        return
     if not is_launched():  # report mistakes in the data, the plan or the processes before importing torch
         check_world(make_plan(loaded, count_training_videos(loaded, expected=False)), procs or 1)
     if start_ranks(procs, device):
@@ -82,15 +79,33 @@ def fit(
     from mgtrain.engine.rehearsal import rehearse, render
 
     if dry_run:
-        with TemporaryDirectory() as kept_nowhere, connected(device, None, loaded.faults.timeout_seconds) as world:
+        with TemporaryDirectory() as kept_nowhere, connected(device, loaded.faults.timeout_seconds) as world:
             found = rehearse(loaded, RunDir(Path(kept_nowhere), writes=world.main), world)
             if world.main:
                 show(json_, found, render(found))
         return
-    with run.locked(), connected(device, folder / "log.txt", loaded.faults.timeout_seconds) as world:
+    patience = SECONDS_TO_UNLOCK if resume and is_launched() else None
+    with connected(device, loaded.faults.timeout_seconds) as world, run.locked(patience):
+        start_logging(folder / "log.txt", world.main, world.rank)
+        resume = world.any(resume)  # torchrun counts restarts on each machine by itself
+        if not resume and world.from_main(run.started):
+            raise held
+        if world.from_main(world.main and resume and is_launched() and _is_finished(run, loaded, json_)):
+            return
         scores = train(loaded, run, world, resume, rival, allow_changes, began)
         if world.main:
             _show(folder, scores, json_)
+
+
+def _is_finished(run: RunDir, recipe: Recipe, json_: bool) -> bool:
+    """Whether nothing of the run is left to train; then print its scores."""
+    from mgtrain.engine.resume import finished  # imports torch
+
+    scores = finished(run, recipe)
+    if scores:
+        note(f"{run.path}: this run is finished; nothing is left to train")
+        _show(run.path, scores, json_)
+    return scores is not None
 
 
 def _show(folder: Path, scores: Scores, json_: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -135,19 +136,27 @@ def checkpoint_path(checkpoint: str) -> Path:
 
 
 @contextmanager
-def connected(device: str | None, log: Path | None = None, timeout_seconds: float = math.inf) -> Iterator[World]:
-    """This process's place among the ranks, with logging started."""
+def connected(device: str | None, timeout_seconds: float = math.inf) -> Iterator[World]:
+    """This process's place among the ranks, with logging to stderr started."""
     from mgtrain.processes.distributed import connect
 
     with connect(device, timeout_seconds) as world:
-        start_logging(log, world.main, world.rank)
+        start_logging(None, world.main, world.rank)
         yield world
 
 
 def start_ranks(procs: int | None, device: str | None) -> bool:
     """Start this command once per rank, unless this process is one of them or the only one."""
     if is_launched():
+        lacking = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+        if lacking and os.environ["WORLD_SIZE"] != "1":
+            raise UsageError(f"WORLD_SIZE is set, but not {', '.join(lacking)}; set all, as torchrun does, or none")
         return False
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UsageError(
+            "srun has started several tasks without RANK, LOCAL_RANK and WORLD_SIZE; set them as preemptible.slurm in "
+            "the documentation does, or start one task"
+        )
 
     from mgtrain.processes.distributed import default_procs, launch
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import platform
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
@@ -11,13 +12,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgtrain.errors import MissingCapabilityError, PlanError
+from mgtrain import __version__
+from mgtrain.data.videos import Videos
+from mgtrain.engine.resume import changed_keys
+from mgtrain.errors import DataError, MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
 from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import group_slots
 from mgtrain.models.recompute import recompute
-from mgtrain.recipe import Recipe
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import Recipe, parse_recipe
 from mgtrain.schedule import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +59,20 @@ def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
             )
         flops[shape] = counter.get_total_flops() // 4  # of 2 clips; torch counts a multiply-add as 2
     return flops
+
+
+def check_alike(recipe: Recipe, plan: Plan, splits: Sequence[Videos], world: World) -> None:
+    """Raise `DataError` if this rank's machine has another recipe, other videos or another version than rank 0's."""
+    identities = [videos.identity for videos in splits]
+    mine = {"mgtrain": __version__, "torch": torch.__version__, "videos": identities, "plan": plan.fingerprint()}
+    text, theirs = world.from_main((recipe.to_yaml(), mine))
+    differences = changed_keys(parse_recipe(text, "rank 0", saved=True), recipe)
+    differences += [f"{key} {theirs[key]} -> {value}" for key, value in mine.items() if value != theirs[key]]
+    if differences:
+        raise DataError(
+            f"rank {world.rank} on {platform.node()} would train something else than rank 0: {'; '.join(differences)}; "
+            "give all machines the same recipe, lists of videos and version of mgtrain"
+        )
 
 
 def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None:

@@ -46,7 +46,8 @@ def fit(
         MgtrainError: the run cannot continue; its checkpoints are kept.
     """
     began = time.perf_counter() if began is None else began
-    training = start(recipe, run, world, resume, allow_changes)
+    with StopRequest() as asked, asked.at_once():
+        training = start(recipe, run, world, resume, allow_changes)
     recipe, plan, learner, state = training.recipe, training.plan, training.learner, training.state
     train, val, milestones, model = training.train, training.val, training.milestones, training.learner.model
     batches = train_batches(train, recipe, plan.steps(state.step), world)
@@ -62,12 +63,14 @@ def fit(
         return now
 
     def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
-        with clock.paused(), learner.averaged():
+        with asked.at_once(), clock.paused(), learner.averaged():
             recalibrate(model, train, batches_needed(recipe, plan, step.index + 1, remembered(model)), recipe, world)
             predictions = evaluate(model, val, recipe, world)
-        record.evaluation(step, predictions, "model" if learner.average is None else "ema")
+            scores = predictions.scores()
+        with clock.paused():
+            record.evaluation(step, predictions, scores, "model" if learner.average is None else "ema")
         recalibrated = recipe.evaluation.recalibration_batches > 0
-        return predictions.scores(), saved(replace(state, evaluated=True, recalibrated=recalibrated))
+        return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
 
     with StopRequest() as asked, record:
         if training.due:

@@ -31,9 +31,10 @@ from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo
+from mgtrain.runs.compare import DEVICE_KEYS, devices
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, accuracy, best_until, speedup_at_equal_accuracy
-from mgtrain.runs.scores import Predictions
+from mgtrain.runs.scores import Predictions, Scores
 from mgtrain.schedule import Plan, Step
 
 log = logging.getLogger(__name__)
@@ -54,14 +55,21 @@ STEP_TAGS = {
 
 
 def describe_run(
-    run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int], train: Videos, val: Videos, world: World
+    run: RunDir,
+    recipe: Recipe,
+    plan: Plan,
+    flops: dict[Shape, int],
+    train: Videos,
+    val: Videos,
+    world: World,
+    resumed: bool,
 ) -> None:
     """Write the description of the run: recipe, plan, data and environment."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
     run.write("recipe.yaml", recipe.to_yaml())
     run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
     run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
-    run.write("env.json", _environment(recipe, world))
+    run.write("env.json", _environment(recipe, world, run, resumed))
     log.info(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
@@ -166,7 +174,7 @@ class Record:
         row = {
             "step": step.index + 1,
             "phase": step.phase.index,
-            "epoch": step.epoch,
+            "epoch": (step.first_clip + step.shape.clips) / self._plan.videos,
             **asdict(step.shape),
             "lr": step.lr,
             "loss": loss if math.isfinite(loss) else None,
@@ -177,9 +185,9 @@ class Record:
         show_step(self._run, row)
         self._progress.show(step, loss, top1, row["data_seconds"] / row["train_seconds"])
 
-    def evaluation(self, step: Step, predictions: Predictions, weights: str) -> None:
+    def evaluation(self, step: Step, predictions: Predictions, scores: Scores, weights: str) -> None:
         """Log the evaluation of the `model` or `ema` weights after a step, and compare it with the baseline's."""
-        scores, run, plan, phase = predictions.scores(), self._run, self._plan, step.phase
+        run, plan, phase = self._run, self._plan, step.phase
         row = {
             "step": step.index + 1,
             "phase": phase.index,
@@ -225,9 +233,9 @@ class Record:
         return values, beside, gained
 
 
-def _environment(recipe: Recipe, world: World) -> dict[str, Any]:
-    """The contents of `env.json`: versions, device and ranks."""
-    return {
+def _environment(recipe: Recipe, world: World, run: RunDir, resumed: bool) -> dict[str, Any]:
+    """The contents of `env.json`: versions, device and ranks; for a resumed run, those of all its parts."""
+    now = {
         "mgtrain": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -239,6 +247,9 @@ def _environment(recipe: Recipe, world: World) -> dict[str, Any]:
         "workers": worker_count(recipe, world),
         "git": _git_revision(),
     }
+    before = devices(run.read("env.json")) if resumed and run.writes else []
+    here = tuple(now[key] for key in DEVICE_KEYS)
+    return {**now, "devices": before if here in before[-1:] else [*before, here]}
 
 
 def _git_revision() -> str | None:

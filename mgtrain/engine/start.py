@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,7 +13,14 @@ from mgtrain.clips.units import Source
 from mgtrain.data import check_labels, open_splits
 from mgtrain.data.missing import check_present
 from mgtrain.data.videos import Videos, mirrored_labels
-from mgtrain.engine.checks import check_average, check_micro_batches, check_precision, check_shapes, make_model
+from mgtrain.engine.checks import (
+    check_alike,
+    check_average,
+    check_micro_batches,
+    check_precision,
+    check_shapes,
+    make_model,
+)
 from mgtrain.engine.machine.memory import fit_memory, lack_explained
 from mgtrain.engine.machine.tuning import tune
 from mgtrain.engine.machine.warmup import Run, set_up, warm_up
@@ -62,6 +69,7 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     train, val = open_data(recipe)
     plan = make_plan(recipe, len(train))
     check_world(plan, world.size)
+    check_alike(recipe, plan, (train, val), world)
     set_up(recipe, world.device)
     recipe = fit_memory(recipe, plan, world)
     flops = check_shapes(recipe, [*plan.shapes(), recipe.base, recipe.evaluation_shape])
@@ -85,9 +93,11 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
             )
 
     # 3. Write the run's description, and delete the log rows after the checkpoint.
-    describe_run(run, recipe, plan, flops, train, val, world)
+    describe_run(run, recipe, plan, flops, train, val, world, resumed=state.step > 0)
     milestones = frozenset(plan.milestones(recipe.evaluation.times))
     due = state.step in milestones and not state.evaluated
+    lost = [row.get("clock_seconds", 0.0) for name in ("steps.jsonl", "evals.jsonl") for row in run.rows(name)[-1:]]
+    state = replace(state, clock_seconds=max(state.clock_seconds, *lost, 0.0))  # a user waited for lost steps, too
     run.rewind(state.step, evaluated=not due)
     run.open_boards(recipe.logging)
     if state.step == 0:

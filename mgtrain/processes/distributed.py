@@ -6,14 +6,16 @@ Ranks read torchrun's variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import signal
 import subprocess
 import time
+import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mgtrain.errors import MissingCapabilityError, RanksLostError
+from mgtrain.console import note
+from mgtrain.errors import MissingCapabilityError, RanksLostError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
 from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
 from mgtrain.processes.signals import STOP_SIGNALS
@@ -77,6 +80,10 @@ class World:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+    def any(self, yes: bool) -> bool:
+        """Whether any rank says yes."""
+        return yes if self.size == 1 else bool(self.sum(torch.tensor(float(yes))).item())
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -146,23 +153,72 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             timeout = timedelta(minutes=JOIN_MINUTES)
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-            # When torchrun restarts the ranks, the store still has the addresses of the previous ones.
-            store = dist.PrefixStore(f"attempt_{restarts()}", store)  # type: ignore[attr-defined]
+            store = _of_these_ranks(store, rank, size)
             if chosen.type == "cuda":
                 _refuse_shared_gpu(store, chosen)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
             watchdog.beat()
             everyone: list[Any] = [None] * size
-            dist.all_gather_object(everyone, (platform.node(), which_cores()))
+            dist.all_gather_object(everyone, (platform.node(), which_cores(), chosen.type))
+            _refuse_other_devices(everyone)
             yield World(rank, size, chosen, _share_of_cores(rank, everyone), watchdog)
             dist.destroy_process_group()
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
+            if lack := lack_of(error):
+                raise lack from None
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            if not dist.is_initialized():
+                why += (
+                    "; is MASTER_PORT free, and does each machine's name resolve to an address that the others reach? "
+                    "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose a network"
+                )
             raise RanksLostError(
                 f"rank {rank_of_environment()} of {size} lost its connection to another rank; see that rank's message "
-                "for the cause, then run again with --resume"
+                f"for the cause, then run again with --resume ({why})"
             ) from None
+
+
+def _of_these_ranks(store: Any, rank: int, size: int) -> Any:
+    """The part of a store that only the processes use which are ranks now.
+
+    torchrun's agents keep the store while they restart ranks, and each counts restarts for itself: a new node starts at
+    0, and a restart because nodes join or leave does not count. So each process writes a name of its own, rank 0 lists
+    the names, and all go on when each process of the list has confirmed it, which one that has ended cannot.
+
+    Raises:
+        RanksLostError: the others have not joined in `JOIN_MINUTES`.
+    """
+    store = dist.PrefixStore("mgtrain", store)  # type: ignore[attr-defined]
+    mine, confirmed = uuid.uuid4().hex, ""
+    store.set(f"rank/{rank}", mine)
+    deadline = time.monotonic() + 60 * JOIN_MINUTES
+    while time.monotonic() < deadline:
+        if rank == 0:
+            store.set("ranks", " ".join(store.get(f"rank/{other}").decode() for other in range(size)))
+        listed = store.get("ranks").decode()
+        ours = dist.PrefixStore(hashlib.sha256(listed.encode()).hexdigest(), store)  # type: ignore[attr-defined]
+        if len(names := listed.split()) == size and names[rank] == mine:
+            if listed != confirmed:
+                ours.add("confirmed", 1)
+                confirmed = listed
+            if rank == 0 and ours.add("confirmed", 0) == size:
+                ours.set("complete", "yes")
+            if ours.check(["complete"]):
+                return ours
+        time.sleep(0.02)
+    raise RanksLostError(f"rank {rank} of {size}: the other ranks have not joined within {JOIN_MINUTES} minutes")
+
+
+def _refuse_other_devices(everyone: Sequence[tuple[str, set[int], str]]) -> None:
+    """Raise `MissingCapabilityError` if some machines have no GPU, as with a broken driver, and others have."""
+    without = sorted({node for node, _, kind in everyone if kind == "cpu"})
+    if without and any(kind != "cpu" for *_, kind in everyone):
+        raise MissingCapabilityError(
+            f"torch sees no GPU on {', '.join(without)}, but on other machines; repair the driver there, or use "
+            "--device cpu"
+        )
 
 
 def joined(device: torch.device | str | None = None) -> World:
@@ -179,14 +235,14 @@ def joined(device: torch.device | str | None = None) -> World:
     return World(dist.get_rank(), size, torch.device(device), cores)
 
 
-def _share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int]]]) -> int:
+def _share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int], str]]) -> int:
     """The cores of a rank, from the machine of each rank and the cores that it may use there.
 
     A core of several ranks counts as a fraction for each of them. So the share is the same whether a launcher binds
     each rank to cores of its own (SLURM, numactl) or to none (torchrun).
     """
-    node, mine = everyone[rank]
-    users = Counter(core for there, cores in everyone if there == node for core in cores)
+    node, mine, _ = everyone[rank]
+    users = Counter(core for there, cores, _ in everyone if there == node for core in cores)
     return max(1, int(sum(Fraction(1, users[core]) for core in mine)))
 
 
@@ -230,7 +286,8 @@ def default_procs(device: str | None) -> int:
 def launch(command: Sequence[str], procs: int) -> int:
     """Run a command in `procs` processes on this machine, as torchrun would; returns the first failure's exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them. After one fails, the others have `SECONDS_TO_END` to end.
+    SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them. After one fails, the others have `SECONDS_TO_END` to end;
+    after a second SIGINT, which a rank in an exchange does not notice, all have a second.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # on a free port
     shared = {
@@ -246,8 +303,10 @@ def launch(command: Sequence[str], procs: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, usable_cores() // procs)),
     }
     ranks: list[subprocess.Popen[bytes]] = []
+    interrupts: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        interrupts.extend([number] if number == signal.SIGINT else [])
         for process in ranks:
             process.send_signal(number)
 
@@ -257,7 +316,7 @@ def launch(command: Sequence[str], procs: int) -> int:
             own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             # In a new session, so that the terminal's Ctrl-C reaches them only through this process.
             ranks.append(subprocess.Popen(command, env=os.environ | own, start_new_session=True))
-        return _wait_for(ranks)
+        return _wait_for(ranks, lambda: len(interrupts) > 1)
     finally:
         for process in ranks:
             process.kill()
@@ -266,13 +325,22 @@ def launch(command: Sequence[str], procs: int) -> int:
             signal.signal(number, handler)
 
 
-def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait_for(ranks: Sequence[subprocess.Popen[bytes]], hurried: Callable[[], bool]) -> int:
     """Wait until all ranks end, or `SECONDS_TO_END` after a failure; returns the first failure's exit code, or 0."""
-    deadline = float("inf")
-    while None in (codes := [process.poll() for process in ranks]) and time.monotonic() < deadline:
-        if deadline == float("inf") and any(codes):
-            deadline = time.monotonic() + SECONDS_TO_END
+    failed_at = hurried_at = math.inf
+    while None in (codes := [process.poll() for process in ranks]):
+        now = time.monotonic()
+        failed_at = min(failed_at, now) if any(codes) else failed_at
+        hurried_at = min(hurried_at, now) if hurried() else hurried_at
+        if now > min(failed_at + SECONDS_TO_END, hurried_at + 1):
+            break
         time.sleep(0.05)
+    for rank, process in enumerate(ranks):
+        if (code := process.returncode or 0) < 0:
+            why = "; the system does so if memory runs out" if code == -signal.SIGKILL else ""
+            note(f"mgtrain: rank {rank} was ended by {signal.Signals(-code).name}{why}", "red")
+    if None in codes and not any(codes):
+        return 128 + signal.SIGINT
     failed = [process.returncode for process in ranks if process.returncode]
     # `RanksLostError` is a consequence of another rank's failure.
     first = next((code for code in failed if code != RanksLostError.exit_code), failed[0] if failed else 0)
@@ -288,7 +356,11 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` will be renamed
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    replica._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]  # which waits for the GPU
+    return replica
 
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -16,5 +16,10 @@ def rank_of_environment() -> int:
 
 
 def restarts() -> int:
-    """How often torchrun has restarted the ranks after a failure."""
+    """How often this machine's torchrun has restarted the ranks after a failure; others may count differently."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def may_restart() -> bool:
+    """Whether torchrun restarts the ranks after a failure; on a new machine they cannot tell that it has."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0

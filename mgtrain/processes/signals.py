@@ -1,12 +1,19 @@
-"""Requests to stop: the first signal stops the run after the next step, a second SIGINT ends the process at once."""
+"""Requests to stop: the first signal stops the run after the next step, a second SIGINT ends the process at once.
+
+Where everything that a run needs to resume is saved, as during an evaluation, the first signal stops it there.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from mgtrain.errors import StoppedError
+
+STOPPED = "stopped by a signal; continue with --resume"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -15,7 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._interrupted = False
+        self._interrupted = self._at_once = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
@@ -25,12 +32,26 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, which saves nothing, a request raises `StoppedError` where the run is."""
+        self._at_once = True
+        try:
+            if self.signal:
+                raise StoppedError(STOPPED)
+            yield
+        finally:
+            self._at_once = False
+
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
             _say("interrupted twice, exiting without saving; --resume uses the newest checkpoint")
             os._exit(130)
         self._interrupted = self._interrupted or number == signal.SIGINT
         self.signal = self.signal or signal.Signals(number).name
+        if self._at_once:
+            _say(f"{self.signal}: stopping")
+            raise StoppedError(STOPPED)
         _say(f"{self.signal}: stopping after the next step, saving")
 
 

@@ -19,6 +19,11 @@ from mgtrain.runs.statistics import Interval, Z, judge, mcnemar, paired_shares, 
 
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
 DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
+# Keys that change only times, and that a run does not adapt to its device as it does those of memory.
+TIME_KEYS = (
+    "evaluation.times",
+    *(f"hardware.{key}" for key in ("channels_last", "compile", "deterministic", "workers")),
+)
 
 
 def compare(baseline: RunDir | History, run: RunDir | History, margin: float = MARGIN) -> dict[str, Any]:
@@ -29,8 +34,12 @@ def compare(baseline: RunDir | History, run: RunDir | History, margin: float = M
 
 def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     theirs, ours = baseline.summary, run.summary
-    other_device = [
-        f"{key} {baseline.env[key]} and {run.env[key]}" for key in DEVICE_KEYS if baseline.env[key] != run.env[key]
+    first, second = devices(baseline.env)[0], devices(run.env)[0]
+    other_device = [f"{key} {a} and {b}" for key, a, b in zip(DEVICE_KEYS, first, second, strict=True) if a != b]
+    other_device += [
+        f"{history.name} started on {' x '.join(map(str, parts[0]))} and resumed on {' x '.join(map(str, parts[-1]))}"
+        for history in (baseline, run)
+        if len(parts := devices(history.env)) > 1
     ]
     differences = recipe_differences(baseline.recipe, run.recipe)
     warnings = [
@@ -44,6 +53,8 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
         warnings.append("the runs have different training or validation videos")
     if unfair := unfair_keys(differences):
         warnings.append(f"the recipes do not only differ in schedule, but also in {', '.join(unfair)}")
+    if timed := [key for key in differences if key in TIME_KEYS]:
+        warnings.append(f"the recipes differ in {', '.join(timed)}, which changes the times")
     if old := [history.name for history in (baseline, run) if not history.knows_clock]:
         warnings.append(
             f"{' and '.join(old)}: from an earlier version, so the time by the clock excludes start-up and checkpoints"
@@ -57,16 +68,16 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     for key in ("train_seconds", "clock_seconds", "gpu_hours"):
         speedups[key] = getattr(theirs, key) / getattr(ours, key) if same else None
     speedups["at_equal_accuracy"] = speedup_at_equal_accuracy(baseline.evals, run.evals) if same else None
-    difference, target = ours.accuracy - theirs.accuracy, theirs.best_accuracy
-    test = accuracy_test(baseline, run)
+    target, (found, test) = theirs.best_accuracy, accuracy_test(baseline, run)
     result = {
         "schema": "mgtrain.compare/3",
         "runs": [asdict(theirs), asdict(ours)],
         "speedups": speedups,
-        "accuracy_difference": difference,
+        "accuracy_difference": found.value,
+        "accuracy_interval": [found.low, found.high],
         **test,
         "margin": margin,
-        "judged": judge(Interval(difference, *test["accuracy_interval"]).scaled(100), margin),
+        "judged": judge(found.scaled(100), margin),
         "baseline_best": {
             "accuracy": target,
             "baseline_seconds": time_to_accuracy(baseline.evals, target),
@@ -78,28 +89,34 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     return {**result, "verdict": _verdict(theirs, ours, result)}
 
 
-def accuracy_test(baseline: History, run: History) -> dict[str, Any]:
-    """The confidence interval of the difference in accuracy, paired for top-1 if both runs have the same videos.
+def devices(env: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The values of `DEVICE_KEYS` that a run has had, in order: more than one if it was resumed elsewhere."""
+    return [tuple(values) for values in env.get("devices", ())] or [tuple(env[key] for key in DEVICE_KEYS)]
 
-    That of mean average precision takes the runs' errors for independent, so it is too wide for the same videos.
+
+def accuracy_test(baseline: History, run: History) -> tuple[Interval, dict[str, Any]]:
+    """The difference in accuracy with its interval, and for top-1 of the same videos a paired test.
+
+    A paired difference is that of the videos which both runs could read. The interval of mean average precision takes
+    the runs' errors for independent, so it is too wide for the same videos.
     """
     theirs, ours = baseline.summary, run.summary
     if ours.metric != "top-1":
         errors: list[Any] = [history.evals[-1].get("mean_ap_sd") for history in (baseline, run)]
-        half = None if None in errors else Z * math.hypot(*errors)
-        ends = [None if half is None else ours.accuracy - theirs.accuracy + sign * half for sign in (-1, 1)]
-        return {"accuracy_interval": ends, "only_one_right": None, "mcnemar": None}
-    a, b, only = baseline.right(), run.right(), None
+        change = ours.accuracy - theirs.accuracy
+        half = Z * math.hypot(*errors) if all(errors) else None  # an error of 0: resampling shows no spread
+        ends = (None, None) if half is None else (change - half, change + half)
+        return Interval(change, *ends), {"only_one_right": None, "mcnemar": None, "same_videos": None}
+    a, b, only, same = baseline.right(), run.right(), None, None
     if a is not None and b is not None and baseline.data["val"]["fingerprint"] == run.data["val"]["fingerprint"]:
         known = (a >= 0) & (b >= 0)
-        a, b = a[known] == 1, b[known] == 1
+        a, b, same = a[known] == 1, b[known] == 1, int(known.sum())
         only = int((a & ~b).sum()), int((b & ~a).sum())
         found = paired_shares(int((a & b).sum()), *only, int((~a & ~b).sum()))
     else:
         first, second = (round(summary.top1 * summary.videos) for summary in (theirs, ours))
         found = unpaired_shares(first, theirs.videos, second, ours.videos)
-    tested = {"only_one_right": only and list(only), "mcnemar": only and mcnemar(*only)}
-    return {"accuracy_interval": [found.low, found.high], **tested}
+    return found, {"only_one_right": only and list(only), "mcnemar": only and mcnemar(*only), "same_videos": same}
 
 
 def unfair_keys(keys: Iterable[str]) -> list[str]:
@@ -192,8 +209,8 @@ def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
     time = ""
     if gains["train_seconds"]:
         time = f"{times(gains['train_seconds'])} training time, {times(gains['clock_seconds'])} time by the clock, "
-    if result["only_one_right"] is not None:
-        videos = f"the same {videos}"
+    if result["same_videos"] is not None:
+        videos = f"the same {result['same_videos']:,} videos"
     return (
         f"{ours.name} against {theirs.name}: {time}{times(gains['steps'], 'fewer')} steps; "
         f"{ours.metric} {100 * ours.accuracy:.1f} % against {100 * theirs.accuracy:.1f} %, {result['judged']}, "

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Logging, Recipe, load_recipe
@@ -77,6 +77,11 @@ class RunDir:
             raise CheckpointError(f"{self.path / name}: damaged: it must be a JSON object")
         return value
 
+    @property
+    def started(self) -> bool:
+        """Whether the folder holds a run that has made a step."""
+        return bool(self.checkpoints() or self.rows("steps.jsonl"))
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The lines of `steps.jsonl` or `evals.jsonl`, up to the first damaged one."""
         path = self.path / name
@@ -94,10 +99,11 @@ class RunDir:
         return rows
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float | None = None) -> Iterator[None]:
         """Lock the folder against other writers; the system releases the lock when the process ends or dies.
 
-        If the lock's folder is new and stays empty, it is removed.
+        Wait for another writer to end for `patience` seconds, by default `LOCK_SECONDS`. If the lock's folder is new
+        and stays empty, it is removed.
 
         Raises:
             CheckpointError: another process writes here.
@@ -106,26 +112,15 @@ class RunDir:
             yield
             return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w", encoding="utf-8")
+        deadline = time.monotonic() + (LOCK_SECONDS if patience is None else patience)
+        while (file := self._lock()) is None:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self.path}: another process is training in this run directory; "
+                    "wait for it or stop it, or start another run with --name"
+                )
+            time.sleep(0.2)
         with file:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
-                    break
-                except OSError as error:
-                    if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as a file system without locks
-                        raise CheckpointError(
-                            f"{self.path}: cannot be locked: {error.strerror}; choose a folder on another file system"
-                        ) from None
-                    if time.monotonic() > deadline:
-                        raise CheckpointError(
-                            f"{self.path}: another process is training in this run directory; "
-                            "wait for it or stop it, or start another run with --name"
-                        ) from None
-                    time.sleep(0.2)
             try:
                 yield
             finally:
@@ -134,6 +129,24 @@ class RunDir:
                     with suppress(OSError):  # another run uses one of the folders
                         for folder in made:
                             folder.rmdir()
+
+    def _lock(self) -> TextIO | None:
+        """The locked file; None if another process has locked it, or removed it meanwhile."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path / ".lock")):
+                return file
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):  # such as a file system without locks
+                file.close()
+                raise CheckpointError(
+                    f"{self.path}: cannot be locked: {error.strerror}; choose a folder on another file system"
+                ) from None
+        file.close()
+        return None
 
     def write(self, name: str, value: dict[str, Any] | str) -> None:
         """Write a file atomically: text, or a dict as JSON."""
@@ -149,6 +162,9 @@ class RunDir:
         if self.writes:
             with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+                if name == "evals.jsonl":  # on the disk before the checkpoint that says that the evaluation is done
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Show values on all boards, after `step` finished steps."""
@@ -201,7 +217,7 @@ class RunDir:
         """Delete the log rows after `step` finished steps, so that a resumed run logs each step once.
 
         If not `evaluated`, delete the evaluation at this step, too. Checkpoints of later steps are damaged, so they are
-        renamed to `.damaged`.
+        renamed to `.damaged`. What a killed process has left of a checkpoint is deleted.
         """
         self._first_step = step + 1 if evaluated else step
         for name, last in (("steps.jsonl", step), ("evals.jsonl", step if evaluated else step - 1)):
@@ -212,6 +228,8 @@ class RunDir:
                 for path in self.checkpoints():
                     if path > self.checkpoint_path(step):
                         path.replace(path.with_suffix(".damaged"))
+                for path in (self.path / "checkpoints").glob(".step_*.tmp"):
+                    path.unlink()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import affects_results
 from mgtrain.recipe.load import flat_differences
-from mgtrain.runs.compare import DEVICE_KEYS, MARGIN, times, unfair_keys
+from mgtrain.runs.compare import MARGIN, TIME_KEYS, devices, times, unfair_keys
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
@@ -46,7 +46,11 @@ def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
     """Group runs of the same recipe with any seeds and lists of videos; a group has the name of its first run."""
     found: dict[str, list[Outcome]] = {}
     for outcome in map(Outcome.of, runs):
-        kept = {key: value for key, value in outcome.recipe.items() if affects_results(key) and key not in SEED_KEYS}
+        kept = {
+            key: value
+            for key, value in outcome.recipe.items()
+            if (affects_results(key) or key in TIME_KEYS) and key not in SEED_KEYS
+        }
         found.setdefault(json.dumps(kept, sort_keys=True), []).append(outcome)
     named: dict[str, list[Outcome]] = {}
     for members in found.values():
@@ -58,7 +62,8 @@ def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
 def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARGIN) -> dict[str, Any]:
     """Compare groups with the first one: plain values of the schema mgtrain.groups/2.
 
-    Runs are paired by seed and fold if there are at least two pairs; otherwise Welch's t compares the groups.
+    Runs are paired by seed and fold if both groups have the same ones; with several folds, which differ more than seeds
+    do, also if only some have a partner, and the seeds of a fold count as one run. Otherwise Welch's t compares groups.
     Unfinished runs are skipped with a warning.
 
     Raises:
@@ -74,7 +79,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
     if not base:
         raise UsageError(f"{base_name}: no run of this group is finished; compare two runs to see their progress")
     outcomes = [outcome for members in done.values() for outcome in members]
-    same = len({tuple(outcome.env[key] for key in DEVICE_KEYS) for outcome in outcomes}) == 1
+    same = len({device for outcome in outcomes for device in devices(outcome.env)}) == 1
     if not same:
         warnings.append("times are not compared, because the runs used different devices")
     rows = []
@@ -99,31 +104,45 @@ def _against(
     base: Sequence[Outcome], members: Sequence[Outcome], name: str, same: bool, margin: float, warnings: list[str]
 ) -> dict[str, Any]:
     """Compare a group with the first one, paired if possible; adds to `warnings`."""
-    unfair = unfair_keys(flat_differences(base[0].recipe, members[0].recipe))
-    if unfair := [key for key in unfair if key not in SEED_KEYS]:
+    differences = flat_differences(base[0].recipe, members[0].recipe)
+    if unfair := [key for key in unfair_keys(differences) if key not in SEED_KEYS]:
         warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
+    if timed := [key for key in differences if key in TIME_KEYS]:
+        warnings.append(f"{name}: differs in {', '.join(timed)}, which changes the times")
     by_pair = [{tuple(o.recipe[key] for key in SEED_KEYS): o for o in outcomes} for outcomes in (base, members)]
     several = len(by_pair[0]) < len(base) or len(by_pair[1]) < len(members)  # of the same seed and fold in a group
     pairs = [] if several else [pair for pair in by_pair[0] if pair in by_pair[1]]
-    paired = len(pairs) > 1
-    if paired and len(pairs) < max(len(base), len(members)):
+    folds = len({pair[1:] for pair in pairs})
+    complete = len(pairs) == len(base) == len(members)
+    paired = len(pairs) > 1 and (complete or folds > 1)
+    if paired and not complete:
         warnings.append(
             f"{name}: only {len(pairs)} runs have a partner of the same seed and fold; the others are ignored"
         )
     first, second = ([of[pair] for pair in pairs] for of in by_pair) if paired else (base, members)
+    values = _fold_means if paired and folds > 1 else _values
 
-    change = (paired_means if paired else welch)(_values(first, "accuracy"), _values(second, "accuracy"))
+    change = (paired_means if paired else welch)(values(first, "accuracy"), values(second, "accuracy"))
     compared = [key for key in COSTS if same or not key.endswith("seconds")]
     return {
         "pairs": len(pairs) if paired else None,
+        "folds": folds if paired and folds > 1 else None,
         "difference": asdict(change),
-        "speedups": {key: asdict(ratio(_values(first, key), _values(second, key), paired)) for key in compared},
+        "speedups": {key: asdict(ratio(values(first, key), values(second, key), paired)) for key in compared},
         "judged": judge(change.scaled(100), margin),
     }
 
 
 def _values(outcomes: Sequence[Outcome], key: str) -> list[float]:
     return [getattr(outcome.summary, key) for outcome in outcomes]
+
+
+def _fold_means(outcomes: Sequence[Outcome], key: str) -> list[float]:
+    """The mean over the seeds of each fold: folds differ more than seeds, so seeds do not count as further runs."""
+    by_fold: dict[tuple[Any, ...], list[float]] = {}
+    for outcome, value in zip(outcomes, _values(outcomes, key), strict=True):
+        by_fold.setdefault(tuple(outcome.recipe[key] for key in SEED_KEYS[1:]), []).append(value)
+    return [sum(values) / len(values) for values in by_fold.values()]
 
 
 def render_groups(result: dict[str, Any]) -> Group:
@@ -185,6 +204,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         runs = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
         if group["pairs"]:
             runs = f"{group['pairs']} pairs of runs"
+            runs += f" in {group['folds']} folds" if group["folds"] not in (None, group["pairs"]) else ""
         metric = group["runs"][0]["metric"]
         lines.append(f"{group['name']} against {base['name']}: {time}; {metric}: {group['judged']}, {runs}")
     return lines

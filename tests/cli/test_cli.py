@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 from warm import Start
 
 from mgtrain import __version__
+from mgtrain.cli import app
+from mgtrain.errors import UsageError
 from mgtrain.recipe import Recipe, shipped_recipes
 from mgtrain.runs.folder import RunDir
 
@@ -50,6 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("plan none.yaml", 2, "none.yaml: no such recipe file"),
         ("plan tiny.yaml optim.lrr=1", 2, "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ("plan tiny.yaml model.name=r3d_18", 2, "; to change the name, replace the section: 'model={name: r3d_18}'"),
         ("plan tiny.yaml --gpus 3", 2, "which 3 GPUs cannot share equally"),
         ("plan tiny.yaml --gpus 0", 2, "--gpus"),
         ("plan tiny.yaml data.root=nowhere", 3, "nowhere: no such folder of videos"),
@@ -306,3 +310,21 @@ def test_a_data_set_to_try_things_with(mgtrain: Start, tmp_path: Path) -> None:
     done = mgtrain(tmp_path, "data", "synthesize", "motions", "--train", 1, "--val", 1)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "motions/train.csv").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT; set all, as torchrun does"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun has started several tasks without RANK, LOCAL_RANK and WORLD_SIZE; set"),
+    ],
+)
+def test_ranks_that_are_half_described_are_refused(
+    given: dict[str, str], message: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    result = CliRunner().invoke(app, ["fit", "tiny.yaml", "--name", "another", "--device", "cpu"])
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)

@@ -169,7 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: str, motions: Pa
     assert torch.get_num_threads() == 1
 
 
-def _begin(*_: object) -> None:
+def _begin(*_: object, **__: object) -> None:
     raise Accepted
 
 

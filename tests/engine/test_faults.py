@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_fit import EVERY_STEP, PHASE_ENDS, assert_same_end
 from warm import Start, Warm
 
 import mgtrain.engine.fit
@@ -27,7 +28,7 @@ from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
 from mgtrain.engine.step import StepResult, train_step
 from mgtrain.engine.update.optim import make_optimizer
-from mgtrain.errors import CheckpointError, NonFiniteError
+from mgtrain.errors import CheckpointError, NonFiniteError, StoppedError
 from mgtrain.models.norm import GroupBatchNorm3d, group_slots
 from mgtrain.processes.distributed import World
 from mgtrain.processes.signals import StopRequest
@@ -221,6 +222,7 @@ def test_a_rank_that_is_killed_ends_the_others(folder: Path) -> None:
     status, errors = end(process)
     assert status == 128 + signal.SIGKILL, errors
     assert "rank 0 of 2 lost its connection to another rank" in errors
+    assert "mgtrain: rank 1 was ended by SIGKILL; the system does so if memory runs out" in errors
 
 
 def family_of(pid: int) -> list[int]:
@@ -298,6 +300,58 @@ def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "resumed after step 3" in done.stderr
     assert [row["step"] for row in RunDir(folder / "runs/tiny").rows("steps.jsonl")] == [*range(1, 7)]
+
+
+def test_ranks_whose_machines_count_restarts_differently_resume_together(folder: Path) -> None:
+    short = ("schedule={name: baseline}", "optim.stages=[1]", "evaluation.times=1", "logging.checkpoint_steps=1")
+    dies = (
+        "import os, mgtrain.engine.fit as f\nstep = f.train_step\n"
+        "def train_step(*a):\n    if a[5].index == 3: os._exit(9)\n    return step(*a)\nf.train_step = train_step"
+    )
+    assert end(begin_faulty(folder, dies, *short))[0] == 9
+    restarts = "import os\nos.environ |= {{'TORCHELASTIC_MAX_RESTARTS': '1', 'TORCHELASTIC_RESTART_COUNT': {}}}"
+    status, errors = end(begin_faulty(folder, restarts.format("'0'"), *short))
+    assert status == 2, errors
+    assert "runs/tiny: holds a run already; add --resume to continue it" in errors
+    status, errors = end(begin_faulty(folder, restarts.format("os.environ['RANK']"), *short))
+    assert status == 0, errors
+    assert "resumed after step 3" in errors
+    status, errors = end(begin_faulty(folder, restarts.format("os.environ['RANK']"), *short))
+    assert status == 0, errors
+    assert "runs/tiny: this run is finished; nothing is left to train" in errors
+
+
+@pytest.mark.parametrize("step", [pytest.param(11, marks=pytest.mark.slow), 17])  # in the last evaluation, and earlier
+def test_a_run_asked_to_stop_in_an_evaluation_stops_there_and_goes_on_bit_for_bit(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    evaluate = mgtrain.engine.fit.evaluate
+
+    def asked(*arguments: Any) -> Any:
+        if RunDir(tmp_path / "cut").rows("steps.jsonl")[-1]["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mgtrain.engine.fit.evaluate", asked)
+        with pytest.raises(StoppedError, match="stopped by a signal; continue with --resume"):
+            fit(tiny(*EVERY_STEP), RunDir(tmp_path / "cut"), World())
+    logged = [row["step"] for row in RunDir(tmp_path / "cut").rows("evals.jsonl")]
+    assert logged == [end for end in PHASE_ENDS if end < step]
+    fit(tiny(*EVERY_STEP), RunDir(tmp_path / "cut"), World(), resume=True)
+    assert_same_end(tmp_path / "cut", straight)
+
+
+def test_a_run_asked_to_stop_while_it_starts_stops_there(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgtrain.engine.start.tune", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    with pytest.raises(StoppedError, match="stopped by a signal; continue with --resume"):
+        fit(tiny(), RunDir(tmp_path / "run"), World())
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StoppedError), request.at_once():
+            raise AssertionError("it goes on")
 
 
 @pytest.fixture

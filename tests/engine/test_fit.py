@@ -278,6 +278,30 @@ def test_times_go_on_from_where_they_were_and_that_by_the_clock_has_all_that_one
     assert seconds[11] > RunDir(straight).rows("steps.jsonl")[10]["train_seconds"]
 
 
+def test_time_by_the_clock_has_the_steps_that_a_killed_run_lost(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    cut(straight, tmp_path / "cut", step=12)
+    run = RunDir(tmp_path / "cut")
+    before = read_info(run.checkpoint_path(12)).clock_seconds
+    lost = {**run.rows("steps.jsonl")[-1], "step": 16, "clock_seconds": before + 1000}
+    run.write("steps.jsonl", "".join(json.dumps(row) + "\n" for row in [*run.rows("steps.jsonl"), lost]))
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    row = run.rows("evals.jsonl")[-1]
+    assert row["clock_seconds"] > before + 1000
+    assert row["train_seconds"] < before + 1000
+
+
+def test_a_run_says_which_devices_it_has_had(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=12)
+    run = RunDir(tmp_path / "cut")
+    env = run.read("env.json")
+    assert env["devices"] == [[env["device"], 1, env["threads"]]]
+    run.write("env.json", {**env, "devices": [["Another CPU", 1, 64]]})
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    assert run.read("env.json")["devices"] == [["Another CPU", 1, 64], [env["device"], 1, env["threads"]]]
+
+
 def test_a_run_of_an_earlier_version_is_resumed(
     tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 import warm
 from safetensors.torch import load_file
 from warm import Start
 
+from mgtrain.data import open_splits
+from mgtrain.engine.checks import check_alike
 from mgtrain.engine.fit import fit
-from mgtrain.errors import MissingCapabilityError, StoppedError
+from mgtrain.errors import DataError, MissingCapabilityError, RanksLostError, StoppedError
 from mgtrain.processes.distributed import (
     World,
+    _of_these_ranks,
     _own_gpu,
+    _refuse_other_devices,
     _refuse_shared_gpu,
     _share_of_cores,
+    _wait_for,
     launch,
     replicate,
     unwrap,
@@ -303,6 +311,49 @@ def test_two_ranks_of_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         _refuse_shared_gpu(store, torch.device("cuda", 0))
 
 
+def test_a_machine_without_a_gpu_among_others_with_one_is_refused() -> None:
+    _refuse_other_devices([("a", {0}, "cuda"), ("b", {0}, "cuda")])
+    _refuse_other_devices([("a", {0}, "cpu"), ("b", {0}, "cpu")])
+    with pytest.raises(
+        MissingCapabilityError, match="torch sees no GPU on b, but on other machines; repair the driver"
+    ):
+        _refuse_other_devices([("a", {0}, "cuda"), ("b", {0}, "cpu"), ("b", {1}, "cpu")])
+
+
+def test_processes_that_have_ended_are_not_taken_for_ranks() -> None:
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    stale = torch.distributed.PrefixStore("mgtrain", server)
+    for key, value in {"rank/0": "old0", "rank/1": "old1", "rank/2": "old2", "ranks": "old0 old1 old2"}.items():
+        stale.set(key, value)
+
+    def join(rank: int) -> str:
+        client = torch.distributed.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+        ours = _of_these_ranks(client, rank, 2)
+        ours.set(f"here/{rank}", b"")
+        return str(ours.get(f"here/{1 - rank}"))
+
+    for _ in range(2):  # the second time as torchrun restarts them, with the store of the first
+        with ThreadPoolExecutor(2) as threads:
+            late = threads.submit(join, 1)
+            assert not late.done()
+            assert [threads.submit(join, 0).result(30), late.result(30)] == ["b''", "b''"]
+
+
+def test_ranks_do_not_wait_for_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.processes.distributed.JOIN_MINUTES", 0.002)
+    store = torch.distributed.HashStore()
+    store.set("mgtrain/rank/1", "ended")
+    with pytest.raises(RanksLostError, match="rank 0 of 2: the other ranks have not joined within"):
+        _of_these_ranks(store, 0, 2)
+
+
+def test_ranks_that_do_not_notice_a_second_interrupt_are_ended() -> None:
+    deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert _wait_for([deaf], lambda: True) == 130  # after a second
+    deaf.kill()
+    deaf.wait()
+
+
 @pytest.mark.parametrize(
     ("cores", "shares"),
     [
@@ -313,9 +364,9 @@ def test_two_ranks_of_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_a_rank_shares_only_the_cores_that_others_may_use(cores: list[set[int]], shares: list[int]) -> None:
-    everyone = [("a", mine) for mine in cores]
+    everyone = [("a", mine, "cpu") for mine in cores]
     assert [_share_of_cores(rank, everyone) for rank in range(len(cores))] == shares
-    other = [("b", set(range(8)))] * 3  # ranks of another machine
+    other = [("b", set(range(8)), "cpu")] * 3  # ranks of another machine
     assert [_share_of_cores(rank, [*everyone, *other]) for rank in range(len(cores))] == shares
 
 
@@ -341,3 +392,19 @@ def test_ranks_share_the_cores_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_
             monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert launch([sys.executable, "-S", "-c", command, f"{tmp_path}/{given}"], procs=2) == 0
         assert {(tmp_path / f"{given}{rank}").read_text() for rank in (0, 1)} == {expected}
+
+
+def test_a_machine_with_other_files_is_refused(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(ours: Recipe, theirs: Recipe) -> None:
+        told: list[Any] = []
+        for recipe, from_main in ((theirs, lambda value: told.append(value) or value), (ours, lambda _: told[0])):
+            with monkeypatch.context() as patch:
+                patch.setattr(World, "from_main", lambda _, value, answer=from_main: answer(value))
+                videos = tuple(open_splits(recipe.data).values())
+                check_alike(recipe, make_plan(recipe, len(videos[0])), videos, World(rank=1, size=2))
+
+    checked(tiny(), tiny("hardware.workers=1"))
+    with pytest.raises(DataError, match=r"rank 1 on \S+ would train something else .*: optim\.lr 0.002 -> 0.1; "):
+        checked(tiny("optim.lr=0.1"), tiny())
+    with pytest.raises(DataError, match=r"rank 0: videos \['24 .*'12 .* -> \['12 .*; plan \w+ -> \w+; give all"):
+        checked(tiny("data.train=val.csv"), tiny())

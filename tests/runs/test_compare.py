@@ -149,7 +149,11 @@ def test_runs_on_the_same_videos_get_the_paired_interval(tiny: Callable[..., Rec
     assert "p = 0.013" in text(result)
     # A video that one run could not read is compared in neither.
     other = written(tmp_path / "other", tiny(), [with_bits(evaluation(17, 0, 35.0), fast[:-1], left_out=(49,))])
-    assert compare(baseline, other)["only_one_right"] == [2, 11]
+    found = compare(baseline, other)
+    assert found["only_one_right"] == [2, 11]
+    assert found["accuracy_difference"] == pytest.approx(9 / 49)
+    assert found["accuracy_interval"][0] < 9 / 49 < found["accuracy_interval"][1]
+    assert found["verdict"].endswith("one run each on the same 49 videos")
     # Other videos, or no bits, as in runs of earlier versions: unpaired.
     run.write("data.json", {**DATA, "val": {"videos": 50, "fingerprint": "w"}})
     apart = compare(baseline, run)
@@ -179,7 +183,8 @@ def test_a_run_of_an_earlier_version_can_be_compared(
     result = compare(baseline, run)
     assert result["runs"][1]["clock_seconds"] == 35 + 2 * 2
     assert result["warnings"] == [
-        "old: from an earlier version, so the time by the clock excludes start-up and checkpoints"
+        "the recipes differ in evaluation.times, which changes the times",
+        "old: from an earlier version, so the time by the clock excludes start-up and checkpoints",
     ]
 
 
@@ -223,6 +228,7 @@ def test_other_data_and_other_recipes_are_said(tiny: Callable[..., Recipe], base
     assert compare(baseline, run)["warnings"] == [
         "the runs have different training or validation videos",
         "the recipes do not only differ in schedule, but also in optim.lr, hardware.precision",
+        "the recipes differ in hardware.workers, which changes the times",
     ]
 
 
@@ -244,8 +250,8 @@ def test_the_result_is_plain_json(baseline: RunDir, run: RunDir) -> None:
     result = compare(baseline, run)
     assert json.loads(json.dumps(result, allow_nan=False))["schema"] == "mgtrain.compare/3"
     assert set(result) == {
-        "schema", "runs", "speedups", "accuracy_difference", "accuracy_interval", "only_one_right", "mcnemar", "margin",
-        "judged", "baseline_best", "recipe_differences", "warnings", "verdict",
+        "schema", "runs", "speedups", "accuracy_difference", "accuracy_interval", "only_one_right", "mcnemar",
+        "same_videos", "margin", "judged", "baseline_best", "recipe_differences", "warnings", "verdict",
     }  # fmt: skip
 
 
@@ -288,6 +294,29 @@ def test_runs_on_several_labels_are_compared_by_mean_average_precision(
     known = compare(baseline, written(tmp_path / "fast_2", tiny(), [{**fast[0], "mean_ap_sd": 0.04}]))
     assert known["accuracy_interval"] == [pytest.approx(0.25 - 1.96 * 0.05, abs=1e-4), pytest.approx(0.348, abs=1e-4)]
     assert "not lower (difference +25.0, 95 % from +15.2 to +34.8" in known["verdict"]
+    perfect = [{**evaluation(s, 1.0, 9.0), "mean_ap": 1.0, "mean_ap_sd": 0.0} for s in (54, 17)]
+    baseline = written(tmp_path / "slow_3", tiny("schedule={name: baseline}"), perfect[:1])
+    same = compare(baseline, written(tmp_path / "fast_3", tiny(), perfect[1:]))
+    assert same["accuracy_interval"] == [None, None]  # resampling equal values shows no spread
+
+
+def test_settings_that_change_times_are_named(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
+    run = written_run(tmp_path, tiny("evaluation.times=1", "hardware.workers=1", "hardware.micro_clips=4"))
+    assert compare(baseline, run)["warnings"] == [
+        "the recipes differ in evaluation.times, hardware.workers, which changes the times"
+    ]
+
+
+def test_a_run_that_was_resumed_on_another_device_has_no_comparable_time(
+    tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path
+) -> None:
+    run = written_run(tmp_path, tiny(), devices=[["A CPU", 1, 2], ["A GPU", 4, 2]])
+    result = compare(baseline, run)
+    assert result["warnings"] == [
+        "times are not compared, because the runs used different devices: fast started on A CPU x 1 x 2 and resumed on "
+        "A GPU x 4 x 2"
+    ]
+    assert result["speedups"]["train_seconds"] is None
 
 
 def test_what_was_gained_can_be_demanded(baseline: RunDir, run: RunDir) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +139,30 @@ def test_a_file_system_without_locks_is_not_another_process(tmp_path: Path, monk
         RunDir(tmp_path / "run").locked(),
     ):
         pass
+
+
+def test_a_lock_that_its_owner_has_removed_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, lockf = RunDir(tmp_path / "run"), fcntl.lockf
+    removed: list[Path] = []
+
+    def removed_before(*arguments: Any) -> None:
+        if not removed:
+            removed.append(run.path / ".lock")
+            removed[0].unlink()
+        lockf(*arguments)
+
+    monkeypatch.setattr("fcntl.lockf", removed_before)
+    with run.locked():
+        assert removed[0].exists()
+
+
+def test_rewinding_deletes_what_a_killed_process_has_left_of_a_checkpoint(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step_00000002.safetensors", ".step_00000003.safetensors.tmp"):
+        (tmp_path / "checkpoints" / name).touch()
+    run.rewind(2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.safetensors"]
 
 
 def test_runs_are_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def shown(result: dict[str, Any]) -> str:
 
 def test_seeds_of_a_recipe_are_one_group_and_pairs(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     slow = many(tmp_path, tiny, "slow", (0.5, 0.6, 0.7), BASELINE, seconds=120.0)
-    fast = many(tmp_path, tiny, "fast", (0.6, 0.8, 0.7), "evaluation.times=3", seconds=40.0)
+    fast = many(tmp_path, tiny, "fast", (0.6, 0.8, 0.7), seconds=40.0)
     mixed = [run for pair in zip(slow, fast, strict=True) for run in pair]
     result = compare_groups(grouped(mixed))
     base, group = result["groups"]
@@ -96,6 +96,58 @@ def test_folds_pair_by_their_lists(tiny: Callable[..., Recipe], tmp_path: Path) 
     assert group["difference"]["sd"] == pytest.approx(0.01 / 2**0.5)
 
 
+def on_folds(
+    folder: Path, recipe: Callable[..., Recipe], name: str, *words: str, top1: dict[tuple[int, int], float]
+) -> list[RunDir]:
+    """A run for each (fold, seed)."""
+    return [
+        written(
+            folder / f"{name}_{fold}_{seed}",
+            recipe(*words, f"seed={seed}", f"data.val=val_{fold}.csv", f"data.train=train_{fold}.csv"),
+            [evaluation(17 if name == "fast" else 54, value, 9.0)],
+        )
+        for (fold, seed), value in top1.items()
+    ]
+
+
+def test_the_seeds_of_a_fold_count_as_one_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    gains = {(fold, seed): (0.02, -0.002)[fold] + 0.001 * seed for fold in range(2) for seed in range(5)}
+    slow = on_folds(tmp_path, tiny, "slow", BASELINE, top1=dict.fromkeys(gains, 0.5))
+    fast = on_folds(tmp_path, tiny, "fast", top1={key: 0.5 + gain for key, gain in gains.items()})
+    result = compare_groups(grouped([*slow, *fast]))
+    group = result["groups"][1]
+    assert (group["pairs"], group["folds"], group["difference"]["count"]) == (10, 2, 2)
+    half = 12.7062 * 0.011  # Student's t of 1 degree of freedom, and the error of the mean of 0.022 and 0.0
+    assert group["difference"]["low"] == pytest.approx(0.011 - half, abs=1e-5)
+    assert verdicts(result)[0].endswith(", 10 pairs of runs in 2 folds")
+
+
+def test_folds_without_a_partner_are_left_out(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = on_folds(tmp_path, tiny, "slow", BASELINE, top1={(0, 0): 0.3, (1, 0): 0.9, (2, 0): 0.6})
+    fast = on_folds(tmp_path, tiny, "fast", top1={(0, 0): 0.31, (1, 0): 0.92})
+    result = compare_groups(grouped([*slow, *fast]))
+    (warning,) = result["warnings"]
+    assert warning == "fast_0_0: only 2 runs have a partner of the same seed and fold; the others are ignored"
+    assert result["groups"][1]["difference"]["value"] == pytest.approx(0.015)
+
+
+def test_what_changes_the_times_is_said(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.5, 0.6), BASELINE, seconds=120.0)
+    fast = many(tmp_path, tiny, "fast", (0.5, 0.7), seconds=40.0)
+    rare = many(tmp_path, tiny, "rare", (0.5, 0.7), "evaluation.times=3", "hardware.workers=1", seconds=30.0)
+    result = compare_groups(grouped([*slow, *fast, *rare]))
+    assert [len(group["runs"]) for group in result["groups"]] == [2, 2, 2]
+    assert result["warnings"] == ["rare_0: differs in evaluation.times, hardware.workers, which changes the times"]
+
+
+def test_runs_that_changed_their_device_have_no_comparable_times(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.5, 0.6), BASELINE, seconds=120.0)
+    moved = many(tmp_path, tiny, "moved", (0.5, 0.7), seconds=40.0, devices=[["A CPU", 1, 2], ["A CPU", 4, 2]])
+    result = compare_groups(grouped([*slow, *moved]))
+    assert result["warnings"] == ["times are not compared, because the runs used different devices"]
+    assert "clock_seconds" not in result["groups"][1]["speedups"]
+
+
 def test_unfinished_runs_are_named_first_and_left_out(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     slow = many(tmp_path, tiny, "slow", (0.6, 0.7), BASELINE, seconds=120.0)
     late = many(tmp_path, tiny, "late", (0.1,), BASELINE, seconds=20.0, seeds=(9,), step=9)
@@ -132,9 +184,10 @@ def test_what_else_differs_is_said(tiny: Callable[..., Recipe], tmp_path: Path) 
     assert result["warnings"] == [
         "times are not compared, because the runs used different devices",
         "fast_1: does not only differ in schedule, but also in optim.lr",
-        "fast_1: only 2 runs have a partner of the same seed and fold; the others are ignored",
     ]
     assert "train_seconds" not in result["groups"][1]["speedups"]
+    assert result["groups"][1]["pairs"] is None  # all runs count, as in the table
+    assert result["groups"][1]["difference"]["value"] == pytest.approx(0.6 - 0.6)
     assert result["groups"][1]["speedups"]["steps"]["value"] == pytest.approx(54 / 17)
 
 
