@@ -38,6 +38,7 @@ from mgtrain.processes.watchdog import Watchdog
 Value = TypeVar("Value")
 JOIN_MINUTES = 30  # timeout for all ranks to join, and for an exchange
 LAUNCHER = "MGTRAIN_LAUNCHER"  # environment variable with the launcher's process id
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, where torch has it
 SECONDS_TO_END = 20.0  # for the other ranks to end after one has failed
 
 
@@ -69,9 +70,9 @@ class World:
         tensor = tensor.detach().contiguous()
         if ranks == 1:
             return tensor[None]
-        parts = [torch.empty_like(tensor) for _ in range(ranks)]
-        dist.all_gather(parts, tensor, group=_block(ranks, self.size))
-        return torch.stack(parts)
+        gathered = tensor.new_empty(ranks, *tensor.shape)
+        all_gather(gathered, tensor[None], group=_block(ranks, self.size))
+        return gathered
 
     def from_main(self, value: Value) -> Value:
         """The main rank's value, on every rank; it must be picklable."""
@@ -168,7 +169,7 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
                 raise
             if lack := lack_of(error):
                 raise lack from None
-            why = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].rpartition("] ")[2][:200]
             if not dist.is_initialized():
                 why += (
                     "; is MASTER_PORT free, and does each machine's name resolve to an address that the others reach? "
