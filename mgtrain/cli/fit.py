@@ -84,7 +84,7 @@ def fit(
             if world.main:
                 show(json_, found, render(found))
         return
-    patience = SECONDS_TO_UNLOCK if resume and is_launched() else None
+    patience = min(SECONDS_TO_UNLOCK, loaded.faults.timeout_seconds / 2) if resume and is_launched() else None
     with connected(device, loaded.faults.timeout_seconds) as world, run.locked(patience):
         start_logging(folder / "log.txt", world.main, world.rank)
         resume = world.any(resume)  # torchrun counts restarts on each machine by itself

@@ -168,7 +168,7 @@ def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
     except (RuntimeError, EOFError, ConnectionError) as error:
         cause: Exception = error
         if not isinstance(error, RuntimeError):
-            cause = RuntimeError(f"Too many open files: {str(error) or 'a loader process has closed its connection'}")
+            cause = RuntimeError(f"Too many open files, or a loader process was killed: {str(error) or 'no answer'}")
         lost = lack_of(cause) or source.lost(cause)
         if lost is None:
             raise

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mgtrain import __version__
 from mgtrain.data.videos import Videos
-from mgtrain.engine.resume import changed_keys
+from mgtrain.engine.resume import PLACES
 from mgtrain.errors import DataError, MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
@@ -22,9 +22,10 @@ from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import group_slots
 from mgtrain.models.recompute import recompute
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe, parse_recipe
+from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
 from mgtrain.schedule import Plan
 
+MAY_DIFFER = (*PLACES, "data.prepared", "data.checked", "init.weights", "hardware.workers")  # between ranks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,12 +67,13 @@ def check_alike(recipe: Recipe, plan: Plan, splits: Sequence[Videos], world: Wor
     identities = [videos.identity for videos in splits]
     mine = {"mgtrain": __version__, "torch": torch.__version__, "videos": identities, "plan": plan.fingerprint()}
     text, theirs = world.from_main((recipe.to_yaml(), mine))
-    differences = changed_keys(parse_recipe(text, "rank 0", saved=True), recipe)
+    of_recipes = recipe_differences(parse_recipe(text, "rank 0", saved=True), recipe)
+    differences = [f"{key} {a} -> {b}" for key, (a, b) in of_recipes.items() if key not in MAY_DIFFER]
     differences += [f"{key} {theirs[key]} -> {value}" for key, value in mine.items() if value != theirs[key]]
     if differences:
         raise DataError(
             f"rank {world.rank} on {platform.node()} would train something else than rank 0: {'; '.join(differences)}; "
-            "give all machines the same recipe, lists of videos and version of mgtrain"
+            "give all machines the same recipe, lists of videos and versions"
         )
 
 

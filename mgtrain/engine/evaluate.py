@@ -79,8 +79,8 @@ def predict(
     `evaluation.views` says (the paper uses 10 x 3 views). A forward pass has at most as many clips as in training.
     """
     model.eval()
-    share = recipe.batch.clips // world.size
-    most = max(1, min(share, micro_limit(recipe, recipe.evaluation_shape) or share))
+    share, limit = recipe.batch.clips // world.size, micro_limit(recipe, recipe.evaluation_shape)
+    most = max(1, share if limit is None else min(share, limit))
     for clips, numbers in batches:
         if not len(numbers):
             continue

@@ -7,6 +7,7 @@ run.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -46,7 +47,13 @@ def fit(
         MgtrainError: the run cannot continue; its checkpoints are kept.
     """
     began = time.perf_counter() if began is None else began
-    with StopRequest() as asked, asked.at_once():
+    asked = StopRequest()
+
+    def at_once() -> AbstractContextManager[None]:
+        """Stop where the run is; with several ranks, after the next step, because others may wait for this one."""
+        return asked.at_once() if world.size == 1 else nullcontext()
+
+    with asked, at_once():
         training = start(recipe, run, world, resume, allow_changes)
     recipe, plan, learner, state = training.recipe, training.plan, training.learner, training.state
     train, val, milestones, model = training.train, training.val, training.milestones, training.learner.model
@@ -63,7 +70,7 @@ def fit(
         return now
 
     def evaluated(step: Step) -> tuple[Scores, CheckpointInfo]:
-        with asked.at_once(), clock.paused(), learner.averaged():
+        with at_once(), clock.paused(), learner.averaged():
             recalibrate(model, train, batches_needed(recipe, plan, step.index + 1, remembered(model)), recipe, world)
             predictions = evaluate(model, val, recipe, world)
             scores = predictions.scores()
@@ -72,7 +79,7 @@ def fit(
         recalibrated = recipe.evaluation.recalibration_batches > 0
         return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
 
-    with StopRequest() as asked, record:
+    with asked, record:
         if training.due:
             scores, state = evaluated(plan[state.step - 1])
         for step in plan.steps(state.step):

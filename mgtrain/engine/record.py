@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from mgtrain.data.videos import Videos
 from mgtrain.engine.examples import examples
 from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.step import StepResult
-from mgtrain.errors import DataError
+from mgtrain.errors import CheckpointError, DataError
 from mgtrain.grid import Shape
 from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
@@ -247,8 +247,10 @@ def _environment(recipe: Recipe, world: World, run: RunDir, resumed: bool) -> di
         "workers": worker_count(recipe, world),
         "git": _git_revision(),
     }
-    before = devices(run.read("env.json")) if resumed and run.writes else []
-    here = tuple(now[key] for key in DEVICE_KEYS)
+    here, before = tuple(now[key] for key in DEVICE_KEYS), []
+    if resumed and run.writes:
+        with suppress(CheckpointError, LookupError, TypeError):  # it is missing or damaged
+            before = devices(run.read("env.json"))
     return {**now, "devices": before if here in before[-1:] else [*before, here]}
 
 

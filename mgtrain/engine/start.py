@@ -92,23 +92,25 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
                 "steps; train for longer, or start a new run with --name"
             )
 
-    # 3. Write the run's description, and delete the log rows after the checkpoint.
+    # 3. Write the run's description, choose how convolutions are computed, and warm up every shape.
     describe_run(run, recipe, plan, flops, train, val, world, resumed=state.step > 0)
+    tune(model, run, recipe, plan, world)
+    compiled = warm_up(model, recipe, plan, state.step, world)
+    replica = replicate(model, world)
+
+    # 4. Delete the log rows after the checkpoint, and open the boards.
     milestones = frozenset(plan.milestones(recipe.evaluation.times))
     due = state.step in milestones and not state.evaluated
-    lost = [row.get("clock_seconds", 0.0) for name in ("steps.jsonl", "evals.jsonl") for row in run.rows(name)[-1:]]
-    state = replace(state, clock_seconds=max(state.clock_seconds, *lost, 0.0))  # a user waited for lost steps, too
+    if resume:  # a user waited for lost steps, too
+        logged = [row for name in ("steps.jsonl", "evals.jsonl") for row in run.rows(name)[-1:]]
+        waited = max((row.get("clock_seconds", 0.0) for row in logged), default=0.0)
+        state = replace(state, clock_seconds=max(state.clock_seconds, waited))
     run.rewind(state.step, evaluated=not due)
     run.open_boards(recipe.logging)
     if state.step == 0:
         show_run(run, recipe, plan, train)
     for row in run.rows("steps.jsonl")[-1:] if due else ():
         show_step(run, row)  # `rewind` has deleted it from TensorBoard
-
-    # 4. Choose how convolutions are computed and warm up every shape, then replicate the model over the ranks.
-    tune(model, run, recipe, plan, world)
-    compiled = warm_up(model, recipe, plan, state.step, world)
-    replica = replicate(model, world)
     return Training(recipe, plan, milestones, train, val, learner, replica, state, due, world, compiled)
 
 

@@ -174,5 +174,7 @@ def _imported(module: str) -> ModuleType:
             f"model.module {module}: no such Python module is installed or in {folder}; start mgtrain where "
             f"{module.partition('.')[0]}.py is"
         ) from None
+    except MgtrainError:  # the run is asked to stop
+        raise
     except Exception as error:
         raise UsageError(f"model.module {module}: cannot be imported: {type(error).__name__}: {error}") from error

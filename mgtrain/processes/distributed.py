@@ -169,7 +169,10 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
                 raise
             if lack := lack_of(error):
                 raise lack from None
-            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].rpartition("] ")[2][:200]
+            lines = [line for line in str(error).splitlines() if not line.rstrip().endswith(":")] or [
+                type(error).__name__
+            ]
+            why = lines[-1].rpartition("] ")[2][:200]
             if not dist.is_initialized():
                 why += (
                     "; is MASTER_PORT free, and does each machine's name resolve to an address that the others reach? "

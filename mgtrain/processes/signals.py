@@ -1,6 +1,6 @@
 """Requests to stop: the first signal stops the run after the next step, a second SIGINT ends the process at once.
 
-Where everything that a run needs to resume is saved, as during an evaluation, the first signal stops it there.
+Where all that a run needs to resume is saved, as during an evaluation, the first signal stops a run of one process.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ class StopRequest:
         """Within the block, which saves nothing, a request raises `StoppedError` where the run is."""
         self._at_once = True
         try:
-            if self.signal:
-                raise StoppedError(STOPPED)
+            self._stop_if_asked()
             yield
+            self._stop_if_asked()  # somebody's `except Exception` may have caught it
         finally:
             self._at_once = False
+
+    def _stop_if_asked(self) -> None:
+        if self.signal:
+            raise StoppedError(STOPPED)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
@@ -51,7 +55,7 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number).name
         if self._at_once:
             _say(f"{self.signal}: stopping")
-            raise StoppedError(STOPPED)
+            self._stop_if_asked()
         _say(f"{self.signal}: stopping after the next step, saving")
 
 

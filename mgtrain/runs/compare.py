@@ -22,7 +22,7 @@ DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have c
 # Keys that change only times, and that a run does not adapt to its device as it does those of memory.
 TIME_KEYS = (
     "evaluation.times",
-    *(f"hardware.{key}" for key in ("channels_last", "compile", "deterministic", "workers")),
+    *(f"hardware.{key}" for key in ("channels_last", "compile", "deterministic", "tf32", "workers")),
 )
 
 
@@ -37,7 +37,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     first, second = devices(baseline.env)[0], devices(run.env)[0]
     other_device = [f"{key} {a} and {b}" for key, a, b in zip(DEVICE_KEYS, first, second, strict=True) if a != b]
     other_device += [
-        f"{history.name} started on {' x '.join(map(str, parts[0]))} and resumed on {' x '.join(map(str, parts[-1]))}"
+        f"{history.name} ran on {', then on '.join(' x '.join(map(str, part)) for part in parts)}"
         for history in (baseline, run)
         if len(parts := devices(history.env)) > 1
     ]

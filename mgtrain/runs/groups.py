@@ -129,7 +129,7 @@ def _against(
         "folds": folds if paired and folds > 1 else None,
         "difference": asdict(change),
         "speedups": {key: asdict(ratio(values(first, key), values(second, key), paired)) for key in compared},
-        "judged": judge(change.scaled(100), margin),
+        "judged": judge(change.scaled(100), margin, "folds" if paired and folds > 1 else "seeds"),
     }
 
 

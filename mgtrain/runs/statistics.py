@@ -167,8 +167,10 @@ def _vanishes(sd: float, values: Sequence[float]) -> bool:
     return sd <= 1e-12 * max(map(abs, values))
 
 
-def judge(difference: Interval, margin: float) -> str:
+def judge(difference: Interval, margin: float, unit: str = "seeds") -> str:
     """The verdict whether an accuracy is lower than another, from their difference and a margin in points.
+
+    `unit` is what its interval counts: seeds, or folds.
 
     >>> judge(Interval(1.2, -0.4, 2.8), margin=1)
     'not lower (difference +1.2, 95 % from -0.4 to +2.8, margin 1 point)'
@@ -181,8 +183,8 @@ def judge(difference: Interval, margin: float) -> str:
     """
     points = f"margin {margin:g} point{'' if margin == 1 else 's'}"
     if difference.low is None or difference.high is None:
-        why = "one seed shows" if difference.count == 1 else f"{difference.count} equal differences show"
-        return f"cannot tell: {why} no spread, train more seeds (difference {difference.value:+.1f}, {points})"
+        why = f"one {unit.rstrip('s')} shows" if difference.count == 1 else f"{difference.count} equal differences show"
+        return f"cannot tell: {why} no spread, train more {unit} (difference {difference.value:+.1f}, {points})"
     if difference.low >= -margin:
         answer = "not lower" if difference.high >= 0 else "lower, but by less than the margin"
     elif difference.high < 0:
@@ -191,7 +193,7 @@ def judge(difference: Interval, margin: float) -> str:
         answer = "cannot tell from one seed each"
     else:
         more = more_seeds(difference, margin)
-        answer = f"cannot tell: {f'about {more}' if more else f'more than {MOST_SEEDS}'} more seeds would"
+        answer = f"cannot tell: {f'about {more}' if more else f'more than {MOST_SEEDS}'} more {unit} would"
     ends = f"95 % from {difference.low:+.1f} to {difference.high:+.1f}"
     return f"{answer} (difference {difference.value:+.1f}, {ends}, {points})"
 

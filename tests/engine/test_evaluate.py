@@ -168,3 +168,7 @@ def test_an_evaluation_passes_as_many_clips_as_a_step_may(tiny: Callable[..., Re
     ):
         pass
     assert sizes == [2, 2]
+    sizes.clear()
+    larger = tiny("hardware.micro_clips=1", "evaluation.crop=40", "evaluation.short_side=40")
+    list(predict(Counting(torch.randn(4, 4)), [(numbered(4), torch.arange(4))], 1, larger, World()))
+    assert sizes == [1, 1, 1, 1]

@@ -302,6 +302,24 @@ def test_a_run_says_which_devices_it_has_had(tiny: Callable[..., Recipe], straig
     assert run.read("env.json")["devices"] == [["Another CPU", 1, 64], [env["device"], 1, env["threads"]]]
 
 
+def test_a_run_without_its_description_is_resumed(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=16)
+    (tmp_path / "cut/env.json").unlink()
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    assert len(RunDir(tmp_path / "cut").read("env.json")["devices"]) == 1
+
+
+def test_a_new_run_in_an_old_folder_has_its_own_time(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    cut(straight, tmp_path / "again", step=16)
+    run = RunDir(tmp_path / "again")
+    row = {**run.rows("steps.jsonl")[-1], "clock_seconds": 10_000.0}
+    run.write("steps.jsonl", json.dumps(row) + "\n")
+    run_to_end(tiny(*EVERY_STEP), run.path)
+    assert run.rows("evals.jsonl")[-1]["clock_seconds"] < 10_000
+
+
 def test_a_run_of_an_earlier_version_is_resumed(
     tiny: Callable[..., Recipe], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

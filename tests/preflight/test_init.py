@@ -227,7 +227,9 @@ def test_a_transformer_has_fewer_epochs_in_less_time(monkeypatch: pytest.MonkeyP
 
 def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e9)  # operations per second
     words = ["init", "--data", str(clips), "--to", "work", "--name", "mine", "--hours", "0.01", "--json"]
+    words += ["--device", "cpu"]
     result = CliRunner().invoke(app, words)
     said = json.loads(result.stdout)
     assert said["groups"] == 6

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -335,7 +335,7 @@ def test_processes_that_have_ended_are_not_taken_for_ranks() -> None:
     for _ in range(2):  # the second time as torchrun restarts them, with the store of the first
         with ThreadPoolExecutor(2) as threads:
             late = threads.submit(join, 1)
-            assert not late.done()
+            assert not wait([late], timeout=0.3).done
             assert [threads.submit(join, 0).result(30), late.result(30)] == ["b''", "b''"]
 
 
@@ -406,5 +406,7 @@ def test_a_machine_with_other_files_is_refused(tiny: Callable[..., Recipe], monk
     checked(tiny(), tiny("hardware.workers=1"))
     with pytest.raises(DataError, match=r"rank 1 on \S+ would train something else .*: optim\.lr 0.002 -> 0.1; "):
         checked(tiny("optim.lr=0.1"), tiny())
+    with pytest.raises(DataError, match=r"rank 0: logging\.steps 1 -> 20; "):
+        checked(tiny("logging.steps=20"), tiny())
     with pytest.raises(DataError, match=r"rank 0: videos \['24 .*'12 .* -> \['12 .*; plan \w+ -> \w+; give all"):
         checked(tiny("data.train=val.csv"), tiny())

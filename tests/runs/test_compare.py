@@ -313,8 +313,8 @@ def test_a_run_that_was_resumed_on_another_device_has_no_comparable_time(
     run = written_run(tmp_path, tiny(), devices=[["A CPU", 1, 2], ["A GPU", 4, 2]])
     result = compare(baseline, run)
     assert result["warnings"] == [
-        "times are not compared, because the runs used different devices: fast started on A CPU x 1 x 2 and resumed on "
-        "A GPU x 4 x 2"
+        "times are not compared, because the runs used different devices: fast ran on A CPU x 1 x 2, then on A GPU x 4 "
+        "x 2"
     ]
     assert result["speedups"]["train_seconds"] is None
 

@@ -18,6 +18,7 @@ from mgtrain.console import duration
 from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.machine.memory import lack_explained
 from mgtrain.engine.step import autocast, memory_format
+from mgtrain.errors import MgtrainError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import undisturbed
 from mgtrain.models.part import Part, set_part
@@ -106,6 +107,8 @@ def _compiled(
         try:
             with compiled(model, recipe):
                 now = _timed(model, recipe, step, world)
+        except MgtrainError:  # the run is asked to stop
+            raise
         except Exception as error:  # of torch, of a compiler, or out of memory
             cause, failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", True
             log.warning("cannot compile %s with %d BatchNorm groups, running it uncompiled: %s", shape, groups, cause)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgtrain.errors import MgtrainError
+
 log = logging.getLogger(__name__)
 
 NUMBERS = 4096  # in a tile, the block of numbers that a program loads at a time
@@ -35,6 +37,8 @@ def works(device: torch.device) -> bool:
     try:
         _, stats = _forward(x, ones, ones, slots, slots, 0.0, 1.0, relu=True)
         _backward(x, x, ones, ones, stats, relu=True)
+    except MgtrainError:  # the run is asked to stop
+        raise
     except Exception as error:  # Triton raises RuntimeError, OSError, CalledProcessError and its own
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         log.warning("BatchNorm groups are normalized one by one, which is slow where a step has many: %s", cause)
