@@ -8,7 +8,7 @@ The Python interface is the names in `__all__`; each is imported when it is firs
 >>> [str(step.shape) for step in plan][:3], f"{plan[0].lr:.3g}", plan[0].bn_groups
 (['128x4x32²', '64x4x45²', '64x4x45²'], '0.01', 8)
 
-`fit(recipe, RunDir(Path("runs/mine")), World())` trains it and returns the final scores. `train_batches`, `at_step`
+`fit(recipe, RunDir("runs/mine"), World())` trains it and returns the final scores. `train_batches`, `at_step`
 and related functions bring multigrid into your own training loop. Errors that the user can fix are of the class
 `MgtrainError`.
 """
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mgtrain.engine.fit import fit
-    from mgtrain.engine.loops import at_step, evaluate, group_batchnorm, loss, make_model, recalibrate, train_batches
+    from mgtrain.engine.loops import at_step, evaluate, loss, make_model, recalibrate, train_batches
     from mgtrain.engine.start import open_data
     from mgtrain.engine.trained import load_trained
     from mgtrain.engine.update.optim import make_optimizer, set_lr
     from mgtrain.errors import MgtrainError
     from mgtrain.grid import Shape
+    from mgtrain.models.foreign import group_batchnorm
     from mgtrain.processes.distributed import World
     from mgtrain.recipe import Recipe, load_recipe
     from mgtrain.runs.folder import RunDir
@@ -42,7 +43,7 @@ HOME = {
     "at_step": "engine.loops",
     "evaluate": "engine.loops",
     "fit": "engine.fit",
-    "group_batchnorm": "engine.loops",
+    "group_batchnorm": "models.foreign",
     "load_recipe": "recipe",
     "load_trained": "engine.trained",
     "loss": "engine.loops",

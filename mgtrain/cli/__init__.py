@@ -15,7 +15,7 @@ import io
 import os
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Option
@@ -69,7 +69,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: the terminal may not encode all names
     os.environ["PYTHONSAFEPATH"] = "1"  # a Python started from here does not import from the current folder
     try:
-        code = typer.main.get_command(app).main(standalone_mode=False)
+        code = typer.main.get_command(app).main(prog_name="mgtrain", standalone_mode=False)
         if code == INTERRUPTED:  # Ctrl-C, caught by typer
             raise KeyboardInterrupt
         sys.stdout.flush()
@@ -80,7 +80,8 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it; its message is the help
             note(error.format_message())
             sys.exit(2)
-        advice = f"see `{' '.join(_command_words())} --help`"
+        context = getattr(error, "ctx", None)
+        advice = f"see `{context.command_path if context else 'mgtrain'} --help`"
         for word in reversed(sys.argv[1:]):  # a file such as a video named by its YouTube id
             if word.startswith("-") and (is_video(word) or os.path.exists(word)):
                 advice = f"write ./{word}, or -- before the names, for a file whose name starts with a dash"
@@ -116,15 +117,3 @@ def _say(message: str) -> None:
         if not says_first(message):
             return
     note("mgtrain: " + message.replace("\n", r"\n"), "red")
-
-
-def _command_words() -> list[str]:
-    """The program and the subcommands that were named."""
-    words = []
-    group: Any = typer.main.get_command(app)
-    for word in sys.argv[1:]:
-        group = getattr(group, "commands", {}).get(word)
-        if group is None:
-            break
-        words.append(word)
-    return ["mgtrain", *words]

@@ -20,7 +20,6 @@ from mgtrain.engine import recalibrate as recalibration
 from mgtrain.engine.start import first_model
 from mgtrain.engine.step import augmented, loss_sum_of, part_of
 from mgtrain.errors import UsageError
-from mgtrain.models.foreign import fitted
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
 from mgtrain.models.part import set_part
 from mgtrain.processes.distributed import joined, unwrap
@@ -76,18 +75,6 @@ def make_model(recipe: Recipe, device: Device = None) -> nn.Module:
         CheckpointError: `init.weights` cannot be read or is of another network.
     """
     return first_model(recipe, joined(device))
-
-
-def group_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace a network's BatchNorm3d and dropout, in place, by layers that `at_step` tells which clips they see.
-
-    BatchNorm then normalizes over groups of `batch.bn_clips` clips in a step of any shape, and dropout's mask does not
-    depend on the number of ranks. Tensors keep their names and values; without `at_step` the layers act as before.
-
-    Raises:
-        UsageError: a layer, such as SyncBatchNorm, normalizes over clips and cannot be split into groups.
-    """
-    return fitted(model)
 
 
 def loss(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -49,14 +49,14 @@ def torchvision_video(classes: int, *, name: str, drop_path: float | None = None
         most = max(layer.p for layer in paths)
         for layer in paths:
             layer.p *= drop_path / most
-    return fitted(network)
+    return group_batchnorm(network)
 
 
 def own_network(classes: int, *, module: str, network: str, options: Mapping[str, Any]) -> nn.Module:
     """Build `MODELS[network](classes, **options)` of a Python module, installed or in the current folder.
 
     Raises:
-        UsageError: the module, network or option does not exist, or the network mixes clips of a rank (see `fitted`).
+        UsageError: the module, network or option does not exist, or `group_batchnorm` refuses the network.
     """
     factories = getattr(_imported(module), "MODELS", None)
     if not isinstance(factories, dict):
@@ -81,45 +81,44 @@ def own_network(classes: int, *, module: str, network: str, options: Mapping[str
         raise UsageError(
             f"model.network: {module}.MODELS[{network!r}] returns {type(made).__name__}, which is not an nn.Module"
         )
-    return fitted(made)
+    return group_batchnorm(made)
 
 
-def fitted(model: nn.Module) -> nn.Module:
-    """Replace BatchNorm and dropout, in place, by layers that use the `part`; all tensors keep their names.
+def group_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace a network's BatchNorm3d and dropout, in place, by layers that `at_step` tells which clips they see.
+
+    BatchNorm then normalizes over groups of `batch.bn_clips` clips in a step of any shape, and dropout's mask does not
+    depend on the number of ranks. Tensors keep their names and values; without `at_step` the layers act as before.
 
     Raises:
-        UsageError: a layer normalizes over the clips of a rank and cannot be split into groups.
+        UsageError: a layer, such as SyncBatchNorm, normalizes over clips and cannot be split into groups.
     """
     streams = iter(range(1, 1 << 30))  # ours, which has one dropout, is stream 0
     with next((parameter.device for parameter in model.parameters()), torch.device("cpu")):
-        _replace(model, streams)
-    return model
-
-
-def _replace(model: nn.Module, streams: Iterator[int]) -> None:
-    for parent_name, parent in list(model.named_modules()):
-        for name, layer in parent.named_children():
-            path = f"{parent_name}.{name}".removeprefix(".")
-            if type(layer) is nn.BatchNorm3d and layer.affine and layer.track_running_stats:
-                grouped = GroupBatchNorm3d(layer.num_features, layer.eps, layer.momentum or 0.1)
-                grouped.load_state_dict(layer.state_dict(), assign=True)
-                grouped.weight, grouped.bias = layer.weight, layer.bias  # perhaps frozen, or known to an optimizer
-                setattr(parent, name, grouped.train(layer.training))
-            elif isinstance(layer, nn.Dropout) and layer.p:
-                setattr(parent, name, Dropout(layer.p, next(streams)))
-            elif isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d) and layer.p:
-                setattr(parent, name, DropFeatures(layer.p, next(streams)))
-            elif isinstance(layer, StochasticDepth) and layer.p:
-                if layer.mode != "row":
+        for parent_name, parent in list(model.named_modules()):
+            for name, layer in parent.named_children():
+                path = f"{parent_name}.{name}".removeprefix(".")
+                if type(layer) is nn.BatchNorm3d and layer.affine and layer.track_running_stats:
+                    grouped = GroupBatchNorm3d(layer.num_features, layer.eps, layer.momentum or 0.1)
+                    grouped.load_state_dict(layer.state_dict(), assign=True)
+                    grouped.weight, grouped.bias = layer.weight, layer.bias  # perhaps frozen, or known to an optimizer
+                    setattr(parent, name, grouped.train(layer.training))
+                elif isinstance(layer, nn.Dropout) and layer.p:
+                    setattr(parent, name, Dropout(layer.p, next(streams)))
+                elif isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d) and layer.p:
+                    setattr(parent, name, DropFeatures(layer.p, next(streams)))
+                elif isinstance(layer, StochasticDepth) and layer.p:
+                    if layer.mode != "row":
+                        raise UsageError(
+                            f"{path}: StochasticDepth of whole batches depends on the number of ranks; use mode 'row'"
+                        )
+                    setattr(parent, name, DropPath(layer.p, next(streams)))
+                elif isinstance(layer, _BatchNorm) and not isinstance(layer, GroupBatchNorm3d):
                     raise UsageError(
-                        f"{path}: StochasticDepth of whole batches depends on the number of ranks; use mode 'row'"
+                        f"{path}: {type(layer).__name__} normalizes over the clips of a rank; use BatchNorm3d with its "
+                        "default options, which mgtrain splits into groups, or LayerNorm or GroupNorm"
                     )
-                setattr(parent, name, DropPath(layer.p, next(streams)))
-            elif isinstance(layer, _BatchNorm) and not isinstance(layer, GroupBatchNorm3d):
-                raise UsageError(
-                    f"{path}: {type(layer).__name__} normalizes over the clips of a rank; use BatchNorm3d with its "
-                    "default options, which mgtrain splits into groups, or LayerNorm or GroupNorm"
-                )
+    return model
 
 
 def classifier_of(model: nn.Module) -> str:

@@ -52,8 +52,8 @@ def find_run(name: str | Path) -> RunDir:
 class RunDir:
     """A run's folder. With `writes=False`, for all ranks except the main one, methods that write do nothing."""
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self._board: Board | None = None  # TensorBoard
         self.other_boards: list[Board] = []  # see `open_boards`
         self._first_step = 0  # that this process writes to TensorBoard

@@ -25,7 +25,7 @@ from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import PlanError, UsageError
 from mgtrain.models import TORCHVISION, build_model
 from mgtrain.models.dropout import DropFeatures, Dropout, DropPath
-from mgtrain.models.foreign import WindowAttention, classifier_of, fitted
+from mgtrain.models.foreign import WindowAttention, classifier_of, group_batchnorm
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
 from mgtrain.models.weights.load import freeze, load_weights, read_weights, save_weights
@@ -173,7 +173,7 @@ def test_normalization_keeps_its_own_constants_and_state() -> None:
     layer = nn.BatchNorm3d(3, eps=1e-3, momentum=0.01)
     nn.init.normal_(layer.weight)
     layer.running_mean.normal_()
-    (ours,) = fitted(nn.Sequential(layer))
+    (ours,) = group_batchnorm(nn.Sequential(layer))
     assert isinstance(ours, GroupBatchNorm3d)
     assert (ours.eps, ours.momentum) == (1e-3, 0.01)
     x = torch.randn(2, 3, 2, 4, 4)
@@ -186,7 +186,7 @@ def test_normalization_keeps_its_own_constants_and_state() -> None:
 
 def test_frozen_layers_stay_frozen_and_parameters_the_same() -> None:
     layer = nn.BatchNorm3d(3).requires_grad_(False).eval()
-    (ours,) = fitted(nn.Sequential(layer))
+    (ours,) = group_batchnorm(nn.Sequential(layer))
     assert ours.weight is layer.weight
     assert ours.bias is layer.bias
     assert not ours.weight.requires_grad
@@ -194,7 +194,7 @@ def test_frozen_layers_stay_frozen_and_parameters_the_same() -> None:
 
 
 def test_dropout_takes_several_rows_of_each_clip() -> None:
-    (layer,) = fitted(nn.Sequential(nn.Dropout(0.5)))
+    (layer,) = group_batchnorm(nn.Sequential(nn.Dropout(0.5)))
     x = torch.ones(24, 50)  # 8 clips of 3 frames
     whole = Part(0, 8, 8, 2, seed=3)
     set_part(layer, whole)
@@ -212,11 +212,13 @@ def test_dropout_takes_several_rows_of_each_clip() -> None:
 )
 def test_normalization_over_a_ranks_clips_is_refused(layer: nn.Module) -> None:
     with pytest.raises(UsageError, match=f"a.0: {type(layer).__name__} normalizes over the clips of a rank"):
-        fitted(nn.Sequential(nn.Identity(), nn.ModuleDict({"a": nn.Sequential(layer)}))[1])
+        group_batchnorm(nn.Sequential(nn.Identity(), nn.ModuleDict({"a": nn.Sequential(layer)}))[1])
 
 
 def test_what_is_random_is_drawn_for_the_global_batch() -> None:
-    model = fitted(nn.Sequential(nn.Dropout(0.5), nn.Dropout3d(0.5), StochasticDepth(0.5, "row"), nn.Dropout(0.0)))
+    model = group_batchnorm(
+        nn.Sequential(nn.Dropout(0.5), nn.Dropout3d(0.5), StochasticDepth(0.5, "row"), nn.Dropout(0.0))
+    )
     assert [type(layer) for layer in model] == [Dropout, DropFeatures, DropPath, nn.Dropout]
     whole, x = Part(0, 8, 8, 2, seed=3), torch.ones(8, 6, 2, 3, 3)
     set_part(model, whole)
@@ -232,7 +234,7 @@ def test_what_is_random_is_drawn_for_the_global_batch() -> None:
     assert not torch.equal(outputs[0][:, 0, 0, 0, 0], outputs[1][:, 0, 0, 0, 0])  # layers draw apart
     for layer in (StochasticDepth(0.5, "batch"),):
         with pytest.raises(UsageError, match="depends on the number of ranks; use mode 'row'"):
-            fitted(nn.Sequential(layer))
+            group_batchnorm(nn.Sequential(layer))
 
 
 @pytest.mark.parametrize(("name", "usual"), [("swin3d_t", 0.1), ("mvit_v2_s", 0.2)])
