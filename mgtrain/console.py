@@ -7,6 +7,7 @@ characters that a terminal would act on are shown as numbers: see `harmless`.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,22 @@ class HarmlessFormatter(logging.Formatter):
         return harmless(super().format(record))
 
 
+class RunLog(logging.FileHandler):
+    """A log file in a folder that is created later; earlier lines are kept until then."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, encoding="utf-8", delay=True)
+        self._early: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, or keep it until the folder exists."""
+        self._early.append(record)
+        if os.path.isdir(os.path.dirname(self.baseFilename)):
+            for waiting in self._early:
+                super().emit(waiting)
+            self._early.clear()
+
+
 ShowProgress = Callable[[str, int, int], None]  # takes what is being done, how many are done, and of how many
 
 out = HarmlessConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -92,7 +109,7 @@ def warn(text: str) -> None:
 
 
 def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
-    """Log to stderr (only warnings except on the main rank), and to a file, which the first line creates."""
+    """Log to stderr (only warnings except on the main rank), and to a file when its folder exists."""
     log = logging.getLogger("mgtrain")
     for old in log.handlers[:]:
         log.removeHandler(old)
@@ -106,7 +123,7 @@ def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
     handler.setLevel(logging.INFO if main else logging.WARNING)
     log.addHandler(handler)
     if main and file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
+        to_file = RunLog(file)
         to_file.setFormatter(HarmlessFormatter("%(asctime)s %(message)s"))
         log.addHandler(to_file)
 

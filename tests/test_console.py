@@ -71,11 +71,12 @@ def test_a_logged_message_is_one_harmless_line(tmp_path: Path, capsys: pytest.Ca
         assert harmless(text) == text
 
 
-def test_the_first_line_creates_the_log(tmp_path: Path) -> None:
+def test_the_log_waits_until_somebody_makes_its_folder(tmp_path: Path) -> None:
     log = logging.getLogger("mgtrain.test")
-    start_logging(tmp_path / "log.txt", main=True)
-    assert not (tmp_path / "log.txt").exists()
-    log.info("first")
+    start_logging(tmp_path / "run/log.txt", main=True)
+    log.info("early")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    log.info("late")
     start_logging(None, main=True)
-    log.info("after it is closed")
-    assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first"]
+    assert [line.split()[-1] for line in (tmp_path / "run/log.txt").read_text().splitlines()] == ["early", "late"]
