@@ -19,7 +19,7 @@ from mgtrain.runs.statistics import Interval, Z, judge, mcnemar, paired_shares, 
 
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
 DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
-# Keys that change only times, and that a run does not adapt to its device as it does those of memory.
+# Keys that change times but no result beyond rounding, and that a run does not set by itself, as it does memory's.
 TIME_KEYS = (
     "evaluation.times",
     *(f"hardware.{key}" for key in ("channels_last", "compile", "deterministic", "tf32", "workers")),

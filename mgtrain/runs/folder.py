@@ -132,14 +132,12 @@ class RunDir:
 
     def _lock(self) -> TextIO | None:
         """The locked file; None if another process has locked it, or removed it meanwhile."""
-        try:
-            with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
                 file = (self.path / ".lock").open("w", encoding="utf-8")
-        except CheckpointError as error:
-            if isinstance(error.__context__, FileNotFoundError):
+            except FileNotFoundError:  # another process has just removed the folder
                 return None
-            raise
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
             if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path / ".lock")):

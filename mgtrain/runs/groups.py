@@ -120,16 +120,17 @@ def _against(
             f"{name}: only {len(pairs)} runs have a partner of the same seed and fold; the others are ignored"
         )
     first, second = ([of[pair] for pair in pairs] for of in by_pair) if paired else (base, members)
-    values = _fold_means if paired and folds > 1 else _values
+    by_fold = paired and folds > 1
+    values = _fold_means if by_fold else _values
 
     change = (paired_means if paired else welch)(values(first, "accuracy"), values(second, "accuracy"))
     compared = [key for key in COSTS if same or not key.endswith("seconds")]
     return {
         "pairs": len(pairs) if paired else None,
-        "folds": folds if paired and folds > 1 else None,
+        "folds": folds if by_fold else None,
         "difference": asdict(change),
         "speedups": {key: asdict(ratio(values(first, key), values(second, key), paired)) for key in compared},
-        "judged": judge(change.scaled(100), margin, "folds" if paired and folds > 1 else "seeds"),
+        "judged": judge(change.scaled(100), margin, "folds" if by_fold else "seeds"),
     }
 
 

@@ -27,7 +27,7 @@ class Interval:
     low: float | None = None
     high: float | None = None
     sd: float | None = None  # standard deviation of a seed's value, or of a pair's difference
-    count: int = 1  # seeds or pairs; for two unpaired groups, the seeds of the smaller one
+    count: int = 1  # seeds, folds or pairs; for two unpaired groups, the seeds of the smaller one
 
     def scaled(self, factor: float) -> Interval:
         """The interval in another unit, such as points instead of fractions."""

@@ -156,6 +156,24 @@ def test_a_lock_that_its_owner_has_removed_locks_nothing(tmp_path: Path, monkeyp
         assert removed[0].exists()
 
 
+def test_a_folder_that_another_run_has_just_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, mkdir = RunDir(tmp_path / "run"), Path.mkdir
+    made: list[Path] = []
+
+    def removed_after(path: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        if path == run.path and not made:
+            made.append(path)
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_after)
+    with run.locked():
+        assert made == [run.path]
+        assert (run.path / ".lock").exists()
+
+
 def test_rewinding_deletes_what_a_killed_process_has_left_of_a_checkpoint(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
