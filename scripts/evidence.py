@@ -10,14 +10,16 @@ If other processes used the machine, draw against multiply-adds, because times a
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
-from mgtrain.runs.groups import COLUMNS, table_rows, verdicts
+from mgtrain.runs.groups import COLUMNS, spread, table_rows, verdicts
 from mgtrain.runs.report.figures import COLOURS, drawn
 from mgtrain.runs.study.definition import Study, load_study, runs_of
-from mgtrain.runs.study.results import Result, changes_of, draw_curves, facts_of, known_result, summed_up
+from mgtrain.runs.study.results import Result, draw_curves, facts_of, known_result, summed_up
 
 ROOT = Path(__file__).parent.parent
 STUDIES, ASSETS = ROOT / "studies", ROOT / "docs/assets"
@@ -35,14 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--against", choices=AXES, default="train_seconds", help="x-axis of the README's picture")
     against = parser.parse_args().against
+    rows = [["study", "compared", "top-1, points", "less training time", "less by the clock", "accuracy"]]
     sections, waiting = [], []
     for file in sorted(STUDIES.glob("*.yaml"), key=lambda file: (file.stem != "demo", file.stem)):
         study, results = load_study(file), found(file)
         if any(result.variant == next(iter(study.variants)) for result in results):
-            sections.append(section(study, file.stem, results))
+            compared = summed_up(study, results)
+            rows += glance(study, file.stem, compared)
+            sections.append(section(study, file.stem, results, compared))
         else:
             waiting.append(f"* `studies/{file.name}`: {study.question}")
-    lines = "\n\n".join(sections) + "\n"
+    lines = "\n\n".join(["## All comparisons", table(rows), *sections]) + "\n"
     if waiting:
         lines += "\n## Not run yet\n\nThese studies have no results yet:\n\n" + "\n".join(waiting) + "\n"
     put(ROOT / "docs/explanation/evidence.md", "studies", lines)
@@ -64,32 +69,52 @@ def found(file: Path) -> list[Result]:
     return [result for result in known if result is not None]
 
 
-def section(study: Study, name: str, results: list[Result]) -> str:
+def glance(study: Study, name: str, compared: dict[str, Any]) -> list[list[str]]:
+    """A row for each comparison of a study with its first variant."""
+    base, *others = compared["groups"]
+    anchor = re.sub(r"[^\w -]", "", study.question).lower().replace(" ", "-")
+    rows = []
+    for group in others:
+        change = [100 * group["difference"][key] for key in ("value", "low", "high")]
+        rows.append([
+            f"[{name}](#{anchor})",
+            f"{group['name']} against {base['name']}",
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(*change),
+            *(spread(group["speedups"][key]) for key in ("train_seconds", "clock_seconds")),
+            re.split(r": | \(", group["judged"])[0],
+        ])  # fmt: skip
+    return rows
+
+
+def section(study: Study, name: str, results: list[Result], compared: dict[str, Any]) -> str:
     """A study as Markdown."""
-    compared = summed_up(study, results)
-    base = compared["groups"][0]["name"]
-    parts = [f"## {study.question}", markdown(compared), *(f"* {verdict}" for verdict in verdicts(compared))]
+    parts = [f"## {study.question}", table([[*COLUMNS], *table_rows(compared)])]
+    parts += [f"* {verdict}" for verdict in verdicts(compared)]
     if study.paper:
         parts.append(f"Published: {study.paper.rstrip('.')}.")
     if study.conclusion:
         parts.append(f"**Conclusion**: {study.conclusion.rstrip('.')}.")
     changes = [
-        f"* {group['name']}: `{words}`"
-        for group in compared["groups"][1:]
-        if (words := changes_of(results, group["name"], base))
+        f"* {variant}: {words_of(chosen.recipe, *chosen.overrides)}"
+        for variant, chosen in study.variants.items()
+        if chosen.recipe or chosen.overrides
     ]
     facts = "; ".join(f"{key}: {', '.join(values)}" for key, values in facts_of(results).items())
     parts += [f"Note: {warning}." for warning in compared["warnings"]]
-    parts += [f"The variants differ from {base} in:", "\n".join(changes)] if changes else []
+    parts += [f"All runs use {words_of(study.recipe, *study.overrides)}, except for:", "\n".join(changes)]
     parts.append(f"Made by `mgtrain study studies/{name}.yaml`; {facts}.")
     text = "\n\n".join(parts)
     return text.replace("\n\n* ", "\n* ").replace(" |\n* ", " |\n\n* ")
 
 
-def markdown(compared: dict[str, object]) -> str:
-    """The table of a comparison."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(compared)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def words_of(*words: str | None) -> str:
+    """A recipe and its overrides as code."""
+    return " ".join(f"`{word}`" for word in words if word)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table, of which the first row is the head."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 def picture(study: Study, results: list[Result], against: str, ink: str) -> str:
@@ -120,7 +145,7 @@ def readme(study: Study, results: list[Result], against: str) -> str:
     return (
         '<picture><source media="(prefers-color-scheme: dark)" srcset="docs/assets/demo-dark.svg">'
         f'<img src="docs/assets/demo-light.svg" alt="{words(study, results, against)}"></picture>\n\n'
-        f"{markdown(compared)}\n\n{verdicts(compared)[0]}.\n\n"
+        f"{table([[*COLUMNS], *table_rows(compared)])}\n\n{verdicts(compared)[0]}.\n\n"
         f"One core each of an {'; '.join(facts['device'])}, PyTorch {', '.join(facts['PyTorch'])}. "
         "[All studies](docs/explanation/evidence.md), [all numbers](studies/results/demo).\n"
     )
