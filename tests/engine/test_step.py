@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,17 @@ def nonzero_branches(model: nn.Module) -> None:
             nn.init.constant_(module.weight, 0.5)
 
 
+def assert_the_same_steps(micro: Trained, whole: Trained) -> None:
+    """In float64 within; the logits and the loss are float32, so sums over other parts differ by its rounding."""
+    for ours, theirs in zip(micro.results, whole.results, strict=True):
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours.correct, theirs.correct)
+    merge_group_stats(whole.model)
+    merge_group_stats(micro.model)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(micro.model.state_dict()[name], value, rtol=1e-7, atol=1e-8, msg=name)
+
+
 def tiny_plan(recipe: Recipe) -> Plan:
     return make_plan(recipe, 24)
 
@@ -100,14 +113,22 @@ def test_whole_and_micro_batches_are_the_same_steps(tiny: Callable[..., Recipe],
     assert recipe.model.dropout == 0.5
     assert whole.passes == [1, 1, 1, 1]
     assert micro.passes == [2, 2, 2, 2]
-    # float64 within; the logits and the loss are float32, so sums over other parts differ by its rounding.
-    for ours, theirs in zip(micro.results, whole.results, strict=True):
-        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(ours.correct, theirs.correct)
-    merge_group_stats(whole.model)
-    merge_group_stats(micro.model)
-    for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(micro.model.state_dict()[name], value, rtol=1e-7, atol=1e-8, msg=name)
+    assert_the_same_steps(micro, whole)
+
+
+def test_clips_of_balanced_classes_are_the_same_in_micro_batches(
+    tiny: Callable[..., Recipe], motions: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(motions, tmp_path / "uneven"))
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train.csv").write_text("\n".join(lines[:15]))  # of 6, 6, 3 and 0 videos
+    words = (*EIGHT, f"data.root={root}", "data.balance=full")
+    whole = train(tiny(*words), [0, 3], double=True)
+    micro = train(tiny(*words, "hardware.micro_clips=4"), [0, 3], double=True)
+    assert micro.passes == [2 * passes for passes in whole.passes] == [2, 2]
+    assert_the_same_steps(micro, whole)
+    unbalanced = train(tiny(*words[:-1]), [0, 3], double=True)
+    assert not any(torch.equal(a.loss, b.loss) for a, b in zip(unbalanced.results, whole.results, strict=True))
 
 
 def test_single_precision_agrees_to_its_rounding(tiny: Callable[..., Recipe]) -> None:
