@@ -8,7 +8,8 @@ Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the st
 that is exactly the k-th frame; at a variable frame rate it preserves the speed of motions. If timestamps are missing or
 do not increase (avi, raw streams), it is the k-th frame that the decoder returns.
 
-Damaged videos. A clip uses the frames from the key frame before it up to the damage, and repeats the last of them. If
+Damaged videos. A recording may start between key frames: its first frame that can be decoded is shown for those
+before it. A clip uses the frames from the key frame before it up to the damage, and repeats the last of them. If
 there are none, it uses the last earlier frame that can be decoded.
 
 Rotation. Frames are rotated by the quarter turns of the display matrix. Other matrices and the pixel aspect ratio are
@@ -292,12 +293,25 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         return min(self._start + int((index + 0.5) / self._fps / self._time_base), LATEST)
 
     def _decode(self, packets: Iterable[av.Packet[av.VideoStream]]) -> Iterator[av.VideoFrame]:
-        """Decode frames in display order, up to the end or the first damage, which it stores in `damage`."""
+        """Decode frames in display order, up to the end or the first damage, which it stores in `damage`.
+
+        A recording may start between key frames: the packets before the first key frame that can be decoded are skipped.
+        """
         codec = self._stream.codec_context
-        self.damage = ""
+        self.damage, begun, failed = "", False, False
         try:
             for packet in packets:
-                yield from decoded(codec, packet if packet.size else None)
+                if failed and not packet.is_keyframe:
+                    continue
+                try:
+                    frames = decoded(codec, packet if packet.size else None)
+                except av.FFmpegError:
+                    if begun:
+                        raise
+                    failed = True
+                else:
+                    begun, failed = begun or bool(frames), False
+                    yield from frames
         except av.FFmpegError as error:
             self.damage = error.strerror or str(error)
 

@@ -260,6 +260,26 @@ def test_damage_in_the_middle_costs_the_frames_after_it_only(tmp_path: Path):
     assert len(numbers(path, 0, 59)) == 2
 
 
+@pytest.mark.parametrize("name", ["v.ts", "v.mkv", "v.h264"])
+def test_a_recording_that_starts_between_key_frames_starts_with_its_first_key_frame(tmp_path: Path, name: str):
+    write_video(tmp_path / "whole.mp4", 120, gop=60, fps=5, sc_threshold="0")  # FFmpeg looks 5 s ahead
+    with av.open(str(tmp_path / "whole.mp4")) as whole_file, av.open(str(tmp_path / name), "w") as cut:
+        stream = whole_file.streams.video[0]
+        copy = cut.add_stream_from_template(stream)
+        for number, packet in enumerate(whole_file.demux(stream)):
+            if number > 10 and packet.size:
+                packet.stream = copy
+                cut.mux(packet)
+    with VideoFile(tmp_path / name) as video:
+        frames = video.info.frames
+        assert 105 <= frames <= 110
+        assert (video.decodable(), video.damage) == (60, "")
+    assert numbers(tmp_path / name, frames - 1) == [119]
+    read = numbers(tmp_path / name, *range(frames))
+    assert (read[0], read[-1]) == (60, 119)
+    assert read == sorted(read)
+
+
 def test_frames_are_counted_where_no_header_tells(tmp_path: Path):
     for name in ("v.h264", "v.webm"):
         codec = "libvpx-vp9" if name == "v.webm" else "libx264"
