@@ -295,7 +295,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def _decode(self, packets: Iterable[av.Packet[av.VideoStream]]) -> Iterator[av.VideoFrame]:
         """Decode frames in display order, up to the end or the first damage, which it stores in `damage`.
 
-        A recording may start between key frames: the packets before the first key frame that can be decoded are skipped.
+        Packets before the first key frame that can be decoded are skipped: a recording may start between key frames.
         """
         codec = self._stream.codec_context
         self.damage, begun, failed = "", False, False
