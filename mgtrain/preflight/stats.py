@@ -1,7 +1,5 @@
 """Statistics of the videos of a data set, from a sample, and their consequences for a recipe."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,31 +33,25 @@ QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One opened video; `broken` is the error if there is no `info`."""
+    """One opened video."""
 
-    info: VideoInfo | None
+    info: VideoInfo
     codec: str
     bytes: int
-    broken: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The videos of one split, and the probes of a sample of them."""
+    """The videos of one split, and what a sample of them holds."""
 
     videos: Videos
-    probes: tuple[Probe, ...]
+    opened: list[Probe]
+    broken: list[str]  # path and error of each video of the sample that cannot be opened
     clip: Clip
-
-    @property
-    def broken(self) -> list[str]:
-        """The path and error of each video of the sample that cannot be opened."""
-        return [probe.broken for probe in self.probes if probe.info is None]
 
     def column(self, name: str) -> np.ndarray:
         """One of the `QUANTITIES` for each opened video of the sample: float64 (videos,)."""
-        infos = [probe.info for probe in self.probes if probe.info is not None]
-        return np.array([QUANTITIES[name](info) for info in infos], float)
+        return np.array([QUANTITIES[name](probe.info) for probe in self.opened], float)
 
     @property
     def span(self) -> float:
@@ -67,15 +59,14 @@ class Stats:
         return self.clip.frames * self.clip.stride / self.clip.fps
 
     def describe(self) -> dict[str, Any]:
-        opened = [probe for probe in self.probes if probe.info is not None]
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
-        sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in opened if probe.info)
+        sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in self.opened)
         seconds, largest = self.column("seconds"), self.clip.short_side[1]
         return {
             "videos": len(self.videos),
             "missing": self.videos.missing,
-            "sample": len(self.probes),
+            "sample": len(self.opened) + len(self.broken),
             "broken": {"count": len(self.broken), "examples": self.broken[:EXAMPLES]},
             "classes": len(counts),
             "videos_per_class": {
@@ -91,9 +82,9 @@ class Stats:
                 for name in QUANTITIES
             },
             "sizes": {"different": len(sizes), "commonest": dict(sizes.most_common(COMMONEST))},
-            "codecs": dict(Counter(probe.codec for probe in opened).most_common(COMMONEST)),
+            "codecs": dict(Counter(probe.codec for probe in self.opened).most_common(COMMONEST)),
             "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
-            "bytes": round(float(np.mean([probe.bytes for probe in opened])) * len(self.videos)),
+            "bytes": round(float(np.mean([probe.bytes for probe in self.opened])) * len(self.videos)),
             "recipe": {
                 "span_seconds": round(self.span, 3),
                 "shorter_than_span": int((seconds < self.span - 1e-6).sum()),
@@ -119,34 +110,39 @@ def make_stats(
     """
     drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
     paths = [videos.path(int(row)) for row in np.sort(drawn)]
-    probes: dict[str, Probe] = {}
+    probes: dict[str, Probe | str] = {}
     for path, found in isolated(partial(probe_video, fps=fps), dict.fromkeys(paths), max(1, workers)):
         if isinstance(found, Lost):
-            found = Probe(None, "", 0, printable(f"{path}: crashes the decoder ({found.cause})"))
+            found = printable(f"{path}: crashes the decoder ({found.cause})")
         probes[path] = found
         progress("videos opened", len(probes), len(paths))
-    made = Stats(videos, tuple(probes[path] for path in paths), clip)
-    if len(made.broken) == len(paths):
-        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened; first error: {made.broken[0]}")
-    return made
+    in_order = [probes[path] for path in paths]
+    opened = [probe for probe in in_order if isinstance(probe, Probe)]
+    broken = [error for error in in_order if isinstance(error, str)]
+    if not opened:
+        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened; first error: {broken[0]}")
+    return Stats(videos, opened, broken, clip)
 
 
-def probe_video(path: str, fps: float | None = None) -> Probe:
-    """Open one video; an error is returned, not raised."""
+def probe_video(path: str, fps: float | None) -> Probe | str:
+    """Open one video; returns its facts, or the error."""
     try:
         with open_source(path, fps) as file:
             return Probe(file.info, file.codec, file.nbytes)
     except VideoError as error:
-        return Probe(None, "", 0, printable(str(error)))
+        return printable(str(error))
 
 
 def render(stats: Stats) -> str:
     facts = stats.describe()
-    opened = facts["sample"] - facts["broken"]["count"]
+    opened = len(stats.opened)
     per_class, recipe = facts["videos_per_class"], facts["recipe"]
 
     def share(count: int) -> str:
         return f"{count:,} of {opened:,} ({100 * count / opened:.1f} %)"
+
+    def named(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {100 * count / opened:.0f} %" for name, count in counts.items())
 
     sampled = f", of which {facts['sample']:,} were opened" if facts["sample"] < facts["videos"] else ""
     missing = f", {facts['missing']:,} more without a file" if facts["missing"] else ""
@@ -157,8 +153,8 @@ def render(stats: Stats) -> str:
         f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
         f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
         f"total       {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
-        f"sizes       {facts['sizes']['different']:,} different; {_named(facts['sizes']['commonest'], opened)}",
-        f"codecs      {_named(facts['codecs'], opened)}",
+        f"sizes       {facts['sizes']['different']:,} different; {named(facts['sizes']['commonest'])}",
+        f"codecs      {named(facts['codecs'])}",
         "",
         f"{'':12}" + "".join(f"{label:>10}" for label in QUANTILES),
         *(
@@ -181,8 +177,8 @@ def draw_picture(stats: Stats, path: Path) -> None:
     from mgtrain.runs.report.figures import save_figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    opened = f"{len(stats.probes):,} opened, {len(stats.broken):,} of them broken"
-    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {opened}", fontsize=12)
+    sample = f"{len(stats.opened) + len(stats.broken):,} opened, {len(stats.broken):,} of them broken"
+    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {sample}", fontsize=12)
     (balance, seconds, fps, sizes) = figure.subplots(2, 2).flat
     counts = stats.videos.videos_per_class
     order = np.argsort(-counts, kind="stable")
@@ -212,7 +208,3 @@ def draw_picture(stats: Stats, path: Path) -> None:
                    style, color="tab:red", linewidth=1, label=f"short side {value}")  # fmt: skip
     sizes.legend(frameon=False, fontsize=8)
     save_figure(figure, path, dpi=120, format="png")
-
-
-def _named(counts: dict[str, int], total: int) -> str:
-    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in counts.items())
