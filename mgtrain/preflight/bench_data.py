@@ -6,8 +6,6 @@
 4. If the recipe has no prepared set, a few videos are prepared in a temporary folder and measured, too.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -44,11 +42,8 @@ def bench_data(
 ) -> dict[str, Any]:
     """Measure every shape for about `seconds`, and estimate the training time; returns plain values.
 
-    `step_seconds` is the time of a training step; None: measure it. If the recipe has no prepared set, a few videos are
-    prepared with `settings` and measured, too.
-
-    Raises:
-        DataError: no video can be read.
+    `step_seconds` is the time of a training step; None: measure it. `settings` are those of the prepared set to try.
+    Raises `DataError` if no video can be read.
     """
     plans = make_plans(recipe, len(videos))
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
