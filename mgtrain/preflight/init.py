@@ -176,7 +176,7 @@ def make_project(
     for cause in stats.broken:
         report(cause, True)
     files = {part: os.path.abspath(to / f"{part}.csv") for part in parts.splits}
-    found = Found(train, parts.splits["val"], files, stats.column("seconds"), stats.column("short_side"), fps)
+    found = Found(train, parts.splits["val"], files, stats.columns["seconds"], stats.columns["short_side"], fps)
     with connect(device) as world:
         proposal = propose(found, world, default_procs(device), hours, network)
     epochs = sum(proposal.recipe.optim.stages)

@@ -1,8 +1,7 @@
 """Statistics of the videos of a data set, from a sample, and their consequences for a recipe."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,6 @@ from mgtrain.rng import Draw, generator
 COMMONEST = 4  # sizes and codecs to name
 MOST_NAMED = 12  # bars to label
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
-QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
-    "frames": lambda info: info.frames,
-    "seconds": lambda info: info.frames / info.fps,
-    "fps": lambda info: info.fps,
-    "width": lambda info: info.width,
-    "height": lambda info: info.height,
-    "short_side": lambda info: min(info.width, info.height),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +40,12 @@ class Stats:
     broken: list[str]  # path and error of each video of the sample that cannot be opened
     clip: Clip
 
-    def column(self, name: str) -> np.ndarray:
-        """One of the `QUANTITIES` for each opened video of the sample: float64 (videos,)."""
-        return np.array([QUANTITIES[name](probe.info) for probe in self.opened], float)
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """Each quantity of the opened videos: float64 (videos,)."""
+        frames, fps, width, height = np.array([astuple(probe.info) for probe in self.opened], float).T
+        lengths = {"frames": frames, "seconds": frames / fps, "fps": fps}
+        return lengths | {"width": width, "height": height, "short_side": np.minimum(width, height)}
 
     @property
     def span(self) -> float:
@@ -62,7 +56,7 @@ class Stats:
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
         sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in self.opened)
-        seconds, largest = self.column("seconds"), self.clip.short_side[1]
+        columns, largest = self.columns, self.clip.short_side[1]
         return {
             "videos": len(self.videos),
             "missing": self.videos.missing,
@@ -78,18 +72,18 @@ class Stats:
                 "empty": int((counts == 0).sum()),
             },
             **{
-                name: {label: round(float(np.quantile(self.column(name), q)), 3) for label, q in QUANTILES.items()}
-                for name in QUANTITIES
+                name: {label: round(float(np.quantile(column, q)), 3) for label, q in QUANTILES.items()}
+                for name, column in columns.items()
             },
             "sizes": {"different": len(sizes), "commonest": dict(sizes.most_common(COMMONEST))},
             "codecs": dict(Counter(probe.codec for probe in self.opened).most_common(COMMONEST)),
-            "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
+            "hours": round(float(columns["seconds"].mean()) * len(self.videos) / 3600, 6),
             "bytes": round(float(np.mean([probe.bytes for probe in self.opened])) * len(self.videos)),
             "recipe": {
                 "span_seconds": round(self.span, 3),
-                "shorter_than_span": int((seconds < self.span - 1e-6).sum()),
+                "shorter_than_span": int((columns["seconds"] < self.span - 1e-6).sum()),
                 "largest_short_side": largest,
-                "enlarged": int((self.column("short_side") < largest).sum()),
+                "enlarged": int((columns["short_side"] < largest).sum()),
             },
         }
 
@@ -159,7 +153,7 @@ def render(stats: Stats) -> str:
         f"{'':12}" + "".join(f"{label:>10}" for label in QUANTILES),
         *(
             f"{name.replace('_', ' '):12}" + "".join(f"{value:>10,.4g}" for value in facts[name].values())
-            for name in QUANTITIES
+            for name in stats.columns
         ),
         "",
         f"shorter than the base clip's span of {recipe['span_seconds']:g} s, so the last frame repeats: "
@@ -187,21 +181,21 @@ def draw_picture(stats: Stats, path: Path) -> None:
     if len(counts) <= MOST_NAMED:
         names = [stats.videos.classes[label] for label in order]
         balance.set_xticks(np.arange(len(counts)), names, rotation=30, ha="right", parse_math=False)
-    clip = stats.clip
-    seconds.hist(stats.column("seconds"), bins=30)
+    clip, columns = stats.clip, stats.columns
+    seconds.hist(columns["seconds"], bins=30)
     seconds.axvline(stats.span, color="tab:red", label=f"span of the base clip, {stats.span:.3g} s")
     seconds.set(title="duration", xlabel="seconds", ylabel="videos opened")
     seconds.margins(y=0.2)  # room for the legend
     seconds.legend(frameon=False, fontsize=8)
-    rates = Counter(f"{rate:.4g}" for rate in stats.column("fps"))
+    rates = Counter(f"{rate:.4g}" for rate in columns["fps"])
     shown = dict(rates.most_common(MOST_NAMED - 1))
     shown |= {"others": rates.total() - sum(shown.values())} if len(rates) > len(shown) else {}
     fps.bar(list(shown), list(shown.values()))
     fps.margins(x=max(0.05, 0.5 - 0.1 * len(shown)))
     fps.set(title="frame rate", xlabel=f"frames per second; strides count at {clip.fps:g}", ylabel="videos opened")
-    sizes.scatter(stats.column("width"), stats.column("height"), s=14, alpha=0.4, linewidths=0)
+    sizes.scatter(columns["width"], columns["height"], s=14, alpha=0.4, linewidths=0)
     sizes.set(title="size", xlabel="width, pixels", ylabel="height, pixels")
-    sizes.set(xlim=(0, 1.05 * stats.column("width").max()), ylim=(0, 1.05 * stats.column("height").max()))
+    sizes.set(xlim=(0, 1.05 * columns["width"].max()), ylim=(0, 1.05 * columns["height"].max()))
     low, high = clip.short_side
     for value, style in ((low, ":"), (high, "--")):
         sizes.plot([value, value, max(sizes.get_xlim()[1], value)], [max(sizes.get_ylim()[1], value), value, value],

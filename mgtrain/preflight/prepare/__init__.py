@@ -113,12 +113,7 @@ def prepare(
             progress("preparing", len(paths) - len(todo) + made, len(paths))
             if made == min(len(todo), max(SAMPLE, workers)):
                 left = (time.monotonic() - start) / made * (len(todo) - made)
-                records = manifest.of(paths)
-                sizes, originals = _bytes(records, settings)
-                scale = len(paths) / len(records)
-                of_all = tuple(round(size * scale) for size in sizes)
-                _check_disk(folder, sum(of_all) - sum(sizes))
-                if not forecast(Forecast(len(paths), left, of_all, round(originals * scale))):
+                if not forecast(_expected(folder, settings, manifest.of(paths), len(paths), left)):
                     break
     if sharded:
         shutil.rmtree(loose, ignore_errors=True)
@@ -224,13 +219,18 @@ def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ..
     return tuple(by_level.values()), originals
 
 
-def _check_disk(folder: Path, missing: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _expected(folder: Path, settings: Settings, records: Sequence[Record], videos: int, seconds: float) -> Forecast:
+    """The size of all `videos`, estimated from some records. Raises `DataError` if the disk is too small."""
+    sizes, originals = _bytes(records, settings)
+    scale = videos / len(records)
+    of_all = tuple(round(size * scale) for size in sizes)
+    missing, free = sum(of_all) - sum(sizes), shutil.disk_usage(folder).free
     if missing > free:
         raise DataError(
             f"{folder}: needs about {missing / 1e9:.1f} GB more, but {free / 1e9:.1f} GB are free; free some space, or "
             "choose fewer --levels or a higher --quality number, and run the same command again"
         )
+    return Forecast(videos, seconds, of_all, round(originals * scale))
 
 
 def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> None:
