@@ -1,7 +1,5 @@
 """3-D convolutions of clips, computed on a CPU in the form that is fastest there."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any

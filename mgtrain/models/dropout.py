@@ -1,7 +1,5 @@
 """Dropout with one mask for the global batch, whatever the number of ranks and micro-batches."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

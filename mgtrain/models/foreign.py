@@ -4,8 +4,6 @@ A network suits multigrid training if it accepts any number of frames and pixels
 self-attention, and an average over time and space before the classifier. `engine.checks.check_shapes` tests that.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect

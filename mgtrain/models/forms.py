@@ -14,8 +14,6 @@ says how it treats the k frames of the kernel, the second how it computes the 2-
     ... patches    matrix products with patches of the input, for the gradient of a kernel
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The clips of the global batch in one forward pass: all that BatchNorm and dropout need to know about the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

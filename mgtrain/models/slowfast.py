@@ -1,7 +1,5 @@
 """SlowFast (Feichtenhofer et al. 2019): a wide pathway over few frames and a narrow pathway over all frames."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """BatchNorm of groups that span several ranks: each rank normalizes its clips with the whole group's statistics."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ these partial sums. All sums are in float32 and in a fixed order. `C` is a compi
 channels are read in whole words. Sizes that depend on the shape are not, so that a new shape compiles nothing.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -5,8 +5,6 @@ In channels_last_3d the clips of a group are one dense block of rows of channels
 which in a coarse step take the host longer than the GPU.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Download the weights that torchvision offers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

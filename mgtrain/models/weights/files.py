@@ -5,8 +5,6 @@ pickles of numpy arrays, read with the unpickler below, which allows only arrays
 arrays itself.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Load a file of weights into a model: convert names and shapes, and report what matched."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -5,8 +5,6 @@ Common names are `<pathway>.<stage>.<rest>`: `slow.stem.conv.weight`, `fast.res2
 a single one is `slow`. Within a block, `rest` is as in `mgtrain.models`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
