@@ -14,9 +14,8 @@ MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shifts and fact
 class Dropout(nn.Module):
     """Dropout of features (B, ...) with probability `p`; each layer of a network has its own random `stream`.
 
-    Given a `part`, the mask is a slice of the global batch's. A layer that is called several times in a pass, as the
-    stochastic depth of torchvision's transformers is for attention and MLP, drops the same each time. `x` may have
-    several rows per clip, one after the other, as where frames are part of the batch.
+    Given a `part`, the mask is a slice of the global batch's. A layer that is called several times in a pass drops the
+    same each time. B may be several rows per clip, one after the other, as where frames are part of the batch.
     """
 
     part: Part | None = None
@@ -43,9 +42,8 @@ class Dropout(nn.Module):
         else:
             rows, rest = divmod(len(x), part.clips)  # of each clip
             if rest:
-                raise UsageError(
-                    f"dropout: {part.clips} clips do not divide {len(x)} rows; keep clips in the first axis"
-                )
+                cause = f"{part.clips} clips do not divide {len(x)} rows"
+                raise UsageError(f"dropout: {cause}; keep clips in the first axis")
             make = keep_mask if x.device.type == "cpu" else hashed_mask
             keep = make(self.seed, part.first * rows, part.clips * rows, part.total * rows, drawn.numel(), self.p)
         return x * keep.view(len(x), *drawn, *[1] * (x.ndim - 1 - len(drawn))) / (1 - self.p)
@@ -55,15 +53,11 @@ class Dropout(nn.Module):
 
 
 class DropFeatures(Dropout):
-    """Dropout of whole channels of (B, C, ...)."""
-
-    axes = 1
+    axes = 1  # of (B, C, ...) drops whole channels
 
 
 class DropPath(Dropout):
-    """Dropout of whole clips of (B, ...): stochastic depth (Huang et al. 2016)."""
-
-    axes = 0
+    axes = 0  # drops whole clips: stochastic depth (Huang et al. 2016)
 
 
 # A custom operation, because tracing would stop at the generator.
@@ -73,8 +67,7 @@ def keep_mask(seed: Tensor, first: int, clips: int, total: int, features: int, p
 
     Each is True with probability `1 - p`. The mask of the global batch is drawn on the CPU.
     """
-    # The one generator not made in rng.py, which knows no torch.
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(int(seed))  # not made in rng.py, which knows no torch
     return torch.rand(total, features, generator=generator)[first : first + clips] >= p
 
 
@@ -84,10 +77,9 @@ def _(seed: Tensor, first: int, clips: int, total: int, features: int, p: float)
 
 
 def hashed_mask(seed: Tensor, first: int, clips: int, total: int, features: int, p: float) -> Tensor:
-    """The features to keep, as `keep_mask` but from a hash of the seed and each feature's position.
+    """The features to keep, as `keep_mask` but from a hash, of integers only, of the seed and each feature's position.
 
-    A GPU computes only its part of the mask, and nothing is copied from the host. The hash uses integers only, so all
-    devices compute the same mask.
+    A GPU computes only its part of the mask, and nothing is copied from the host; all devices compute the same.
     """
     place = torch.arange(first * features, (first + clips) * features, device=seed.device)
     number = place * _signed(PLACES) + seed
