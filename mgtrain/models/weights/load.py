@@ -99,9 +99,8 @@ def read_weights(path: Path, common: bool = True, tensors: Mapping[str, Tensor] 
     """
     tensors = read_tensors(path) if tensors is None else tensors
     averaged = {name for name in tensors if name.startswith("ema.") and f"model.{name[4:]}" in tensors}
-    plain = {f"model.{name[4:]}": tensors[name] for name in averaged}  # a checkpoint's average takes the weights' place
-    plain = {name: tensor for name, tensor in {**tensors, **plain}.items() if name not in averaged}
-    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in plain.items()}
+    given = {**tensors, **{f"model.{name[4:]}": tensors[name] for name in averaged}}  # a checkpoint's average counts
+    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in given.items() if name not in averaged}
     weights = {n: t for n, t in found.items() if not (n.endswith(COUNTER) or n.startswith("optimizer."))}
     for name, tensor in weights.items():
         odd = tensor.isnan() | (tensor.isinf() if common else tensor.isposinf())  # an own network's mask may hold -inf
@@ -120,7 +119,8 @@ def read_weights(path: Path, common: bool = True, tensors: Mapping[str, Tensor] 
         )
     renamed = {naming.common(name): t for name, t in weights.items() if not re.match(naming.ignored, name)}
     notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
-    return Weights(naming.project, naming.convert(renamed), notes)
+    naming.convert(renamed)
+    return Weights(naming.project, renamed, notes)
 
 
 def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
