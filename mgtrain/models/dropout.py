@@ -7,8 +7,9 @@ from mgtrain.errors import UsageError
 from mgtrain.models.part import Part
 
 STREAMS = 0x9E3779B97F4A7C15  # odd, so that the seeds of all streams differ
-PLACES = 0xD1B54A32D192ED03  # odd, and not STREAMS, so that no stream is another one's, shifted
-MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shifts and factors of splitmix64 (Steele et al. 2014)
+PLACES = 0xD1B54A32D192ED03 - 2**64  # an int64: odd, and not STREAMS, so that no stream is another one's, shifted
+# Shifts and factors of splitmix64 (Steele et al. 2014), as int64.
+MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 class Dropout(nn.Module):
@@ -82,12 +83,7 @@ def hashed_mask(seed: Tensor, first: int, clips: int, total: int, features: int,
     A GPU computes only its part of the mask, and nothing is copied from the host; all devices compute the same.
     """
     place = torch.arange(first * features, (first + clips) * features, device=seed.device)
-    number = place * _signed(PLACES) + seed
+    number = place * PLACES + seed
     for shift, factor in MIXING:
-        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (number >= int(p * 2**64) - 2**63).view(clips, features)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same 64 bits."""
-    return number - (1 << 64 if number >> 63 else 0)

@@ -78,16 +78,15 @@ class Kind:
         return self.output_size[1:] == (1, 1)
 
     def multiply_adds(self) -> int:
-        """Multiply-adds per clip, the same in each direction."""
+        """Multiply-adds per clip in each direction."""
         return torch.Size((*self.kernel, *self.channels, *self.output_size)).numel()
 
 
 def fixed_forms(kind: Kind, dtype: torch.dtype = torch.float32) -> Forms:
     """Forms that are fast on most machines, chosen by rule instead of by measurement.
 
-    In half precision the rule avoids wrong gradients of some builds of oneDNN: those of 3-D convolutions of clips with
-    fewer frames than the kernel, as at coarse shapes, and the kernel's gradient where the output has one pixel per
-    frame, which reads uninitialized memory.
+    In half precision the rule avoids wrong gradients of some builds of oneDNN: of 3-D convolutions of clips with fewer
+    frames than the kernel, and of the kernel where the output has one pixel per frame (uninitialized memory).
     """
     half, frames = dtype.itemsize < 4, "beside"
     if kind.stride[0] == 1 and kind.kernel[0] > 1:

@@ -160,7 +160,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def merge(self, gather_all: Callable[[Tensor], Tensor] | None) -> None:
         """See `merge_group_stats`."""
         means, variances = self.group_stats(gather_all).unbind(dim=1)  # (groups, C)
-        if len(means):
+        if len(means):  # the variance is the mean of the groups' variances plus the variance of their means
             self.running_mean.copy_(means.mean(dim=0))
             self.running_var.copy_(variances.mean(dim=0) + means.var(dim=0, correction=0))
 
@@ -231,8 +231,7 @@ class _NormGroups(torch.autograd.Function):
 def merge_group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> None:
     """Set each BatchNorm's running statistics from those of its groups, for evaluation and checkpoints.
 
-    The variance is the mean of the groups' variances plus the variance of their means. All ranks' groups count if
-    `gather_all` (tensor -> (ranks, *shape)) is given. The slots do not change.
+    All ranks' groups count if `gather_all` (tensor -> (ranks, *shape)) is given. The slots do not change.
     """
     for norm in _group_norms(model):
         norm.merge(gather_all)
@@ -259,7 +258,7 @@ def put_group_stats(model: nn.Module, stats: dict[str, Tensor]) -> None:
 
 
 def reset_group_stats(model: nn.Module) -> None:
-    """Reset all running statistics that are not frozen, before recalibration."""
+    """Reset all running statistics that are not frozen."""
     for norm in _group_norms(model):
         norm.reset_running_stats()
 
@@ -282,8 +281,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:
     """Set the momentum of the groups' running statistics; None restores the usual one.
 
-    With `pool` and a momentum of 1/k at step k after `reset_group_stats`, the running statistics are the mean and
-    variance of all values of these steps together ("precise BN") instead of averages over the steps.
+    With `pool` and a momentum of 1/k at step k after a reset, they are those of all values together ("precise BN").
     """
     for norm in _group_norms(model):
         norm.momentum, norm.pool = norm.usual_momentum if momentum is None else momentum, pool

@@ -89,10 +89,7 @@ class SlowFast(nn.Module):
 
 
 def _pathway(width: int, blocks: Sequence[int], frames: Sequence[int], lateral: int) -> nn.ModuleList:
-    """Stem and res2 .. res5, with `frames` as their temporal kernel sizes.
-
-    A lateral connection adds `lateral` channels before res2, and more in proportion before later stages.
-    """
+    """Stem and res2 .. res5 with temporal kernels `frames`; each stage gets `lateral` more channels per `width`."""
     parts: list[nn.Module] = [Stem(width, frames[0])]
     channels = width + lateral
     for index, (count, length) in enumerate(zip(blocks, frames[1:], strict=True)):

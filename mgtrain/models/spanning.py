@@ -110,8 +110,7 @@ def combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tenso
 def flat(x: Tensor) -> Tensor:
     """(B, C, T, H, W) in channels_last_3d as (B, C, T * H, W) on a GPU; otherwise unchanged.
 
-    torch's BatchNorm on GPUs supports channels_last with four dimensions only; with five it copies half precision to
-    float32 and uses slow kernels.
+    With five dimensions, torch's BatchNorm for GPUs copies half precision to float32 and uses slow kernels.
     """
     return x if x.device.type == "cpu" or torch.compiler.is_compiling() or x.is_contiguous() else x.flatten(2, 3)
 
@@ -119,8 +118,7 @@ def flat(x: Tensor) -> Tensor:
 def by_rows(x: Tensor) -> bool:
     """Whether to normalize (B, C, T, H, W) as rows (B * T * H * W, C): on a CPU in channels_last_3d.
 
-    The strides of a single clip fit both layouts, and torch then chooses the other layout's kernels for the gradient,
-    which are ten times as slow.
+    The strides of a single clip fit both layouts, and torch then chooses kernels for the gradient ten times as slow.
     """
     last = x.is_contiguous(memory_format=torch.channels_last_3d)
     return last and x.device.type == "cpu" and not torch.compiler.is_compiling()

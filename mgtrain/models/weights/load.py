@@ -48,7 +48,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Which of a model's tensors came from a file."""
+    """Which of a model's tensors a file has."""
 
     project: str
     matched: Sequence[str]
@@ -170,8 +170,7 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
     """Copy the weights into the model where names and shapes fit, but not a classifier of another size."""
     unused, resized, classifier = dict(weights.tensors), "", classifier_of(model)
     common = OWN.common if is_ours(model) else partial(re.sub, WRAPPERS, "")
-    values: dict[str, Tensor] = {}
-    missing: dict[str, str] = {}
+    matched, inflated, missing = list[str](), list[str](), dict[str, str]()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
     logits = unused.get(common(f"{classifier}.weight"))
     if logits is not None and fit_shape(logits, (ours := state[f"{classifier}.weight"].shape)) is None:
@@ -187,12 +186,13 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
             missing[own] = f"{tuple(value.shape)} in the file, {tuple(target.shape)} here"
         else:
             target.copy_(fitted)
-            values[own] = value
+            matched.append(own)
+            if value.ndim == 4:
+                inflated.append(own)
     for module in model.modules():
         if isinstance(module, GroupBatchNorm3d):
             module.groups = 0  # the groups' statistics start from the loaded ones
-    inflated = [name for name, value in values.items() if value.ndim == 4]
-    return Report(weights.project, [*values], inflated, missing, classifier, sorted(unused), resized, weights.notes)
+    return Report(weights.project, matched, inflated, missing, classifier, sorted(unused), resized, weights.notes)
 
 
 def is_ours(model: nn.Module) -> bool:
@@ -257,10 +257,7 @@ def save_weights(
 
 
 def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
-    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers.
-
-    Raises the errors of `read_weights`, `Report.demand` and `freeze`.
-    """
+    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers."""
     if init.weights and fresh:
         path = Path(init.weights)
         report = load_weights(model, read_weights(path, is_ours(model)))
@@ -295,8 +292,8 @@ def freeze(model: nn.Module, init: Init) -> None:
 def download(source: str) -> tuple[Path, tuple[str, ...]]:
     """Download the weights of `torchvision:NAME` to torch's cache; return the file and the names of its classes.
 
-    Video networks are trained on Kinetics-400. 2-D networks are trained on ImageNet, whose classes are not returned.
-    Raises `UsageError` if torchvision has no such weights here, and `MissingCapabilityError` if the download fails.
+    Those of ImageNet, for the 2-D networks, are not returned. Raises `UsageError` if torchvision has no such
+    weights here, and `MissingCapabilityError` if the download fails.
     """
     known: dict[str, Any] = {
         "torchvision:resnet50": ResNet50_Weights.IMAGENET1K_V1,
