@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mgtrain.models.nonlocal3d import dot_product_attention
+from mgtrain.models.i3d import dot_product_attention
 from mgtrain.processes.cores import keep_freed_memory
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

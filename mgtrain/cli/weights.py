@@ -55,8 +55,14 @@ def import_weights(
     import torch
 
     from mgtrain.models import TORCHVISION, build_model
-    from mgtrain.models.weights.download import download
-    from mgtrain.models.weights.load import load_weights, model_options, read_classes, read_weights, save_weights
+    from mgtrain.models.weights.load import (
+        download,
+        load_weights,
+        model_options,
+        read_classes,
+        read_weights,
+        save_weights,
+    )
 
     path, names = (file, read_classes(file)) if file else download(str(from_))
     named = (from_ or "").partition(":")[2]

@@ -1,7 +1,5 @@
 """3-D convolutions of clips, computed on a CPU in the form that is fastest there."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,12 +13,10 @@ Choices = Mapping[tuple[Kind, torch.dtype], Forms]  # as measured; `fixed_forms`
 
 
 class Conv3d(nn.Conv3d):
-    """`nn.Conv3d` that a CPU computes in one of the `forms`, for clips in channels_last_3d.
+    """`nn.Conv3d` that on a CPU, for clips in channels_last_3d, is computed in one of the `forms`.
 
-    oneDNN's 3-D convolutions take up to three times as long as the best form, above all in the backward pass. The
-    backward pass needs only the input and the kernel. Results differ from `nn.Conv3d`'s by rounding.
-
-    GPUs, traced graphs and other layouts use `nn.Conv3d` itself.
+    oneDNN's 3-D convolutions take up to three times as long as the best form, above all in the backward pass. Results
+    differ by rounding.
     """
 
     choices: Choices = MappingProxyType({})
@@ -68,10 +64,6 @@ class _Conv(torch.autograd.Function):
         kind, (_, of_input, of_weight) = ctx.kind, ctx.forms
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         apart = spread_apart(grad, kind) if "apart" in of_input + of_weight else None
-        return (
-            input_grad(grad, x, weight, kind, of_input, apart) if wants_x else None,
-            weight_grad(grad, x, weight, kind, of_weight, apart) if wants_weight else None,
-            grad.sum((0, 1, 2, 3)) if wants_bias else None,
-            None,
-            None,
-        )
+        grad_x = input_grad(grad, x, weight, kind, of_input, apart) if wants_x else None
+        grad_weight = weight_grad(grad, x, weight, kind, of_weight, apart) if wants_weight else None
+        return grad_x, grad_weight, grad.sum((0, 1, 2, 3)) if wants_bias else None, None, None

@@ -1,7 +1,5 @@
 """Dropout with one mask for the global batch, whatever the number of ranks and micro-batches."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -9,16 +7,16 @@ from mgtrain.errors import UsageError
 from mgtrain.models.part import Part
 
 STREAMS = 0x9E3779B97F4A7C15  # odd, so that the seeds of all streams differ
-PLACES = 0xD1B54A32D192ED03  # odd, and not STREAMS, so that no stream is another one's, shifted
-MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shifts and factors of splitmix64 (Steele et al. 2014)
+PLACES = 0xD1B54A32D192ED03 - 2**64  # an int64: odd, and not STREAMS, so that no stream is another one's, shifted
+# Shifts and factors of splitmix64 (Steele et al. 2014), as int64.
+MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 class Dropout(nn.Module):
     """Dropout of features (B, ...) with probability `p`; each layer of a network has its own random `stream`.
 
-    Given a `part`, the mask is a slice of the global batch's. A layer that is called several times in a pass, as the
-    stochastic depth of torchvision's transformers is for attention and MLP, drops the same each time. `x` may have
-    several rows per clip, one after the other, as where frames are part of the batch.
+    Given a `part`, the mask is a slice of the global batch's. A layer that is called several times in a pass drops the
+    same each time. B may be several rows per clip, one after the other, as where frames are part of the batch.
     """
 
     part: Part | None = None
@@ -45,9 +43,8 @@ class Dropout(nn.Module):
         else:
             rows, rest = divmod(len(x), part.clips)  # of each clip
             if rest:
-                raise UsageError(
-                    f"dropout: {part.clips} clips do not divide {len(x)} rows; keep clips in the first axis"
-                )
+                cause = f"{part.clips} clips do not divide {len(x)} rows"
+                raise UsageError(f"dropout: {cause}; keep clips in the first axis")
             make = keep_mask if x.device.type == "cpu" else hashed_mask
             keep = make(self.seed, part.first * rows, part.clips * rows, part.total * rows, drawn.numel(), self.p)
         return x * keep.view(len(x), *drawn, *[1] * (x.ndim - 1 - len(drawn))) / (1 - self.p)
@@ -57,15 +54,11 @@ class Dropout(nn.Module):
 
 
 class DropFeatures(Dropout):
-    """Dropout of whole channels of (B, C, ...)."""
-
-    axes = 1
+    axes = 1  # of (B, C, ...) drops whole channels
 
 
 class DropPath(Dropout):
-    """Dropout of whole clips of (B, ...): stochastic depth (Huang et al. 2016)."""
-
-    axes = 0
+    axes = 0  # drops whole clips: stochastic depth (Huang et al. 2016)
 
 
 # A custom operation, because tracing would stop at the generator.
@@ -75,8 +68,7 @@ def keep_mask(seed: Tensor, first: int, clips: int, total: int, features: int, p
 
     Each is True with probability `1 - p`. The mask of the global batch is drawn on the CPU.
     """
-    # The one generator not made in rng.py, which knows no torch.
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(int(seed))  # not made in rng.py, which knows no torch
     return torch.rand(total, features, generator=generator)[first : first + clips] >= p
 
 
@@ -86,18 +78,12 @@ def _(seed: Tensor, first: int, clips: int, total: int, features: int, p: float)
 
 
 def hashed_mask(seed: Tensor, first: int, clips: int, total: int, features: int, p: float) -> Tensor:
-    """The features to keep, as `keep_mask` but from a hash of the seed and each feature's position.
+    """The features to keep, as `keep_mask` but from a hash, of integers only, of the seed and each feature's position.
 
-    A GPU computes only its part of the mask, and nothing is copied from the host. The hash uses integers only, so all
-    devices compute the same mask.
+    A GPU computes only its part of the mask, and nothing is copied from the host; all devices compute the same.
     """
     place = torch.arange(first * features, (first + clips) * features, device=seed.device)
-    number = place * _signed(PLACES) + seed
+    number = place * PLACES + seed
     for shift, factor in MIXING:
-        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (number >= int(p * 2**64) - 2**63).view(clips, features)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same 64 bits."""
-    return number - (1 << 64 if number >> 63 else 0)

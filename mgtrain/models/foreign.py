@@ -4,8 +4,6 @@ A network suits multigrid training if it accepts any number of frames and pixels
 self-attention, and an average over time and space before the classifier. `engine.checks.check_shapes` tests that.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect
@@ -32,9 +30,8 @@ from mgtrain.models.norm import GroupBatchNorm3d
 def torchvision_video(classes: int, *, name: str, drop_path: float | None = None) -> nn.Module:
     """Build torchvision's video network of that name, changed to accept clips of any size.
 
-    S3D averages over 2 x 7 x 7 features, or over all along an axis with fewer. MViT scales its relative positions to
-    the clip, as its authors' code does; Swin's stay those of its windows. `drop_path` is the last block's probability
-    of stochastic depth, which rises linearly from 0.
+    MViT scales its relative positions to the clip, as its authors' code does; Swin's stay those of its windows.
+    `drop_path` is the last block's probability of stochastic depth, which rises linearly from 0.
     """
     network: Any = getattr(video, name)(num_classes=classes)
     if name == "s3d":
@@ -55,8 +52,7 @@ def torchvision_video(classes: int, *, name: str, drop_path: float | None = None
 def own_network(classes: int, *, module: str, network: str, options: Mapping[str, Any]) -> nn.Module:
     """Build `MODELS[network](classes, **options)` of a Python module, installed or in the current folder.
 
-    Raises:
-        UsageError: the module, network or option does not exist, or `group_batchnorm` refuses the network.
+    Raises `UsageError` if there is no such module, network or option, or `group_batchnorm` refuses the network.
     """
     factories = getattr(_imported(module), "MODELS", None)
     if not isinstance(factories, dict):
@@ -66,21 +62,20 @@ def own_network(classes: int, *, module: str, network: str, options: Mapping[str
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, factories)) or 'none'}"
         raise UsageError(f"model.network: {module} has no network {network!r}; {hint}")
     factory: Callable[..., nn.Module] = factories[network]
+    named = f"{module}.MODELS[{network!r}]"
     try:
         inspect.signature(factory).bind(classes, **options)
     except TypeError as error:
-        raise UsageError(f"model.options: {module}.MODELS[{network!r}](classes, **options): {error}") from None
+        raise UsageError(f"model.options: {named}(classes, **options): {error}") from None
     try:
         made = factory(classes, **options)
     except (MgtrainError, MemoryError):
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        raise UsageError(f"model.network: {module}.MODELS[{network!r}](classes, **options) fails: {what}") from error
+        raise UsageError(f"model.network: {named}(classes, **options) fails: {what}") from error
     if not isinstance(made, nn.Module):
-        raise UsageError(
-            f"model.network: {module}.MODELS[{network!r}] returns {type(made).__name__}, which is not an nn.Module"
-        )
+        raise UsageError(f"model.network: {named} returns {type(made).__name__}, which is not an nn.Module")
     return group_batchnorm(made)
 
 
@@ -89,9 +84,7 @@ def group_batchnorm(model: nn.Module) -> nn.Module:
 
     BatchNorm then normalizes over groups of `batch.bn_clips` clips in a step of any shape, and dropout's mask does not
     depend on the number of ranks. Tensors keep their names and values; without `at_step` the layers act as before.
-
-    Raises:
-        UsageError: a layer, such as SyncBatchNorm, normalizes over clips and cannot be split into groups.
+    Raises `UsageError` if a layer, such as SyncBatchNorm, normalizes over clips and cannot be split into groups.
     """
     streams = iter(range(1, 1 << 30))  # ours, which has one dropout, is stream 0
     with next((parameter.device for parameter in model.parameters()), torch.device("cpu")):
@@ -109,9 +102,8 @@ def group_batchnorm(model: nn.Module) -> nn.Module:
                     setattr(parent, name, DropFeatures(layer.p, next(streams)))
                 elif isinstance(layer, StochasticDepth) and layer.p:
                     if layer.mode != "row":
-                        raise UsageError(
-                            f"{path}: StochasticDepth of whole batches depends on the number of ranks; use mode 'row'"
-                        )
+                        cause = "StochasticDepth of whole batches depends on the number of ranks; use mode 'row'"
+                        raise UsageError(f"{path}: {cause}")
                     setattr(parent, name, DropPath(layer.p, next(streams)))
                 elif isinstance(layer, _BatchNorm) and not isinstance(layer, GroupBatchNorm3d):
                     raise UsageError(
@@ -131,10 +123,9 @@ def classifier_of(model: nn.Module) -> str:
 
 
 class WindowAttention(ShiftedWindowAttention3d):  # type: ignore[misc]
-    """Video Swin's attention, with the right relative positions in windows that are cut to a small clip.
+    """Video Swin's attention, where also in a window cut to a small clip each pair of tokens has its distance's bias.
 
-    Each pair of tokens takes the table's bias for its distance, at every size; nothing is interpolated. torchvision
-    takes those of the first tokens of a full window, which are at other distances if a window is less high or wide.
+    torchvision takes those of the first tokens of a full window, which are at other distances.
     """
 
     def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
@@ -145,7 +136,7 @@ class WindowAttention(ShiftedWindowAttention3d):  # type: ignore[misc]
 
 
 class LocalAverage(nn.AvgPool3d):
-    """Average features (B, C, T, H, W) over windows with stride 1, cut to the features' size where they are smaller."""
+    """Average features (B, C, T, H, W) over windows with stride 1, cut to the features' size where that is smaller."""
 
     kernel_size: tuple[int, int, int]
 

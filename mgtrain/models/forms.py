@@ -14,8 +14,6 @@ says how it treats the k frames of the kernel, the second how it computes the 2-
     ... patches    matrix products with patches of the input, for the gradient of a kernel
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,28 +78,23 @@ class Kind:
         return self.output_size[1:] == (1, 1)
 
     def multiply_adds(self) -> int:
-        """Multiply-adds per clip, the same in each direction."""
+        """Multiply-adds per clip in each direction."""
         return torch.Size((*self.kernel, *self.channels, *self.output_size)).numel()
 
 
 def fixed_forms(kind: Kind, dtype: torch.dtype = torch.float32) -> Forms:
     """Forms that are fast on most machines, chosen by rule instead of by measurement.
 
-    In half precision the rule avoids wrong gradients of some builds of oneDNN: those of 3-D convolutions of clips with
-    fewer frames than the kernel, as at coarse shapes, and the kernel's gradient where the output has one pixel per
-    frame, which reads uninitialized memory.
+    In half precision the rule avoids wrong gradients of some builds of oneDNN: of 3-D convolutions of clips with fewer
+    frames than the kernel, and of the kernel where the output has one pixel per frame (uninitialized memory).
     """
     half, frames = dtype.itemsize < 4, "beside"
     if kind.stride[0] == 1 and kind.kernel[0] > 1:
         used = sum(there.stop - there.start for there, _ in kind.places)
         # "apart" discards results beyond the ends of the clip: more than a fifth of them is too many.
         frames = "single" if used < 0.8 * kind.kernel[0] * kind.size[0] else "apart"
-    if (
-        (not half or kind.size[0] >= kind.kernel[0])
-        and kind.kernel[0] > 1
-        and kind.kernel[1:] != (1, 1)
-        and kind.channels[1] >= WIDE
-    ):
+    block = kind.kernel[0] > 1 and kind.kernel[1:] != (1, 1)
+    if block and kind.channels[1] >= WIDE and not (half and kind.size[0] < kind.kernel[0]):
         return "whole", "whole", f"{frames} patches" if half and kind.leaves_a_pixel else "whole"
     pictures = "rows" if kind.pointwise else "pictures"
     channels = kind.channels[0] * (kind.kernel[0] if frames == "beside" else 1)
@@ -127,21 +120,18 @@ def output(x: Tensor, weight: Tensor, kind: Kind, form: str) -> Tensor:
     """The convolution of `x` (B, T, H, W, C) with `weight` (O, k, kh, kw, C): (B, T', H', W', O)."""
     frames, _, flat = form.partition(" ")
     if not flat:
-        if form == "strips":
-            x, weight = x.flatten(2, 3).movedim(3, 1), weight.flatten(2, 3).movedim(3, 1)
-            y: Tensor = F.conv2d(x, weight, None, (kind.stride[0], 1), (kind.padding[0], 0))  # (B, O, T', H * W)
-            return y.movedim(1, 3).contiguous().view(len(x), kind.output_size[0], *kind.size[1:], -1)
         clips, kernel = _channels_first(form, x, weight)
-        y = F.conv3d(clips, kernel, None, kind.stride, kind.padding)
-        return y.movedim(1, 4).contiguous()
+        axes = clips.ndim - 2
+        given = clips, kernel, None, kind.stride[:axes], kind.padding[:axes]
+        y = F.conv2d(*given) if form == "strips" else F.conv3d(*given)
+        return y.movedim(1, -1).contiguous().view(len(x), *kind.output_size, len(weight))
     places, out_frames = kind.places, kind.output_size[0]
     if frames == "beside":
         return _conv2d(_spread(x, places, out_frames).flatten(4), _beside(weight), kind, flat)
     if frames == "single":
-        terms = {n: _conv2d(x[:, source], weight[:, n], kind, flat) for n, _, source in _used(places)}
-        y = x.new_zeros(len(x), out_frames, *next(iter(terms.values())).shape[2:])
-        for n, there, _ in _used(places):
-            y[:, there] += terms[n]
+        y = x.new_zeros(len(x), *kind.output_size, len(weight))
+        for n, there, source in _used(places):
+            y[:, there] += _conv2d(x[:, source], weight[:, n], kind, flat)
         return y
     y = _conv2d(x, _apart(weight), kind, flat)
     return _gather(y.view(*y.shape[:4], len(places), -1), _swapped(places), out_frames)
@@ -153,10 +143,7 @@ def spread_apart(grad: Tensor, kind: Kind) -> Tensor:
 
 
 def input_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, apart: Tensor | None = None) -> Tensor:
-    """The gradient of `output` by `x`, of which only the size counts: (B, T, H, W, C).
-
-    `apart` is the result of `spread_apart`, if the caller has it.
-    """
+    """The gradient of `output` by `x`, which gives only the size; `apart`: what `spread_apart` returns, if known."""
     frames, _, flat = form.partition(" ")
     if not flat:
         return _conv3d_grad(grad, x, weight, kind, form, of=0).contiguous()
@@ -175,10 +162,7 @@ def input_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, a
 
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, apart: Tensor | None = None) -> Tensor:
-    """The gradient of `output` by `weight`, of which only the size counts: (O, k, kh, kw, C).
-
-    `apart` is the result of `spread_apart`, if the caller has it.
-    """
+    """The gradient of `output` by `weight`, which gives only the size; `apart`: as for `input_grad`."""
     frames, _, flat = form.partition(" ")
     if not flat:
         return _conv3d_grad(grad, x, weight, kind, form, of=1)
@@ -202,18 +186,17 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, 
 
 
 def _channels_first(form: str, *tensors: Tensor) -> list[Tensor]:
-    """(B, T, H, W, C) as (B, C, T, H, W), in channels_last_3d ("whole") or contiguous ("first")."""
-    moved = [tensor.movedim(4, 1) for tensor in tensors]
-    return moved if form == "whole" else [tensor.contiguous() for tensor in moved]
+    """(B, T, H, W, C) as (B, C, T, H, W), a view or contiguous ("first"); as images (B, C, T, H * W) for "strips"."""
+    moved = [(tensor.flatten(2, 3) if form == "strips" else tensor).movedim(-1, 1) for tensor in tensors]
+    return [tensor.contiguous() for tensor in moved] if form == "first" else moved
 
 
 def _conv3d_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, of: int) -> Tensor:
     """The gradient of the input, `of` 0, or of the kernel, `of` 1."""
-    if form == "strips":
-        strips = [tensor.flatten(2, 3).movedim(3, 1) for tensor in (grad, x, weight)]
-        found = _conv_grad(of, (kind.stride[0], 1), (kind.padding[0], 0), *strips)
-        return found.movedim(1, 3).reshape((x, weight)[of].shape)
-    return _conv_grad(of, kind.stride, kind.padding, *_channels_first(form, grad, x, weight)).movedim(1, 4)
+    tensors = _channels_first(form, grad, x, weight)
+    axes = tensors[0].ndim - 2
+    found = _conv_grad(of, kind.stride[:axes], kind.padding[:axes], *tensors)
+    return found.movedim(1, -1).reshape((x, weight)[of].shape)
 
 
 def _conv_grad(of: int, stride: Sequence[int], padding: Sequence[int], *tensors: Tensor) -> Tensor:
@@ -311,7 +294,7 @@ def _conv2d_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, of: int) -
 def _patches_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind) -> Tensor:
     """A kernel's gradient as a matrix product of the output's gradient and the patches of the input.
 
-    oneDNN's convolution takes up to four times as long with many channels and few pixels, as in late stages.
+    oneDNN takes up to four times as long with many channels and few pixels.
     """
     (_, down, right), (_, pad_h, pad_w) = kind.stride, kind.padding
     outs, high, wide, channels = weight.shape

@@ -35,9 +35,9 @@ def without_tracking() -> Iterator[None]:
 class GroupBatchNorm3d(nn.BatchNorm3d):
     """BatchNorm of (B, C, T, H, W) that in training, given a `part`, normalizes each group separately.
 
-    In evaluation, or without a part, it computes what `nn.BatchNorm3d` does; its `state_dict` is always the same.
-    Each group has its own running statistics, in a slot, and `merge_group_stats` merges them. When the number of groups
-    of the global batch changes, all slots start from the merged statistics (of all ranks if the part can gather).
+    In evaluation, or without a part, it is `nn.BatchNorm3d`, whose `state_dict` it always has. Each group has its own
+    running statistics, in a slot. When the number of groups of the global batch changes, all slots start from the
+    merged statistics, of all ranks if the part can gather.
     """
 
     part: Part | None = None
@@ -59,7 +59,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         self.register_buffer("group_var", torch.empty(0, channels), persistent=False)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """Normalize; with `relu`, apply ReLU in the same kernel where the GPU kernels of `fused` work."""
+        """Normalize; with `relu`, apply ReLU too, in the same kernel where the kernels of `fused` work."""
         part = self.part
         if not self.training:
             running = self.running_mean, self.running_var
@@ -70,21 +70,27 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             assert len(x) == part.clips, f"{len(x)} clips given, {part.clips} expected"
             self.begin(part)
             if part.span == 1 and not self.pool and fused.usable(x):
-                means, variances = self._slots_of(part)
-                momentum = self._momentum_now()
-                return fused.norm_groups(x, self.weight, self.bias, means, variances, momentum, self.eps, relu)
-            normed = self._norm_piece(x, part) if part.span > 1 else self._norm_by_groups(x, part)
+                slots = self._slots_of(part)
+                return fused.norm_groups(x, self.weight, self.bias, *slots, self._momentum_now(), self.eps, relu)
+            if part.span > 1:
+                norm = NormSpanningGpus if x.device.type == "cuda" else NormSpanningRanks
+                normed, mean, var = norm.apply(x, self.weight, self.bias, self.eps, part)
+                self._track(0, mean, var, x.numel() // x.shape[1] * part.span)
+            else:
+                normed = self._norm_by_groups(x, part)
         # Not in place on a GPU, where `normed` may be a view.
         return F.relu(normed, inplace=x.device.type == "cpu") if relu else normed
 
     def begin(self, part: Part) -> None:
-        """Prepare the slots for the part's groups, if their number has changed or the slots are those of all ranks."""
-        if self.training and self.groups != part.bn_groups:
+        """In training, prepare the slots for the part's groups: their number may be new, or the slots all ranks'."""
+        if not self.training:
+            return
+        if self.groups != part.bn_groups:
             gather = part.gather
             self.merge(None if gather is None else lambda stats: gather(stats, part.ranks))
             self.groups, self.gathered = part.bn_groups, False
             self._set_slots(self.running_mean.expand(part.slots, -1), self.running_var.expand(part.slots, -1))
-        elif self.training and self.gathered:
+        elif self.gathered:
             first = part.first // part.share * part.share // part.group_clips
             own = slice(first, first + part.slots)
             self._set_slots(self.group_mean[own], self.group_var[own])
@@ -100,8 +106,8 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
         plain = self.pool or x.device.type != "cpu" or x.dtype != self.weight.dtype or torch.compiler.is_compiling()
         if dense and not plain:
-            slots = self._slots_of(part)
-            normed: Tensor = _NormGroups.apply(x, self.weight, self.bias, *slots, self._momentum_now(), self.eps)
+            given = x, self.weight, self.bias, *self._slots_of(part), self._momentum_now(), self.eps
+            normed: Tensor = _NormGroups.apply(*given)
             return normed
         return torch.cat([self._norm_group(clips, slot) for slot, clips in enumerate(x.chunk(groups), part.slot)])
 
@@ -109,13 +115,6 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         """The running means and variances of the part's groups, (groups, C) each: views to write to."""
         slots = slice(part.slot, part.slot + part.clips // part.group_clips)
         return self.group_mean[slots], self.group_var[slots]
-
-    def _norm_piece(self, x: Tensor, part: Part) -> Tensor:
-        output: Tensor
-        norm = NormSpanningGpus if x.device.type == "cuda" else NormSpanningRanks
-        output, mean, var = norm.apply(x, self.weight, self.bias, self.eps, part)
-        self._track(0, mean, var, x.numel() // x.shape[1] * part.span)
-        return output
 
     def _norm_group(self, clips: Tensor, slot: int) -> Tensor:
         mean, var = self.group_mean[slot], self.group_var[slot]  # views that batch_norm updates
@@ -159,16 +158,11 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 
     @torch.no_grad()
     def merge(self, gather_all: Callable[[Tensor], Tensor] | None) -> None:
-        """Merge the slots into one running mean and variance: see `merge_group_stats`."""
+        """See `merge_group_stats`."""
         means, variances = self.group_stats(gather_all).unbind(dim=1)  # (groups, C)
-        if len(means):
+        if len(means):  # the variance is the mean of the groups' variances plus the variance of their means
             self.running_mean.copy_(means.mean(dim=0))
             self.running_var.copy_(variances.mean(dim=0) + means.var(dim=0, correction=0))
-
-    def put_group_stats(self, stats: Tensor) -> None:
-        """Set the slots of all ranks, (groups, 2, C), as `group_stats` returns them; the next step keeps its rank's."""
-        self.groups, self.gathered = len(stats), True
-        self._set_slots(*stats.to(self.running_mean.device).unbind(dim=1))
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -193,10 +187,7 @@ def _groups(x: Tensor, groups: int, by_rows: bool) -> Sequence[Tensor]:
 
 
 class _NormGroups(torch.autograd.Function):
-    """Normalize each group of (B, C, T, H, W) separately, without concatenating copies of the results.
-
-    For CPUs only: it calls their BatchNorm kernels for each group. On GPUs `torch.batch_norm` chooses faster ones.
-    """
+    """Normalize each group of (B, C, T, H, W) with a CPU's BatchNorm kernels, without concatenating copies."""
 
     @staticmethod
     def forward(
@@ -240,8 +231,7 @@ class _NormGroups(torch.autograd.Function):
 def merge_group_stats(model: nn.Module, gather_all: Callable[[Tensor], Tensor] | None = None) -> None:
     """Set each BatchNorm's running statistics from those of its groups, for evaluation and checkpoints.
 
-    The mean is the mean of the groups' means; the variance is the mean of their variances plus the variance of their
-    means. All ranks' groups count if `gather_all` (tensor -> (ranks, *shape)) is given. The slots do not change.
+    All ranks' groups count if `gather_all` (tensor -> (ranks, *shape)) is given. The slots do not change.
     """
     for norm in _group_norms(model):
         norm.merge(gather_all)
@@ -259,15 +249,16 @@ def group_slots(model: nn.Module) -> list[Tensor]:
 
 
 def put_group_stats(model: nn.Module, stats: dict[str, Tensor]) -> None:
-    """Restore the result of `group_stats`, on any number of ranks."""
+    """Restore the result of `group_stats`, on any number of ranks; the next step keeps those of its rank."""
     for name, tensor in stats.items():
         norm = model.get_submodule(name)
         assert isinstance(norm, GroupBatchNorm3d), f"{name} has no groups"
-        norm.put_group_stats(tensor)
+        norm.groups, norm.gathered = len(tensor), True
+        norm._set_slots(*tensor.to(norm.running_mean.device).unbind(dim=1))
 
 
 def reset_group_stats(model: nn.Module) -> None:
-    """Reset all running statistics that are not frozen, before recalibration."""
+    """Reset all running statistics that are not frozen."""
     for norm in _group_norms(model):
         norm.reset_running_stats()
 
@@ -290,8 +281,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def set_momentum(model: nn.Module, momentum: float | None, *, pool: bool = False) -> None:
     """Set the momentum of the groups' running statistics; None restores the usual one.
 
-    With `pool` and a momentum of 1/k at step k after `reset_group_stats`, the running statistics are the mean and
-    variance of all values of these steps together ("precise BN") instead of averages over the steps.
+    With `pool` and a momentum of 1/k at step k after a reset, they are those of all values together ("precise BN").
     """
     for norm in _group_norms(model):
         norm.momentum, norm.pool = norm.usual_momentum if momentum is None else momentum, pool

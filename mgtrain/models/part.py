@@ -1,7 +1,5 @@
 """The clips of the global batch in one forward pass: all that BatchNorm and dropout need to know about the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,8 +31,8 @@ class Part:
 
     def __post_init__(self) -> None:
         assert (self.total % self.bn_groups, self.total % self.ranks) == (0, 0), f"unequal shares: {self}"
-        assert max(self.share, self.group_clips) % min(self.share, self.group_clips) == 0, f"a group cut in two: {self}"
-        unit = min(self.share, self.group_clips)
+        unit, whole = sorted((self.share, self.group_clips))
+        assert whole % unit == 0, f"a group cut in two: {self}"
         assert (self.first % unit, self.clips % unit) == (0, 0), f"not whole groups or a whole share: {self}"
         assert self.first % self.share + self.clips <= self.share, f"more than one rank's share: {self}"
 

@@ -1,7 +1,5 @@
 """Recompute the activations of blocks in the backward pass instead of keeping them (Chen et al. 2016)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The parts of the 3-D residual networks (He et al. 2016; Feichtenhofer et al. 2019, table 1), for any T, H and W."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

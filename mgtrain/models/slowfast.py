@@ -1,7 +1,5 @@
 """SlowFast (Feichtenhofer et al. 2019): a wide pathway over few frames and a narrow pathway over all frames."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +30,7 @@ def slow_frames(frames: int, alpha: int) -> Sequence[int] | Tensor:
 class Lateral(nn.Module):
     """Lateral connection: features of the fast pathway (B, C, T, H, W) to the slow one's (B, 2 * C, T/alpha, H, W).
 
-    The convolution has stride `alpha` in time, so each of its outputs covers `alpha` fast frames (fewer at the end).
-    Each slow frame takes the output that covers it. If `alpha` divides T, these are all outputs, in order.
+    Each output of the convolution covers `alpha` fast frames; each slow frame takes the output that covers it.
     """
 
     def __init__(self, channels: int, alpha: int, kernel: int) -> None:
@@ -52,7 +49,7 @@ class Lateral(nn.Module):
 
 
 def take_frames(x: Tensor, frames: Sequence[int] | Tensor) -> Tensor:
-    """Select frames of (B, C, T, H, W), keeping its memory format. Python numbers are not copied to the device."""
+    """Select frames of (B, C, T, H, W), keeping its memory format; given as numbers, without a copy to the device."""
     if isinstance(frames, Tensor):
         return x.index_select(2, frames.to(x.device))
     if list(frames) == list(range(x.shape[2])):
@@ -63,8 +60,8 @@ def take_frames(x: Tensor, frames: Sequence[int] | Tensor) -> Tensor:
 class SlowFast(nn.Module):
     """SlowFast on ResNets: normalized clips (B, 3, T, S, S) to logits (B, classes).
 
-    The slow stem has `width` channels, the fast one `width / beta_inv`. `depth` is 50, 101 or the numbers of blocks of
-    res2 .. res5. The slow pathway gets one frame in `alpha`.
+    The slow stem has `width` channels and gets one frame in `alpha`, the fast one has `width / beta_inv`. `depth` is
+    50, 101 or the numbers of blocks of res2 .. res5.
     """
 
     def __init__(
@@ -92,15 +89,10 @@ class SlowFast(nn.Module):
 
 
 def _pathway(width: int, blocks: Sequence[int], frames: Sequence[int], lateral: int) -> nn.ModuleList:
-    """Stem and res2 .. res5, with `frames` as their temporal kernel sizes.
-
-    `lateral` is the number of channels that a lateral connection adds before res2; later stages get more in proportion
-    to their width.
-    """
+    """Stem and res2 .. res5 with temporal kernels `frames`; each stage gets `lateral` more channels per `width`."""
     parts: list[nn.Module] = [Stem(width, frames[0])]
     channels = width + lateral
-    for index in range(4):
-        inner = width * 2**index
-        parts.append(stage(channels, inner, blocks[index], frames[index + 1 : index + 2], stride=2 if index else 1))
+    for index, (count, length) in enumerate(zip(blocks, frames[1:], strict=True)):
+        parts.append(stage(channels, width * 2**index, count, (length,), stride=2 if index else 1))
         channels = EXPANSION * (width + lateral) * 2**index
     return nn.ModuleList(parts)

@@ -1,7 +1,5 @@
 """BatchNorm of groups that span several ranks: each rank normalizes its clips with the whole group's statistics."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -20,14 +18,12 @@ class NormSpanningRanks(torch.autograd.Function):
     """Normalize this rank's clips with the statistics of the whole group, exchanged among its ranks.
 
     Forward and backward pass each gather two numbers per channel, once. All ranks have equally many clips, so the
-    group's mean is the mean of the ranks' means, and its variance the mean of their variances plus the variance of
-    their means. Unlike E[x²] - E[x]², this does not suffer from cancellation.
+    variance is the mean of the ranks' variances plus that of their means, without the cancellation of E[x²] - E[x]².
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part) -> tuple[Tensor, ...]:
+        """The normalized clips, and the group's mean and population variance."""
         assert part.gather is not None, "a group that spans ranks needs `gather`"
         # On a CPU, BatchNorm's own kernels compute sums over all but the channels several times faster than reductions.
         _, mean, inv_std = torch.native_batch_norm(x.to(weight.dtype), None, None, None, None, True, 0.0, TINY_EPS)
@@ -40,7 +36,7 @@ class NormSpanningRanks(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inv_std = ctx.saved_tensors
         grad, x_ = grad.to(weight.dtype), x.to(weight.dtype)  # (B, C, T, H, W)
         _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
@@ -50,10 +46,10 @@ class NormSpanningRanks(torch.autograd.Function):
         count = x.numel() // x.shape[1] * ctx.part.span
         mean_grad, mean_grad_x = (ctx.part.gather(sums, ctx.part.span).sum(dim=0) / count).unbind()  # (C)
         # (grad - mean_grad - (x - mean) * inv_std * mean_grad_x) * weight * inv_std
-        scale = weight * inv_std
+        scale = (weight * inv_std).unsqueeze(0)
         slope = -scale * inv_std * mean_grad_x
         shift = -scale * mean_grad - slope * mean
-        grad_x = combined(x_, slope.unsqueeze(0), grad, scale.unsqueeze(0), shift.unsqueeze(0))
+        grad_x = combined(x_, slope, grad, scale, shift)
         return grad_x.to(x.dtype), sums[1], sums[0], None, None
 
 
@@ -61,9 +57,7 @@ class NormSpanningGpus(torch.autograd.Function):
     """`NormSpanningRanks` with torch's kernels for GPUs, those of `nn.SyncBatchNorm`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, part: Part) -> tuple[Tensor, ...]:
         assert part.gather is not None, "a group that spans ranks needs `gather`"
         if not x.is_contiguous(memory_format=torch.channels_last_3d):
             x = x.contiguous()  # `flat` must be a view of the result
@@ -83,7 +77,7 @@ class NormSpanningGpus(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inv_std = ctx.saved_tensors
         last = x.is_contiguous(memory_format=torch.channels_last_3d)
         grad = grad.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
@@ -98,10 +92,7 @@ class NormSpanningGpus(torch.autograd.Function):
 
 
 def combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * slope + grad * scale + shift of clips (B, C, T, H, W) and factors (groups, C) for each group of clips.
-
-    It reads the clips in two passes, without temporary tensors of their size.
-    """
+    """x * slope + grad * scale + shift of clips (B, C, T, H, W), with factors (groups, C) of groups, in two passes."""
     groups, channels = shift.shape
     last = x.is_contiguous(memory_format=torch.channels_last_3d)
     result = torch.empty_like(x, memory_format=torch.channels_last_3d if last else torch.contiguous_format)
@@ -119,8 +110,7 @@ def combined(x: Tensor, slope: Tensor, grad: Tensor, scale: Tensor, shift: Tenso
 def flat(x: Tensor) -> Tensor:
     """(B, C, T, H, W) in channels_last_3d as (B, C, T * H, W) on a GPU; otherwise unchanged.
 
-    torch's BatchNorm on GPUs supports channels_last with four dimensions only; with five it copies half precision to
-    float32 and uses slow kernels.
+    With five dimensions, torch's BatchNorm for GPUs copies half precision to float32 and uses slow kernels.
     """
     return x if x.device.type == "cpu" or torch.compiler.is_compiling() or x.is_contiguous() else x.flatten(2, 3)
 
@@ -128,8 +118,7 @@ def flat(x: Tensor) -> Tensor:
 def by_rows(x: Tensor) -> bool:
     """Whether to normalize (B, C, T, H, W) as rows (B * T * H * W, C): on a CPU in channels_last_3d.
 
-    The strides of a single clip fit both layouts, and torch then chooses the other layout's kernels for the gradient,
-    which are ten times as slow.
+    The strides of a single clip fit both layouts, and torch then chooses kernels for the gradient ten times as slow.
     """
     last = x.is_contiguous(memory_format=torch.channels_last_3d)
     return last and x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,12 +1,8 @@
-"""Measure how fast this machine loads the clips of a plan, the time of each stage, and whether training waits for data.
+"""Measure how fast this machine loads clips of each shape of a plan, and whether training waits for them.
 
-1. Clips of each distinct shape are loaded on one core for a few seconds; see `loading.py`.
-2. The loader loads the same shapes with its worker processes.
-3. One base step is timed. All shapes have about the same volume, so every step is assumed to take the same time.
-4. If the recipe has no prepared set, a few videos are prepared in a temporary folder and measured, too.
+One base step is timed. All shapes have about the same volume, so every step is assumed to take the same time. If the
+recipe has no prepared set, a few videos are prepared in a temporary folder and measured, too.
 """
-
-from __future__ import annotations
 
 import tempfile
 from pathlib import Path
@@ -14,7 +10,7 @@ from typing import Any
 
 from mgtrain.clips.loader import worker_count
 from mgtrain.clips.prepared import Settings
-from mgtrain.console import ShowProgress, duration, no_progress
+from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes
 from mgtrain.grid import Shape
@@ -38,17 +34,14 @@ def bench_data(
     world: World,
     settings: Settings,
     *,
-    seconds: float = 2.0,
-    step_seconds: float | None = None,
-    progress: ShowProgress = no_progress,
+    seconds: float,
+    step_seconds: float | None,
+    progress: ShowProgress,
 ) -> dict[str, Any]:
     """Measure every shape for about `seconds`, and estimate the training time; returns plain values.
 
-    `step_seconds` is the time of a training step; None: measure it. If the recipe has no prepared set, a few videos are
-    prepared with `settings` and measured, too.
-
-    Raises:
-        DataError: no video can be read.
+    `step_seconds` is the time of a training step; None: measure it. `settings` are those of the prepared set to try.
+    Raises `DataError` if no video can be read.
     """
     plans = make_plans(recipe, len(videos))
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()

@@ -4,10 +4,9 @@ On a CPU only a part of each batch is measured, with the same volume for every s
 instead of minutes.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mgtrain.console import ShowProgress, table
 from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips
@@ -144,27 +144,20 @@ def step_seconds(recipe: Recipe, plan: Plan, steps: Iterable[Step], world: World
 
 def convolutions_alone(model: nn.Module, recipe: Recipe, shape: Sequence[int], world: World, repeats: int) -> float:
     """Seconds of all convolutions of a step, forward and backward, run separately: a lower bound for the step."""
-    inputs: list[tuple[nn.Conv3d, torch.Size, bool]] = []
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv3d)]
-    hooks = [
-        layer.register_forward_pre_hook(lambda conv, args: inputs.append((conv, args[0].shape, args[0].requires_grad)))
-        for layer in layers
-    ]
-    x = torch.zeros(*shape, device=world.device).to(memory_format=memory_format(recipe))
+    alike: defaultdict[tuple[Any, ...], list[nn.Conv3d]] = defaultdict(list)  # by all that their time depends on
+
+    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if isinstance(layer, nn.Conv3d):
+            x = inputs[0]
+            alike[x.shape, x.requires_grad, layer.weight.shape, layer.stride, layer.padding].append(layer)
+
     set_part(model, None)
-    with autocast(recipe, world):
-        model.train()(x)
-    for hook in hooks:
-        hook.remove()
-    del x
-    known: dict[tuple[Any, ...], float] = {}
-    total = 0.0
-    for layer, size, needs_grad in inputs:
-        key = (size, needs_grad, layer.weight.shape, layer.stride, layer.padding)
-        if key not in known:
-            known[key] = _time_layer(layer, size, needs_grad, recipe, world, repeats)
-        total += known[key]
-    return total
+    with register_module_forward_pre_hook(note), autocast(recipe, world):
+        model.train()(torch.zeros(*shape, device=world.device).to(memory_format=memory_format(recipe)))
+    return sum(
+        len(layers) * _time_layer(layers[0], size, needs_grad, recipe, world, repeats)
+        for (size, needs_grad, *_), layers in alike.items()
+    )
 
 
 def matrix_product(recipe: Recipe, world: World) -> float:
@@ -228,14 +221,12 @@ def _time_layer(
     layer: nn.Conv3d, size: torch.Size, needs_grad: bool, recipe: Recipe, world: World, repeats: int
 ) -> float:
     x = torch.ones(size, device=world.device).to(memory_format=memory_format(recipe)).requires_grad_(needs_grad)
-    above: Tensor | None = None
+    with autocast(recipe, world):
+        above = torch.ones_like(layer(x))
 
     def forward_and_backward() -> None:
-        nonlocal above
         with autocast(recipe, world):
             y = layer(x)
-        if above is None:
-            above = torch.ones_like(y)
         torch.autograd.grad(y, [layer.weight, *([x] if needs_grad else [])], above)
 
     return statistics.median(seconds_of(forward_and_backward, repeats + 1, world.device)[1:])

@@ -1,6 +1,6 @@
-"""Decode all videos of a data set before training, in separate processes, so that a video cannot crash the check.
+"""Read all videos of a data set as training does, and decode each frame, in processes that a bad video may crash.
 
-A video is read as in training, and decoded from the first frame to the last. Its status is one of
+The status of a video is one of
 
     ok        usable
     short     usable, but with fewer frames than its container or stretch says or than the base clip spans, or with
@@ -14,11 +14,10 @@ The manifest has a line for each video; a second run checks only videos that are
 missing. With `data.checked`, `fit` skips unusable videos.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -50,14 +49,13 @@ def check(
     """Check the videos at `paths`, relative to `root`; returns their records, which the manifest `file` keeps.
 
     `seconds` limits the time of a video, `memory` the bytes of a process. `fps` is the rate of folders of frames.
-
-    Raises:
-        DataError: the manifest is another command's, or cannot be written.
+    Raises `DataError` if the manifest is another command's, or cannot be written.
     """
     paths = sorted(set(paths))
     manifest = Manifest(file)
-    if not all(_is_check(record) for record in manifest.records.values()):
-        raise DataError(f"{file}: not a manifest of `mgtrain data check`; choose another file")
+    for record in manifest.records.values():
+        if record.get("status") not in STATUSES or not record.keys() >= {"bytes", "mtime_ns"}:
+            raise DataError(f"{file}: not a manifest of `mgtrain data check`; choose another file")
     todo = [path for path in paths if not _is_known(root, path, manifest.records.get(path))]
     checks = isolated(partial(check_video, root, clip=clip, fps=fps), todo, workers, seconds=seconds, memory=memory)
     with manifest:
@@ -120,17 +118,11 @@ def judge(info: VideoInfo, decodable: int, damage: str, clip: Clip) -> tuple[str
 def _file_facts(root: str, path: str) -> Record:
     """A video's record before it is read; size and time are 0 unless it is a regular file or a folder."""
     facts = {"path": path, "status": "", "frames": 0, "fps": 0.0, "width": 0, "height": 0, "bytes": 0, "mtime_ns": 0}
-    try:
+    with suppress(OSError, ValueError):
         status = os.stat(file_of(os.path.join(root, path)))
-    except (OSError, ValueError):
-        status = None
-    if status and stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
-        facts |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        if stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+            facts |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return {**facts, "sha256": "", "message": ""}
-
-
-def _is_check(record: Record) -> bool:
-    return record.get("status") in STATUSES and record.keys() >= {"bytes", "mtime_ns"}
 
 
 def _is_known(root: str, path: str, record: Record | None) -> bool:

@@ -1,7 +1,5 @@
 """What the steps of a plan cost, estimated without running them: multiply-adds, memory, clips and frames to decode."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -20,10 +18,8 @@ from mgtrain.schedule.totals import render_total, steps_of_shapes
 def costs(recipe: Recipe, plan: Plan, baseline: Plan, ranks: int, gib: float | None) -> dict[str, Any]:
     """The costs of every shape, of the run and of its baseline: plain values of the schema mgtrain.costs/1.
 
-    With `gib`, micro-batches are chosen to fit so much memory of a device.
-
-    Raises:
-        PlanError: the network does not accept a shape, or no micro-batch fits.
+    With `gib`, micro-batches are chosen to fit so much memory of a device. Raises `PlanError` if none fits, or the
+    network does not accept a shape.
     """
     shapes = plan.shapes()
     flops = check_shapes(recipe, [*shapes, recipe.base])

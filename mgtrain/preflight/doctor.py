@@ -1,7 +1,5 @@
 """Check whether this machine can train, and advise what would improve it: `mgtrain doctor`."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform
@@ -100,20 +98,18 @@ def versions() -> Iterator[Finding]:
 
 def devices(device: torch.device) -> Iterator[Finding]:
     """The GPUs, and the backend with which ranks communicate."""
-    count = torch.cuda.device_count()
-    if count:
+    if count := torch.cuda.device_count():
         yield Finding("devices", "good", ", ".join(torch.cuda.get_device_name(n) for n in range(count)))
         nccl = torch.distributed.is_nccl_available()
         found = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if nccl else "no NCCL"  # type: ignore[no-untyped-call]
         yield judged("ranks", found, "" if nccl else "install a build of torch with CUDA and NCCL", "missing")
-    else:
-        smi = shutil.which("nvidia-smi")
-        advice = "nvidia-smi exists, but torch sees no GPU: install a build of torch for its driver" if smi else ""
-        found = f"no GPU; {usable_cores()} cores, {torch.get_num_threads()} threads ({device})"
-        yield judged("devices", found, advice)
-        gloo = torch.distributed.is_gloo_available()
-        advice = "" if gloo else "install a build of torch with torch.distributed"
-        yield judged("ranks", "gloo" if gloo else "no gloo", advice, "missing")
+        return
+    smi = shutil.which("nvidia-smi")
+    advice = "nvidia-smi exists, but torch sees no GPU: install a build of torch for its driver" if smi else ""
+    yield judged("devices", f"no GPU; {usable_cores()} cores, {torch.get_num_threads()} threads ({device})", advice)
+    gloo = torch.distributed.is_gloo_available()
+    advice = "" if gloo else "install a build of torch with torch.distributed"
+    yield judged("ranks", "gloo" if gloo else "no gloo", advice, "missing")
 
 
 def cores() -> Finding:
@@ -215,31 +211,29 @@ def data(recipe: Recipe) -> Iterator[Finding]:
     advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""
     yield Finding("loading", "good", f"{rate:.0f} clips/s on one core at the coarsest shape", advice)
     if core.bad:
-        found = f"{core.bad} of {core.clips} cannot be decoded"
-        yield judged("videos", found, "find them with mgtrain data check")
+        yield judged("videos", f"{core.bad} of {core.clips} cannot be decoded", "find them with mgtrain data check")
 
 
 def _probe(device: torch.device, precision: str, layout: torch.memory_format) -> tuple[float, float]:
     """Seconds of a convolution's forward and backward pass, and the relative error of its gradient."""
     conv = Conv3d(PROBE[1], PROBE[1], 3, padding=1, bias=False)
-    values = torch.arange(float(conv.weight.numel())).sin().view_as(conv.weight) / 40
+    conv.weight.data.copy_(torch.arange(float(conv.weight.numel())).sin().view_as(conv.weight) / 40)
     x = torch.arange(float(torch.Size(PROBE).numel())).cos().view(PROBE)
-    conv.weight.data.copy_(values)
 
-    def gradient(x: Tensor, dtype: torch.dtype, enabled: bool) -> Tensor:
-        with torch.autocast(x.device.type, dtype, enabled=enabled):
+    def gradient(x: Tensor, enabled: bool) -> Tensor:
+        with torch.autocast(x.device.type, DTYPES[precision], enabled=enabled):
             y = conv(x)
         return torch.autograd.grad((y.float() if enabled else y).sum(), conv.weight)[0]
 
     small = x[:1, :, :4]
     conv.double()
-    exact = gradient(small.double(), torch.float32, False)
+    exact = gradient(small.double(), enabled=False)
     conv.float().to(device).to(memory_format=layout)
     enabled = precision != "fp32"
     given = small.to(device).to(memory_format=layout)
-    error = (gradient(given, DTYPES[precision], enabled).double().cpu() - exact).norm() / exact.norm()
+    error = (gradient(given, enabled).double().cpu() - exact).norm() / exact.norm()
     given = x.to(device).to(memory_format=layout)
-    times = seconds_of(lambda: gradient(given, DTYPES[precision], enabled), 4, device)
+    times = seconds_of(lambda: gradient(given, enabled), 4, device)
     return statistics.median(times[1:]), float(error)
 
 

@@ -73,22 +73,18 @@ def waiting_phases(estimate: dict[str, Any]) -> str:
 def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: float) -> float:
     """Videos per second of an evaluation, including loading, measured for about `seconds` after the first batch."""
     model = to_device(make_model(recipe), recipe, world)
-    begun = start = time.perf_counter()
-    first = done = 0
-    found = predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world), 1, recipe, world)
-    for n, (numbers, _) in enumerate(found):
+    done, marks = 0, [(0, time.perf_counter())]  # videos evaluated so far, and the time
+    for numbers, _ in predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world), 1, recipe, world):
         wait_for_gpu(world.device)
-        if n == 0:  # includes starting the workers
-            first, start = len(numbers), time.perf_counter()
-            continue
         done += len(numbers)
-        if time.perf_counter() - start > seconds:
+        marks.append((done, time.perf_counter()))
+        if marks[-1][1] - marks[1][1] > seconds:
             break
-    if not done:  # all videos are in the first batch
-        done, start = first, begun
     if not done:
         raise DataError(f"{val.root}: no validation video can be decoded; `mgtrain data check` says why")
-    return done / (time.perf_counter() - start)
+    # The first batch includes starting the workers, so it counts only if it has all videos.
+    before, start = marks[1] if done > marks[1][0] else marks[0]
+    return (done - before) / (marks[-1][1] - start)
 
 
 def evaluation_seconds(recipe: Recipe, plan: Plan, val_videos: int, rate: float) -> float:
@@ -147,15 +143,13 @@ def render(result: dict[str, Any]) -> str:
         )
     plan, baseline = result["plan"], result["baseline"]
     work = baseline["multiply_adds"] / plan["multiply_adds"]
-    lines.append(
+    lines += [
         f"training: {duration(plan['seconds'])} against the baseline's {duration(baseline['seconds'])} "
-        f"({times(result['speedup'])}), with 1/{work:.2f} of its multiply-adds"
-    )
-    lines.append(
+        f"({times(result['speedup'])}), with 1/{work:.2f} of its multiply-adds",
         f"by the clock, with evaluations of {duration(plan['evaluation_seconds'])} and "
         f"{duration(baseline['evaluation_seconds'])}: {duration(plan['clock_seconds'])} against "
-        f"{duration(baseline['clock_seconds'])} ({times(result['clock_speedup'])})"
-    )
+        f"{duration(baseline['clock_seconds'])} ({times(result['clock_speedup'])})",
+    ]
     if crowded(result["busy_cores"]):
         lines.append(
             f"other processes use {result['busy_cores']:.1f} of {usable_cores()} cores, so these times are too long; "

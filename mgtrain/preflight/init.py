@@ -4,8 +4,6 @@ The baseline's training time is estimated from the network's multiply-adds and t
 machine, with an error of up to a factor of two; `mgtrain plan --measure` times real steps.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -36,7 +34,7 @@ from mgtrain.schedule import check_world, make_plan
 SAMPLE = 200  # videos to open
 SHARE_OF_PEAK = {"cpu": 0.45, "cuda": 0.35}  # speed of a step relative to a matrix product
 HOURS = {"cpu": 1.0, "cuda": 12.0}  # default training time of the baseline
-STAGES = (0.67, 0.22, 0.11)  # shares of the epochs at each learning rate
+STAGE_ENDS = (0, 0.67, 0.89, 1)  # shares of the epochs between which a learning rate holds
 CLIPS = 8  # of a step on one device
 LEAST_EPOCHS = 15
 MOST_EPOCHS = 200  # warn about too few videos if there are more
@@ -106,27 +104,24 @@ class Project:
     recipes: dict[str, Path]  # `baseline` and `multigrid`
     written: list[Path]  # lists, classes.txt and recipes
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return {part: len(videos) for part, videos in self.parts.splits.items()}
-
     def describe(self) -> dict[str, Any]:
         """Plain values of the schema mgtrain.init/1."""
         train = self.parts.splits["train"]
         return {
             "schema": "mgtrain.init/1", "root": train.root, "files": [str(file) for file in self.written],
-            "videos": self.counts, "classes": len(train.classes), "split_by": self.parts.rule,
-            "groups": self.parts.groups, "baseline_seconds": self.proposal.seconds,
+            "videos": {part: len(of) for part, of in self.parts.splits.items()},
+            "classes": len(train.classes), "split_by": self.parts.rule, "groups": self.parts.groups,
+            "baseline_seconds": self.proposal.seconds,
         }  # fmt: skip
 
     def render(self) -> str:
         """The files and the commands to run next."""
         recipe, (baseline, multigrid) = self.proposal.recipe, self.recipes.values()
-        classes = len(self.parts.splits["train"].classes)
+        train, val = (self.parts.splits[part] for part in ("train", "val"))
         broken, check = len(self.stats.broken), quote(f"{multigrid}")
         weights = f"torchvision:{recipe.model.name} --to {quote(recipe.init.weights or '')}"
         return "\n".join([
-            f"videos    {self.counts['train']:,} to train, {self.counts['val']:,} to validate, of {classes} classes",
+            f"videos    {len(train):,} to train, {len(val):,} to validate, of {len(train.classes)} classes",
             f"split by  {self.parts.rule}",
             f"baseline  {recipe.model.name}, clips of {recipe.clip.frames} frames of {recipe.clip.crop}², "
             f"{sum(recipe.optim.stages):g} epochs: about {self.proposal.seconds / 3600:.1f} h of training here",
@@ -159,11 +154,8 @@ def make_project(
 ) -> Project:
     """Inspect the `videos` found at `data`, split them, and write lists and two recipes to the folder `to`.
 
-    `fps` is the rate of folders of frames. `report(text, warns)` receives each finding about the videos.
-
-    Raises:
-        DataError: there are no usable labelled videos.
-        UsageError: a recipe with this name exists.
+    `fps` is the rate of folders of frames. `report(text, warns)` receives each finding about the videos. Raises
+    `DataError` if there are no usable labelled videos, `UsageError` if a recipe with this name exists.
     """
     recipes = {kind: to / f"{name}_{kind}.yaml" for kind in ("baseline", "multigrid")}
     for file in recipes.values():
@@ -184,7 +176,7 @@ def make_project(
     for cause in stats.broken:
         report(cause, True)
     files = {part: os.path.abspath(to / f"{part}.csv") for part in parts.splits}
-    found = Found(train, parts.splits["val"], files, stats.column("seconds"), stats.column("short_side"), fps)
+    found = Found(train, parts.splits["val"], files, stats.columns["seconds"], stats.columns["short_side"], fps)
     with connect(device) as world:
         proposal = propose(found, world, default_procs(device), hours, network)
     epochs = sum(proposal.recipe.optim.stages)
@@ -194,7 +186,7 @@ def make_project(
             "trained weights with init.weights",
             True,
         )
-    limit = 3600 * (hours if hours is not None else HOURS[world.device.type])
+    limit = 3600 * (hours or HOURS[world.device.type])
     if proposal.seconds > limit:
         report(
             f"even the smallest recipe takes about {duration(proposal.seconds)}, more than {duration(limit)}; use "
@@ -216,7 +208,7 @@ def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[
             yield f"{part}: no video of {_some(empty)}; add videos, or remove the class's folder or label"
     bare = [
         os.path.join(within, file)
-        for within, _, files in (os.walk(data) if data.is_dir() else ())
+        for within, _, files in os.walk(data)
         for file in files
         if not os.path.splitext(file)[1] and not file.startswith(".")
     ]
@@ -232,7 +224,7 @@ def _some(names: Sequence[str]) -> str:
 def propose(found: Found, world: World, gpus: int, hours: float | None, network: str | None = None) -> Proposal:
     """The recipes of the largest size whose baseline trains within `hours` on `gpus` devices like this one."""
     kind = world.device.type
-    limit = 3600 * (hours if hours is not None else HOURS[kind])
+    limit = 3600 * (hours or HOURS[kind])
     best: Proposal | None = None
     peak = 0.0
     for size in SIZES[kind] if network is None else NETWORKS[network]:
@@ -246,8 +238,7 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
         if best is None or made.seconds <= limit:
             best = made
     assert best is not None
-    gain = (half_precision_gain(best.recipe, len(found.train), world) if network is None else None) or 1.0
-    if gain >= HALF_PAYS:
+    if network is None and (gain := half_precision_gain(best.recipe, len(found.train), world) or 1.0) >= HALF_PAYS:
         texts = {name: text.replace("precision: fp32", "precision: bf16") for name, text in best.texts.items()}
         best = Proposal(texts, parse_recipe(texts["baseline"], "proposal"), best.seconds / gain)
     multigrid = parse_recipe(best.texts["multigrid"], "proposal")
@@ -260,8 +251,7 @@ def propose(found: Found, world: World, gpus: int, hours: float | None, network:
 def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: str | None) -> str:
     train, clips = found.train, CLIPS * gpus
     epochs = max(LEAST_EPOCHS, math.ceil(size.steps * clips / len(train)))
-    ends = [round(epochs * sum(STAGES[:n])) for n in range(len(STAGES) + 1)]
-    stages = [after - before for before, after in pairwise(ends)]
+    stages = [round(epochs * end) - round(epochs * start) for start, end in pairwise(STAGE_ENDS)]
     # A clip is not longer than the first quartile of the videos.
     stride = max(1, min(size.stride, int(np.quantile(found.seconds, 0.25) * 30 / size.frames)))
     crop = max(48, min(size.crop, int(np.quantile(found.short_sides, 0.25)) // 16 * 16))

@@ -1,7 +1,5 @@
 """Measure how fast this machine loads clips of one shape: on one core, split into stages, and with all workers."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
@@ -64,8 +62,7 @@ def measure_loading(
 ) -> dict[str, Any]:
     """Clips of one shape: per second and core, milliseconds of each stage, and per second from the loader.
 
-    Raises:
-        DataError: no video can be read.
+    Raises `DataError` if no video can be read.
     """
     dataset, requests = RandomClips(videos, recipe), endless_requests(videos, recipe, grid)
     core = cut_on_one_core(dataset, requests, seconds)

@@ -1,10 +1,7 @@
 """Statistics of the videos of a data set, from a sample, and their consequences for a recipe."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,43 +20,32 @@ from mgtrain.rng import Draw, generator
 COMMONEST = 4  # sizes and codecs to name
 MOST_NAMED = 12  # bars to label
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
-QUANTITIES: dict[str, Callable[[VideoInfo], float]] = {
-    "frames": lambda info: info.frames,
-    "seconds": lambda info: info.frames / info.fps,
-    "fps": lambda info: info.fps,
-    "width": lambda info: info.width,
-    "height": lambda info: info.height,
-    "short_side": lambda info: min(info.width, info.height),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One opened video; `broken` is the error if there is no `info`."""
+    """One opened video."""
 
-    info: VideoInfo | None
+    info: VideoInfo
     codec: str
     bytes: int
-    broken: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The videos of one split, and the probes of a sample of them."""
+    """The videos of one split, and what a sample of them holds."""
 
     videos: Videos
-    probes: tuple[Probe, ...]
+    opened: list[Probe]
+    broken: list[str]  # path and error of each video of the sample that cannot be opened
     clip: Clip
 
     @property
-    def broken(self) -> list[str]:
-        """The path and error of each video of the sample that cannot be opened."""
-        return [probe.broken for probe in self.probes if probe.info is None]
-
-    def column(self, name: str) -> np.ndarray:
-        """One of the `QUANTITIES` for each opened video of the sample: float64 (videos,)."""
-        infos = [probe.info for probe in self.probes if probe.info is not None]
-        return np.array([QUANTITIES[name](info) for info in infos], float)
+    def columns(self) -> dict[str, np.ndarray]:
+        """Each quantity of the opened videos: float64 (videos,)."""
+        frames, fps, width, height = np.array([astuple(probe.info) for probe in self.opened], float).T
+        lengths = {"frames": frames, "seconds": frames / fps, "fps": fps}
+        return lengths | {"width": width, "height": height, "short_side": np.minimum(width, height)}
 
     @property
     def span(self) -> float:
@@ -67,15 +53,14 @@ class Stats:
         return self.clip.frames * self.clip.stride / self.clip.fps
 
     def describe(self) -> dict[str, Any]:
-        opened = [probe for probe in self.probes if probe.info is not None]
         counts = self.videos.videos_per_class
         by_count = np.argsort(counts, kind="stable")
-        sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in opened if probe.info)
-        seconds, largest = self.column("seconds"), self.clip.short_side[1]
+        sizes = Counter(f"{probe.info.width}x{probe.info.height}" for probe in self.opened)
+        columns, largest = self.columns, self.clip.short_side[1]
         return {
             "videos": len(self.videos),
             "missing": self.videos.missing,
-            "sample": len(self.probes),
+            "sample": len(self.opened) + len(self.broken),
             "broken": {"count": len(self.broken), "examples": self.broken[:EXAMPLES]},
             "classes": len(counts),
             "videos_per_class": {
@@ -87,18 +72,18 @@ class Stats:
                 "empty": int((counts == 0).sum()),
             },
             **{
-                name: {label: round(float(np.quantile(self.column(name), q)), 3) for label, q in QUANTILES.items()}
-                for name in QUANTITIES
+                name: {label: round(float(np.quantile(column, q)), 3) for label, q in QUANTILES.items()}
+                for name, column in columns.items()
             },
             "sizes": {"different": len(sizes), "commonest": dict(sizes.most_common(COMMONEST))},
-            "codecs": dict(Counter(probe.codec for probe in opened).most_common(COMMONEST)),
-            "hours": round(float(seconds.mean()) * len(self.videos) / 3600, 6),
-            "bytes": round(float(np.mean([probe.bytes for probe in opened])) * len(self.videos)),
+            "codecs": dict(Counter(probe.codec for probe in self.opened).most_common(COMMONEST)),
+            "hours": round(float(columns["seconds"].mean()) * len(self.videos) / 3600, 6),
+            "bytes": round(float(np.mean([probe.bytes for probe in self.opened])) * len(self.videos)),
             "recipe": {
                 "span_seconds": round(self.span, 3),
-                "shorter_than_span": int((seconds < self.span - 1e-6).sum()),
+                "shorter_than_span": int((columns["seconds"] < self.span - 1e-6).sum()),
                 "largest_short_side": largest,
-                "enlarged": int((self.column("short_side") < largest).sum()),
+                "enlarged": int((columns["short_side"] < largest).sum()),
             },
         }
 
@@ -119,34 +104,39 @@ def make_stats(
     """
     drawn = generator(seed, Draw.CHOICE, 2).permutation(len(videos))[:sample]
     paths = [videos.path(int(row)) for row in np.sort(drawn)]
-    probes: dict[str, Probe] = {}
+    probes: dict[str, Probe | str] = {}
     for path, found in isolated(partial(probe_video, fps=fps), dict.fromkeys(paths), max(1, workers)):
         if isinstance(found, Lost):
-            found = Probe(None, "", 0, printable(f"{path}: crashes the decoder ({found.cause})"))
+            found = printable(f"{path}: crashes the decoder ({found.cause})")
         probes[path] = found
         progress("videos opened", len(probes), len(paths))
-    made = Stats(videos, tuple(probes[path] for path in paths), clip)
-    if len(made.broken) == len(paths):
-        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened; first error: {made.broken[0]}")
-    return made
+    in_order = [probes[path] for path in paths]
+    opened = [probe for probe in in_order if isinstance(probe, Probe)]
+    broken = [error for error in in_order if isinstance(error, str)]
+    if not opened:
+        raise DataError(f"{videos.root}: none of {len(paths)} videos can be opened; first error: {broken[0]}")
+    return Stats(videos, opened, broken, clip)
 
 
-def probe_video(path: str, fps: float | None = None) -> Probe:
-    """Open one video; an error is returned, not raised."""
+def probe_video(path: str, fps: float | None) -> Probe | str:
+    """Open one video; returns its facts, or the error."""
     try:
         with open_source(path, fps) as file:
             return Probe(file.info, file.codec, file.nbytes)
     except VideoError as error:
-        return Probe(None, "", 0, printable(str(error)))
+        return printable(str(error))
 
 
 def render(stats: Stats) -> str:
     facts = stats.describe()
-    opened = facts["sample"] - facts["broken"]["count"]
+    opened = len(stats.opened)
     per_class, recipe = facts["videos_per_class"], facts["recipe"]
 
     def share(count: int) -> str:
         return f"{count:,} of {opened:,} ({100 * count / opened:.1f} %)"
+
+    def named(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {100 * count / opened:.0f} %" for name, count in counts.items())
 
     sampled = f", of which {facts['sample']:,} were opened" if facts["sample"] < facts["videos"] else ""
     missing = f", {facts['missing']:,} more without a file" if facts["missing"] else ""
@@ -157,13 +147,13 @@ def render(stats: Stats) -> str:
         f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
         f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
         f"total       {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
-        f"sizes       {facts['sizes']['different']:,} different; {_named(facts['sizes']['commonest'], opened)}",
-        f"codecs      {_named(facts['codecs'], opened)}",
+        f"sizes       {facts['sizes']['different']:,} different; {named(facts['sizes']['commonest'])}",
+        f"codecs      {named(facts['codecs'])}",
         "",
         f"{'':12}" + "".join(f"{label:>10}" for label in QUANTILES),
         *(
             f"{name.replace('_', ' '):12}" + "".join(f"{value:>10,.4g}" for value in facts[name].values())
-            for name in QUANTITIES
+            for name in stats.columns
         ),
         "",
         f"shorter than the base clip's span of {recipe['span_seconds']:g} s, so the last frame repeats: "
@@ -181,8 +171,8 @@ def draw_picture(stats: Stats, path: Path) -> None:
     from mgtrain.runs.report.figures import save_figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    opened = f"{len(stats.probes):,} opened, {len(stats.broken):,} of them broken"
-    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {opened}", fontsize=12)
+    sample = f"{len(stats.opened) + len(stats.broken):,} opened, {len(stats.broken):,} of them broken"
+    figure.suptitle(f"{len(stats.videos):,} videos, {len(stats.videos.classes):,} classes; {sample}", fontsize=12)
     (balance, seconds, fps, sizes) = figure.subplots(2, 2).flat
     counts = stats.videos.videos_per_class
     order = np.argsort(-counts, kind="stable")
@@ -191,28 +181,24 @@ def draw_picture(stats: Stats, path: Path) -> None:
     if len(counts) <= MOST_NAMED:
         names = [stats.videos.classes[label] for label in order]
         balance.set_xticks(np.arange(len(counts)), names, rotation=30, ha="right", parse_math=False)
-    clip = stats.clip
-    seconds.hist(stats.column("seconds"), bins=30)
+    clip, columns = stats.clip, stats.columns
+    seconds.hist(columns["seconds"], bins=30)
     seconds.axvline(stats.span, color="tab:red", label=f"span of the base clip, {stats.span:.3g} s")
     seconds.set(title="duration", xlabel="seconds", ylabel="videos opened")
     seconds.margins(y=0.2)  # room for the legend
     seconds.legend(frameon=False, fontsize=8)
-    rates = Counter(f"{rate:.4g}" for rate in stats.column("fps"))
+    rates = Counter(f"{rate:.4g}" for rate in columns["fps"])
     shown = dict(rates.most_common(MOST_NAMED - 1))
     shown |= {"others": rates.total() - sum(shown.values())} if len(rates) > len(shown) else {}
     fps.bar(list(shown), list(shown.values()))
     fps.margins(x=max(0.05, 0.5 - 0.1 * len(shown)))
     fps.set(title="frame rate", xlabel=f"frames per second; strides count at {clip.fps:g}", ylabel="videos opened")
-    sizes.scatter(stats.column("width"), stats.column("height"), s=14, alpha=0.4, linewidths=0)
+    sizes.scatter(columns["width"], columns["height"], s=14, alpha=0.4, linewidths=0)
     sizes.set(title="size", xlabel="width, pixels", ylabel="height, pixels")
-    sizes.set(xlim=(0, 1.05 * stats.column("width").max()), ylim=(0, 1.05 * stats.column("height").max()))
+    sizes.set(xlim=(0, 1.05 * columns["width"].max()), ylim=(0, 1.05 * columns["height"].max()))
     low, high = clip.short_side
     for value, style in ((low, ":"), (high, "--")):
         sizes.plot([value, value, max(sizes.get_xlim()[1], value)], [max(sizes.get_ylim()[1], value), value, value],
                    style, color="tab:red", linewidth=1, label=f"short side {value}")  # fmt: skip
     sizes.legend(frameon=False, fontsize=8)
     save_figure(figure, path, dpi=120, format="png")
-
-
-def _named(counts: dict[str, int], total: int) -> str:
-    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in counts.items())

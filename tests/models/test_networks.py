@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mgtrain.engine.checks import check_shapes
 from mgtrain.grid import Shape
 from mgtrain.models import MODELS, TORCHVISION, build_model
-from mgtrain.models.nonlocal3d import NonLocal3d, _tokens
+from mgtrain.models.i3d import NonLocal3d, _tokens
 from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
 from mgtrain.models.part import Part, set_part
 from mgtrain.models.resnet3d import Bottleneck, max_pool, pool_pictures

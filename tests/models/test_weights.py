@@ -25,10 +25,10 @@ from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.models import build_model
 from mgtrain.models.norm import GroupBatchNorm3d, reset_group_stats
-from mgtrain.models.weights.download import download
 from mgtrain.models.weights.files import read_tensors
 from mgtrain.models.weights.load import (
     Weights,
+    download,
     fit_shape,
     freeze,
     inflate,

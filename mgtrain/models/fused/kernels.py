@@ -1,11 +1,9 @@
 """The Triton kernels of `fused.norm`. They treat activations as rows of channels, a dense tensor (groups, rows, C).
 
-Two kernels compute statistics: each program of the first sums `rows` rows of a group (a split), and the second joins
-these partial sums. All sums are in float32 and in a fixed order. `C` is a compile-time constant, so that even 8
-channels are read in whole words. Sizes that depend on the shape are not, so that a new shape compiles nothing.
+Each program of the first kernel of a pass sums `rows` rows of a group (a split); the second joins these partial sums,
+in float32 and in a fixed order. `C` is a compile-time constant, so that even 8 channels are read in whole words. Sizes
+that depend on the shape are not, so that a new shape compiles nothing.
 """
-
-from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -29,9 +27,8 @@ def sum_values(x, partial, rows_of_group, rows, splits, C: tl.constexpr, TILE: t
     begin = split * rows
     end = tl.minimum(begin + rows, rows_of_group)
     # Sum differences from one of the values, so that a mean far from zero loses no precision.
-    usual = tl.load(x + (group.to(tl.int64) * rows_of_group + begin) * C + channel, mask=there, other=0.0).to(
-        tl.float32
-    )
+    start = x + (group.to(tl.int64) * rows_of_group + begin) * C + channel
+    usual = tl.load(start, mask=there, other=0.0).to(tl.float32)
     ones = tl.zeros((TILE, WIDE), tl.float32)
     squares = tl.zeros((TILE, WIDE), tl.float32)
     for first in range(begin, end, TILE):
@@ -125,10 +122,7 @@ def sum_gradients(
     x, grad, partial, stats, weight, bias, rows_of_group, rows, splits, RELU: tl.constexpr, C: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write each split's sums of the gradient, and of gradient times normalized value, to `partial`.
-
-    `partial` is (groups, splits, 2, C).
-    """
+    """Write each split's sums of the gradient, and of gradient times value, to `partial` (groups, splits, 2, C)."""
     split, group = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
     there = channel < C
@@ -154,10 +148,7 @@ def sum_gradients(
 def join_gradients(
     partial, sums, grad_weight, grad_bias, groups, rows_of_group, splits, C, JOINED: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Write each group's two sums, divided by its number of rows, to `sums` (groups, 2, C).
-
-    The sums over all groups are the gradients of weight and bias (C).
-    """
+    """Write each group's two sums, divided by its rows, to `sums` (groups, 2, C); their totals are the gradients."""
     channel = tl.program_id(0) * WIDE + tl.arange(0, WIDE)[None, :]
     there = channel < C
     total = rows_of_group.to(tl.float32)

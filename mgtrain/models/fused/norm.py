@@ -1,11 +1,8 @@
 """BatchNorm of any number of groups in six kernel launches: three forward, three backward.
 
-In channels_last_3d the clips of a group are one dense block of rows of channels. So all groups are one tensor
-(groups, rows, C), and each kernel handles all of them. `torch.batch_norm` needs about nine launches for each group,
-which in a coarse step take the host longer than the GPU.
+In channels_last_3d all groups are one dense tensor (groups, rows, C), and each kernel handles all of them.
+`torch.batch_norm` needs about nine launches for each group, which in a coarse step take the host longer than the GPU.
 """
-
-from __future__ import annotations
 
 import logging
 from functools import lru_cache
@@ -28,10 +25,7 @@ WARPS = 8
 
 @lru_cache
 def works(device: torch.device) -> bool:
-    """Whether Triton can compile and run the kernels on this device; if not, log a warning.
-
-    Triton comes with torch's CUDA builds. It needs a C compiler, a folder to write to and a GPU that it supports.
-    """
+    """Whether Triton, which needs a C compiler and a folder, runs the kernels on this device; if not, log a warning."""
     x = torch.zeros(2, 8, 1, 4, 4, device=device).contiguous(memory_format=torch.channels_last_3d)
     ones, slots = torch.ones(8, device=device), torch.zeros(2, 8, device=device)
     try:
@@ -75,16 +69,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 class _NormGroups(torch.autograd.Function):
-    """batch_norm and relu of each group. For the backward pass it saves only `x`, not the input or output of ReLU."""
+    """`norm_groups`. For the backward pass it saves only `x`, not the input or output of ReLU."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float,
-        eps: float, relu: bool,
-    ) -> Tensor:  # fmt: skip
-        y, stats = _forward(x, weight, bias, means, variances, momentum, eps, relu)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> Tensor:
+        y, stats = _forward(x, weight, bias, *others)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.relu = relu
+        *_, ctx.relu = others
         return y
 
     @staticmethod
@@ -102,22 +93,18 @@ def _forward(
 
     groups, channels = means.shape
     rows_of_group = x.numel() // (groups * channels)
-    tiles, (rows, splits) = _tiles(channels), _split(groups, rows_of_group, channels)
-    blocks = -(-channels // tiles["WIDE"])
+    rows, splits = _split(groups, rows_of_group, channels)
+    tile = {**_tiles(channels), "C": channels, "num_warps": WARPS}
+    tiles, blocks = -(-rows_of_group // tile["TILE"]), -(-channels // tile["WIDE"])
     y, stats = torch.empty_like(x), means.new_empty(groups, 2, channels)
     partial = means.new_empty(groups, splits, 2, channels)
-    launch(
-        kernels.sum_values, (splits, blocks, groups), x, partial, rows_of_group, rows, splits, C=channels, **tiles,
-        num_warps=WARPS,
-    )  # fmt: skip
+    launch(kernels.sum_values, (splits, blocks, groups), x, partial, rows_of_group, rows, splits, **tile)
     launch(
         kernels.join_values, (-(-channels // JOINED_CHANNELS), groups), partial, stats, means, variances, momentum,
         eps, rows_of_group, rows, splits, channels, JOINED=kernels.JOINED, WIDE=JOINED_CHANNELS,
     )  # fmt: skip
-    launch(
-        kernels.normalize, (-(-rows_of_group // tiles["TILE"]), blocks, groups), x, y, stats, weight, bias,
-        rows_of_group, RELU=relu, C=channels, **tiles, num_warps=WARPS,
-    )  # fmt: skip
+    grid = tiles, blocks, groups
+    launch(kernels.normalize, grid, x, y, stats, weight, bias, rows_of_group, RELU=relu, **tile)
     return y, stats
 
 
@@ -130,22 +117,21 @@ def _backward(
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
     groups, _, channels = stats.shape
     rows_of_group = x.numel() // (groups * channels)
-    tiles, (rows, splits) = _tiles(channels), _split(groups, rows_of_group, channels)
-    blocks = -(-channels // tiles["WIDE"])
+    rows, splits = _split(groups, rows_of_group, channels)
+    tile = {**_tiles(channels), "C": channels, "num_warps": WARPS}
+    tiles, blocks = -(-rows_of_group // tile["TILE"]), -(-channels // tile["WIDE"])
     partial, sums = stats.new_empty(groups, splits, 2, channels), torch.empty_like(stats)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     launch(
         kernels.sum_gradients, (splits, blocks, groups), x, grad, partial, stats, weight, bias, rows_of_group, rows,
-        splits, RELU=relu, C=channels, **tiles, num_warps=WARPS,
+        splits, RELU=relu, **tile,
     )  # fmt: skip
     launch(
         kernels.join_gradients, (-(-channels // JOINED_CHANNELS),), partial, sums, grad_weight, grad_bias, groups,
         rows_of_group, splits, channels, JOINED=kernels.JOINED, WIDE=JOINED_CHANNELS,
     )  # fmt: skip
-    launch(
-        kernels.input_gradient, (-(-rows_of_group // tiles["TILE"]), blocks, groups), x, grad, grad_x, stats, sums,
-        weight, bias, rows_of_group, RELU=relu, C=channels, **tiles, num_warps=WARPS,
-    )  # fmt: skip
+    grid = tiles, blocks, groups
+    launch(kernels.input_gradient, grid, x, grad, grad_x, stats, sums, weight, bias, rows_of_group, RELU=relu, **tile)
     return grad_x, grad_weight, grad_bias
 
 

@@ -1,4 +1,1 @@
-"""Load weights, also those of other projects: read the file, convert names and shapes, report what matched.
-
-Nothing in a file is executed.
-"""
+"""Load weights, also those of other projects, converting names and shapes. Nothing in a file is executed."""

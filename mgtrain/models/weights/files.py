@@ -1,11 +1,8 @@
 """Read the tensors of a file of weights. Nothing in a file is executed.
 
-safetensors files contain no code. torch's files are pickles, read with torch's restricted unpickler. Caffe2's files are
-pickles of numpy arrays, read with the unpickler below, which allows only arrays and plain containers and builds the
-arrays itself.
+safetensors files contain no code. torch's files are pickles, read with torch's restricted unpickler. Caffe2's are
+pickles of numpy arrays, read with the unpickler below, which allows only plain containers and arrays that it builds.
 """
-
-from __future__ import annotations
 
 import math
 import pickle
@@ -28,10 +25,9 @@ STATE_KEYS = ("model_state", "state_dict", "model")  # PySlowFast and PyTorchVid
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors, by name, of a .safetensors, .pth, .pyth or Caffe2 .pkl file. Its name does not matter.
+    """Read the tensors, by name, of a .safetensors, .pth, .pyth or Caffe2 .pkl file, whatever the file's own name.
 
-    Raises:
-        CheckpointError: the file cannot be read, contains no tensors, or needs more than data to be read.
+    Raises `CheckpointError` if it cannot be read, contains no tensors, or needs more than data to be read.
     """
     try:
         with path.open("rb") as file:
@@ -59,10 +55,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with copies of those that share memory with an earlier one, as tied weights do.
-
-    safetensors does not write tensors that share memory.
-    """
+    """The same tensors, but copies of those, such as tied weights, that share memory, which safetensors refuses."""
     found, known = {}, set[int]()
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
@@ -79,21 +72,15 @@ def _cause(error: Exception) -> str:
     """The error in one line; if the reader refused an object, its name."""
     refused = re.search(r"GLOBAL ([\w.]+)|(?:global|class|type):? ([\w.]+\.[\w.]+)", str(error))
     if refused:
-        return (
-            f"it contains {refused[1] or refused[2]}, but only tensors and plain data are allowed, because other "
-            "objects can run code; save only the model's state_dict"
-        )
+        rule = "only tensors and plain data are allowed, because other objects can run code"
+        return f"it contains {refused[1] or refused[2]}, but {rule}; save only the model's state_dict"
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_caffe2(file: BinaryIO) -> dict[str, Tensor]:
     content = _ArraysOnly(file, encoding="latin1").load()
-    blobs = content.get("blobs", content)
-    return {
-        name: torch.from_numpy(blob.array.astype(blob.array.dtype.newbyteorder("="), order="C"))
-        for name, blob in blobs.items()
-        if isinstance(blob, _Array)
-    }
+    arrays = {name: blob.array for name, blob in content.get("blobs", content).items() if isinstance(blob, _Array)}
+    return {name: torch.from_numpy(a.astype(a.dtype.newbyteorder("="), order="C")) for name, a in arrays.items()}
 
 
 class _Dtype:

@@ -1,6 +1,4 @@
-"""Load a file of weights into a model: convert names and shapes, and report what matched."""
-
-from __future__ import annotations
+"""Load weights into a model, from a file or torchvision: convert names and shapes, and report what matched."""
 
 import json
 import logging
@@ -18,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, get_model_weights
 
-from mgtrain.errors import CheckpointError, ThresholdError, UsageError
+from mgtrain.errors import CheckpointError, MissingCapabilityError, ThresholdError, UsageError
 from mgtrain.models import TORCHVISION, build_model
 from mgtrain.models.foreign import classifier_of
 from mgtrain.models.i3d import I3D
@@ -49,7 +48,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Which of a model's tensors came from a file."""
+    """Which of a model's tensors a file has."""
 
     project: str
     matched: Sequence[str]
@@ -84,29 +83,24 @@ class Report:
     def demand(self, share: float, path: Path) -> None:
         """Raise `ThresholdError` if less than `share` of the model's tensors matched."""
         if self.share < share:
-            lacking = sorted(set(self.missing), key=lambda name: (name.startswith(self.classifier), name))
+            lacking = min(self.missing, key=lambda name: (name.startswith(self.classifier), name))
             raise ThresholdError(
                 f"{path}: matched {len(self.matched)} of {len(self.matched) + len(self.missing)} tensors, a share of "
-                f"{math.floor(1000 * self.share) / 1000:g}, below the required {share:g} (for example {lacking[0]}: "
-                f"{self.missing[lacking[0]]}); use the model that the weights belong to, or lower "
+                f"{math.floor(1000 * self.share) / 1000:g}, below the required {share:g} (for example {lacking}: "
+                f"{self.missing[lacking]}); use the model that the weights belong to, or lower "
                 "--at-least (in a recipe, init.at_least)"
             )
 
 
 def read_weights(path: Path, common: bool = True, tensors: Mapping[str, Tensor] | None = None) -> Weights:
-    """Read a file's tensors: with common names, whichever known project they are from, or with the file's own names.
+    """Read a file's tensors, unless given: with common names, of whichever known project, or with the file's own names.
 
-    `tensors` are those of the file, if they have been read.
-
-    Raises:
-        CheckpointError: the file cannot be read, a tensor has NaN or infinite values, or the names are not those of a
-            known project.
+    Raises `CheckpointError` if it cannot be read, has NaN or infinite values, or the names are of no known project.
     """
     tensors = read_tensors(path) if tensors is None else tensors
     averaged = {name for name in tensors if name.startswith("ema.") and f"model.{name[4:]}" in tensors}
-    plain = {f"model.{name[4:]}": tensors[name] for name in averaged}  # a checkpoint's average takes the weights' place
-    plain = {name: tensor for name, tensor in {**tensors, **plain}.items() if name not in averaged}
-    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in plain.items()}
+    given = {**tensors, **{f"model.{name[4:]}": tensors[name] for name in averaged}}  # a checkpoint's average counts
+    found = {re.sub(WRAPPERS, "", name): tensor for name, tensor in given.items() if name not in averaged}
     weights = {n: t for n, t in found.items() if not (n.endswith(COUNTER) or n.startswith("optimizer."))}
     for name, tensor in weights.items():
         odd = tensor.isnan() | (tensor.isinf() if common else tensor.isposinf())  # an own network's mask may hold -inf
@@ -125,17 +119,15 @@ def read_weights(path: Path, common: bool = True, tensors: Mapping[str, Tensor] 
         )
     renamed = {naming.common(name): t for name, t in weights.items() if not re.match(naming.ignored, name)}
     notes = [note for pattern, note in naming.notes if any(re.match(pattern, name) for name in renamed)]
-    return Weights(naming.project, naming.convert(renamed), notes)
+    naming.convert(renamed)
+    return Weights(naming.project, renamed, notes)
 
 
 def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
     """The `model:` section, and `classes`, of the network that the weights belong to.
 
-    `name` chooses the network if the weights fit several, as 2-D weights do.
-
-    Raises:
-        CheckpointError: the weights do not fit our networks, or fit several and there is no `name`.
-        UsageError: no network has that name.
+    `name` chooses the network if the weights fit several, as 2-D weights do. Raises `CheckpointError` if they fit none,
+    or several without a `name`, and `UsageError` if no network has that name.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.tensors.items()}
     stem = shapes.get("slow.stem.conv.weight", ())
@@ -178,16 +170,12 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
     """Copy the weights into the model where names and shapes fit, but not a classifier of another size."""
     unused, resized, classifier = dict(weights.tensors), "", classifier_of(model)
     common = OWN.common if is_ours(model) else partial(re.sub, WRAPPERS, "")
-    values: dict[str, Tensor] = {}
-    missing: dict[str, str] = {}
+    matched, inflated, missing = list[str](), list[str](), dict[str, str]()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
-    logits = weights.tensors.get(common(f"{classifier}.weight"))
-    if logits is not None and fit_shape(logits, state[f"{classifier}.weight"].shape) is None:
-        theirs, ours = tuple(logits.shape), tuple(state[f"{classifier}.weight"].shape)
-        resized = (
-            f"the classifier (classes, features) is {theirs} in the file and {ours} here, so it starts from random "
-            "weights"
-        )
+    logits = unused.get(common(f"{classifier}.weight"))
+    if logits is not None and fit_shape(logits, (ours := state[f"{classifier}.weight"].shape)) is None:
+        sizes = f"{tuple(logits.shape)} in the file and {tuple(ours)} here"
+        resized = f"the classifier (classes, features) is {sizes}, so it starts from random weights"
     for own, target in state.items():
         value = unused.pop(common(own), None)
         if value is None:
@@ -198,12 +186,13 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
             missing[own] = f"{tuple(value.shape)} in the file, {tuple(target.shape)} here"
         else:
             target.copy_(fitted)
-            values[own] = value
+            matched.append(own)
+            if value.ndim == 4:
+                inflated.append(own)
     for module in model.modules():
         if isinstance(module, GroupBatchNorm3d):
             module.groups = 0  # the groups' statistics start from the loaded ones
-    inflated = [name for name, value in values.items() if value.ndim == 4]
-    return Report(weights.project, [*values], inflated, missing, classifier, sorted(unused), resized, weights.notes)
+    return Report(weights.project, matched, inflated, missing, classifier, sorted(unused), resized, weights.notes)
 
 
 def is_ours(model: nn.Module) -> bool:
@@ -214,8 +203,8 @@ def is_ours(model: nn.Module) -> bool:
 def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
     """Convert a tensor to another shape, if there is one correct way; else None.
 
-    A kernel (out, in, H, W) is inflated. A kernel of one frame becomes the middle of a longer one, which computes the
-    same. Dimensions of size 1 are added or removed (Caffe2 writes some classifiers as convolutions).
+    A kernel (out, in, H, W) is inflated, one of a single frame becomes the middle of a longer one, and dimensions of
+    size 1 are added or removed (Caffe2 writes some classifiers as convolutions).
 
     >>> fit_shape(torch.ones(8, 4, 3, 3), (8, 4, 5, 3, 3)).unique()
     tensor([0.2000])
@@ -232,10 +221,9 @@ def fit_shape(value: Tensor, shape: Sequence[int]) -> Tensor | None:
 
 
 def inflate(kernel: Tensor, channels: int, frames: int) -> Tensor:
-    """Inflate a 2-D kernel (out, in, H, W) to (out, channels, frames, H, W); a still clip has the same output.
+    """Inflate a 2-D kernel (out, in, H, W) to (out, channels, frames, H, W): repeat it over time, divide by `frames`.
 
-    The kernel is repeated over time and divided by `frames` (Carreira & Zisserman 2017, section 2.1.4). Further
-    channels, those of SlowFast's lateral connections, get zeros.
+    A still clip has the same output (Carreira & Zisserman 2017, section 2.1.4). SlowFast's lateral channels get zeros.
     """
     kernel = F.pad(kernel, (0, 0, 0, 0, 0, max(0, channels - kernel.shape[1])))  # (out, channels, H, W)
     return kernel.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
@@ -257,8 +245,7 @@ def save_weights(
     only: Sequence[str] | None = None, source: str = OWN.project, notes: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write the model's tensors, or those in `only`, as safetensors, which `init: {weights: ...}` reads."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
-    state = apart(state)
+    state = apart({name: t.contiguous() for name, t in model.state_dict().items() if not name.endswith(COUNTER)})
     metadata = {"format": "mgtrain.weights/1", "source": source, "model": json.dumps(options), **(notes or {})}
     if classes:
         metadata["classes"] = json.dumps(list(classes))
@@ -270,13 +257,7 @@ def save_weights(
 
 
 def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
-    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-        ThresholdError: too few of the model's tensors match.
-        UsageError: the network does not have the stages to freeze.
-    """
+    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers."""
     if init.weights and fresh:
         path = Path(init.weights)
         report = load_weights(model, read_weights(path, is_ours(model)))
@@ -289,8 +270,7 @@ def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
 def freeze(model: nn.Module, init: Init) -> None:
     """Freeze the stages up to `init.freeze`, with their BatchNorm statistics; all statistics with `init.freeze_bn`.
 
-    Raises:
-        UsageError: the network has no such stages.
+    Raises `UsageError` if the network has no such stages.
     """
     classifier, stages = classifier_of(model), STAGES[: ("none", *STAGES[:-1], "backbone").index(init.freeze)]
     if init.freeze not in ("none", "backbone") and not is_ours(model):
@@ -307,3 +287,30 @@ def freeze(model: nn.Module, init: Init) -> None:
     for name, module in model.named_modules():
         if isinstance(module, GroupBatchNorm3d):
             module.frozen = init.freeze_bn or frozen(f"{name}.weight")
+
+
+def download(source: str) -> tuple[Path, tuple[str, ...]]:
+    """Download the weights of `torchvision:NAME` to torch's cache; return the file and the names of its classes.
+
+    Those of ImageNet, for the 2-D networks, are not returned. Raises `UsageError` if torchvision has no such
+    weights here, and `MissingCapabilityError` if the download fails.
+    """
+    known: dict[str, Any] = {
+        "torchvision:resnet50": ResNet50_Weights.IMAGENET1K_V1,
+        "torchvision:resnet101": ResNet101_Weights.IMAGENET1K_V1,
+        **{f"torchvision:{name}": get_model_weights(name)["DEFAULT"] for name in TORCHVISION},
+    }
+    if source not in known:
+        raise UsageError(f"--from {source}: must be one of {', '.join(known)}; give other weights as a file")
+    url: str = known[source].url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2])
+        except (OSError, RuntimeError) as error:
+            raise MissingCapabilityError(
+                f"{url}: cannot be downloaded: {error}; download it elsewhere and give the file with --model"
+            ) from None
+    video = source.partition(":")[2] in TORCHVISION
+    return file, tuple(known[source].meta["categories"]) if video else ()

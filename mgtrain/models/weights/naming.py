@@ -5,8 +5,6 @@ Common names are `<pathway>.<stage>.<rest>`: `slow.stem.conv.weight`, `fast.res2
 a single one is `slow`. Within a block, `rest` is as in `mgtrain.models`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 Rules = tuple[tuple[str, str], ...]
-Tensors = dict[str, Tensor]
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 LETTERS = (("a", 1), ("b", 2), ("c", 3))  # of a bottleneck's convolutions
 PROJECTIONS = (("theta", "query"), ("phi", "key"), ("g", "value"), ("out", "out"))  # of a non-local block
@@ -33,21 +30,18 @@ class Naming:
     sign: str  # pattern of the start of a name that identifies the project
     rules: Rules
     ignored: str = "$^"  # pattern of names that are not weights, such as an optimizer's state
-    convert: Callable[[Tensors], Tensors] = lambda tensors: tensors  # for differences other than names
+    convert: Callable[[dict[str, Tensor]], None] = lambda _: None  # changes tensors that differ in more than names
     notes: Rules = ()  # (pattern of common names, how the project's networks with such a tensor differ from ours)
 
     def common(self, name: str) -> str:
-        """The common name of one of the project's tensors."""
+        """The common name of a tensor."""
         for pattern, replacement in self.rules:
             name = re.sub(pattern, replacement, name)
         return name
 
 
-def _mmaction2_differences(tensors: Tensors) -> Tensors:
-    """Reorder the classifier's columns, because MMAction2's SlowFast has the fast pathway's features first.
-
-    The last convolution of its non-local blocks has no bias, so it gets a bias of zero.
-    """
+def _mmaction2_differences(tensors: dict[str, Tensor]) -> None:
+    """Add a bias of zero to the last convolution of non-local blocks; put the slow pathway's features first."""
     for name in [name for name in tensors if ".nonlocal" in name and name.endswith(".out.weight")]:
         tensors.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensors[name])))
     last = [name for name in tensors if name.startswith("fast.res5.") and name.endswith(".conv3.weight")]
@@ -55,7 +49,6 @@ def _mmaction2_differences(tensors: Tensors) -> Tensors:
         fast = len(tensors[last[0]])
         weight = tensors["head.linear.weight"]  # (classes, fast + slow)
         tensors["head.linear.weight"] = torch.cat([weight[:, fast:], weight[:, :fast]], dim=1)
-    return tensors
 
 
 OWN = Naming(

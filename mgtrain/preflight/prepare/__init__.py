@@ -77,11 +77,8 @@ def prepare(
     """Prepare the videos at `paths`, relative to `root`, in `folder`; videos that are already there are kept.
 
     `fps` is the rate of folders of frames. `forecast` is called once with the estimate for the remaining videos, and
-    returns whether to continue.
-
-    Raises:
-        DataError: the folder holds a set with other settings, or the disk is too small.
-        MissingCapabilityError: PyAV has no H.264 encoder.
+    returns whether to continue. Raises `DataError` if the folder holds a set with other settings or the disk is too
+    small, `MissingCapabilityError` if PyAV has no H.264 encoder.
     """
     if "libx264" not in av.codecs_available:
         raise MissingCapabilityError("PyAV has no libx264 to write prepared videos; use its wheel: pip install av")
@@ -104,7 +101,7 @@ def prepare(
             shards = stack.enter_context(ShardWriter(folder, settings.shards, manifest.records.values()))
         if any("levels" in known.get(path, ()) for path in todo):  # the index points to files that will be replaced
             (folder / "index.npy").unlink(missing_ok=True)
-        for path, done in isolated(encode, todo, workers):
+        for made, (path, done) in enumerate(isolated(encode, todo, workers), start=1):
             if isinstance(done, Lost):
                 cause = f"crashes the decoder ({done.cause}); replace this video or remove it from the list"
                 done = {"path": path, "error": f"{root / path}: {cause}"}, []
@@ -113,16 +110,10 @@ def prepare(
             manifest.add_video(*done)
             for level in done[0].get("levels", ()) if shards else ():  # they are in a shard now
                 level_path(loose, level["level"], path).unlink()
-            made += 1
             progress("preparing", len(paths) - len(todo) + made, len(paths))
             if made == min(len(todo), max(SAMPLE, workers)):
                 left = (time.monotonic() - start) / made * (len(todo) - made)
-                records = manifest.of(paths)
-                sizes, originals = _bytes(records, settings)
-                scale = len(paths) / len(records)
-                of_all = tuple(round(size * scale) for size in sizes)
-                _check_disk(folder, sum(of_all) - sum(sizes))
-                if not forecast(Forecast(len(paths), left, of_all, round(originals * scale))):
+                if not forecast(_expected(folder, settings, manifest.of(paths), len(paths), left)):
                     break
     if sharded:
         shutil.rmtree(loose, ignore_errors=True)
@@ -228,13 +219,18 @@ def _bytes(records: Iterable[Record], settings: Settings) -> tuple[tuple[int, ..
     return tuple(by_level.values()), originals
 
 
-def _check_disk(folder: Path, missing: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _expected(folder: Path, settings: Settings, records: Sequence[Record], videos: int, seconds: float) -> Forecast:
+    """The size of all `videos`, estimated from some records. Raises `DataError` if the disk is too small."""
+    sizes, originals = _bytes(records, settings)
+    scale = videos / len(records)
+    of_all = tuple(round(size * scale) for size in sizes)
+    missing, free = sum(of_all) - sum(sizes), shutil.disk_usage(folder).free
     if missing > free:
         raise DataError(
             f"{folder}: needs about {missing / 1e9:.1f} GB more, but {free / 1e9:.1f} GB are free; free some space, or "
             "choose fewer --levels or a higher --quality number, and run the same command again"
         )
+    return Forecast(videos, seconds, of_all, round(originals * scale))
 
 
 def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> None:
@@ -247,9 +243,8 @@ def write_index(folder: Path, settings: Settings, records: Iterable[Record]) -> 
             row[name] = record.get(name, 0)
         for level in record.get("levels", ()):
             place = row["levels"][settings.levels.index(level["level"])]
-            place["width"], place["height"], place["start"] = level["width"], level["height"], level["start"]
-            if settings.shards:
-                place["shard"], place["offset"], place["size"] = level["shard"], level["offset"], level["bytes"]
+            for name in place.dtype.names:
+                place[name] = level["bytes" if name == "size" else name]
     rows.sort(order="key")
     assert (rows["key"][1:] != rows["key"][:-1]).all(), "two paths with one hash"
     with replacing(folder / "index.npy") as temporary, temporary.open("wb") as file:

@@ -57,9 +57,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, most: int, records: Iterable[Record]) -> None:
         self._folder, self._most = folder, most
-        known = members_of(records)
-        self._number = max((member.shard for member in known), default=0)
-        self._end = max((member.end for member in known if member.shard == self._number), default=0)
+        self._number, self._end = max(((member.shard, member.end) for member in members_of(records)), default=(0, 0))
 
     def __enter__(self) -> ShardWriter:
         path = shard_path(self._folder, self._number)
@@ -102,9 +100,8 @@ class ShardWriter:
     def _open(self) -> None:
         path = shard_path(self._folder, self._number)
         path.parent.mkdir(exist_ok=True)
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file = path.open("ab")
         self._file.truncate(self._end)
-        self._file.seek(self._end)
 
     def _close(self) -> None:
         with self._file:
