@@ -5,8 +5,6 @@ that follows second 12.5, and `run#f=30,90` are the frames 30 to 89 of run. Such
 whole video does: in lists, manifests, prepared sets and tables of scores.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
