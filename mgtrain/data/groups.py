@@ -1,7 +1,5 @@
 """Find groups of videos of the same source, from their names or a CSV, so that a split keeps them together."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -83,8 +81,7 @@ def groups_of_files(names: Sequence[str]) -> Groups | None:
 def groups_by_pattern(names: Sequence[str], pattern: str) -> Groups:
     """The groups that a regular expression finds in the names: the text of its capture groups, or else of its match.
 
-    Raises:
-        UsageError: not a valid regular expression, or it does not match a name.
+    Raises `UsageError` if it is not valid, or does not match a name.
     """
     try:
         compiled = re.compile(pattern)

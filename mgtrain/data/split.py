@@ -1,7 +1,5 @@
 """Split a labelled set into training and validation videos, or into folds."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 
@@ -27,14 +25,11 @@ def make_split(
 
     `val` is the share of validation videos, above 0 and below 1; with `folds`, each video is in one validation list.
     The split is stratified: every list has its share of every class. Videos with the same number in `groups`, int64
-    (N,), stay together. The same seed gives the same lists.
+    (N,), stay together. The same seed gives the same lists. Raises `DataError` if the videos cannot be split this way.
 
     >>> videos = Videos.of("", [(f"{n}.mp4", n % 2) for n in range(10)], ("cat", "dog"))
     >>> [len(rows) for rows in make_split(videos, val=0.2).values()]
     [8, 2]
-
-    Raises:
-        DataError: the videos cannot be split this way.
     """
     if val is not None:
         part = _parts(videos, np.array([val, 1 - val]), seed, groups)
@@ -71,10 +66,8 @@ def _parts(videos: Videos, shares: np.ndarray, seed: int, groups: np.ndarray | N
         if members < len(shares):
             what, more = "videos", ""
             if groups is not None:
-                what, more = (
-                    "groups of videos",
-                    ", or split without groups (--group-by none), which leaks between parts",
-                )
+                what = "groups of videos"
+                more = ", or split without groups (--group-by none), which leaks between parts"
             raise DataError(
                 f"{videos.root}: class {videos.classes[label]!r} has too few {what} for {len(shares)} parts, "
                 f"{members}; add videos, drop the class, or make fewer parts{more}"
