@@ -101,14 +101,14 @@ def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
     rows = read_table(path, ("path", column), "name the columns in the first line, or choose one with --by")
     group_of = {os.path.normpath(row["path"]): row[column] for _, row in rows if row["path"] and row[column]}
     names = videos.names()
-    group_of |= {name: group_of[file] for name in names if name not in group_of and (file := file_of(name)) in group_of}
-    lacking = [name for name in names if name not in group_of]
+    groups = [group_of.get(name) or group_of.get(file_of(name), "") for name in names]
+    lacking = [name for name, group in zip(names, groups, strict=True) if not group]
     if lacking:
         raise DataError(
             f"{path}: no group for {len(lacking)} of {len(names)} videos: {few(lacking)}; "
             f"add a line with the path of each in {videos.root}"
         )
-    return _grouped(column, names, [group_of[name] for name in names]).ids
+    return _grouped(column, names, groups).ids
 
 
 def _grouped(rule: str, names: Sequence[str], keys: Sequence[str]) -> Groups:

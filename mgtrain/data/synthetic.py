@@ -5,8 +5,6 @@ directions, sizes and speed have the same distribution in all classes. So a sing
 video played backwards is a sample of the opposite class. `Difficulty` makes the motion harder to see in all classes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -37,17 +35,13 @@ MOTIONS: dict[str, tuple[float, float, float, float]] = {
     "up_right": (0.42, -0.42, 0, 0),
     "down_left": (-0.42, 0.42, 0, 0),
     "down_right": (0.42, 0.42, 0, 0),
-    # These return about half-way through: the order of the two halves is the class.
-    "left_right": (-0.6, 0, 0, 0),
-    "right_left": (0.6, 0, 0, 0),
-    "up_down": (0, -0.6, 0, 0),
-    "down_up": (0, 0.6, 0, 0),
-    "clockwise_back": (0, 0, 0, 0.014),
-    "anticlockwise_back": (0, 0, 0, -0.014),
 }
+BASIC_MOTIONS = tuple(MOTIONS)[:8]
+# These return about half-way through: the order of the two halves is the class.
+RETURNING = {"left_right": "left", "right_left": "right", "up_down": "up", "down_up": "down",
+             "clockwise_back": "clockwise", "anticlockwise_back": "anticlockwise"}  # fmt: skip
+MOTIONS |= {name: MOTIONS[start] for name, start in RETURNING.items()}
 ALL_MOTIONS = tuple(MOTIONS)
-BASIC_MOTIONS = ALL_MOTIONS[:8]
-RETURNING = ALL_MOTIONS[12:]
 
 WAVES = 24  # per video
 WAVELENGTHS = (14.0, 40.0)  # pixels; the smallest, after contraction, is still twice the shift in 8 frames
@@ -80,10 +74,8 @@ def synthesize(
     """Write `root/videos/<split>/<class>_<n>.mp4`, a list `root/<split>.csv` per split, and `root/classes.txt`.
 
     `videos_per_class` is by split. Videos have `frames` frames of `size` (width, height) pixels at 30 frames/s, a key
-    frame every 12 frames and no B-frames, so they are fast to decode. A complete set with the same settings is kept.
-
-    Raises:
-        DataError: the folder contains a set with other settings.
+    frame every 12 frames and no B-frames, so they are fast to decode. A complete set with the same settings is kept;
+    `DataError` if the folder contains a set with other settings.
     """
     counts = dict(videos_per_class)
     settings = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
@@ -198,9 +190,8 @@ def _write(path: Path, pictures: np.ndarray) -> None:
     h264 = "libx264" in av.codecs_available
     options = {"preset": "veryfast", "tune": "fastdecode", "crf": "18", "mbtree": "0"} if h264 else {"qscale": "2"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264" if h264 else "mpeg4", rate=30, options={**options, "g": "12", "bf": "0", "threads": "1"}
-        )
+        options |= {"g": "12", "bf": "0", "threads": "1"}
+        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=30, options=options)
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for n, picture in enumerate(pictures):
