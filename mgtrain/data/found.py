@@ -9,9 +9,8 @@ import numpy as np
 
 from mgtrain.data import open_videos
 from mgtrain.data.formats.folder import class_folders, videos_in
-from mgtrain.data.groups import find_groups
 from mgtrain.data.index import Index
-from mgtrain.data.split import make_split
+from mgtrain.data.split import find_groups, make_split
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 

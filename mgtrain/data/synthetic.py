@@ -23,19 +23,13 @@ from mgtrain.rng import Draw, generator
 # Motions per frame at full speed: shift right and down (pixels), log of growth, turn (radians clockwise). Each moves
 # the borders by about half a pixel per frame, slow enough to be visible in every 8th frame.
 MOTIONS: dict[str, tuple[float, float, float, float]] = {
-    "left": (-0.6, 0, 0, 0),
-    "right": (0.6, 0, 0, 0),
-    "up": (0, -0.6, 0, 0),
-    "down": (0, 0.6, 0, 0),
-    "expand": (0, 0, 0.011, 0),
-    "contract": (0, 0, -0.011, 0),
-    "clockwise": (0, 0, 0, 0.014),
-    "anticlockwise": (0, 0, 0, -0.014),
-    "up_left": (-0.42, -0.42, 0, 0),
-    "up_right": (0.42, -0.42, 0, 0),
-    "down_left": (-0.42, 0.42, 0, 0),
-    "down_right": (0.42, 0.42, 0, 0),
-}
+    "left": (-0.6, 0, 0, 0), "right": (0.6, 0, 0, 0),
+    "up": (0, -0.6, 0, 0), "down": (0, 0.6, 0, 0),
+    "expand": (0, 0, 0.011, 0), "contract": (0, 0, -0.011, 0),
+    "clockwise": (0, 0, 0, 0.014), "anticlockwise": (0, 0, 0, -0.014),
+    "up_left": (-0.42, -0.42, 0, 0), "up_right": (0.42, -0.42, 0, 0),
+    "down_left": (-0.42, 0.42, 0, 0), "down_right": (0.42, 0.42, 0, 0),
+}  # fmt: skip
 BASIC_MOTIONS = tuple(MOTIONS)[:8]
 # These return about half-way through: the order of the two halves is the class.
 RETURNING = {"left_right": "left", "right_left": "right", "up_down": "up", "down_up": "down",
