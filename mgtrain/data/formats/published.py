@@ -103,14 +103,17 @@ def read_kinetics(root: str, source: str, classes: Sequence[str] | None) -> Vide
     for line, row in read_table(listing, KINETICS_COLUMNS, f"the first line must be {','.join(KINETICS_COLUMNS)}"):
         where, label, split = f"{listing}:{line}", row["label"], row["split"]
         try:
-            times = f"{_six_digits(row['time_start'])}_{_six_digits(row['time_end'])}"
+            start, end = float(row["time_start"]), float(row["time_end"])
+            if not (0 <= start < 1e6 and 0 <= end < 1e6):  # six digits
+                raise ValueError
         except ValueError:
             times = f"{row['time_start']!r} and {row['time_end']!r}"
             raise DataError(f"{where}: the times {times} are not numbers of seconds; fix this line") from None
         for name in (label, split):
             if os.path.isabs(name) or os.pardir in name.split(os.sep):
                 raise DataError(f"{where}: {name!r} leads out of {root}; it must be a name within it")
-        rows.append(Row(where, f"{row['youtube_id']}_{times}", label, _kinetics_folders(label, split, listing.stem)))
+        video = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
+        rows.append(Row(where, video, label, _kinetics_folders(label, split, listing.stem)))
     return locate(root, listing, rows, classes or sorted({str(row.label) for row in rows}))
 
 
@@ -120,13 +123,6 @@ def _kinetics_folders(label: str, split: str, stem: str) -> tuple[str, ...]:
     labels = dict.fromkeys((label, label.replace(" ", "_")))
     splits = dict.fromkeys((split, stem))
     return (REPLACEMENTS, *(os.path.join(s, f) for s in splits for f in labels), *splits, *labels, "")
-
-
-def _six_digits(seconds: str) -> str:
-    """A time as in file names; `ValueError` if it does not fit."""
-    if not 0 <= float(seconds) < 1e6:
-        raise ValueError
-    return f"{int(float(seconds)):06d}"
 
 
 def read_something_something(root: str, source: str, classes: Sequence[str] | None) -> Videos:

@@ -51,13 +51,12 @@ def read_lines(path: Path) -> list[str]:
     content = content.removeprefix(codecs.BOM_UTF8)
     if b"\0" in content:
         raise DataError(f"{path}:{content[: content.index(0)].count(10) + 1}: has a zero byte; give a text file")
-    lines = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    return lines
+    lines = content.splitlines()
+    try:
+        return [line.decode() for line in lines]
+    except UnicodeDecodeError as error:
+        number = lines.index(error.object) + 1
+        raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
