@@ -48,9 +48,8 @@ def open_videos(
             raise DataError(f"class {min(repeated)!r} is listed twice; name every class of {root} once")
         videos = DATASETS[format](root, source, classes, **options)
     except OSError as error:
-        raise DataError(
-            f"{error.filename or source}: cannot be read: {error.strerror}; correct the path or its permissions"
-        ) from None
+        path = error.filename or source
+        raise DataError(f"{path}: cannot be read: {error.strerror}; correct the path or its permissions") from None
     for name in videos.classes:
         if re.search(r"[\r\n\ud800-\udfff]", name):
             raise DataError(f"{root}: class {name!r}: a class name must be one line of UTF-8; rename it")

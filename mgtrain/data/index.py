@@ -194,12 +194,8 @@ def _first_middle_last(frames: Frames) -> list[str]:
 
 def _without_video(splits: Mapping[str, Videos], table: np.ndarray) -> Iterator[Finding]:
     """Findings about rows whose file is missing, empty or an AppleDouble file."""
-    apple_double = table["apple_double"]
-    problems = {
-        "missing": (table["size"] < 0) & ~apple_double,
-        "empty": (table["size"] == 0) & ~apple_double,
-        "apple_double": apple_double,
-    }
+    real, size = ~table["apple_double"], table["size"]
+    problems = {"missing": (size < 0) & real, "empty": (size == 0) & real, "apple_double": ~real}
     for split, (name, videos) in enumerate(splits.items()):
         for kind, where in problems.items():
             rows = table["row"][where & (table["split"] == split)]
@@ -296,7 +292,6 @@ def _hash(path: str, whole: bool) -> int:
                         file.seek(start)
                         digest.update(file.read(BLOCK))
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror}; correct its permissions, or do not compare contents"
-        ) from None
+        advice = "correct its permissions, or do not compare contents"
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
     return int.from_bytes(digest.digest(), "little")

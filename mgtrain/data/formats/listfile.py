@@ -25,15 +25,13 @@ SAMPLE = 10_000  # lines to recognize a list's dialect from
 def read_list(root: str, source: str, classes: Sequence[str] | None, outside_root: bool = False) -> Videos:
     """The videos of the text file `source`: one `path label` or `path,label` per line, paths relative to `root`.
 
-    The label is the last field, so paths may contain spaces and commas. If the first line names the columns, as in
-    `path,label`, path and label are found by name and other columns are ignored. Either may be in double quotes. A
+    The label is the last field, so paths may contain spaces and commas, unless the first line names the columns. A
     label is the number of a class, or with `classes` its name; without `classes` the classes are the numbers up to the
     largest label. Several labels of a video are separated by semicolons (`3;17`), a dash means none, and either makes
-    the set multi-label. Empty lines and lines that start with # are skipped. The video files need not exist.
+    the set multi-label. Lines that start with # are skipped. The video files need not exist.
 
-    Paths outside the root (`..`, or absolute) are refused unless `outside_root`. Symbolic links are not resolved, so
-    the root may contain links to other disks. `remarks` describe what was recognized beyond `path label`. Raises
-    `DataError` if a line is not valid, or there is no video.
+    Paths outside the root are refused unless `outside_root`; links in it may lead to other disks. `remarks` describe
+    what was recognized beyond `path label`. Raises `DataError` if a line is not valid, or there is no video.
     """
     listing = Path(root, source)
     lines = [(number, line) for number, line in numbered_lines(listing) if not line.startswith("#")]
@@ -101,8 +99,8 @@ def _columns_before_label(root: str, cells: Sequence[Sequence[str]], first: str)
     files = any(is_video(path) or os.path.isfile(os.path.join(root, path)) for path, *_ in cells[:EXAMPLES])
     if files and not start:
         raise DataError(
-            f"{first} is `path number label`, which is for folders of frames; write "
-            "`path label` or `path start end label`, or name the columns in a first line such as `path,number,label`"
+            f"{first} is `path number label`, which is for folders of frames; write `path label` or `path start end "
+            "label`, or name the columns in a first line such as `path,number,label`"
         )
     form = "path start end label" if files else f"path {'start ' * start}frames label"
     return Columns("t" if files else "n", 1 if start else None, 1 + start), form
@@ -132,17 +130,12 @@ def _parse_label(
     """The number of the label, or those of several labels."""
     labels = _labels_of(text, numbers)
     if labels is None or not path:
-        allowed = "the number or the name of a class"
-        if not numbers:
-            allowed = (
-                "the number of a class (0, 1, ...), or its name, if classes.txt beside the list has a name per line"
-            )
-        more = ""
+        allowed = "the number of a class (0, 1, ...), or its name, if classes.txt beside the list has a name per line"
+        if numbers:
+            allowed = "the number or the name of a class"
         if not dialect.header and len(dialect.fields(line)) > 2:
-            more = ", or name the columns in a first line such as `path,label,name`"
-        raise DataError(
-            f"{where}: {line!r} does not end in a label; write `path label`, where the label is {allowed}{more}"
-        )
+            allowed += ", or name the columns in a first line such as `path,label,name`"
+        raise DataError(f"{where}: {line!r} does not end in a label; write `path label`, where the label is {allowed}")
     most = len(numbers) or MOST_CLASSES
     for label in labels:
         if not 0 <= label < most:
