@@ -69,7 +69,6 @@ class Manifest:
         self.records[record["path"]] = record
 
     def of(self, paths: Iterable[str]) -> list[Record]:
-        """The records of those of these videos that have one."""
         return [self.records[path] for path in paths if path in self.records]
 
 

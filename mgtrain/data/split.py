@@ -139,11 +139,9 @@ def _place(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """The group of each video, `ids` int64 (N,); the `rule` that found them, and an `example` for one video."""
-
-    ids: np.ndarray
-    rule: str
-    example: str
+    ids: np.ndarray  # int64 (N,): the group of each video
+    rule: str  # that found them
+    example: str  # a video and its group
 
     def __str__(self) -> str:
         return f"{self.rule}: {len(np.unique(self.ids))} groups, each in one part ({self.example})"
@@ -157,10 +155,7 @@ def find_groups(videos: Videos, group_by: str | None) -> Groups | None:
 
 
 def groups_of_names(names: Sequence[str], labels: Sequence[int] | np.ndarray) -> Groups | None:
-    """The groups by the first naming scheme that fits these videos; None if none fits.
-
-    A scheme fits if some groups have several videos, no group has a large share of all videos, and each class has
-    enough groups for a split. Stretches of one file stay together in any case.
+    """The groups by the first naming scheme that fits these videos; stretches of one file stay together in any case.
 
     >>> names = [f"walk/person{n // 2:02d}_d{n % 2}.avi" for n in range(12)]
     >>> groups_of_names(names, [0] * 12).example
@@ -231,6 +226,7 @@ def _grouped(rule: str, names: Sequence[str], keys: Sequence[str]) -> Groups:
 
 
 def _plausible(ids: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether some groups have several videos, none has a large share of all, and each class has enough for a split."""
     sizes = np.bincount(ids)
     if len(sizes) == len(ids) or sizes.max() > LARGEST * len(ids):
         return False

@@ -62,5 +62,4 @@ def file_of(name: str) -> str:
 
 
 def _digits(number: float) -> str:
-    """At most six decimals, as few as possible."""
-    return f"{number:.6f}".rstrip("0").rstrip(".")
+    return f"{number:.6f}".rstrip("0").rstrip(".")  # at most six decimals

@@ -2,7 +2,7 @@
 
 Every video shows soft coloured waves that drift, grow, shrink or turn, depending on the class. Colours, contrast,
 directions, sizes and speed have the same distribution in all classes. So a single frame does not show the class, and a
-video played backwards is a sample of the opposite class. `Difficulty` makes the motion harder to see in all classes.
+video played backwards is a sample of the opposite class.
 """
 
 import json
@@ -102,11 +102,10 @@ def synthesize(
 def draw_motion(
     motion: str, rng: np.random.Generator, *, frames: int, size: tuple[int, int], difficulty: Difficulty = PLAIN
 ) -> np.ndarray:
-    """Draw a video, uint8 (T, H, W, 3), of a moving field of plane waves.
+    """Draw a video, uint8 (T, H, W, 3), of a moving field of plane waves, which move without resampling.
 
-    Plane waves move without resampling: turning, growing and shifting the plane turns, shrinks and shifts the wave
-    vectors and phases. Random numbers do not depend on the motion, so with the same `rng` the opposite motion is the
-    same video backwards, unless `difficulty` disturbs it.
+    Random numbers do not depend on the motion, so with the same `rng` the opposite motion is the same video backwards,
+    unless `difficulty` disturbs it.
     """
     right, down, growth, turn = (rng.uniform(0.5, 1) * velocity for velocity in MOTIONS[motion])
     width, height = size
@@ -177,10 +176,8 @@ def _cross(picture: np.ndarray, time: np.ndarray, x: np.ndarray, y: np.ndarray, 
 
 
 def _write(path: Path, pictures: np.ndarray) -> None:
-    """Write uint8 (T, H, W, 3) as an mp4: H.264 if PyAV has an encoder for it, else MPEG-4.
-
-    x264's macroblock tree is off, because with small pictures its output differs between processes.
-    """
+    """Write uint8 (T, H, W, 3) as an mp4: H.264 if PyAV has an encoder for it, else MPEG-4."""
+    # x264's macroblock tree is off, because with small pictures its output differs between processes.
     h264 = "libx264" in av.codecs_available
     options = {"preset": "veryfast", "tune": "fastdecode", "crf": "18", "mbtree": "0"} if h264 else {"qscale": "2"}
     with av.open(str(path), "w") as container:

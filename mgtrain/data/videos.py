@@ -98,7 +98,6 @@ class Videos:
         return os.fsdecode(self._paths[self._own(self._ends, index)].tobytes())
 
     def _own(self, ends: np.ndarray, index: int) -> slice:
-        """A video's part of an array."""
         index = range(len(self))[index]
         return slice(ends[index - 1] if index else 0, ends[index])
 
@@ -200,7 +199,6 @@ class Videos:
 
     @property
     def identity(self) -> str:
-        """The number of videos and their fingerprint."""
         return f"{len(self)} ({self.fingerprint})"
 
 

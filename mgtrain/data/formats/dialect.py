@@ -77,7 +77,6 @@ class Dialect:
     remark: str = ""  # what was recognized beyond `path label`
 
     def fields(self, line: str) -> list[str]:
-        """All fields of a line."""
         return _cells(line, self.separator or " ")
 
     def split(self, line: str) -> tuple[str, str]:
@@ -159,7 +158,7 @@ def cells_before_label(root: str, texts: Sequence[str]) -> list[tuple[str, ...]]
     if files or any(parted(text)[1] for text in texts):
         return []
     for pattern in BEFORE_LABEL:
-        matches = [*takewhile(bool, map(pattern.fullmatch, texts))]
+        matches = [*takewhile(bool, (pattern.fullmatch(text) for text in texts))]
         if len(matches) == len(texts):
             return [match.groups() for match in matches if match]
     return []
