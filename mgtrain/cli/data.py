@@ -14,10 +14,9 @@ from mgtrain.cli.options import GroupBy, Json, Overrides, RecipeArgument, Seed, 
 from mgtrain.console import counts_table, note, out, progress, show, warn
 from mgtrain.data import open_videos
 from mgtrain.data.formats.listfile import write_lists
-from mgtrain.data.groups import find_groups, read_groups
 from mgtrain.data.index import make_index
 from mgtrain.data.manifest import STATUSES, USABLE
-from mgtrain.data.split import joined, make_split
+from mgtrain.data.split import find_groups, joined, make_split, read_groups
 from mgtrain.data.videos import printable
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores

@@ -4,21 +4,16 @@ The input is the `data` section of a recipe, or annotations in a known format. T
 in a fixed order), splits, an index of the files, and a synthetic set. Nothing here decodes a video or imports torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mgtrain.console import note
-from mgtrain.data.formats.charades import read_charades
+from mgtrain.data.formats import published
 from mgtrain.data.formats.folder import read_folder
-from mgtrain.data.formats.kinetics import read_kinetics
 from mgtrain.data.formats.listfile import read_list
 from mgtrain.data.formats.reading import check_exists, numbered_lines
-from mgtrain.data.formats.something_something import read_something_something
-from mgtrain.data.formats.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.data.manifest import Checked
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
@@ -26,25 +21,22 @@ from mgtrain.recipe import Data, Recipe
 
 DATASETS: dict[str, Callable[..., Videos]] = {
     "list": read_list,
-    "kinetics": read_kinetics,
+    "kinetics": published.read_kinetics,
     "folder": read_folder,
-    "something_something": read_something_something,
-    "charades": read_charades,
-    "ucf101": read_ucf101,
-    "hmdb51": read_hmdb51,
+    "something_something": published.read_something_something,
+    "charades": published.read_charades,
+    "ucf101": published.read_ucf101,
+    "hmdb51": published.read_hmdb51,
 }
 
 
 def open_videos(
     format: str, root: str, source: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> Videos:
-    """Read the videos of a split from `source`, a file or folder in a format of `DATASETS`.
+    """Read the videos of a split from `source`, a file or folder in a format of `DATASETS`, absolute or within `root`.
 
-    `source` is absolute or relative to `root`. `classes` defaults to the lines of a `classes.txt` next to `source` or
-    in the root, or else to the format's default. With `outside_root`, a list may have videos outside of the root.
-
-    Raises:
-        DataError: the annotations cannot be read, or are not valid.
+    `classes` defaults to `listed_classes`, or else to the format's default. With `outside_root`, a list may have videos
+    outside of the root. Raises `DataError` if the annotations cannot be read, or are not valid.
     """
     options = {"outside_root": True} if outside_root else {}
     try:
@@ -56,9 +48,8 @@ def open_videos(
             raise DataError(f"class {min(repeated)!r} is listed twice; name every class of {root} once")
         videos = DATASETS[format](root, source, classes, **options)
     except OSError as error:
-        raise DataError(
-            f"{error.filename or source}: cannot be read: {error.strerror}; correct the path or its permissions"
-        ) from None
+        path = error.filename or source
+        raise DataError(f"{path}: cannot be read: {error.strerror}; correct the path or its permissions") from None
     for name in videos.classes:
         if re.search(r"[\r\n\ud800-\udfff]", name):
             raise DataError(f"{root}: class {name!r}: a class name must be one line of UTF-8; rename it")

@@ -1,7 +1,5 @@
 """Find the labelled videos in a folder of any common layout, and split them, for `mgtrain init`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +9,8 @@ import numpy as np
 
 from mgtrain.data import open_videos
 from mgtrain.data.formats.folder import class_folders, videos_in
-from mgtrain.data.groups import find_groups
 from mgtrain.data.index import Index
-from mgtrain.data.split import make_split
+from mgtrain.data.split import find_groups, make_split
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
@@ -29,8 +26,7 @@ def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
     2. folders `train` and `val` with a folder for each class,
     3. a folder for each class, or just one folder that does.
 
-    Raises:
-        DataError: `place` has none of these.
+    Raises `DataError` if it is none of these.
     """
     if place.is_file():
         return {"all": open_videos("list", str(root or place.parent), os.path.abspath(place))}
@@ -57,20 +53,15 @@ def find_videos(place: Path, root: Path | None = None) -> dict[str, Videos]:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The training and validation videos, `train` and `val`, and the rule that split them."""
-
-    splits: dict[str, Videos]
-    rule: str
+    splits: dict[str, Videos]  # `train` and `val`
+    rule: str  # that split them
     groups: int | None = None  # number of groups of videos that stay together; None: not split by groups
 
 
 def make_parts(splits: Mapping[str, Videos], index: Index, *, val: float, group_by: str | None, seed: int) -> Parts:
     """Split the videos of `find_videos`, unless they are already split, and drop duplicates and unusable files.
 
-    `group_by` is a regular expression for the source in a path, `none` for no groups, or None to guess from the names.
-
-    Raises:
-        DataError: a part has no usable video, or a video has several labels.
+    `group_by` is as in `find_groups`. Raises `DataError` if a part has no usable video, or a video has several labels.
     """
     usable = {}
     for part, videos in splits.items():

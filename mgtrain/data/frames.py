@@ -1,7 +1,5 @@
 """Folders of frames: a video as a folder of numbered pictures, `img_00001.jpg` and so on."""
 
-from __future__ import annotations
-
 import os
 import re
 from bisect import bisect_right
@@ -88,10 +86,8 @@ def _listed(folder: str, changed: int) -> Frames:
             sequences.setdefault((match[1], match[3]), []).append(match[2])
     pictures = {key: numbers for key, numbers in sequences.items() if not FLOW.match(key[0])} or sequences
     if not pictures:
-        raise VideoError(
-            f"{folder}: no numbered pictures such as img_00001.jpg; put the frames of one video there, as "
-            f"{', '.join(SUFFIXES)}"
-        )
+        wanted = f"put the frames of one video there, as {', '.join(SUFFIXES)}"
+        raise VideoError(f"{folder}: no numbered pictures such as img_00001.jpg; {wanted}")
     (prefix, suffix), written = max(sorted(pictures.items()), key=lambda item: len(item[1]))
     digits = min(map(len, written))
     numbers = np.unique(np.array(written, np.int64)) if max(map(len, written)) < 19 else np.empty(0, np.int64)

@@ -1,14 +1,11 @@
 """Compare the splits of a data set with the files on disk, and find duplicates and leakage between splits.
 
-1. Look up the file, or the folder of frames, of every row. Missing files, empty files and AppleDouble files are not
-   usable.
+1. Look up every row's file or folder of frames; missing, empty and AppleDouble files are not usable.
 2. Compare contents: files of equal size by a few blocks, files with equal blocks by all their bytes.
 3. Compare rows within and between splits by path, content and source (a Kinetics clip's YouTube video). Stretches of a
    file are different rows, but leak from one split to another.
 4. Search the root for videos that no split lists.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -19,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -63,9 +60,6 @@ NOTES = {
 }
 WITHIN_SPLIT = ("missing", "empty", "apple_double", "repeated", "duplicates")
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -102,15 +96,11 @@ class Index:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each split: its rows, those with a usable file, and its problems."""
+        counts = {split: {"rows": rows, "matched": len(self.usable[split])} for split, rows in self.rows.items()}
         counted = {(finding.kind, finding.splits): finding.count for finding in self.findings}
-        return {
-            split: {
-                "rows": rows,
-                "matched": len(self.usable[split]),
-                **{kind: counted.get((kind, (split,)), 0) for kind in WITHIN_SPLIT},
-            }
-            for split, rows in self.rows.items()
-        }
+        for split, of in counts.items():
+            of |= {kind: counted.get((kind, (split,)), 0) for kind in WITHIN_SPLIT}
+        return counts
 
     def describe(self) -> dict[str, Any]:
         """The index as JSON."""
@@ -129,17 +119,17 @@ def make_index(splits: Mapping[str, Videos], *, contents: bool = True, progress:
         return Finding(kind, about, len(rows), tuple(a if a == b else f"{a} = {b}" for a, b in examples))
 
     chunks = [
-        (split, range(first, min(first + CHUNK, len(listed))))
-        for split, listed in enumerate(videos)
-        for first in range(0, len(listed), CHUNK)
+        (split, range(len(of))[first : first + CHUNK])
+        for split, of in enumerate(videos)
+        for first in range(0, len(of), CHUNK)
     ]
     tables = _in_threads(lambda chunk: _look_up(videos[chunk[0]], *chunk), chunks, "thousand rows looked up", progress)
-    table = np.concatenate(list(tables))
+    table = np.concatenate(tables)
     listed = set(table["file"].tolist())
     findings = list(_without_video(splits, table))
     table = table[(table["size"] > 0) & ~table["apple_double"]]
     if contents:
-        _hash_contents(table, lambda row: videos[row["split"]].file(int(row["row"])), progress)
+        _hash_contents(table, videos, progress)
     table["part"] ^= table["content"]
     by_split = {name: table[table["split"] == split] for split, name in enumerate(names)}
     for name, rows in by_split.items():
@@ -174,11 +164,9 @@ def _look_up(videos: Videos, split: int, rows: range) -> np.ndarray:
     for place, row in enumerate(rows):
         name = videos.name(row)
         path, stretch = parted(name)
-        size = _size(os.path.join(videos.root, path))
+        size, apple_double = _size(os.path.join(videos.root, path)), os.path.basename(path).startswith("._")
         file, label, part = key_of(path), key_of(repr(videos.labels(row))), key_of(str(stretch)) if stretch else 0
-        video = youtube_video(path)
-        source = key_of(video) if video else file
-        apple_double = os.path.basename(path).startswith("._")
+        source = key_of(youtube_video(path) or path)
         table[place] = (split, row, size, apple_double, label, key_of(name), file, file, part, source)
     return table
 
@@ -206,12 +194,8 @@ def _first_middle_last(frames: Frames) -> list[str]:
 
 def _without_video(splits: Mapping[str, Videos], table: np.ndarray) -> Iterator[Finding]:
     """Findings about rows whose file is missing, empty or an AppleDouble file."""
-    apple_double = table["apple_double"]
-    problems = {
-        "missing": (table["size"] < 0) & ~apple_double,
-        "empty": (table["size"] == 0) & ~apple_double,
-        "apple_double": apple_double,
-    }
+    real, size = ~table["apple_double"], table["size"]
+    problems = {"missing": (size < 0) & real, "empty": (size == 0) & real, "apple_double": ~real}
     for split, (name, videos) in enumerate(splits.items()):
         for kind, where in problems.items():
             rows = table["row"][where & (table["split"] == split)]
@@ -221,14 +205,14 @@ def _without_video(splits: Mapping[str, Videos], table: np.ndarray) -> Iterator[
             yield Finding(kind, (name,), len(rows) + count, examples[:EXAMPLES], hint)
 
 
-def _hash_contents(table: np.ndarray, path: Callable[[np.void], str], progress: ShowProgress) -> None:
+def _hash_contents(table: np.ndarray, videos: Sequence[Videos], progress: ShowProgress) -> None:
     """Set `content` to a hash of the file's bytes where several files are equal; elsewhere it is the path's hash."""
     _, first, inverse = np.unique(table["file"], return_index=True, return_inverse=True)
     files = table[first]  # every file once
     alike = np.flatnonzero(_shared(files["size"]))
     for what, whole in (("files of equal size compared", False), ("possible duplicates compared", True)):
-        paths = [path(file) for file in files[alike]]
-        digests = np.array(list(_in_threads(partial(_hash, whole=whole), paths, what, progress)), np.uint64)
+        paths = [videos[file["split"]].file(int(file["row"])) for file in files[alike]]
+        digests = np.array(_in_threads(partial(_hash, whole=whole), paths, what, progress), np.uint64)
         same = _shared(digests)
         alike, digests = alike[same], digests[same]
     files["content"][alike] = digests
@@ -275,20 +259,20 @@ def _shared(ids: np.ndarray) -> np.ndarray:
     return shared
 
 
-def _in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], what: str, progress: ShowProgress
-) -> Iterator[Result]:
+def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: ShowProgress) -> list[Any]:
     """The function's results in the order of the items."""
+    results = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for done, result in enumerate(pool.map(function, items), start=1):
-            progress(what, done, len(items))
-            yield result
+        for result in pool.map(function, items):
+            results.append(result)
+            progress(what, len(results), len(items))
+    return results
 
 
 def _hash(path: str, whole: bool) -> int:
-    """A 64-bit hash of all bytes of a file, or unless `whole` of its size and its first, middle and last block.
+    """A 64-bit hash of a file or of all frames of a folder.
 
-    Of a folder of frames, it is of all frames, or unless `whole` of the first, the middle and the last frame.
+    Unless `whole`, it is of the size and the first, middle and last block of a file, and of such frames of a folder.
     """
     digest = hashlib.blake2b(digest_size=8)
     try:
@@ -298,19 +282,16 @@ def _hash(path: str, whole: bool) -> int:
             files = [frames.file(index) for index in range(len(frames))] if whole else _first_middle_last(frames)
         for name in files:
             with open(name, "rb") as file:
-                for block in iter(partial(file.read, 1 << 20), b"") if whole else _three_blocks(file):
-                    digest.update(block)
+                if whole:
+                    for block in iter(partial(file.read, 1 << 20), b""):
+                        digest.update(block)
+                else:
+                    size = os.fstat(file.fileno()).st_size
+                    digest.update(size.to_bytes(8, "little"))
+                    for start in (0, size // 2, max(0, size - BLOCK)):
+                        file.seek(start)
+                        digest.update(file.read(BLOCK))
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror}; correct its permissions, or do not compare contents"
-        ) from None
+        advice = "correct its permissions, or do not compare contents"
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
     return int.from_bytes(digest.digest(), "little")
-
-
-def _three_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """A file's size, and its first, middle and last block."""
-    size = os.fstat(file.fileno()).st_size
-    yield size.to_bytes(8, "little")
-    for start in (0, size // 2, max(0, size - BLOCK)):
-        file.seek(start)
-        yield file.read(BLOCK)

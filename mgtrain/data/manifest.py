@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +44,31 @@ class Manifest:
 
     def __enter__(self) -> Manifest:
         """Raises `DataError` if another process adds lines or has added some, or the file cannot be written."""
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._lines = self.file.open("ab")
+        with ExitStack() as stack:
             try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self._lines = stack.enter_context(self.file.open("ab"))
                 fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
-            except OSError:
-                self._lines.close()
-                raise
-        except BlockingIOError:
-            raise DataError(
-                f"{self.file}: another process is writing to it; wait for it, or choose another place"
-            ) from None
-        except OSError as error:  # also where there are no locks, as on some network file systems
-            raise DataError(f"{self.file}: cannot be written: {error.strerror}; choose another place") from None
-        if os.fstat(self._lines.fileno()).st_size != self._size:
-            self._lines.close()
-            raise DataError(f"{self.file}: another process has written to it just now; run the same command again")
-        self._lines.truncate(self._end)
+            except BlockingIOError:
+                wait = "wait for it, or choose another place"
+                raise DataError(f"{self.file}: another process is writing to it; {wait}") from None
+            except OSError as error:  # also where there are no locks, as on some network file systems
+                raise DataError(f"{self.file}: cannot be written: {error.strerror}; choose another place") from None
+            if os.fstat(self._lines.fileno()).st_size != self._size:
+                raise DataError(f"{self.file}: another process has written to it just now; run the same command again")
+            self._lines.truncate(self._end)
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lines.close()
 
     def add(self, record: Record) -> None:
-        """Add a record."""
         self._lines.write(json.dumps(record).encode() + b"\n")
         self._lines.flush()
         self.records[record["path"]] = record
 
     def of(self, paths: Iterable[str]) -> list[Record]:
-        """The records of those of these videos that have one."""
         return [self.records[path] for path in paths if path in self.records]
 
 
@@ -111,8 +106,7 @@ class Checked:
 def read_records(file: Path) -> Iterator[tuple[Record, int]]:
     """Read the complete lines of a manifest: records, and the byte offsets of their ends. Nothing if there is no file.
 
-    Raises:
-        DataError: not a manifest, or it cannot be read.
+    Raises `DataError` if it is not a manifest, or cannot be read.
     """
     end = 0
     try:

@@ -1,7 +1,5 @@
 """Find listed videos without a file before training, and suggest what to correct."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os
@@ -28,10 +26,8 @@ def check_present(kind: str, videos: Videos, most: float) -> None:
     rows = missing_rows(videos)
     if not rows:
         return
-    examples = few([videos.name(row) for row in rows])
-    text = (
-        f"{len(rows)} of {len(videos)} {kind} videos are not in {videos.root}: {examples}; {explain(videos, rows[0])}"
-    )
+    names = few([videos.name(row) for row in rows])
+    text = f"{len(rows)} of {len(videos)} {kind} videos are not in {videos.root}: {names}; {explain(videos, rows[0])}"
     if len(rows) > most * len(videos):
         raise DataError(text)
     log.warning(text)
@@ -54,18 +50,19 @@ def explain(videos: Videos, row: int) -> str:
             return f"{folder} has {printable(longer[0])!r}; write names as they are there, with what follows {start!r}"
     parts = name.split("/")
     for first in range(1, len(parts)):
-        rest = os.path.join(*parts[first:])
-        if os.path.lexists(os.path.join(videos.root, rest)):
-            start = "/".join(parts[:first])
-            return f"{os.path.join(videos.root, rest)} exists; leave out {start!r} at the start of the rows"
+        found = os.path.join(videos.root, *parts[first:])
+        if os.path.lexists(found):
+            return f"{found} exists; leave out {'/'.join(parts[:first])!r} at the start of the rows"
     outer = os.path.dirname(os.path.abspath(videos.root))
-    if os.path.lexists(os.path.join(outer, name)):
-        return f"{os.path.join(outer, name)} exists; set data.root={outer}"
+    found = os.path.join(outer, name)
+    if os.path.lexists(found):
+        return f"{found} exists; set data.root={outer}"
     for place in _folders(videos.root):
-        if os.path.lexists(os.path.join(place, name)):
+        found = os.path.join(place, name)
+        if os.path.lexists(found):
             return (
-                f"{os.path.join(place, name)} exists; write {os.path.basename(place)}/ before the paths of this list, "
-                f"or set data.root={place} if it has the videos of all lists"
+                f"{found} exists; write {os.path.basename(place)}/ before the paths of this list, or set "
+                f"data.root={place} if it has the videos of all lists"
             )
     if not os.path.isdir(folder):
         return f"there is no folder {folder}; correct data.root or the rows"

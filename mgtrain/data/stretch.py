@@ -5,8 +5,6 @@ that follows second 12.5, and `run#f=30,90` are the frames 30 to 89 of run. Such
 whole video does: in lists, manifests, prepared sets and tables of scores.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -64,5 +62,4 @@ def file_of(name: str) -> str:
 
 
 def _digits(number: float) -> str:
-    """At most six decimals, as few as possible."""
-    return f"{number:.6f}".rstrip("0").rstrip(".")
+    return f"{number:.6f}".rstrip("0").rstrip(".")  # at most six decimals

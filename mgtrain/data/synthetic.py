@@ -2,10 +2,8 @@
 
 Every video shows soft coloured waves that drift, grow, shrink or turn, depending on the class. Colours, contrast,
 directions, sizes and speed have the same distribution in all classes. So a single frame does not show the class, and a
-video played backwards is a sample of the opposite class. `Difficulty` makes the motion harder to see in all classes.
+video played backwards is a sample of the opposite class.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -25,29 +23,19 @@ from mgtrain.rng import Draw, generator
 # Motions per frame at full speed: shift right and down (pixels), log of growth, turn (radians clockwise). Each moves
 # the borders by about half a pixel per frame, slow enough to be visible in every 8th frame.
 MOTIONS: dict[str, tuple[float, float, float, float]] = {
-    "left": (-0.6, 0, 0, 0),
-    "right": (0.6, 0, 0, 0),
-    "up": (0, -0.6, 0, 0),
-    "down": (0, 0.6, 0, 0),
-    "expand": (0, 0, 0.011, 0),
-    "contract": (0, 0, -0.011, 0),
-    "clockwise": (0, 0, 0, 0.014),
-    "anticlockwise": (0, 0, 0, -0.014),
-    "up_left": (-0.42, -0.42, 0, 0),
-    "up_right": (0.42, -0.42, 0, 0),
-    "down_left": (-0.42, 0.42, 0, 0),
-    "down_right": (0.42, 0.42, 0, 0),
-    # These return about half-way through: the order of the two halves is the class.
-    "left_right": (-0.6, 0, 0, 0),
-    "right_left": (0.6, 0, 0, 0),
-    "up_down": (0, -0.6, 0, 0),
-    "down_up": (0, 0.6, 0, 0),
-    "clockwise_back": (0, 0, 0, 0.014),
-    "anticlockwise_back": (0, 0, 0, -0.014),
-}
+    "left": (-0.6, 0, 0, 0), "right": (0.6, 0, 0, 0),
+    "up": (0, -0.6, 0, 0), "down": (0, 0.6, 0, 0),
+    "expand": (0, 0, 0.011, 0), "contract": (0, 0, -0.011, 0),
+    "clockwise": (0, 0, 0, 0.014), "anticlockwise": (0, 0, 0, -0.014),
+    "up_left": (-0.42, -0.42, 0, 0), "up_right": (0.42, -0.42, 0, 0),
+    "down_left": (-0.42, 0.42, 0, 0), "down_right": (0.42, 0.42, 0, 0),
+}  # fmt: skip
+BASIC_MOTIONS = tuple(MOTIONS)[:8]
+# These return about half-way through: the order of the two halves is the class.
+RETURNING = {"left_right": "left", "right_left": "right", "up_down": "up", "down_up": "down",
+             "clockwise_back": "clockwise", "anticlockwise_back": "anticlockwise"}  # fmt: skip
+MOTIONS |= {name: MOTIONS[start] for name, start in RETURNING.items()}
 ALL_MOTIONS = tuple(MOTIONS)
-BASIC_MOTIONS = ALL_MOTIONS[:8]
-RETURNING = ALL_MOTIONS[12:]
 
 WAVES = 24  # per video
 WAVELENGTHS = (14.0, 40.0)  # pixels; the smallest, after contraction, is still twice the shift in 8 frames
@@ -80,10 +68,8 @@ def synthesize(
     """Write `root/videos/<split>/<class>_<n>.mp4`, a list `root/<split>.csv` per split, and `root/classes.txt`.
 
     `videos_per_class` is by split. Videos have `frames` frames of `size` (width, height) pixels at 30 frames/s, a key
-    frame every 12 frames and no B-frames, so they are fast to decode. A complete set with the same settings is kept.
-
-    Raises:
-        DataError: the folder contains a set with other settings.
+    frame every 12 frames and no B-frames, so they are fast to decode. A complete set with the same settings is kept;
+    `DataError` if the folder contains a set with other settings.
     """
     counts = dict(videos_per_class)
     settings = {"videos_per_class": counts, "classes": [*classes], "seed": seed, "frames": frames, "size": [*size]}
@@ -116,11 +102,10 @@ def synthesize(
 def draw_motion(
     motion: str, rng: np.random.Generator, *, frames: int, size: tuple[int, int], difficulty: Difficulty = PLAIN
 ) -> np.ndarray:
-    """Draw a video, uint8 (T, H, W, 3), of a moving field of plane waves.
+    """Draw a video, uint8 (T, H, W, 3), of a moving field of plane waves, which move without resampling.
 
-    Plane waves move without resampling: turning, growing and shifting the plane turns, shrinks and shifts the wave
-    vectors and phases. Random numbers do not depend on the motion, so with the same `rng` the opposite motion is the
-    same video backwards, unless `difficulty` disturbs it.
+    Random numbers do not depend on the motion, so with the same `rng` the opposite motion is the same video backwards,
+    unless `difficulty` disturbs it.
     """
     right, down, growth, turn = (rng.uniform(0.5, 1) * velocity for velocity in MOTIONS[motion])
     width, height = size
@@ -191,16 +176,13 @@ def _cross(picture: np.ndarray, time: np.ndarray, x: np.ndarray, y: np.ndarray, 
 
 
 def _write(path: Path, pictures: np.ndarray) -> None:
-    """Write uint8 (T, H, W, 3) as an mp4: H.264 if PyAV has an encoder for it, else MPEG-4.
-
-    x264's macroblock tree is off, because with small pictures its output differs between processes.
-    """
+    """Write uint8 (T, H, W, 3) as an mp4: H.264 if PyAV has an encoder for it, else MPEG-4."""
+    # x264's macroblock tree is off, because with small pictures its output differs between processes.
     h264 = "libx264" in av.codecs_available
     options = {"preset": "veryfast", "tune": "fastdecode", "crf": "18", "mbtree": "0"} if h264 else {"qscale": "2"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264" if h264 else "mpeg4", rate=30, options={**options, "g": "12", "bf": "0", "threads": "1"}
-        )
+        options |= {"g": "12", "bf": "0", "threads": "1"}
+        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=30, options=options)
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for n, picture in enumerate(pictures):

@@ -22,10 +22,9 @@ SIDES = (("left", "right"), ("leftward", "rightward"), ("clockwise", "anticlockw
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Videos:
-    """Videos and their labels, in a fixed order. `missing` counts the rows of the list whose video was not found.
+    """Videos and their labels, in a fixed order, as a few arrays that worker processes share without copies.
 
-    A million videos are one block of bytes and two arrays, not millions of Python objects, so worker processes share
-    them without copies. A set is multi-label if any video has a sequence of labels.
+    A set is multi-label if any video has a sequence of labels.
 
     >>> videos = Videos.of("/data", [("a b.mp4", 1), ("c.mp4", 0)], classes=("cat", "dog"))
     >>> len(videos), videos.path(0), videos.label(0)
@@ -37,7 +36,7 @@ class Videos:
 
     root: str
     classes: tuple[str, ...]
-    missing: int
+    missing: int  # rows of the list whose video was not found
     missing_names: tuple[str, ...]  # the first few
     _paths: np.ndarray = field(repr=False)  # uint8: all paths, relative to the root, concatenated
     _ends: np.ndarray = field(repr=False)  # int64 (N,): the end of each path in `_paths`
@@ -99,7 +98,6 @@ class Videos:
         return os.fsdecode(self._paths[self._own(self._ends, index)].tobytes())
 
     def _own(self, ends: np.ndarray, index: int) -> slice:
-        """A video's part of an array."""
         index = range(len(self))[index]
         return slice(ends[index - 1] if index else 0, ends[index])
 
@@ -171,11 +169,9 @@ class Videos:
             return data[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen])
 
         arrays = [*select(self._paths, self._ends)]
-        if self._label_ends is None:
-            arrays.append(self._labels[chosen])
-        else:
-            arrays += select(self._labels, self._label_ends)
-            arrays += [] if self._spans is None else [select(self._spans, self._label_ends)[0]]
+        arrays += [self._labels[chosen]] if self._label_ends is None else select(self._labels, self._label_ends)
+        if self._label_ends is not None and self._spans is not None:
+            arrays.append(select(self._spans, self._label_ends)[0])
         return replace(self.with_arrays(arrays), left_out=left_out)
 
     @property
@@ -203,7 +199,6 @@ class Videos:
 
     @property
     def identity(self) -> str:
-        """The number of videos and their fingerprint."""
         return f"{len(self)} ({self.fingerprint})"
 
 
@@ -236,20 +231,16 @@ def mirrored_labels(classes: Sequence[str], pairs: Iterable[tuple[str | int, str
     >>> mirrored_labels(("left", "up", "right"), [("left", "right")])
     (2, 1, 0)
     """
-    labels = list(range(len(classes)))
+    number_of: dict[str | int, int] = {name: n for n, name in enumerate(classes)} | {n: n for n in range(len(classes))}
+    labels = [*range(len(classes))]
     for one, other in pairs:
-        i, j = (_label_of(name, classes) for name in (one, other))
-        labels[i], labels[j] = j, i
+        for name in (one, other):
+            if name not in number_of:
+                near = difflib.get_close_matches(str(name), classes, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"use names or numbers 0 to {len(classes) - 1}"
+                raise DataError(f"data.mirrored: {name!r} is not one of the {len(classes)} classes; {hint}")
+        labels[number_of[one]], labels[number_of[other]] = number_of[other], number_of[one]
     return tuple(labels)
-
-
-def _label_of(name: str | int, classes: Sequence[str]) -> int:
-    known: Sequence[str | int] = range(len(classes)) if isinstance(name, int) else classes
-    if name in known:
-        return known.index(name)
-    near = difflib.get_close_matches(str(name), classes, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"use names or numbers 0 to {len(classes) - 1}"
-    raise DataError(f"data.mirrored: {name!r} is not one of the {len(classes)} classes; {hint}")
 
 
 def mirrored_pairs(classes: Sequence[str]) -> tuple[list[tuple[str, str]], bool]:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from warm import Start
 
 from mgtrain.data import open_videos
-from mgtrain.data.groups import read_groups
-from mgtrain.data.split import joined, make_split
+from mgtrain.data.split import joined, make_split, read_groups
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from mgtrain.cli import app
 from mgtrain.data import open_splits
 from mgtrain.data.found import find_videos, make_parts
-from mgtrain.data.groups import groups_by_pattern, groups_of_names
 from mgtrain.data.index import make_index
+from mgtrain.data.split import groups_by_pattern, groups_of_names
 from mgtrain.data.videos import Videos, mirrored_pairs
 from mgtrain.errors import DataError, UsageError
 from mgtrain.preflight.init import SIZES, Found, propose

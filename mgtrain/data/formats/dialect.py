@@ -1,13 +1,12 @@
 """Recognize how a list of videos is written: separator, header, quotes, backslashes, parts of videos."""
 
-from __future__ import annotations
-
 import csv
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 from mgtrain.data.formats.reading import is_video
@@ -45,8 +44,7 @@ class Columns(NamedTuple):
 
         Raises `ValueError` if the cells are not numbers, or there is nothing between them.
         """
-        named = dict(enumerate(cells))
-        start, end = ("" if n is None else named.get(n, "").strip() for n in (self.start, self.end))
+        start, end = _cell(cells, self.start), _cell(cells, self.end)
         if not end and (not start or self.unit == "n"):
             return None
         read = _seconds if self.unit == "t" else _whole
@@ -79,15 +77,13 @@ class Dialect:
     remark: str = ""  # what was recognized beyond `path label`
 
     def fields(self, line: str) -> list[str]:
-        """All fields of a line."""
         return _cells(line, self.separator or " ")
 
     def split(self, line: str) -> tuple[str, str]:
         """The path and the label of a line; empty if the line has no such field."""
         if self.columns:
-            named = dict(enumerate(self.fields(line)))
-            path, label = (named.get(column, "").strip() for column in self.columns)
-            return path, label
+            cells = self.fields(line)
+            return _cell(cells, self.columns[0]), _cell(cells, self.columns[1])
         if '"' in line and len(cells := self.fields(line)) == 2:
             return cells[0].strip(), cells[1].strip()
         path, *last = line.rsplit(self.separator, 1)
@@ -130,6 +126,10 @@ def quoted(path: str) -> str:
     return path if _unquoted(path) == path else '"' + path.replace('"', '""') + '"'
 
 
+def _cell(cells: Sequence[str], column: int | None) -> str:
+    return cells[column].strip() if column is not None and column < len(cells) else ""
+
+
 def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
     """Where a header has the first of the known names that it has."""
     return next((names.index(name) for name in known if name in names), None)
@@ -149,22 +149,18 @@ def _cells(line: str, separator: str) -> list[str]:
 def cells_before_label(root: str, texts: Sequence[str]) -> list[tuple[str, ...]]:
     """The path and the two numbers, or else the one, before the label of each row; none unless all rows have them.
 
-    There are none where files are named so.
+    There are none where files or stretches are named so.
 
     >>> cells_before_label("", ["a 7/b.mp4 1.5,20"])
     [('a 7/b.mp4', '1.5', '20')]
     """
-    if any(os.path.lexists(os.path.join(root, text)) for text in texts[:EXAMPLES]):
+    files = any(os.path.lexists(os.path.join(root, text)) for text in texts[:EXAMPLES])
+    if files or any(parted(text)[1] for text in texts):
         return []
     for pattern in BEFORE_LABEL:
-        cells = []
-        for text in texts:
-            match = pattern.fullmatch(text)
-            if match is None or parted(text)[1]:
-                break
-            cells.append(match.groups())
-        else:
-            return cells
+        matches = [*takewhile(bool, (pattern.fullmatch(text) for text in texts))]
+        if len(matches) == len(texts):
+            return [match.groups() for match in matches if match]
     return []
 
 
