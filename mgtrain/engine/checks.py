@@ -1,7 +1,5 @@
 """Checks before the first step, so that a run does not fail when the shape first changes."""
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Iterable, Sequence

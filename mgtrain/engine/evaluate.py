@@ -1,7 +1,5 @@
 """Evaluation: class probabilities of each video, averaged over its views and gathered from all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np

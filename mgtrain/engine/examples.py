@@ -1,7 +1,5 @@
 """Pictures of the network's input: a clip of one video at every shape of a plan, after loading and augmentation."""
 
-from __future__ import annotations
-
 import base64
 import io
 import logging

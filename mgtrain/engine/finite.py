@@ -4,8 +4,6 @@ All ranks skip the update of such a step, and its changes to BatchNorm's running
 waits for a GPU. The host reads the flags when it logs a step and before every checkpoint.
 """
 
-from __future__ import annotations
-
 import logging
 
 import torch

@@ -4,8 +4,6 @@ Only the model, the average of its weights, the optimizer, the scaler and the nu
 run.
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace

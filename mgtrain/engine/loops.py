@@ -4,8 +4,6 @@
 with torch.distributed is respected: each rank gets its share of every step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ global batch. So the result does not depend on the number of ranks or micro-batc
 (`check_world`, `check_micro_batches`). torchvision mixes each clip with the previous one of the local batch instead.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The progress line of a run."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

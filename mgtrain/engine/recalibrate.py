@@ -5,8 +5,6 @@ After steps at coarse shapes the running averages are those of coarse shapes, so
 running averages are good.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Write a run's records: its description, steps, evaluations and times."""
 
-from __future__ import annotations
-
 import logging
 import math
 import platform
@@ -155,9 +153,8 @@ class Record:
         self._world, self._baseline = world, baseline
         self._progress = TrainProgress(plan, start, shown=world.main)
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> None:
         self._progress.bar.start()
-        return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self._progress.bar.stop()

@@ -1,7 +1,5 @@
 """A dry run: everything up to one step of each shape, which shows before a long run whether it works."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """Save and restore the state of a run."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Everything before a run's first step: check the recipe, make or restore the weights, warm up every shape."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """One optimizer step: forward and backward passes in micro-batches of BatchNorm groups, then the update."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

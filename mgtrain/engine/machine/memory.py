@@ -1,7 +1,5 @@
 """The memory of a training step: estimate it without running one, choose micro-batches that fit, measure it."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import sys

@@ -4,8 +4,6 @@ That depends on the processor, its math library and the size of the clips, so no
 forms are saved in the run's folder, so a resumed run computes the same bits.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -3,8 +3,6 @@
 Weights, statistics and gradients do not change.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

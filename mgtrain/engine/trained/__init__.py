@@ -4,8 +4,6 @@ It takes a file of weights and returns class probabilities or a file in another 
 Python module that a checkpoint names is imported only if the user trusts it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

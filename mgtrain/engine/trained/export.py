@@ -5,8 +5,6 @@ of SlowFast's slow pathway. Metadata describes how clips are cut and normalized,
 file is read back and run before it gets its final name.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """Predict the classes of unlabelled videos, with the views of an evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

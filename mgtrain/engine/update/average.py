@@ -1,7 +1,5 @@
 """A moving average of the weights (EMA), which is evaluated and exported in their place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The optimizer: SGD or AdamW over groups of parameters with their own weight decay and learning rate."""
 
-from __future__ import annotations
-
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
