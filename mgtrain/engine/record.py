@@ -1,11 +1,11 @@
-"""Write a run's records: its description, steps, evaluations and times."""
+"""Write a run's records, its description, steps, evaluations and times, and show its progress."""
 
 import logging
 import math
 import platform
-import shutil
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -15,13 +15,13 @@ import av
 import numpy as np
 import torch
 import torchvision
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mgtrain import __version__
 from mgtrain.clips.loader import worker_count
-from mgtrain.console import duration
+from mgtrain.console import duration, err
 from mgtrain.data.videos import Videos
 from mgtrain.engine.examples import examples
-from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.step import StepResult
 from mgtrain.errors import CheckpointError, DataError
 from mgtrain.grid import Shape
@@ -99,11 +99,8 @@ def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
 class Clock:
     """Seconds of training without evaluations and checkpoints, of waiting for data meanwhile, and of wall-clock time.
 
-    Wall-clock time is all that a user waits for since `began` (`time.perf_counter()` when the process started):
-    start-up, training, evaluations and checkpoints. A resumed run continues from the times in its `state`.
-
-    A GPU still computes a step when its call returns, but logged steps wait for the GPU, so the times of logged steps
-    are right.
+    Wall-clock time is all that a user waits for since `began`, a value of `time.perf_counter()`. A resumed run continues
+    from the times in its `state`. Logged steps wait for the GPU, so their times are right.
     """
 
     def __init__(self, state: CheckpointInfo, began: float) -> None:
@@ -151,28 +148,45 @@ class Record:
     ) -> None:
         self._run, self._plan, self._clock, self._videos = run, plan, clock, videos
         self._world, self._baseline = world, baseline
-        self._progress = TrainProgress(plan, start, shown=world.main)
+        self._evaluated = ""  # the last evaluation, for the progress line
+        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since the last evaluation
+        self._speed: dict[Shape, float] = {}  # seconds per step, a moving average
+        self._bar = Progress(
+            TextColumn("{task.fields[phase]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=err,
+            disable=not (world.main and err.is_terminal),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
 
     def __enter__(self) -> None:
-        self._progress.bar.start()
+        self._bar.start()
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        self._progress.bar.stop()
+        self._bar.stop()
         self._run.close(failed=failure is not None)
 
     def lap(self, step: Step) -> None:
         """Record the time of a finished step and report progress to the watchdog."""
-        self._progress.time(step, self._clock.lap())
+        seconds = self._clock.lap()
+        self._speed[step.shape] = 0.8 * self._speed.get(step.shape, seconds) + 0.2 * seconds
+        self._times[step.shape].append(seconds)
         self._world.watchdog.beat()
 
     def step(self, step: Step, result: StepResult) -> None:
         """Log a step, with loss and accuracy over all ranks."""
         loss, top1 = (self._world.sum(torch.stack([result.loss, result.correct])) / self._world.size).tolist()
+        phase, shape = step.phase, step.shape
         row = {
             "step": step.index + 1,
-            "phase": step.phase.index,
-            "epoch": (step.first_clip + step.shape.clips) / self._plan.videos,
-            **asdict(step.shape),
+            "phase": phase.index,
+            "epoch": (step.first_clip + shape.clips) / self._plan.videos,
+            **asdict(shape),
             "lr": step.lr,
             "loss": loss if math.isfinite(loss) else None,
             "top1": top1,
@@ -180,7 +194,29 @@ class Record:
         }
         self._run.append("steps.jsonl", row)
         show_step(self._run, row)
-        self._progress.show(step, loss, top1, row["data_seconds"] / row["train_seconds"])
+        speed = f"{shape.clips / self._speed[shape]:.0f} clips/s" if self._speed.get(shape) else ""
+        self._bar.update(
+            self._task,
+            completed=step.index + 1,
+            phase=f"phase {phase.index + 1}/{len(self._plan.phases)}  {shape}",
+            facts=(
+                f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {speed}  "
+                f"data wait {100 * row['data_seconds'] / row['train_seconds']:.0f} %{self._evaluated}"
+            ),
+            eta=f"{duration(self._remaining(step.index + 1))} left",
+        )
+
+    def _remaining(self, done: int) -> float:
+        """Estimated seconds until the end; shapes without measured steps get the others' mean time per voxel."""
+        if not self._speed:
+            return 0.0
+        per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)
+        seconds = 0.0
+        for phase in self._plan.phases:
+            left = max(0, phase.end_step - max(done, phase.first_step))
+            cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
+            seconds += left * sum(cycle) / len(cycle)
+        return seconds
 
     def evaluation(self, step: Step, predictions: Predictions, scores: Scores, weights: str) -> None:
         """Log the evaluation of the `model` or `ema` weights after a step, and compare it with the baseline's."""
@@ -198,12 +234,12 @@ class Record:
         }
         run.append("evals.jsonl", row)
         compared, beside, speedup = self._compared(row)
-        self._progress.evaluation = f"  val {100 * accuracy(row):.1f} %{beside}"
+        self._evaluated = f"  val {100 * accuracy(row):.1f} %{beside}"
         values = {f"val/{name}": getattr(scores, name) for name in ("top1", "mean_class", "top5", "loss", "mean_ap")}
         values = {tag: value for tag, value in values.items() if value is not None} | compared
-        values |= {f"step_seconds/{shape}": float(np.median(s)) for shape, s in self._progress.times.items()}
+        values |= {f"step_seconds/{shape}": float(np.median(s)) for shape, s in self._times.items()}
         run.scalars(step.index + 1, values)
-        self._progress.times.clear()
+        self._times.clear()
         found = ", ".join(scores.accuracies(1)) + (" of the averaged weights" if weights == "ema" else "")
         log.info(
             f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
@@ -231,7 +267,7 @@ class Record:
 
 
 def _environment(recipe: Recipe, world: World, run: RunDir, resumed: bool) -> dict[str, Any]:
-    """The contents of `env.json`: versions, device and ranks; for a resumed run, those of all its parts."""
+    """Versions, device and ranks for `env.json`; for a resumed run, those of all its parts."""
     now = {
         "mgtrain": __version__,
         "torch": torch.__version__,
@@ -252,14 +288,14 @@ def _environment(recipe: Recipe, world: World, run: RunDir, resumed: bool) -> di
 
 
 def _git_revision() -> str | None:
-    """The commit of the current folder; None outside of a git repository.
+    """The commit of the current folder; None outside of a git repository, or without git.
 
     It does not check for changed files: git may then run programs that the folder's configuration names.
     """
-    if shutil.which("git") is None:
-        return None
-    result = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:
