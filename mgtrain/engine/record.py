@@ -99,7 +99,7 @@ def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
 class Clock:
     """Seconds of training without evaluations and checkpoints, of waiting for data meanwhile, and of wall-clock time.
 
-    Wall-clock time is all that a user waits for since `began`, a value of `time.perf_counter()`. A resumed run continues
+    Wall-clock time is all that a user waits for since `began`, a value of `time.perf_counter()`. A resumed run goes on
     from the times in its `state`. Logged steps wait for the GPU, so their times are right.
     """
 
