@@ -1,8 +1,4 @@
-"""Trained networks: load a checkpoint or another project's weights, predict, and export.
-
-It takes a file of weights and returns class probabilities or a file in another format. Nothing here trains, and a
-Python module that a checkpoint names is imported only if the user trusts it.
-"""
+"""Trained networks: load a checkpoint or another project's weights, predict, and export."""
 
 import hashlib
 from collections.abc import Sequence
@@ -48,16 +44,11 @@ class Trained:
 def load_trained(
     path: Path, recipe: str | None, overrides: Sequence[str], world: World, trust: Sequence[str] = ()
 ) -> Trained:
-    """Load the network in a file to this rank's device. A checkpoint contains its recipe; other weights need `recipe`.
+    """Load the network in a file to this rank's device: the average of a checkpoint's weights, if it has one.
 
-    If a checkpoint has averaged weights (`optim.ema`), the network gets these.
-
-    A checkpoint may come from anywhere, so a Python module in its recipe is imported only if it is in `trust`.
-
-    Raises:
-        CheckpointError, ThresholdError: the file cannot be read, does not fit the recipe's network, or needs a module
-            that is not trusted.
-        UsageError: a recipe is missing, or given for a checkpoint.
+    A checkpoint contains its recipe; other weights need `recipe`. A checkpoint may come from anywhere, so a Python
+    module in its recipe is imported only if it is in `trust`. Raises `CheckpointError` or `ThresholdError` if the file
+    cannot be read, does not fit the recipe's network, or needs a module that is not trusted.
     """
     ours = is_checkpoint(path)
     tensors = {} if ours else read_tensors(path)
@@ -74,8 +65,8 @@ def load_trained(
     else:
         info = read_info(path)
         made = parse_recipe(info.recipe, str(path), overrides, saved=True)
-        classes, step, recalibrated = tuple(info.classes), info.step, info.recalibrated
-        recalibrated = recalibrated or made.evaluation.recalibration_batches == 0
+        classes, step = tuple(info.classes), info.step
+        recalibrated = info.recalibrated or made.evaluation.recalibration_batches == 0
         if isinstance(made.model, OwnOptions) and made.model.module not in trust:
             raise CheckpointError(
                 f"{path}: loading it runs the Python module {made.model.module!r} of its recipe; if you trust that "
@@ -104,11 +95,7 @@ def load_trained(
 
 
 def evaluation_videos(trained: Trained) -> Videos:
-    """The videos of `data.val`, with the network's classes; it does not need the training videos.
-
-    Raises:
-        DataError: they have other classes, or several labels each where the recipe expects one.
-    """
+    """The videos of `data.val`. Raises `DataError` if they have other classes or labels than the network."""
     data = trained.recipe.data
     listed = (listed_classes(data.root, data.val) if trained.named else None) or ()
     for number, (there, here) in enumerate(zip(listed, trained.classes, strict=False)):

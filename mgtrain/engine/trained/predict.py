@@ -23,8 +23,7 @@ def predict_videos(
 ) -> tuple[list[Answer], dict[str, str]]:
     """The predictions for the videos that can be decoded, in order, and path -> cause for the others.
 
-    With `every`, a clip starts every so many seconds of a video; otherwise each video has `views` (times, crops), as in
-    an evaluation.
+    Each video has `views` (times, crops) as in an evaluation or, with `every`, a clip every so many seconds.
     """
     recipe, (times, crops) = trained.recipe, views
     if every is None:
