@@ -1,8 +1,4 @@
-"""The training loop.
-
-Only the model, the average of its weights, the optimizer, the scaler and the number of finished steps change during a
-run.
-"""
+"""The training loop. Only the `Learner` and the number of finished steps change during a run."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -39,10 +35,8 @@ def fit(
 ) -> Scores:
     """Train a recipe from the first step, or from the run's newest checkpoint, to the last; returns the final scores.
 
-    Wall-clock time counts from `began`, a value of `time.perf_counter()`; by default from this call.
-
-    Raises:
-        MgtrainError: the run cannot continue; its checkpoints are kept.
+    Wall-clock time counts from `began`, a value of `time.perf_counter()`; by default from this call. Raises
+    `MgtrainError` if the run cannot continue; its checkpoints are kept.
     """
     began = time.perf_counter() if began is None else began
     asked = StopRequest()
@@ -74,8 +68,7 @@ def fit(
             scores = predictions.scores()
         with clock.paused():
             record.evaluation(step, predictions, scores, "model" if learner.average is None else "ema")
-        recalibrated = recipe.evaluation.recalibration_batches > 0
-        return scores, saved(replace(state, evaluated=True, recalibrated=recalibrated))
+        return scores, saved(replace(state, evaluated=True, recalibrated=recipe.evaluation.recalibration_batches > 0))
 
     with asked, record:
         if training.due:

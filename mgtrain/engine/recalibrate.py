@@ -47,7 +47,7 @@ def batches_needed(recipe: Recipe, plan: Plan, step: int, remembered: int = REME
     """
     most, shape = recipe.evaluation.recalibration_batches, recipe.evaluation_shape
     recent = plan[max(0, step - remembered) : step]
-    settled = step >= remembered or remembered <= REMEMBERED
+    settled = step >= remembered or remembered <= REMEMBERED  # the first steps are too few to matter
     alike = all((s.shape.frames, s.shape.crop) == (shape.frames, shape.crop) for s in recent)
     if recipe.optim.ema is None and settled and alike:
         return 0
