@@ -33,14 +33,14 @@ def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
     rows = []
     for shape, step in firsts.items():
         reset_peak(world.device)
-        times = [time.perf_counter()]
+        begun = time.perf_counter()
         clips, labels = next(batches)
-        times.append(time.perf_counter())
+        loaded = time.perf_counter()
         with training.step(step):
             result = train_step(training.replica, learner.optimizer, learner.scaler, clips, labels, step, recipe, world)
         report_skipped([(step, result.bad)], 0, recipe, training.train, run)  # waits for the device
-        times.append(time.perf_counter())
-        mine = torch.tensor([times[1] - times[0], times[2] - times[1], peak(world.device)], dtype=torch.float64)
+        seconds = time.perf_counter() - loaded
+        mine = torch.tensor([loaded - begun, seconds, peak(world.device)], dtype=torch.float64)
         data_seconds, step_seconds, peak_bytes = world.gather(mine.to(world.device)).amax(0).tolist()
         rows.append(
             {

@@ -51,9 +51,9 @@ def save(run: RunDir, state: CheckpointInfo, learner: Learner, keep: int, world:
     merge_group_stats(learner.model, world.gather)
     groups = group_stats(learner.model, world.gather)
     if run.writes:
-        state = replace(state, scaler=learner.scaler.state_dict())
+        path, state = run.checkpoint_path(state.step), replace(state, scaler=learner.scaler.state_dict())
         average = learner.average.weights if learner.average is not None else {}
-        save_checkpoint(run.checkpoint_path(state.step), learner.model, learner.optimizer, state, groups, average)
+        save_checkpoint(path, learner.model, learner.optimizer, state, groups, average)
         best = max(run.rows("evals.jsonl"), key=accuracy, default={"step": 0})
         run.prune(keep, also=[run.checkpoint_path(best["step"])])
     world.barrier()
@@ -87,10 +87,8 @@ def resume_run(
         return fresh
     saved = read_info(path)
     changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True), recipe)
-    if saved.data != fresh.data:
-        changes.append(f"training videos {saved.data} -> {fresh.data}")
-    if saved.val_data != fresh.val_data:
-        changes.append(f"validation videos {saved.val_data} -> {fresh.val_data}")
+    videos = {"training": (saved.data, fresh.data), "validation": (saved.val_data, fresh.val_data)}
+    changes += [f"{name} videos {before} -> {now}" for name, (before, now) in videos.items() if before != now]
     if saved.plan != fresh.plan and not changes:
         changes.append("this version of mgtrain makes another schedule from the recipe")
     if changes and not allow_changes:
@@ -122,6 +120,5 @@ def finished(run: RunDir, recipe: Recipe) -> Scores | None:
     info, last = read_info(path), rows[-1]
     if not info.step == last["step"] == run.read("plan.json").get("steps") or not info.evaluated:
         return None
-    if changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe):
-        return None
-    return Scores.of(last)
+    changed = changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe)
+    return None if changed else Scores.of(last)

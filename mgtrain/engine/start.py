@@ -123,15 +123,14 @@ def first_model(recipe: Recipe, world: World, fresh: bool = True) -> nn.Module:
 def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
     """The training and validation videos, which have the same classes.
 
-    Raises:
-        DataError: labels do not fit the recipe, or too many videos are missing or not prepared.
+    Raises `DataError` if labels do not fit the recipe, or too many videos are missing or not prepared.
     """
-    splits = open_splits(recipe.data)
+    data, splits = recipe.data, open_splits(recipe.data)
     for name, videos in splits.items():
-        check_labels(recipe.data, name, videos)
-    mirrored_labels(splits["train"].classes, recipe.data.mirrored)  # raises an error for an unknown class
-    for name, videos in {"training": splits["train"], "validation": splits["val"]}.items():
-        if not recipe.data.prepared:
-            check_present(name, videos, recipe.data.max_bad_fraction)
-        Source(videos, recipe.data)  # raises an error for an incomplete prepared set, or frames without their rate
+        check_labels(data, name, videos)
+    mirrored_labels(splits["train"].classes, data.mirrored)  # raises an error for an unknown class
+    for name, videos in (("training", splits["train"]), ("validation", splits["val"])):
+        if not data.prepared:
+            check_present(name, videos, data.max_bad_fraction)
+        Source(videos, data)  # raises an error for an incomplete prepared set, or frames without their rate
     return splits["train"], splits["val"]

@@ -13,14 +13,8 @@ def kept(decay: float, base_clips: int, step: Step) -> float:
     """The share of the average that a step keeps, a function of the step alone.
 
     `decay` is that of a step of `base_clips` clips; a step of k times as many keeps its k-th power, so that the average
-    spans as many clips in a multigrid run as in its baseline (Busbridge et al. 2023). Early in a run it keeps less: it
-    then spans about a tenth of the clips so far, so the first weights are soon forgotten.
-
-    >>> from mgtrain.recipe import load_recipe
-    >>> from mgtrain.schedule import make_plan
-    >>> plan = make_plan(load_recipe("demo_baseline"), 1000)
-    >>> [round(kept(0.9, plan.base.clips, plan[n]), 3) for n in (0, 10, 200)]
-    [0.1, 0.55, 0.9]
+    spans as many clips in a multigrid run as in its baseline (Busbridge et al. 2023). Early in a run it spans about a
+    tenth of the clips so far, so that the first weights are soon forgotten.
     """
     before = step.first_clip / base_clips
     return float(min(decay, (1 + before) / (10 + before)) ** (step.shape.clips / base_clips))
@@ -31,7 +25,6 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float, base_clips: int) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights: dict[str, Tensor] = {}
         self._decay, self._base_clips = decay, base_clips
         self.restart()
 

@@ -26,10 +26,8 @@ TABLES = re.compile(r"(^|[._])(pos|positions?|positional|cls_token|class_token)(
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The recipe's optimizer; a step sets each group's learning rate to its own times the group's `lr_factor`.
 
-    The implementation is fused: it skips an update if `found_inf` is 1 on the device, without waiting for the GPU.
-
-    Raises:
-        UsageError: `optim.layer_decay` is below 1 and the network repeats no block.
+    It is fused: it skips an update if `found_inf` is 1 on the device, without waiting for the GPU. Raises `UsageError`
+    if `optim.layer_decay` is below 1 and the network repeats no block.
     """
     parameters = dict(model.named_parameters())
     undecayed = undecayed_names(model, optim)
@@ -62,10 +60,9 @@ def set_lr(optimizer: torch.optim.Optimizer, step: Step) -> None:
 
 
 def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
-    """The names of the parameters without weight decay.
+    """The names of the parameters without weight decay: those of normalizations.
 
-    Those of normalizations; for AdamW also all vectors (biases, scales), tables of positions and tokens by their names,
-    and the names that the network's `no_weight_decay()` returns, if it has one as timm's networks do.
+    For AdamW also vectors, tables of positions and tokens, and what the network's `no_weight_decay()` names (timm).
     """
     names = {
         f"{path}.{name}".removeprefix(".")
@@ -82,9 +79,9 @@ def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
 def layers(model: nn.Module) -> tuple[dict[str, int], int]:
     """Each parameter's layer, and the number of the last one, to which the classifier belongs.
 
-    Layer 0 is everything before the first block that the network repeats. Each block is a layer, together with what
-    follows it up to the next block; everything after the last block is the last layer. Parameters count in the order of
-    their definition. The layers of SlowFast and I3D are their stages, because their pathways are defined one by one.
+    In the order of definition, layer 0 is everything before the first block that the network repeats; each block is a
+    layer with what follows it up to the next one; what follows the last block is the last layer. The layers of SlowFast
+    and I3D are their stages, because their pathways are defined one by one.
     """
     names = [name for name, _ in model.named_parameters()]
     if is_ours(model):
@@ -146,13 +143,9 @@ class _AdamW(_InPlace, torch.optim.AdamW):
             [_flat(self.state[p]["exp_avg_sq"], p) for p in params],
             [],
             [self.state[p]["step"] for p in params],
-            lr=group["lr"],
+            **{key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")},
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
             fused=True,
             **scaling,
         )
