@@ -17,7 +17,6 @@ from mgtrain.errors import DataError, MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
 from mgtrain.models.conv import Conv3d
-from mgtrain.models.norm import group_slots
 from mgtrain.models.recompute import recompute
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
@@ -139,15 +138,6 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
                     f"{phase.index + 1}, but augment.mixup and augment.cutmix mix pairs; use another "
                     "hardware.micro_clips or an even batch.bn_clips, or set mixup and cutmix to 0"
                 )
-
-
-def check_average(model: nn.Module, recipe: Recipe) -> None:
-    """Raise `PlanError` if weights are averaged, but BatchNorm's statistics are not measured again for the average."""
-    if recipe.optim.ema is not None and recipe.evaluation.recalibration_batches == 0 and group_slots(model):
-        raise PlanError(
-            "optim.ema: BatchNorm's running statistics belong to the weights, not to their average; set "
-            "evaluation.recalibration_batches above 0, or init.freeze_bn=true"
-        )
 
 
 def check_precision(recipe: Recipe, device: torch.device) -> None:

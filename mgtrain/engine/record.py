@@ -52,22 +52,12 @@ STEP_TAGS = {
 }
 
 
-def describe_run(
-    run: RunDir,
-    recipe: Recipe,
-    plan: Plan,
-    flops: dict[Shape, int],
-    train: Videos,
-    val: Videos,
-    world: World,
-    resumed: bool,
-) -> None:
-    """Write the description of the run: recipe, plan, data and environment."""
+def describe_run(run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int], train: Videos, val: Videos) -> None:
+    """Write the description of the run: recipe, plan and data."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
     run.write("recipe.yaml", recipe.to_yaml())
     run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
     run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
-    run.write("env.json", _environment(recipe, world, run, resumed))
     log.info(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
@@ -77,6 +67,38 @@ def describe_run(
             log.info(remark)
         if videos.left_out:
             log.info(f"{name} videos: {videos.left_out_words}, according to {recipe.data.checked}")
+
+
+def environment(run: RunDir, recipe: Recipe, world: World, resumed: bool) -> dict[str, Any]:
+    """Versions, device and ranks for `env.json`; for a resumed run, those of all its parts."""
+    now = {
+        "mgtrain": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "av": av.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "workers": worker_count(recipe, world),
+        "git": _git_revision(),
+    }
+    here, before = tuple(now[key] for key in DEVICE_KEYS), []
+    if resumed and run.writes:
+        with suppress(CheckpointError, LookupError, TypeError):  # it is missing or damaged
+            before = devices(run.read("env.json"))
+    return {**now, "devices": before if here in before[-1:] else [*before, here]}
+
+
+def _git_revision() -> str | None:
+    """The commit of the current folder; None outside of a git repository, or without git.
+
+    It does not check for changed files: git may then run programs that the folder's configuration names.
+    """
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def show_step(run: RunDir, row: dict[str, Any]) -> None:
@@ -264,38 +286,6 @@ class Record:
             values["compare/speedup"] = speedup
             gained = f", {speedup:.2f}x faster than {name} at equal accuracy"
         return values, beside, gained
-
-
-def _environment(recipe: Recipe, world: World, run: RunDir, resumed: bool) -> dict[str, Any]:
-    """Versions, device and ranks for `env.json`; for a resumed run, those of all its parts."""
-    now = {
-        "mgtrain": __version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "av": av.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
-        "ranks": world.size,
-        "threads": torch.get_num_threads(),
-        "workers": worker_count(recipe, world),
-        "git": _git_revision(),
-    }
-    here, before = tuple(now[key] for key in DEVICE_KEYS), []
-    if resumed and run.writes:
-        with suppress(CheckpointError, LookupError, TypeError):  # it is missing or damaged
-            before = devices(run.read("env.json"))
-    return {**now, "devices": before if here in before[-1:] else [*before, here]}
-
-
-def _git_revision() -> str | None:
-    """The commit of the current folder; None outside of a git repository, or without git.
-
-    It does not check for changed files: git may then run programs that the folder's configuration names.
-    """
-    with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "rev-parse", "--short=12", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:
