@@ -36,10 +36,7 @@ def make_model(recipe: Recipe) -> nn.Module:
 
 
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
-    """Run every shape on the meta device; returns the multiply-adds of one clip's forward pass for each.
-
-    Raises `PlanError` if the model does not accept a shape, with the layer, the reason and shapes that fit.
-    """
+    """Multiply-adds of one clip's forward pass at each shape. Raises `PlanError` if the model does not accept one."""
     with torch.device("meta"):
         model = make_model(recipe)
     flops = {}
@@ -144,7 +141,7 @@ def check_precision(recipe: Recipe, device: torch.device) -> None:
     """Raise `MissingCapabilityError` if gradients in `hardware.precision` differ too much from those in float32.
 
     Some builds of torch (oneDNN 3.12) compute wrong ones on a CPU in bf16 for clips with fewer frames than a kernel,
-    which coarse shapes have. The built-in networks compute these convolutions in another way.
+    which coarse shapes have. `Conv3d` computes them in another way.
     """
     precision = recipe.hardware.precision
     if precision == "fp32":

@@ -28,9 +28,9 @@ FRAMES = 4  # frames of a clip to show
 
 
 def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape, Tensor]]:
-    """Each shape and up to `FRAMES` frames of the run's first video side by side, not mixed, uint8 (S, n * S, 3).
+    """Each shape and up to `FRAMES` frames of its clip of the run's first video side by side, uint8 (S, n * S, 3).
 
-    Raises `DataError` if no video can be decoded.
+    Clips are not mixed. Raises `DataError` if no video can be decoded.
     """
     unmixed = recipe.model_copy(update={"augment": recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})})
     loader, first = RandomClips(train, recipe), Order.of(train, recipe).at(0)

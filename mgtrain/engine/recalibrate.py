@@ -58,17 +58,14 @@ def batches_needed(recipe: Recipe, plan: Plan, step: int, remembered: int = REME
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, world: World) -> int:
-    """Set BatchNorm's running statistics to their mean over the `batches` of all ranks; returns their number.
-
-    Each batch is this rank's share of as many clips as a base step has.
-    """
+    """Set BatchNorm's running statistics to their mean over the `batches` of all ranks; returns their number."""
     model.train()
     groups, count = bn_groups(recipe.base, recipe.batch.bn_clips), 0
     for count, (clips, _) in enumerate(batches, start=1):
         if count == 1:
             reset_group_stats(model)
         set_momentum(model, 1 / count, pool=True)  # a running mean over all batches
-        share = len(clips)
+        share = len(clips)  # of as many clips as a base step has
         set_part(model, Part(world.rank * share, share, share * world.size, groups, world.size, 0, world.gather))
         with autocast(recipe, world):
             model(to_input(clips, recipe))

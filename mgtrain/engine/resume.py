@@ -78,9 +78,9 @@ def newest_checkpoint(run: RunDir, world: World) -> Path | None:
 def resume_run(
     run: RunDir, fresh: CheckpointInfo, learner: Learner, recipe: Recipe, world: World, allow_changes: bool
 ) -> CheckpointInfo:
-    """Restore the newest checkpoint and return its description, or `fresh`, that of a new run, if there is none.
+    """Restore the newest checkpoint and return its description; `fresh`, that of a new run, if there is none.
 
-    Raises `CheckpointError` if the recipe or the videos have changed and `allow_changes` is not set.
+    Raises `CheckpointError` if the recipe or the videos have changed, unless `allow_changes`.
     """
     path = newest_checkpoint(run, world)
     if path is None:

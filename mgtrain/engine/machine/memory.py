@@ -121,13 +121,10 @@ def lack_explained(step: Step, recipe: Recipe, world: World) -> Iterator[None]:
 
 
 def _kept(model: nn.Module, shape: Shape) -> tuple[int, int]:
-    """Bytes per clip that a forward pass of a meta model keeps for the backward pass, without and with recomputation.
-
-    With recomputation blocks keep only their inputs, and the activations of one block are in memory at a time.
-    """
+    """Bytes per clip that a meta model's forward pass keeps for the backward pass, without and with recomputation."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     everything, outside, of_block = (dict[int, torch.UntypedStorage]() for _ in range(3))
-    largest, within = 0, False
+    largest, within = 0, False  # recomputed blocks keep their inputs, and one at a time its activations
 
     def size(storages: dict[int, torch.UntypedStorage]) -> int:
         return sum(storage.nbytes() for storage in storages.values())

@@ -62,7 +62,7 @@ def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: Wor
                 eager[kind] = world.from_main(_timed(model, recipe, step, world))
         chosen = _compiled(model, recipe, left, eager, world) if compiles else frozenset()
     model.zero_grad(set_to_none=True)
-    return lambda step: compiled(model, recipe) if _kind(step) in chosen else nullcontext()
+    return lambda step: compiled(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def _compiled(
         except Exception as error:  # of torch, of a compiler, or out of memory
             cause, failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", True
             log.warning("cannot compile %s with %d BatchNorm groups, running it uncompiled: %s", shape, groups, cause)
-        if world.sum(torch.tensor(float(failed))):  # all ranks must decide alike
+        if world.any(failed):  # all ranks must decide alike
             break
         now, seconds = world.from_main((now, time.perf_counter() - begun - PASSES * now))
         gain, spent = 1 - now / eager[kind], spent + seconds
@@ -114,18 +114,16 @@ def pays(steps: int, seconds: float, gain: float, cost: float) -> bool:
     return steps * seconds * gain > cost
 
 
-def _kind(step: Step) -> Kind:
-    return step.shape, step.bn_groups
-
-
 def _steps_left(plan: Plan, start: int) -> dict[Kind, tuple[Step, int]]:
     """Each kind of the remaining steps -> the next step of the kind, and how many there are."""
     found: dict[Kind, tuple[Step, int]] = {}
     for phase in plan.phases:
         first, cycle = max(start, phase.first_step), len(phase.shapes)
         for index in range(first, min(first + cycle, phase.end_step)):
-            step, before = found.get(_kind(plan[index]), (plan[index], 0))
-            found[_kind(step)] = step, before + len(range(index, phase.end_step, cycle))
+            step = plan[index]
+            kind = step.shape, step.bn_groups
+            first_of_kind, before = found.get(kind, (step, 0))
+            found[kind] = first_of_kind, before + len(range(index, phase.end_step, cycle))
     return found
 
 
