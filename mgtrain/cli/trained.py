@@ -121,8 +121,7 @@ def predict(
     times, crops = parse_views(views)
     path = checkpoint_path(checkpoint)
 
-    from mgtrain.engine.trained import load_trained
-    from mgtrain.engine.trained.predict import predict_videos
+    from mgtrain.engine.trained import load_trained, predict_videos
 
     with connected(device) as world:
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []

@@ -1,7 +1,5 @@
 """Checks before the first step, so that a run does not fail when the shape first changes."""
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Iterable, Sequence
@@ -19,7 +17,6 @@ from mgtrain.errors import DataError, MissingCapabilityError, PlanError
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
 from mgtrain.models.conv import Conv3d
-from mgtrain.models.norm import group_slots
 from mgtrain.models.recompute import recompute
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
@@ -39,10 +36,7 @@ def make_model(recipe: Recipe) -> nn.Module:
 
 
 def check_shapes(recipe: Recipe, shapes: Iterable[Shape]) -> dict[Shape, int]:
-    """Run every shape on the meta device; returns the multiply-adds of one clip's forward pass for each.
-
-    Raises `PlanError` if the model does not accept a shape, with the layer, the reason and shapes that fit.
-    """
+    """Multiply-adds of one clip's forward pass at each shape. Raises `PlanError` if the model does not accept one."""
     with torch.device("meta"):
         model = make_model(recipe)
     flops = {}
@@ -143,20 +137,11 @@ def check_micro_batches(recipe: Recipe, plan: Plan, ranks: int) -> None:
                 )
 
 
-def check_average(model: nn.Module, recipe: Recipe) -> None:
-    """Raise `PlanError` if weights are averaged, but BatchNorm's statistics are not measured again for the average."""
-    if recipe.optim.ema is not None and recipe.evaluation.recalibration_batches == 0 and group_slots(model):
-        raise PlanError(
-            "optim.ema: BatchNorm's running statistics belong to the weights, not to their average; set "
-            "evaluation.recalibration_batches above 0, or init.freeze_bn=true"
-        )
-
-
 def check_precision(recipe: Recipe, device: torch.device) -> None:
     """Raise `MissingCapabilityError` if gradients in `hardware.precision` differ too much from those in float32.
 
     Some builds of torch (oneDNN 3.12) compute wrong ones on a CPU in bf16 for clips with fewer frames than a kernel,
-    which coarse shapes have. The built-in networks compute these convolutions in another way.
+    which coarse shapes have. `Conv3d` computes them in another way.
     """
     precision = recipe.hardware.precision
     if precision == "fp32":

@@ -1,7 +1,5 @@
 """Evaluation: class probabilities of each video, averaged over its views and gathered from all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -31,11 +29,8 @@ def evaluate(
 ) -> Predictions:
     """The predictions for all decodable videos, on every rank, with `views` (times, crops) of each video.
 
-    Videos in the `journal` are not evaluated again, and every batch is added to it.
-
-    Raises:
-        DataError: too many videos cannot be decoded.
-        NonFiniteError: a class probability is NaN.
+    Videos in the `journal` are not evaluated again, and every batch is added to it. Raises `DataError` if too many
+    videos cannot be decoded, `NonFiniteError` if a class probability is NaN.
     """
     merge_group_stats(model, world.gather)
     classes, (times, crops) = recipe.data.classes, views
@@ -75,8 +70,8 @@ def predict(
     """For each batch, the numbers of its videos, int64 (v,), and their class probabilities, float32 (v, classes).
 
     `batches` are clips uint8 (v * views, 3, T, S, S), `views` consecutive ones per video, and numbers int64 (v,).
-    Probabilities are softmax, or sigmoid with several labels; their mean or maximum over the views is taken as
-    `evaluation.views` says (the paper uses 10 x 3 views). A forward pass has at most as many clips as in training.
+    `evaluation.views` says whether the mean or the maximum over the views counts (the paper uses 10 x 3 views). A
+    forward pass has at most as many clips as in training.
     """
     model.eval()
     share, limit = recipe.batch.clips // world.size, micro_limit(recipe, recipe.evaluation_shape)

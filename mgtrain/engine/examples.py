@@ -1,7 +1,5 @@
 """Pictures of the network's input: a clip of one video at every shape of a plan, after loading and augmentation."""
 
-from __future__ import annotations
-
 import base64
 import io
 import logging
@@ -30,9 +28,9 @@ FRAMES = 4  # frames of a clip to show
 
 
 def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape, Tensor]]:
-    """Each shape and up to `FRAMES` frames of its clip side by side, uint8 (S, n * S, 3).
+    """Each shape and up to `FRAMES` frames of its clip of the run's first video side by side, uint8 (S, n * S, 3).
 
-    All shapes show the run's first video, without mixing. Raises `DataError` if no video can be decoded.
+    Clips are not mixed. Raises `DataError` if no video can be decoded.
     """
     unmixed = recipe.model_copy(update={"augment": recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})})
     loader, first = RandomClips(train, recipe), Order.of(train, recipe).at(0)

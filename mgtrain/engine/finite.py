@@ -1,12 +1,10 @@
-"""Losses and gradients that are not finite: detected on the device before the update, reported at the next log line.
+"""Losses and gradients that are not finite: detected on the device, reported at the next log line or checkpoint.
 
-All ranks skip the update of such a step, and its changes to BatchNorm's running statistics, on the device, so nothing
-waits for a GPU. The host reads the flags when it logs a step and before every checkpoint.
+All ranks skip the update of such a step, and its changes to BatchNorm's running statistics, without waiting for a GPU.
 """
 
-from __future__ import annotations
-
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +28,7 @@ def not_finite(loss: Tensor, norm: Tensor | None, statistics: Tensor, world: Wor
 
     float32 (), on the device. With a loss scaler the norm is None: it adapts its scale to overflows.
     """
-    numbers = [loss] if norm is None else [loss, norm]
-    bad = ~(torch.stack(numbers).isfinite().all() & statistics.isfinite().all())
+    bad = ~(torch.stack([loss] if norm is None else [loss, norm]).isfinite().all() & statistics.isfinite().all())
     return world.sum(bad.float()).clamp(max=1) if world.size > 1 else bad.float()
 
 
@@ -55,32 +52,29 @@ class Statistics:
 
 
 def report_skipped(flags: list[tuple[Step, Tensor]], earlier: int, recipe: Recipe, videos: Videos, run: RunDir) -> int:
-    """Log the steps whose updates were skipped, after `earlier` ones; returns their number.
+    """Log the steps whose updates were skipped, after `earlier` ones, with their videos; returns their number.
 
-    `flags` are those of the steps since the last report (see `StepResult.bad`) and are removed. Waits for the device;
-    `non_finite.json` gets the videos of the steps. Raises `NonFiniteError` if the recipe says to stop, or if there are
-    too many.
+    `flags` are those of the steps since the last report (see `StepResult.bad`) and are removed; waits for the device.
+    Raises `NonFiniteError` if the recipe says to stop, or if there are too many.
     """
-    bad = torch.stack([flag for _, flag in flags]).tolist() if flags else []
+    bad = torch.stack([flag for _, flag in flags]).tolist()
     steps = [step for (step, _), is_bad in zip(flags, bad, strict=True) if is_bad]
     flags.clear()
     if not steps:
         return 0
     order = Order.of(videos, recipe)
-    names = [[videos.name(request.video) for request in step_requests(step, order)] for step in steps]  # of all ranks
-    facts = [
-        {"step": step.index + 1, "lr": step.lr, "shape": str(step.shape), "videos": files}
-        for step, files in zip(steps, names, strict=True)
-    ]
+    facts: list[dict[str, Any]] = []
+    for step in steps:
+        files = [videos.name(request.video) for request in step_requests(step, order)]  # of all ranks
+        facts.append({"step": step.index + 1, "lr": step.lr, "shape": str(step.shape), "videos": files})
     run.write("non_finite.json", {"steps": facts})
-    first, files = steps[0], names[0]
+    first, files = steps[0], facts[0]["videos"]
     others = f" and {len(files) - NAMED} more, see {run.path}/non_finite.json" if len(files) > NAMED else ""
     what = (
         f"the loss or the gradient of step {first.index + 1} is not finite (phase {first.phase.index + 1}, "
         f"{first.shape}, lr {first.lr:.3g}; videos {', '.join(files[:NAMED])}{others})"
     )
-    policy, most = recipe.faults.non_finite, recipe.faults.non_finite_steps
-    total = earlier + len(steps)
+    policy, most, total = recipe.faults.non_finite, recipe.faults.non_finite_steps, earlier + len(steps)
     if policy != "stop" and total <= most:
         log.warning("%s: its update is skipped, %d of at most %d such steps", what, total, most)
         return len(steps)

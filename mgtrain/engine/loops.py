@@ -1,10 +1,7 @@
-"""Multigrid in your own training loop: the batches, BatchNorm groups, loss and evaluations of a plan.
+"""Multigrid in your own training loop: the parts of `fit`, so that the loop has its losses.
 
-`fit` is made of the same parts, so a loop that uses them has its losses. A process group that the loop has initialized
-with torch.distributed is respected: each rank gets its share of every step.
+If the loop has initialized a process group with torch.distributed, each rank gets its share of every step.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +28,7 @@ Device = torch.device | str | None  # None: the current GPU, or the CPU where th
 
 
 class Batches:
-    """What `train_batches` returns: an iterable of known length, for a loop, Lightning or anything that takes one."""
+    """What `train_batches` returns: an iterable of known length."""
 
     def __init__(self, recipe: Recipe, plan: Plan, videos: Videos, start: int, device: Device) -> None:
         self._recipe, self._plan, self._videos, self._start, self._device = recipe, plan, videos, start, device
@@ -56,10 +53,7 @@ def train_batches(recipe: Recipe, plan: Plan, videos: Videos, start: int = 0, de
     targets: int64 (b,), or where clips are mixed or have several labels, float32 (b, classes). T and S change from step
     to step, and b is `step.shape.clips` divided by the number of ranks. `device` None: the current GPU, or the CPU.
 
-    Raises:
-        UsageError: `start` is not a number of finished steps of the plan.
-        PlanError: on iteration, the ranks cannot share the steps.
-        DataError: on iteration, too many videos cannot be decoded.
+    Iteration raises `PlanError` if the ranks cannot share the steps, `DataError` if too many videos cannot be decoded.
     """
     if not 0 <= start <= len(plan):
         raise UsageError(f"train_batches: start={start} is not a number of finished steps; the plan has {len(plan):,}")
@@ -69,18 +63,16 @@ def train_batches(recipe: Recipe, plan: Plan, videos: Videos, start: int = 0, de
 def make_model(recipe: Recipe, device: Device = None) -> nn.Module:
     """The recipe's network with the weights that `fit` starts from: random ones by its seed, or `init.weights`.
 
-    It takes clips, float (b, 3, T, S, S), of any size, and returns logits (b, classes).
-
-    Raises:
-        CheckpointError: `init.weights` cannot be read or is of another network.
+    It takes clips, float (b, 3, T, S, S), of any size, and returns logits (b, classes). Raises `CheckpointError` if
+    `init.weights` cannot be read or is of another network.
     """
     return first_model(recipe, joined(device))
 
 
 def loss(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
-    """The mean loss that `fit` minimizes, a scalar: cross entropy, with the recipe's label smoothing.
+    """The mean loss that `fit` minimizes, a scalar, of logits (b, classes) and the targets of `train_batches`.
 
-    With several labels (`data.multi_label`), binary cross entropy. Logits (b, classes), targets of `train_batches`.
+    Cross entropy with the recipe's label smoothing or, with several labels (`data.multi_label`), binary cross entropy.
     """
     return loss_sum_of(logits, targets, recipe) / len(logits)
 
@@ -89,11 +81,8 @@ def loss(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
 def at_step(model: nn.Module, step: Step, recipe: Recipe, first: int = 0, clips: int | None = None) -> Iterator[None]:
     """Tell the network which of this rank's clips it sees: run the forward and backward pass of a step in this block.
 
-    For gradient accumulation, `first` and `clips` say which of the rank's clips the pass sees; they must be whole
-    BatchNorm groups (of `step.shape.clips // step.bn_groups` clips). Default: all.
-
-    Raises:
-        UsageError: a BatchNorm of the network has no groups, or the clips are not whole groups of this rank.
+    By default all; for gradient accumulation `clips` of them, from `first` on. Raises `UsageError` if these are not
+    whole BatchNorm groups (of `step.shape.clips // step.bn_groups` clips), or if a BatchNorm has no groups.
     """
     world = joined()
     share, group = step.shape.clips // world.size, step.shape.clips // step.bn_groups
@@ -119,8 +108,8 @@ def recalibrate(
 ) -> None:
     """Before an evaluation after `steps` steps: measure BatchNorm's statistics on the evaluation's shape, if needed.
 
-    They are needed where recent steps had other shapes; otherwise the model gets the running statistics of training,
-    which it keeps by groups. `videos` are those of training. All ranks take part. Call it before you save weights, too.
+    If all recent steps had this shape, the model gets the running statistics of training instead, which it keeps by
+    groups. `videos` are those of training. All ranks take part. Call it before you save weights, too.
     """
     world = joined(device)
     count = recalibration.batches_needed(recipe, plan, steps, recalibration.remembered(model))
@@ -143,12 +132,8 @@ def evaluate(
 ) -> Scores:
     """The network's scores on the evaluation's grid, with `views` (in time, crops) of each video.
 
-    `evaluation.views` says whether their mean or their maximum counts.
-
-    All ranks take part, and all get the scores of all videos: `top1`, `top5` (fractions), `loss` (nats), and more.
-
-    Raises:
-        NonFiniteError: a class probability is NaN.
+    `evaluation.views` says whether their mean or their maximum counts. All ranks take part, and all get the scores of
+    all videos: `top1`, `top5` (fractions), `loss` (nats), and more. Raises `NonFiniteError` if a probability is NaN.
     """
     with _mode_kept(model):
         return evaluation.evaluate(unwrap(model), videos, recipe, joined(device), views).scores()

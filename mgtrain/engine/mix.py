@@ -1,11 +1,8 @@
 """MixUp and CutMix: mix pairs of clips and their labels (Zhang et al. 2018; Yun et al. 2019).
 
-Clips 2i and 2i + 1 of the global batch are mixed with each other, and random numbers are drawn for all pairs of the
-global batch. So the result does not depend on the number of ranks or micro-batches, which hold whole pairs
-(`check_world`, `check_micro_batches`). torchvision mixes each clip with the previous one of the local batch instead.
+Clips 2i and 2i + 1 of the global batch are mixed with each other, with random numbers drawn for all of its pairs, so
+the result does not depend on the number of ranks or micro-batches, which hold whole pairs.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import torch
@@ -16,11 +13,10 @@ from mgtrain.models.part import Part
 
 
 def mix(x: Tensor, labels: Tensor, rows: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Mix the pairs of a micro-batch: returns mixed clips (B, 3, T, S, S) and targets, float32 (B, classes).
+    """Mix pairs by `mix_rows`, on the device: returns mixed clips (B, 3, T, S, S) and targets, float32 (B, classes).
 
     Each pair draws a share from Beta(alpha, alpha): the weight of a clip's own pixels (MixUp), or the area of its
     frames that a box of its partner's pixels does not cover (CutMix). The target has the same share.
-    `rows` are those of `mix_rows`, on the device.
     """
     boxed, share = rows[::2, 0].bool(), rows[::2, 1]  # (B / 2)
     spread = (slice(None), None, None, None, None)

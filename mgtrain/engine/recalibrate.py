@@ -1,11 +1,8 @@
 """Recalibration of BatchNorm ("precise BN"): compute its statistics at the evaluation's shape.
 
 After steps at coarse shapes the running averages are those of coarse shapes, so an evaluation first computes them again
-(Wu et al. 2020, section 4; Wu and Johnson 2021). If all recent steps had the evaluation's shape, as in a baseline, the
-running averages are good.
+(Wu et al. 2020, section 4; Wu and Johnson 2021).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable
@@ -29,11 +26,8 @@ LEAST = 5  # batches that useful statistics need
 
 
 def recalibrate(model: nn.Module, train: Videos, count: int, recipe: Recipe, world: World) -> None:
-    """Recalibrate on `count` batches of training clips, cut with the evaluation's grid; 0: keep the statistics.
-
-    Without BatchNorm, or with frozen statistics only, there is nothing to do.
-    """
-    if count and group_slots(model):
+    """Recalibrate on `count` batches of training clips, cut with the evaluation's grid; 0: keep the statistics."""
+    if count and group_slots(model):  # else there is no BatchNorm, or only frozen ones
         recalibrate_bn(model, recalibration_batches(train, count, recipe, world), recipe, world)
 
 
@@ -47,15 +41,13 @@ def remembered(model: nn.Module) -> int:
 def batches_needed(recipe: Recipe, plan: Plan, step: int, remembered: int = REMEMBERED) -> int:
     """The number of batches to recalibrate on after `step` steps.
 
-    0 if the last `remembered` steps, which determine the running averages, all had the evaluation's shape, and if the
-    weights themselves are evaluated, not their average; the first `REMEMBERED` steps of a run are too few to matter.
-    Otherwise at most `SHARE` of the steps since the last evaluation, or of all steps at the end of the run: a batch
-    takes about a third of the time of a base step, so recalibration takes 5 to 10 % of the training time.
+    0 if the last `remembered` steps all had the evaluation's shape, and the weights themselves are evaluated, not their
+    average. Otherwise at most `SHARE` of the steps since the last evaluation, or of all steps at the end of the run: a
+    batch takes about a third of the time of a base step, so recalibration takes 5 to 10 % of the training time.
     """
-    most = recipe.evaluation.recalibration_batches
-    shape = recipe.evaluation_shape
+    most, shape = recipe.evaluation.recalibration_batches, recipe.evaluation_shape
     recent = plan[max(0, step - remembered) : step]
-    settled = step >= remembered or remembered <= REMEMBERED
+    settled = step >= remembered or remembered <= REMEMBERED  # the first steps are too few to matter
     alike = all((s.shape.frames, s.shape.crop) == (shape.frames, shape.crop) for s in recent)
     if recipe.optim.ema is None and settled and alike:
         return 0
@@ -66,19 +58,14 @@ def batches_needed(recipe: Recipe, plan: Plan, step: int, remembered: int = REME
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, world: World) -> int:
-    """Set BatchNorm's running statistics to their mean over the `batches` of all ranks; returns their number.
-
-    Weights do not change. Each batch is this rank's share of as many clips as a base step has.
-    """
+    """Set BatchNorm's running statistics to their mean over the `batches` of all ranks; returns their number."""
     model.train()
-    groups = bn_groups(recipe.base, recipe.batch.bn_clips)
-    count = 0
-    for clips, _ in batches:
-        if count == 0:
+    groups, count = bn_groups(recipe.base, recipe.batch.bn_clips), 0
+    for count, (clips, _) in enumerate(batches, start=1):
+        if count == 1:
             reset_group_stats(model)
-        count += 1
         set_momentum(model, 1 / count, pool=True)  # a running mean over all batches
-        share = len(clips)
+        share = len(clips)  # of as many clips as a base step has
         set_part(model, Part(world.rank * share, share, share * world.size, groups, world.size, 0, world.gather))
         with autocast(recipe, world):
             model(to_input(clips, recipe))

@@ -1,13 +1,11 @@
-"""Write a run's records: its description, steps, evaluations and times."""
-
-from __future__ import annotations
+"""Write a run's records, its description, steps, evaluations and times, and show its progress."""
 
 import logging
 import math
 import platform
-import shutil
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -17,13 +15,13 @@ import av
 import numpy as np
 import torch
 import torchvision
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mgtrain import __version__
 from mgtrain.clips.loader import worker_count
-from mgtrain.console import duration
+from mgtrain.console import duration, err
 from mgtrain.data.videos import Videos
 from mgtrain.engine.examples import examples
-from mgtrain.engine.progress import TrainProgress
 from mgtrain.engine.step import StepResult
 from mgtrain.errors import CheckpointError, DataError
 from mgtrain.grid import Shape
@@ -54,22 +52,12 @@ STEP_TAGS = {
 }
 
 
-def describe_run(
-    run: RunDir,
-    recipe: Recipe,
-    plan: Plan,
-    flops: dict[Shape, int],
-    train: Videos,
-    val: Videos,
-    world: World,
-    resumed: bool,
-) -> None:
-    """Write the description of the run: recipe, plan, data and environment."""
+def describe_run(run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int], train: Videos, val: Videos) -> None:
+    """Write the description of the run: recipe, plan and data."""
     per_clip = [{"frames": s.frames, "crop": s.crop, "multiply_adds": n} for s, n in flops.items()]
     run.write("recipe.yaml", recipe.to_yaml())
     run.write("plan.json", {**plan.describe(), "totals": asdict(plan.totals()), "flops_per_clip": per_clip})
     run.write("data.json", {"train": _data_facts(train), "val": _data_facts(val), "classes": list(train.classes)})
-    run.write("env.json", _environment(recipe, world, run, resumed))
     log.info(
         f"{recipe.model.name} on {len(train):,} training and {len(val):,} validation videos of {len(train.classes)} "
         f"classes: {len(plan):,} steps in {len(plan.phases)} phases, {plan.totals().epochs:.1f} epochs"
@@ -79,6 +67,38 @@ def describe_run(
             log.info(remark)
         if videos.left_out:
             log.info(f"{name} videos: {videos.left_out_words}, according to {recipe.data.checked}")
+
+
+def environment(run: RunDir, recipe: Recipe, world: World, resumed: bool) -> dict[str, Any]:
+    """Versions, device and ranks for `env.json`; for a resumed run, those of all its parts."""
+    now = {
+        "mgtrain": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "av": av.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "workers": worker_count(recipe, world),
+        "git": _git_revision(),
+    }
+    here, before = tuple(now[key] for key in DEVICE_KEYS), []
+    if resumed and run.writes:
+        with suppress(CheckpointError, LookupError, TypeError):  # it is missing or damaged
+            before = devices(run.read("env.json"))
+    return {**now, "devices": before if here in before[-1:] else [*before, here]}
+
+
+def _git_revision() -> str | None:
+    """The commit of the current folder; None outside of a git repository, or without git.
+
+    It does not check for changed files: git may then run programs that the folder's configuration names.
+    """
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def show_step(run: RunDir, row: dict[str, Any]) -> None:
@@ -101,11 +121,8 @@ def show_run(run: RunDir, recipe: Recipe, plan: Plan, train: Videos) -> None:
 class Clock:
     """Seconds of training without evaluations and checkpoints, of waiting for data meanwhile, and of wall-clock time.
 
-    Wall-clock time is all that a user waits for since `began` (`time.perf_counter()` when the process started):
-    start-up, training, evaluations and checkpoints. A resumed run continues from the times in its `state`.
-
-    A GPU still computes a step when its call returns, but logged steps wait for the GPU, so the times of logged steps
-    are right.
+    Wall-clock time is all that a user waits for since `began`, a value of `time.perf_counter()`. A resumed run goes on
+    from the times in its `state`. Logged steps wait for the GPU, so their times are right.
     """
 
     def __init__(self, state: CheckpointInfo, began: float) -> None:
@@ -153,29 +170,45 @@ class Record:
     ) -> None:
         self._run, self._plan, self._clock, self._videos = run, plan, clock, videos
         self._world, self._baseline = world, baseline
-        self._progress = TrainProgress(plan, start, shown=world.main)
+        self._evaluated = ""  # the last evaluation, for the progress line
+        self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since the last evaluation
+        self._speed: dict[Shape, float] = {}  # seconds per step, a moving average
+        self._bar = Progress(
+            TextColumn("{task.fields[phase]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=err,
+            disable=not (world.main and err.is_terminal),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
 
-    def __enter__(self) -> Record:
-        self._progress.bar.start()
-        return self
+    def __enter__(self) -> None:
+        self._bar.start()
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        self._progress.bar.stop()
+        self._bar.stop()
         self._run.close(failed=failure is not None)
 
     def lap(self, step: Step) -> None:
         """Record the time of a finished step and report progress to the watchdog."""
-        self._progress.time(step, self._clock.lap())
+        seconds = self._clock.lap()
+        self._speed[step.shape] = 0.8 * self._speed.get(step.shape, seconds) + 0.2 * seconds
+        self._times[step.shape].append(seconds)
         self._world.watchdog.beat()
 
     def step(self, step: Step, result: StepResult) -> None:
         """Log a step, with loss and accuracy over all ranks."""
         loss, top1 = (self._world.sum(torch.stack([result.loss, result.correct])) / self._world.size).tolist()
+        phase, shape = step.phase, step.shape
         row = {
             "step": step.index + 1,
-            "phase": step.phase.index,
-            "epoch": (step.first_clip + step.shape.clips) / self._plan.videos,
-            **asdict(step.shape),
+            "phase": phase.index,
+            "epoch": (step.first_clip + shape.clips) / self._plan.videos,
+            **asdict(shape),
             "lr": step.lr,
             "loss": loss if math.isfinite(loss) else None,
             "top1": top1,
@@ -183,7 +216,29 @@ class Record:
         }
         self._run.append("steps.jsonl", row)
         show_step(self._run, row)
-        self._progress.show(step, loss, top1, row["data_seconds"] / row["train_seconds"])
+        speed = f"{shape.clips / self._speed[shape]:.0f} clips/s" if self._speed.get(shape) else ""
+        self._bar.update(
+            self._task,
+            completed=step.index + 1,
+            phase=f"phase {phase.index + 1}/{len(self._plan.phases)}  {shape}",
+            facts=(
+                f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {speed}  "
+                f"data wait {100 * row['data_seconds'] / row['train_seconds']:.0f} %{self._evaluated}"
+            ),
+            eta=f"{duration(self._remaining(step.index + 1))} left",
+        )
+
+    def _remaining(self, done: int) -> float:
+        """Estimated seconds until the end; shapes without measured steps get the others' mean time per voxel."""
+        if not self._speed:
+            return 0.0
+        per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)
+        seconds = 0.0
+        for phase in self._plan.phases:
+            left = max(0, phase.end_step - max(done, phase.first_step))
+            cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
+            seconds += left * sum(cycle) / len(cycle)
+        return seconds
 
     def evaluation(self, step: Step, predictions: Predictions, scores: Scores, weights: str) -> None:
         """Log the evaluation of the `model` or `ema` weights after a step, and compare it with the baseline's."""
@@ -201,12 +256,12 @@ class Record:
         }
         run.append("evals.jsonl", row)
         compared, beside, speedup = self._compared(row)
-        self._progress.evaluation = f"  val {100 * accuracy(row):.1f} %{beside}"
+        self._evaluated = f"  val {100 * accuracy(row):.1f} %{beside}"
         values = {f"val/{name}": getattr(scores, name) for name in ("top1", "mean_class", "top5", "loss", "mean_ap")}
         values = {tag: value for tag, value in values.items() if value is not None} | compared
-        values |= {f"step_seconds/{shape}": float(np.median(s)) for shape, s in self._progress.times.items()}
+        values |= {f"step_seconds/{shape}": float(np.median(s)) for shape, s in self._times.items()}
         run.scalars(step.index + 1, values)
-        self._progress.times.clear()
+        self._times.clear()
         found = ", ".join(scores.accuracies(1)) + (" of the averaged weights" if weights == "ema" else "")
         log.info(
             f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
@@ -231,38 +286,6 @@ class Record:
             values["compare/speedup"] = speedup
             gained = f", {speedup:.2f}x faster than {name} at equal accuracy"
         return values, beside, gained
-
-
-def _environment(recipe: Recipe, world: World, run: RunDir, resumed: bool) -> dict[str, Any]:
-    """The contents of `env.json`: versions, device and ranks; for a resumed run, those of all its parts."""
-    now = {
-        "mgtrain": __version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "av": av.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
-        "ranks": world.size,
-        "threads": torch.get_num_threads(),
-        "workers": worker_count(recipe, world),
-        "git": _git_revision(),
-    }
-    here, before = tuple(now[key] for key in DEVICE_KEYS), []
-    if resumed and run.writes:
-        with suppress(CheckpointError, LookupError, TypeError):  # it is missing or damaged
-            before = devices(run.read("env.json"))
-    return {**now, "devices": before if here in before[-1:] else [*before, here]}
-
-
-def _git_revision() -> str | None:
-    """The commit of the current folder; None outside of a git repository.
-
-    It does not check for changed files: git may then run programs that the folder's configuration names.
-    """
-    if shutil.which("git") is None:
-        return None
-    result = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _data_facts(videos: Videos) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Save and restore the state of a run."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mgtrain.engine.update.average import Average
+from mgtrain.engine.update.optim import Average
 from mgtrain.errors import CheckpointError
 from mgtrain.models.norm import group_stats, merge_group_stats
 from mgtrain.processes.distributed import World
@@ -53,9 +51,9 @@ def save(run: RunDir, state: CheckpointInfo, learner: Learner, keep: int, world:
     merge_group_stats(learner.model, world.gather)
     groups = group_stats(learner.model, world.gather)
     if run.writes:
-        state = replace(state, scaler=learner.scaler.state_dict())
+        path, state = run.checkpoint_path(state.step), replace(state, scaler=learner.scaler.state_dict())
         average = learner.average.weights if learner.average is not None else {}
-        save_checkpoint(run.checkpoint_path(state.step), learner.model, learner.optimizer, state, groups, average)
+        save_checkpoint(path, learner.model, learner.optimizer, state, groups, average)
         best = max(run.rows("evals.jsonl"), key=accuracy, default={"step": 0})
         run.prune(keep, also=[run.checkpoint_path(best["step"])])
     world.barrier()
@@ -80,19 +78,17 @@ def newest_checkpoint(run: RunDir, world: World) -> Path | None:
 def resume_run(
     run: RunDir, fresh: CheckpointInfo, learner: Learner, recipe: Recipe, world: World, allow_changes: bool
 ) -> CheckpointInfo:
-    """Restore the newest checkpoint and return its description, or `fresh`, that of a new run, if there is none.
+    """Restore the newest checkpoint and return its description; `fresh`, that of a new run, if there is none.
 
-    Raises `CheckpointError` if the recipe or the videos have changed and `allow_changes` is not set.
+    Raises `CheckpointError` if the recipe or the videos have changed, unless `allow_changes`.
     """
     path = newest_checkpoint(run, world)
     if path is None:
         return fresh
     saved = read_info(path)
     changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True), recipe)
-    if saved.data != fresh.data:
-        changes.append(f"training videos {saved.data} -> {fresh.data}")
-    if saved.val_data != fresh.val_data:
-        changes.append(f"validation videos {saved.val_data} -> {fresh.val_data}")
+    videos = {"training": (saved.data, fresh.data), "validation": (saved.val_data, fresh.val_data)}
+    changes += [f"{name} videos {before} -> {now}" for name, (before, now) in videos.items() if before != now]
     if saved.plan != fresh.plan and not changes:
         changes.append("this version of mgtrain makes another schedule from the recipe")
     if changes and not allow_changes:
@@ -124,6 +120,5 @@ def finished(run: RunDir, recipe: Recipe) -> Scores | None:
     info, last = read_info(path), rows[-1]
     if not info.step == last["step"] == run.read("plan.json").get("steps") or not info.evaluated:
         return None
-    if changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe):
-        return None
-    return Scores.of(last)
+    changed = changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe)
+    return None if changed else Scores.of(last)

@@ -1,7 +1,5 @@
 """Everything before a run's first step: check the recipe, make or restore the weights, warm up every shape."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,23 +11,16 @@ from mgtrain.clips.units import Source
 from mgtrain.data import check_labels, open_splits
 from mgtrain.data.missing import check_present
 from mgtrain.data.videos import Videos, mirrored_labels
-from mgtrain.engine.checks import (
-    check_alike,
-    check_average,
-    check_micro_batches,
-    check_precision,
-    check_shapes,
-    make_model,
-)
+from mgtrain.engine.checks import check_alike, check_micro_batches, check_precision, check_shapes, make_model
 from mgtrain.engine.machine.memory import fit_memory, lack_explained
 from mgtrain.engine.machine.tuning import tune
 from mgtrain.engine.machine.warmup import Run, set_up, warm_up
-from mgtrain.engine.record import describe_run, show_run, show_step
+from mgtrain.engine.record import describe_run, environment, show_run, show_step
 from mgtrain.engine.resume import Learner, resume_run
 from mgtrain.engine.step import to_device
-from mgtrain.engine.update.average import Average
-from mgtrain.engine.update.optim import make_optimizer
-from mgtrain.errors import CheckpointError
+from mgtrain.engine.update.optim import Average, make_optimizer
+from mgtrain.errors import CheckpointError, PlanError
+from mgtrain.models.norm import group_slots
 from mgtrain.models.weights.load import start_from
 from mgtrain.processes.distributed import World, replicate
 from mgtrain.recipe import Recipe
@@ -80,7 +71,11 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     # 2. Make or restore the network.
     model = first_model(recipe, world, fresh=not (resume and run.checkpoints()))
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.hardware.precision == "fp16")
-    check_average(model, recipe)
+    if recipe.optim.ema is not None and recipe.evaluation.recalibration_batches == 0 and group_slots(model):
+        raise PlanError(
+            "optim.ema: BatchNorm's running statistics belong to the weights, not to their average; set "
+            "evaluation.recalibration_batches above 0, or init.freeze_bn=true"
+        )
     average = None if recipe.optim.ema is None else Average(model, recipe.optim.ema, recipe.batch.clips)
     learner = Learner(model, make_optimizer(model, recipe.optim), scaler, average)
     state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.identity, val.identity)
@@ -93,7 +88,8 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
             )
 
     # 3. Write the run's description, choose how convolutions are computed, and warm up every shape.
-    describe_run(run, recipe, plan, flops, train, val, world, resumed=state.step > 0)
+    describe_run(run, recipe, plan, flops, train, val)
+    run.write("env.json", environment(run, recipe, world, resumed=state.step > 0))
     tune(model, run, recipe, plan, world)
     compiled = warm_up(model, recipe, plan, state.step, world)
     replica = replicate(model, world)
@@ -123,17 +119,13 @@ def first_model(recipe: Recipe, world: World, fresh: bool = True) -> nn.Module:
 
 
 def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
-    """The training and validation videos, which have the same classes.
-
-    Raises:
-        DataError: labels do not fit the recipe, or too many videos are missing or not prepared.
-    """
-    splits = open_splits(recipe.data)
+    """The training and validation videos. Raises `DataError` if their labels do not fit, or too many are missing."""
+    data, splits = recipe.data, open_splits(recipe.data)
     for name, videos in splits.items():
-        check_labels(recipe.data, name, videos)
-    mirrored_labels(splits["train"].classes, recipe.data.mirrored)  # raises an error for an unknown class
-    for name, videos in {"training": splits["train"], "validation": splits["val"]}.items():
-        if not recipe.data.prepared:
-            check_present(name, videos, recipe.data.max_bad_fraction)
-        Source(videos, recipe.data)  # raises an error for an incomplete prepared set, or frames without their rate
+        check_labels(data, name, videos)
+    mirrored_labels(splits["train"].classes, data.mirrored)  # raises an error for an unknown class
+    for name, videos in (("training", splits["train"]), ("validation", splits["val"])):
+        if not data.prepared:
+            check_present(name, videos, data.max_bad_fraction)
+        Source(videos, data)  # raises an error for an incomplete prepared set, or frames without their rate
     return splits["train"], splits["val"]

@@ -1,7 +1,5 @@
 """One optimizer step: forward and backward passes in micro-batches of BatchNorm groups, then the update."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,10 +47,10 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), device=world.device)
     correct = torch.zeros((), device=world.device)
-    first_of_rank = world.rank * len(clips)
     statistics = None
     for part in parts(step, recipe, world):
-        mine = slice(part.first - first_of_rank, part.first - first_of_rank + part.clips)
+        first = part.first - world.rank * len(clips)
+        mine = slice(first, first + part.clips)
         set_part(unwrap(model), part)
         statistics = statistics or Statistics(unwrap(model))  # the first part creates the groups' statistics
         x, targets = augmented(clips[mine], labels[mine], part, step, recipe)
@@ -79,11 +77,7 @@ def train_step(
 
 
 def clipped(model: nn.Module, most: float | None) -> Tensor:
-    """The norm of the whole gradient, float32 (), which is scaled down to the norm `most` where it is larger.
-
-    All micro-batches have been added up and all ranks' gradients averaged, so it is the global batch's, the same on
-    every rank.
-    """
+    """The norm of the global batch's gradient, float32 (), which is scaled down to the norm `most` if it is larger."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if most is not None:
@@ -92,20 +86,14 @@ def clipped(model: nn.Module, most: float | None) -> Tensor:
 
 
 def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
-    """The sum of the clips' losses: cross entropy, or, with several labels, the mean binary cross entropy of classes.
-
-    Logits (B, classes); targets as `augmented` returns them.
-    """
+    """The sum of the clips' losses: cross entropy, or with several labels the mean binary cross entropy of classes."""
     if recipe.data.multi_label:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=recipe.augment.label_smoothing)
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether each clip's most probable class is correct, bool (B,).
-
-    For a mixed clip that is the class with the largest share, for a clip with several labels any of them.
-    """
+    """Whether each clip's most probable class is one of its labels, or if mixed the one of the largest share: (B,)."""
     first = logits.argmax(1)
     if targets.ndim == 1:
         return first == targets

@@ -22,9 +22,8 @@ from mgtrain.cli.trained import _caution
 from mgtrain.clips.decode import VideoFile
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.fit import fit
-from mgtrain.engine.trained import Trained, evaluation_videos, load_trained
+from mgtrain.engine.trained import Trained, evaluation_videos, load_trained, predict_videos
 from mgtrain.engine.trained.export import export
-from mgtrain.engine.trained.predict import predict_videos
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, ThresholdError, UsageError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe

@@ -1,7 +1,5 @@
 """The memory of a training step: estimate it without running one, choose micro-batches that fit, measure it."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import sys
@@ -35,10 +33,10 @@ class Memory:
     """Estimates the bytes that training with a recipe needs on a device."""
 
     def __init__(self, recipe: Recipe, shapes: Iterable[Shape]) -> None:
+        self.recipe = recipe
         whole = recipe.hardware.model_copy(update={"recompute": False})  # `_kept` finds what recomputed blocks keep
         with torch.device("meta"):
             model = make_model(recipe.model_copy(update={"hardware": whole}))
-        self.recipe = recipe
         copies = COPIES[recipe.optim.name] + (AVERAGE if recipe.optim.ema is not None else 0)
         self.state = copies * 4 * sum(parameter.numel() for parameter in model.parameters())
         self.can_recompute = bool(blocks(model))
@@ -51,9 +49,8 @@ class Memory:
 
     def step(self, shape: Shape, bn_groups: int, ranks: int) -> int:
         """Peak bytes of a step: state, this rank's clips and the activations of one micro-batch."""
-        clips = pass_clips(self.recipe, shape, bn_groups, ranks)
         loaded = LOADED * 3 * shape.voxels // ranks  # uint8
-        return self.state + loaded + clips * self.per_clip(shape)
+        return self.state + loaded + pass_clips(self.recipe, shape, bn_groups, ranks) * self.per_clip(shape)
 
     def most(self, plan: Plan, ranks: int) -> tuple[int, Shape]:
         """Bytes of the plan's largest step, and its shape."""
@@ -61,11 +58,10 @@ class Memory:
         return max(steps, key=lambda step: step[0])
 
     def limit(self, plan: Plan, ranks: int, gib: float) -> Recipe:
-        """The recipe, changed so that every step of the plan needs at most `USABLE` of `gib` GiB.
+        """The recipe with the largest `hardware.micro_clips` for which all steps fit into `USABLE` of `gib` GiB.
 
-        It gets the largest `hardware.micro_clips` that fits, and `hardware.recompute` only if none fits without.
-        Neither changes a loss, because micro-batches are whole BatchNorm groups. Raises `PlanError` if not even a
-        single group fits.
+        It gets `hardware.recompute` only if none fits without. Neither changes a loss, because micro-batches are whole
+        BatchNorm groups. Raises `PlanError` if not even a single group fits.
         """
         given, share = self.recipe, self.recipe.base.clips // ranks
         check_micro_batches(given, plan, ranks)
@@ -99,11 +95,9 @@ def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
         return recipe
     changed = Memory(recipe, plan.shapes()).limit(plan, world.size, gib)
     if changed != recipe:
-        hardware = changed.hardware
-        log.info(
-            f"micro-batches of {hardware.micro_clips or recipe.base.clips // world.size} clips of the base shape"
-            f"{', and recomputed blocks,' if hardware.recompute else ''} for {gib:.3g} GiB of memory"
-        )
+        clips = changed.hardware.micro_clips or recipe.base.clips // world.size
+        recomputed = ", and recomputed blocks," if changed.hardware.recompute else ""
+        log.info(f"micro-batches of {clips} clips of the base shape{recomputed} for {gib:.3g} GiB of memory")
     return changed
 
 
@@ -127,14 +121,10 @@ def lack_explained(step: Step, recipe: Recipe, world: World) -> Iterator[None]:
 
 
 def _kept(model: nn.Module, shape: Shape) -> tuple[int, int]:
-    """Bytes per clip that a forward pass of a meta model keeps for the backward pass, without and with recomputation.
-
-    Each storage counts once. With recomputation blocks keep only their inputs, and the activations of one block are
-    in memory at a time.
-    """
+    """Bytes per clip that a meta model's forward pass keeps for the backward pass, without and with recomputation."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     everything, outside, of_block = (dict[int, torch.UntypedStorage]() for _ in range(3))
-    largest, within = 0, False
+    largest, within = 0, False  # recomputed blocks keep their inputs, and one at a time its activations
 
     def size(storages: dict[int, torch.UntypedStorage]) -> int:
         return sum(storage.nbytes() for storage in storages.values())

@@ -1,10 +1,8 @@
 """Before the first step on a CPU: measure which form of each of the plan's convolutions is fastest on this machine.
 
-That depends on the processor, its math library and the size of the clips, so no rule is right everywhere. The chosen
-forms are saved in the run's folder, so a resumed run computes the same bits.
+No rule is right for all processors and sizes of clips. The run's folder keeps the chosen forms, so that a resumed run
+computes the same bits.
 """
-
-from __future__ import annotations
 
 import logging
 import math
@@ -68,19 +66,18 @@ def _read(run: RunDir, machine: dict[str, Any]) -> Choices | None:
     if found.get("machine") != machine:
         log.info("measuring convolutions again: this is another machine, or another number of threads")
         return None
+    choices: dict[tuple[Kind, torch.dtype], Forms] = {}
     try:
-        return {_key(row): tuple(row["forms"]) for row in found["convolutions"]}
+        for row in found["convolutions"]:
+            kind = Kind(*(tuple(row[name]) for name in ("kernel", "stride", "padding", "channels", "size")))
+            dtype = getattr(torch, row["dtype"])
+            for direction, form in zip(DIRECTIONS, row["forms"], strict=True):
+                if form not in candidates(kind, direction, dtype):
+                    raise ValueError(f"no form {form!r}")
+            choices[kind, dtype] = tuple(row["forms"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{run.path / FILE}: damaged ({error}); delete it to measure again") from None
-
-
-def _key(row: dict[str, Any]) -> tuple[Kind, torch.dtype]:
-    kind = Kind(*(tuple(row[name]) for name in ("kernel", "stride", "padding", "channels", "size")))
-    dtype: torch.dtype = getattr(torch, row["dtype"])
-    for direction, form in zip(DIRECTIONS, row["forms"], strict=True):
-        if form not in candidates(kind, direction, dtype):
-            raise ValueError(f"no form {form!r}")
-    return kind, dtype
+    return choices
 
 
 @dataclass(slots=True)
@@ -110,9 +107,10 @@ def fastest(
 ) -> Choices:
     """The fastest forms of convolutions, measured for `least` seconds or 1 % of their time in the run.
 
-    Each layer is first measured at its most expensive size, then at others. Sizes for which there is no time get the
-    forms of the nearest size of the same layer.
+    Each layer is measured at its most expensive size first. Sizes for which there is no time borrow the forms.
     """
+    if not uses:
+        return {}
 
     def work(kind: Kind) -> float:
         use = uses[kind]
@@ -129,8 +127,6 @@ def fastest(
         beat()
         if time.perf_counter() - begun > max(least, SHARE * by_choice * whole / measured):
             break
-    if not uses:
-        return {}
     others = sum(forms != fixed_forms(kind, dtype) for kind, forms in found.items())
     tell(
         f"measured {len(found)} of {len(uses)} convolutions in {duration(time.perf_counter() - begun)}: {others} do "

@@ -1,9 +1,4 @@
-"""Before the first step: run every shape once, and compile it if that saves time over its steps.
-
-Weights, statistics and gradients do not change.
-"""
-
-from __future__ import annotations
+"""Before the first step: run every shape once, and compile it if that saves time. No weight or statistic changes."""
 
 import logging
 import os
@@ -17,11 +12,11 @@ from torch import nn
 from mgtrain.console import duration
 from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.machine.memory import lack_explained
-from mgtrain.engine.step import autocast, memory_format
+from mgtrain.engine.step import autocast, memory_format, part_of
 from mgtrain.errors import MgtrainError
 from mgtrain.grid import Shape
 from mgtrain.models.norm import undisturbed
-from mgtrain.models.part import Part, set_part
+from mgtrain.models.part import set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step
@@ -48,15 +43,13 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Operations without a deterministic kernel warn that two runs may differ.
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)  # not all operations have such a kernel
 
 
 def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: World) -> Run:
-    """Run each kind of step from `start` on once; returns a function that makes the context of a step.
+    """Run each kind of step from `start` on once, so that cuDNN chooses its algorithms; returns a step's context.
 
-    On a GPU cuDNN chooses its algorithms. With `hardware.compile` the kind with the most work left is compiled and
-    timed first, then every other kind whose steps would save more time than compiling takes.
+    With `hardware.compile`, the kind with the most work left is compiled first, then every other that it pays for.
     """
     compiles = recipe.hardware.compile != "no"
     if not compiles and world.device.type == "cpu":
@@ -69,15 +62,12 @@ def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: Wor
                 eager[kind] = world.from_main(_timed(model, recipe, step, world))
         chosen = _compiled(model, recipe, left, eager, world) if compiles else frozenset()
     model.zero_grad(set_to_none=True)
-    return lambda step: compiled(model, recipe) if _kind(step) in chosen else nullcontext()
+    return lambda step: compiled(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
 
 
 @contextmanager
 def compiled(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Within the block calls of the model are compiled, once per input shape.
-
-    Evaluations and recalibration have other shapes and BatchNorm settings and are not compiled.
-    """
+    """Within the block, which is a step's, calls of the model are compiled, once per input shape."""
     if not hasattr(model, "compiled_call"):
         model.compile(dynamic=False, mode=MODES[recipe.hardware.compile])
         object.__setattr__(model, "compiled_call", model._compiled_call_impl)
@@ -91,13 +81,9 @@ def compiled(model: nn.Module, recipe: Recipe) -> Iterator[None]:
 def _compiled(
     model: nn.Module, recipe: Recipe, left: dict[Kind, tuple[Step, int]], eager: dict[Kind, float], world: World
 ) -> frozenset[Kind]:
-    """Compile the kinds for which that pays; returns those that have become faster.
-
-    If one cannot be compiled, it and the remaining kinds are not.
-    """
+    """Compile the kinds for which that pays, until one cannot be compiled; returns those that have become faster."""
     torch._dynamo.config.recompile_limit = max(64, 4 * len(left))
-    chosen, spent = set(), 0.0
-    gain, seconds = FIRST_GAIN, FIRST_SECONDS
+    chosen, spent, gain, seconds = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
     for kind in sorted(left, key=lambda kind: -left[kind][1] * eager[kind]):
         (shape, groups), (step, steps) = kind, left[kind]
         whole = pass_clips(recipe, shape, groups, world.size) == shape.clips // world.size
@@ -112,7 +98,7 @@ def _compiled(
         except Exception as error:  # of torch, of a compiler, or out of memory
             cause, failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", True
             log.warning("cannot compile %s with %d BatchNorm groups, running it uncompiled: %s", shape, groups, cause)
-        if world.sum(torch.tensor(float(failed))):  # all ranks must decide alike
+        if world.any(failed):  # all ranks must decide alike
             break
         now, seconds = world.from_main((now, time.perf_counter() - begun - PASSES * now))
         gain, spent = 1 - now / eager[kind], spent + seconds
@@ -124,36 +110,26 @@ def _compiled(
 
 
 def pays(steps: int, seconds: float, gain: float, cost: float) -> bool:
-    """Whether saving the share `gain` of `steps` steps of `seconds` exceeds the `cost` of compiling, in seconds.
-
-    >>> pays(steps=1000, seconds=0.5, gain=0.2, cost=60), pays(steps=100, seconds=0.5, gain=0.2, cost=60)
-    (True, False)
-    """
+    """Whether saving the share `gain` of `steps` steps of `seconds` exceeds the `cost` of compiling, in seconds."""
     return steps * seconds * gain > cost
-
-
-def _kind(step: Step) -> Kind:
-    return step.shape, step.bn_groups
 
 
 def _steps_left(plan: Plan, start: int) -> dict[Kind, tuple[Step, int]]:
     """Each kind of the remaining steps -> the next step of the kind, and how many there are."""
     found: dict[Kind, tuple[Step, int]] = {}
     for phase in plan.phases:
-        for turn in range(len(phase.shapes)):
-            first = max(start, phase.first_step)
-            first += (turn - (first - phase.first_step)) % len(phase.shapes)
-            steps = len(range(first, phase.end_step, len(phase.shapes)))
-            if steps:
-                step, before = found.get(_kind(plan[first]), (plan[first], 0))
-                found[_kind(step)] = step, before + steps
+        first, cycle = max(start, phase.first_step), len(phase.shapes)
+        for index in range(first, min(first + cycle, phase.end_step)):
+            step = plan[index]
+            kind = step.shape, step.bn_groups
+            first_of_kind, before = found.get(kind, (step, 0))
+            found[kind] = first_of_kind, before + len(range(index, phase.end_step, cycle))
     return found
 
 
 def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
     """Seconds of a forward and backward pass of a micro-batch, the minimum of `PASSES`; all ranks run together."""
-    shape, share = step.shape, step.shape.clips // world.size
-    clips = pass_clips(recipe, shape, step.bn_groups, world.size)
+    shape, clips = step.shape, pass_clips(recipe, step.shape, step.bn_groups, world.size)
     pixels = torch.zeros(clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
     pixels = pixels.to(memory_format=memory_format(recipe))
 
@@ -162,7 +138,7 @@ def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
             model(pixels).float().sum().backward()
 
     model.train()
-    set_part(model, Part(world.rank * share, clips, shape.clips, step.bn_groups, world.size, 0, world.gather))
+    set_part(model, part_of(step, recipe, world, 0, clips))
     return min(seconds_of(forward_and_backward, 2 + PASSES, world.device)[2:])
 
 

@@ -1,31 +1,33 @@
-"""Trained networks: load a checkpoint or another project's weights, predict, and export.
-
-It takes a file of weights and returns class probabilities or a file in another format. Nothing here trains, and a
-Python module that a checkpoint names is imported only if the user trusts it.
-"""
-
-from __future__ import annotations
+"""Trained networks: load a checkpoint or another project's weights, predict, and export."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from mgtrain.clips.cut import Cut, cut_windows
+from mgtrain.clips.loader import BadVideos, view_batches
+from mgtrain.clips.sources import Reader, open_source
+from mgtrain.clips.units import evaluation_grid
 from mgtrain.data import check_labels, listed_classes, open_videos, usable
 from mgtrain.data.manifest import checksum
 from mgtrain.data.missing import check_present
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.evaluate import predict, refuse_non_finite
 from mgtrain.engine.machine.warmup import set_up
 from mgtrain.engine.step import to_device
-from mgtrain.errors import CheckpointError, DataError, UsageError
+from mgtrain.errors import CheckpointError, DataError, UsageError, VideoError
 from mgtrain.models.weights.files import read_tensors
 from mgtrain.models.weights.load import freeze, is_ours, load_weights, read_classes, read_weights
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
 from mgtrain.recipe.model import OwnOptions
+from mgtrain.runs.answers import Answer, Window
 from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, read_info
 
 
@@ -50,16 +52,11 @@ class Trained:
 def load_trained(
     path: Path, recipe: str | None, overrides: Sequence[str], world: World, trust: Sequence[str] = ()
 ) -> Trained:
-    """Load the network in a file to this rank's device. A checkpoint contains its recipe; other weights need `recipe`.
+    """Load the network in a file to this rank's device: the average of a checkpoint's weights, if it has one.
 
-    If a checkpoint has averaged weights (`optim.ema`), the network gets these.
-
-    A checkpoint may come from anywhere, so a Python module in its recipe is imported only if it is in `trust`.
-
-    Raises:
-        CheckpointError, ThresholdError: the file cannot be read, does not fit the recipe's network, or needs a module
-            that is not trusted.
-        UsageError: a recipe is missing, or given for a checkpoint.
+    A checkpoint contains its recipe; other weights need `recipe`. A checkpoint may come from anywhere, so a Python
+    module in its recipe is imported only if it is in `trust`. Raises `CheckpointError` or `ThresholdError` if the file
+    cannot be read, does not fit the recipe's network, or needs a module that is not trusted.
     """
     ours = is_checkpoint(path)
     tensors = {} if ours else read_tensors(path)
@@ -76,8 +73,8 @@ def load_trained(
     else:
         info = read_info(path)
         made = parse_recipe(info.recipe, str(path), overrides, saved=True)
-        classes, step, recalibrated = tuple(info.classes), info.step, info.recalibrated
-        recalibrated = recalibrated or made.evaluation.recalibration_batches == 0
+        classes, step = tuple(info.classes), info.step
+        recalibrated = info.recalibrated or made.evaluation.recalibration_batches == 0
         if isinstance(made.model, OwnOptions) and made.model.module not in trust:
             raise CheckpointError(
                 f"{path}: loading it runs the Python module {made.model.module!r} of its recipe; if you trust that "
@@ -106,11 +103,7 @@ def load_trained(
 
 
 def evaluation_videos(trained: Trained) -> Videos:
-    """The videos of `data.val`, with the network's classes; it does not need the training videos.
-
-    Raises:
-        DataError: they have other classes, or several labels each where the recipe expects one.
-    """
+    """The videos of `data.val`. Raises `DataError` if they have other classes or labels than the network."""
     data = trained.recipe.data
     listed = (listed_classes(data.root, data.val) if trained.named else None) or ()
     for number, (there, here) in enumerate(zip(listed, trained.classes, strict=False)):
@@ -131,3 +124,53 @@ def evaluation_videos(trained: Trained) -> Videos:
     if not data.prepared:
         check_present("validation", videos, data.max_bad_fraction)
     return videos
+
+
+def predict_videos(
+    trained: Trained, paths: Sequence[str], world: World, views: tuple[int, int], every: float | None = None
+) -> tuple[list[Answer], dict[str, str]]:
+    """The predictions for the videos that can be decoded, in order, and path -> cause for the others.
+
+    Each video has `views` (times, crops) as in an evaluation or, with `every`, a clip every so many seconds.
+    """
+    recipe, (times, crops) = trained.recipe, views
+    if every is None:
+        videos = Videos.of("", [(path, 0) for path in paths], trained.classes)
+        bad = BadVideos(len(videos), 1)
+        batches = view_batches(videos, range(len(videos)), recipe, times, crops, world, bad)
+        answers = [
+            Answer(paths[number], row.cpu().numpy())
+            for numbers, rows in predict(trained.model, batches, times * crops, recipe, world)
+            for number, row in zip(numbers.tolist(), rows, strict=True)
+        ]
+        refuse_non_finite(np.array([answer.probabilities for answer in answers]), [answer.video for answer in answers])
+        return answers, bad.causes
+    answers, failed = [], {}
+    for path in paths:
+        try:
+            answers.append(_predict_windows(trained, path, world, every))
+        except VideoError as error:
+            failed[path] = str(error)
+    return answers, failed
+
+
+def _predict_windows(trained: Trained, path: str, world: World, every: float) -> Answer:
+    """Predict a clip of a video every so many seconds, of the whole file; one batch is in memory at a time."""
+    recipe = trained.recipe
+    if recipe.clip.sampling == "segments":
+        raise UsageError("--every: with clip.sampling segments, a clip covers the whole video; leave out --every")
+    with open_source(path, recipe.data.fps) as file:
+        cuts = cut_windows(evaluation_grid(recipe), file.info, every, fps=recipe.clip.fps)
+        batches = _batches(file, cuts, max(1, recipe.batch.clips), world)
+        rows = torch.cat([rows for _, rows in predict(trained.model, batches, 1, recipe, world)]).cpu().numpy()
+        fps, first = file.info.fps, file.first
+    spans = [((first + cut.frames[0]) / fps, (first + cut.frames[-1] + 1) / fps) for cut in cuts]
+    refuse_non_finite(rows, [f"{path}, {start:.1f} s" for start, _ in spans])
+    windows = [Window(*span, row) for span, row in zip(spans, rows, strict=True)]
+    return Answer(path, rows.max(0) if recipe.evaluation.views == "max" else rows.mean(0), windows)
+
+
+def _batches(file: Reader, cuts: Sequence[Cut], size: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    for first in range(0, len(cuts), size):
+        clips = torch.from_numpy(np.stack(file.read(cuts[first : first + size])))  # (b, T, S, S, 3)
+        yield clips.to(world.device).permute(0, 4, 1, 2, 3), torch.arange(first, first + len(clips))

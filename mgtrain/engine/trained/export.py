@@ -1,11 +1,8 @@
 """Export a trained network for other programs: as ONNX, as a torch.export program, or as plain weights.
 
-The input is normalized clips, float32 (B, 3, T, S, S), and the output logits (B, classes); the graph selects the frames
-of SlowFast's slow pathway. Metadata describes how clips are cut and normalized, and names the classes. The temporary
-file is read back and run before it gets its final name.
+The input is normalized clips, float32 (B, 3, T, S, S), and the output logits (B, classes); metadata describes how clips
+are cut and normalized, and names the classes. A file is read back and run before it gets its final name.
 """
-
-from __future__ import annotations
 
 import copy
 import io
@@ -73,8 +70,7 @@ class Exported:
 def export(trained: Trained, path: Path) -> Exported:
     """Write the network in the format of the path's suffix, with as many variable sizes as possible.
 
-    Raises:
-        ThresholdError: torch cannot write the network, or the file's logits differ; no file is left.
+    Raises `ThresholdError` if torch cannot write the network, or the file's logits differ; no file is left.
     """
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: the file's name must end in {', '.join(FORMATS)}")
@@ -99,8 +95,7 @@ def export(trained: Trained, path: Path) -> Exported:
 
 def _attempt(model: nn.Module, trained: Trained, file: Path, free: tuple[str, ...]) -> tuple[Parity, ...] | str:
     """Write a file in which the sizes in `free` may vary; returns its parity, or why it failed."""
-    shape = trained.recipe.evaluation_shape
-    frames, size = shape.frames, shape.crop
+    frames, size = trained.recipe.evaluation_shape.frames, trained.recipe.evaluation_shape.crop
     trials = [(1, frames, size)]
     if "clips" in free:
         trials.append((3, frames, size))

@@ -1,10 +1,9 @@
-"""The optimizer: SGD or AdamW over groups of parameters with their own weight decay and learning rate."""
-
-from __future__ import annotations
+"""The optimizer, SGD or AdamW over groups of parameters with their own settings, and the average of the weights."""
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +27,8 @@ TABLES = re.compile(r"(^|[._])(pos|positions?|positional|cls_token|class_token)(
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The recipe's optimizer; a step sets each group's learning rate to its own times the group's `lr_factor`.
 
-    The implementation is fused: it skips an update if `found_inf` is 1 on the device, without waiting for the GPU.
-
-    Raises:
-        UsageError: `optim.layer_decay` is below 1 and the network repeats no block.
+    It is fused: it skips an update if `found_inf` is 1 on the device, without waiting for the GPU. Raises `UsageError`
+    if `optim.layer_decay` is below 1 and the network repeats no block.
     """
     parameters = dict(model.named_parameters())
     undecayed = undecayed_names(model, optim)
@@ -64,10 +61,9 @@ def set_lr(optimizer: torch.optim.Optimizer, step: Step) -> None:
 
 
 def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
-    """The names of the parameters without weight decay.
+    """The names of the parameters without weight decay: those of normalizations.
 
-    Those of normalizations; for AdamW also all vectors (biases, scales), tables of positions and tokens by their names,
-    and the names that the network's `no_weight_decay()` returns, if it has one as timm's networks do.
+    For AdamW also vectors, tables of positions and tokens, and what the network's `no_weight_decay()` names (timm).
     """
     names = {
         f"{path}.{name}".removeprefix(".")
@@ -84,9 +80,9 @@ def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
 def layers(model: nn.Module) -> tuple[dict[str, int], int]:
     """Each parameter's layer, and the number of the last one, to which the classifier belongs.
 
-    Layer 0 is everything before the first block that the network repeats. Each block is a layer, together with what
-    follows it up to the next block; everything after the last block is the last layer. Parameters count in the order of
-    their definition. The layers of SlowFast and I3D are their stages, because their pathways are defined one by one.
+    In the order of definition, layer 0 is everything before the first block that the network repeats; each block is a
+    layer with what follows it up to the next one; what follows the last block is the last layer. The layers of SlowFast
+    and I3D are their stages, because their pathways are defined one by one.
     """
     names = [name for name, _ in model.named_parameters()]
     if is_ours(model):
@@ -148,13 +144,9 @@ class _AdamW(_InPlace, torch.optim.AdamW):
             [_flat(self.state[p]["exp_avg_sq"], p) for p in params],
             [],
             [self.state[p]["step"] for p in params],
-            lr=group["lr"],
+            **{key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")},
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
             fused=True,
             **scaling,
         )
@@ -163,3 +155,51 @@ class _AdamW(_InPlace, torch.optim.AdamW):
 def _flat(x: Tensor, like: Tensor) -> Tensor:
     """`x` with its dimensions sorted by the strides of `like`: contiguous if both have the same memory format."""
     return x.permute(sorted(range(like.dim()), key=like.stride, reverse=True))
+
+
+def kept(decay: float, base_clips: int, step: Step) -> float:
+    """The share of the average that a step keeps, a function of the step alone.
+
+    `decay` is that of a step of `base_clips` clips; a step of k times as many keeps its k-th power, so that the average
+    spans as many clips in a multigrid run as in its baseline (Busbridge et al. 2023). Early in a run it spans about a
+    tenth of the clips so far, so that the first weights are soon forgotten.
+    """
+    before = step.first_clip / base_clips
+    return float(min(decay, (1 + before) / (10 + before)) ** (step.shape.clips / base_clips))
+
+
+class Average:
+    """A moving average of a model's trained weights (EMA), which is evaluated and exported in their place."""
+
+    def __init__(self, model: nn.Module, decay: float, base_clips: int) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._decay, self._base_clips = decay, base_clips
+        self.restart()
+
+    def restart(self) -> None:
+        """Start from the model's weights as they are."""
+        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: Step, bad: Tensor) -> None:
+        """Add the weights after `step`, unless its update was skipped: `bad` is 1 then, on the device."""
+        share = (1 - kept(self._decay, self._base_clips, step)) * (1 - bad)
+        averages = [*self.weights.values()]
+        changes = torch._foreach_sub([*self._parameters.values()], averages)
+        torch._foreach_mul_(changes, share)
+        torch._foreach_add_(averages, changes)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the average's weights into the model within the block."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._put(self.weights)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
