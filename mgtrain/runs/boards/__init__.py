@@ -4,17 +4,14 @@ Each is a `Board`. TensorBoard writes to the run's folder, so its errors are err
 that may be slow, unreachable or broken: each runs in its own process (`relay.py`) and cannot stop or delay the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from mgtrain.errors import MissingCapabilityError
 from mgtrain.recipe import Logging
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}  # key: module, what pip installs
 

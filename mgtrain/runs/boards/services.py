@@ -3,12 +3,11 @@
 The first two may block and raise: `relay.py` runs them in a process of its own.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,18 @@ class WandB:
 
         self._wandb: Any = wandb
         entity, _, project = target.rpartition("/")
-        options: dict[str, Any] = {
-            "entity": entity or None,
-            "project": project,
-            "name": name,
-            "id": identity,
-            "resume": "allow",
-            "dir": folder,
-            "settings": wandb.Settings(init_timeout=START_SECONDS, console="off"),
-        }
+        init = partial(
+            self._wandb.init, entity=entity or None, project=project, name=name, id=identity, resume="allow",
+            dir=folder, settings=wandb.Settings(init_timeout=START_SECONDS, console="off"),
+        )  # fmt: skip
         try:
-            self._run: Any = wandb.init(**options)
+            self._run: Any = init()
         except Exception as error:  # no network, no account, a refused key
             sys.stderr.write(
                 f"mgtrain: wandb: {' '.join(str(error).split())[:300]}; logging offline, upload it with "
                 f"`wandb sync {folder}/wandb/offline-run-*`\n"
             )
-            self._run = wandb.init(**options, mode="offline")
+            self._run = init(mode="offline")
         self._run.define_metric("*", step_metric="step")  # a resumed run logs some steps again
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
