@@ -215,8 +215,6 @@ def speedup_at_equal_accuracy(baseline: Sequence[dict[str, Any]], run: Sequence[
     >>> speedup_at_equal_accuracy(slow, [{"top1": 0.5, "train_seconds": 10.0}])
     4.0
     """
-    if not baseline or not run:
-        return None
-    both = min(max(map(accuracy, baseline)), max(map(accuracy, run)))
+    both = min(max(map(accuracy, rows), default=0.0) for rows in (baseline, run))
     theirs, ours = time_to_accuracy(baseline, both), time_to_accuracy(run, both)
     return theirs / ours if theirs and ours else None

@@ -17,7 +17,7 @@ from mgtrain.engine.evaluate import predict, refuse_non_finite
 from mgtrain.engine.trained import Trained
 from mgtrain.errors import UsageError, VideoError
 from mgtrain.processes.distributed import World
-from mgtrain.runs.answers import Answer, Window
+from mgtrain.runs.scores import Answer, Window
 
 
 def predict_videos(
