@@ -18,7 +18,7 @@ from mgtrain.engine.step import train_step
 from mgtrain.grid import Shape
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
-from mgtrain.runs.boards import check_boards
+from mgtrain.runs.boards.services import check_boards
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule.totals import steps_of_shapes
 

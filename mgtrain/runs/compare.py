@@ -168,13 +168,11 @@ def shown_cost(summary: Mapping[str, Any], key: str, form: str) -> str:
 def render(result: dict[str, Any]) -> Group:
     """The comparison for the terminal: warnings, table, differences of the recipes, verdict."""
     theirs, ours = result["runs"]
-    rows = []
-    for label, key, form in COST_ROWS:
-        gain = ""
-        if key in result["speedups"]:
-            ratio = result["speedups"][key]
-            gain = "different devices" if ratio is None else times(ratio)
-        rows.append((label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gain))
+    gains = {key: "different devices" if x is None else times(x) for key, x in result["speedups"].items()}
+    rows = [
+        (label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gains.get(key, ""))
+        for label, key, form in COST_ROWS
+    ]
     scores = ((ours["metric"], "accuracy"), ("top-1", "top1"), ("mean class", "mean_class"), ("top-5", "top5"))
     for name, key in scores:
         known = theirs[key] is not None and ours[key] is not None

@@ -26,9 +26,8 @@ import numpy as np
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Logging, Recipe, load_recipe
-from mgtrain.runs.boards import Board, services_of
 from mgtrain.runs.boards.relay import Relay
-from mgtrain.runs.boards.services import TensorBoard
+from mgtrain.runs.boards.services import Board, TensorBoard, services_of
 
 log = logging.getLogger(__name__)
 

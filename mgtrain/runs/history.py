@@ -144,10 +144,7 @@ class History:
         ]
 
     def right(self) -> np.ndarray | None:
-        """For each validation video, 1 if the last evaluation was right, 0 if not, -1 if it was skipped: int8 (V,).
-
-        None for runs of earlier versions, which did not log it.
-        """
+        """For each video, 1 if the last evaluation was right, 0 if not, -1 if skipped: int8 (V,). None if not logged."""
         last = self.evals[-1]
         return unpacked(last["right"], last["videos"], last["left_out"]) if "right" in last else None
 

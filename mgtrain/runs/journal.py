@@ -20,10 +20,7 @@ class Journal:
         self._row = np.dtype([("number", "<i8"), ("probabilities", "<f4", (classes,))])
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of all ranks: ascending numbers, int64 (V,), and probabilities, float32 (V, classes).
-
-        Raises `UsageError` if a file is of another evaluation.
-        """
+        """Ascending numbers, int64 (V,), and probabilities, float32 (V, classes); `UsageError` for another evaluation."""
         rows = [np.empty(0, self._row)]
         for part in self._parts():
             data = part.read_bytes()

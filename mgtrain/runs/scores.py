@@ -296,10 +296,7 @@ def _areas(right: np.ndarray, scores: np.ndarray, times: np.ndarray) -> np.ndarr
 
 
 def mean_ap_sd(right: np.ndarray, scores: np.ndarray) -> float | None:
-    """The standard error of mean average precision, bool and float (V, classes), by a bootstrap over the videos.
-
-    None if fewer than two replicates have a right video.
-    """
+    """The bootstrap's standard error of mAP, bool and float (V, classes); None if too few samples have right videos."""
     count = len(right)
     if not count:
         return None

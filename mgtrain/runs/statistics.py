@@ -96,7 +96,7 @@ def _newcombe(right: int, count: int, rival: int, of_rival: int, correlation: fl
         return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
 
     low, high = p - q - reach(p - p_low, q_high - q), p - q + reach(p_high - p, q - q_low)
-    return Interval(p - q, max(-1.0, low), min(1.0, high), None)
+    return Interval(p - q, max(-1.0, low), min(1.0, high))
 
 
 def mcnemar(first: int, second: int) -> float:

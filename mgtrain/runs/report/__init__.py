@@ -20,11 +20,7 @@ MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 
 
 def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
-    """Write a report; the first run is the baseline of the others.
-
-    `frames` are pictures of clips from `engine.examples.example_frames`. Raises `CheckpointError` if a run's logs are
-    damaged, or the file cannot be written.
-    """
+    """Write a report, or raise `CheckpointError`. The first run is the baseline; `frames` are of `example_frames`."""
     write_text(path, render_report(runs, frames))
 
 

@@ -1,7 +1,5 @@
 """The results of a study's runs: a small JSON file for each, and a page that compares them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
