@@ -69,9 +69,9 @@ def paired_shares(both: int, first: int, second: int, neither: int) -> Interval:
     if not count:
         return Interval(0.0)
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
-    excess = both * neither - first * second
+    excess: float = both * neither - first * second
     if excess > 0:
-        excess = max(0, excess - count / 2)  # type: ignore[assignment]  # continuity correction
+        excess = max(0, excess - count / 2)  # continuity correction
     return _newcombe(both + second, count, both + first, count, excess / math.sqrt(product) if product else 0.0)
 
 
