@@ -144,7 +144,7 @@ class History:
         ]
 
     def right(self) -> np.ndarray | None:
-        """For each video, int8 (V,): 1 if the last evaluation was right, 0 if not, -1 if skipped. None if not logged."""
+        """For each video, int8 (V,): 1 if the last evaluation was right, 0 if not, -1 if skipped; None if unknown."""
         last = self.evals[-1]
         return unpacked(last["right"], last["videos"], last["left_out"]) if "right" in last else None
 

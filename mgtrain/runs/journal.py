@@ -20,7 +20,7 @@ class Journal:
         self._row = np.dtype([("number", "<i8"), ("probabilities", "<f4", (classes,))])
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ascending numbers, int64 (V,), and probabilities, float32 (V, classes). Raises `UsageError` for other files."""
+        """Ascending numbers int64 (V,) and probabilities float32 (V, classes); `UsageError` for another evaluation."""
         rows = [np.empty(0, self._row)]
         for part in self._parts():
             data = part.read_bytes()
