@@ -27,7 +27,7 @@ from mgtrain.grid import Shape
 from mgtrain.processes.distributed import Agreement, World
 from mgtrain.processes.signals import StopRequest
 from mgtrain.recipe import Recipe
-from mgtrain.runs.boards import check_boards
+from mgtrain.runs.boards.services import check_boards
 from mgtrain.runs.checkpoint import CheckpointInfo
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.scores import Scores

@@ -25,7 +25,7 @@ from mgtrain.models.weights.load import start_from
 from mgtrain.processes.distributed import World, replicate
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw, seed_of
-from mgtrain.runs.boards import check_boards
+from mgtrain.runs.boards.services import check_boards
 from mgtrain.runs.checkpoint import CheckpointInfo
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import Plan, Step, check_world, make_plan

@@ -5,8 +5,6 @@ the average of the weights; the header has the rest (step, recipe, class names, 
 checkpoint cannot run code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -60,18 +58,13 @@ def save_checkpoint(
     groups: Mapping[str, Tensor] = MappingProxyType({}),
     average: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write a checkpoint atomically: temporary name, fsync, rename, fsync.
+    """Write a checkpoint atomically, or raise `CheckpointError`; `NonFiniteError` if a learned tensor is not finite.
 
     `groups` are the statistics of all ranks from `models.norm.group_stats`; `average` is that of the weights, by name.
-
-    Raises:
-        CheckpointError: it cannot be written.
-        NonFiniteError: a weight, a running statistic or the optimizer's state is NaN or infinite.
     """
     learned = _learned(model)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"groups.{name}": tensor for name, tensor in groups.items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in average.items()}
+    parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict(), "groups": groups, "ema": average}
+    tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
     for name, parameter in model.named_parameters():
         for kind, tensor in optimizer.state.get(parameter, {}).items():
             if isinstance(tensor, Tensor):
@@ -85,7 +78,6 @@ def save_checkpoint(
     facts = json.dumps(asdict(info))
     checksum = _checksum(facts, tensors, tensors.__getitem__)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"format": FORMAT, "info": facts, "sha256": checksum})
             _fsync(temporary)

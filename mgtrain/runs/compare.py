@@ -1,7 +1,5 @@
 """Compare a run with its baseline: costs, accuracy and a verdict."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -19,6 +17,7 @@ from mgtrain.runs.statistics import Interval, Z, judge, mcnemar, paired_shares, 
 
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
 DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
+TIMES = ("train_seconds", "clock_seconds", "gpu_hours")
 # Keys that change times but no result beyond rounding, and that a run does not set by itself, as it does memory's.
 TIME_KEYS = (
     "evaluation.times",
@@ -60,14 +59,11 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
             f"{' and '.join(old)}: from an earlier version, so the time by the clock excludes start-up and checkpoints"
         )
 
-    same = not other_device
     speedups: dict[str, float | None] = {
-        key: getattr(theirs, key) / getattr(ours, key)
-        for key in ("steps", "epochs", "clips", "voxels", "multiply_adds")
+        key: None if other_device and key in TIMES else getattr(theirs, key) / getattr(ours, key)
+        for key in ("steps", "epochs", "clips", "voxels", "multiply_adds", *TIMES)
     }
-    for key in ("train_seconds", "clock_seconds", "gpu_hours"):
-        speedups[key] = getattr(theirs, key) / getattr(ours, key) if same else None
-    speedups["at_equal_accuracy"] = speedup_at_equal_accuracy(baseline.evals, run.evals) if same else None
+    speedups["at_equal_accuracy"] = None if other_device else speedup_at_equal_accuracy(baseline.evals, run.evals)
     target, (found, test) = theirs.best_accuracy, accuracy_test(baseline, run)
     result = {
         "schema": "mgtrain.compare/3",
@@ -172,13 +168,11 @@ def shown_cost(summary: Mapping[str, Any], key: str, form: str) -> str:
 def render(result: dict[str, Any]) -> Group:
     """The comparison for the terminal: warnings, table, differences of the recipes, verdict."""
     theirs, ours = result["runs"]
-    rows = []
-    for label, key, form in COST_ROWS:
-        gain = ""
-        if key in result["speedups"]:
-            ratio = result["speedups"][key]
-            gain = "different devices" if ratio is None else times(ratio)
-        rows.append((label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gain))
+    gains = {key: "different devices" if x is None else times(x) for key, x in result["speedups"].items()}
+    rows = [
+        (label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gains.get(key, ""))
+        for label, key, form in COST_ROWS
+    ]
     scores = ((ours["metric"], "accuracy"), ("top-1", "top1"), ("mean class", "mean_class"), ("top-5", "top5"))
     for name, key in scores:
         known = theirs[key] is not None and ours[key] is not None

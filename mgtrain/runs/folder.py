@@ -9,8 +9,6 @@
 Reading imports neither torch nor TensorBoard.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -22,14 +20,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+import numpy as np
 
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Logging, Recipe, load_recipe
-from mgtrain.runs.boards import Board, services_of
-
-if TYPE_CHECKING:
-    import numpy as np
+from mgtrain.runs.boards.relay import Relay
+from mgtrain.runs.boards.services import Board, TensorBoard, services_of
 
 log = logging.getLogger(__name__)
 
@@ -39,29 +37,15 @@ NUMBERS = {"steps.jsonl": ("step",), "evals.jsonl": ("step", "top1", "train_seco
 LOCK_SECONDS = 10.0  # to wait until the processes of a killed run have ended
 
 
-def find_run(name: str | Path) -> RunDir:
-    """The run at a path, or with that name under `runs/`. Raises `UsageError` if there is none."""
-    for path in (Path(name), RUNS / name):
-        if (path / "recipe.yaml").is_file():
-            return RunDir(path)
-    started = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
-    known = f"runs here: {', '.join(started)}" if started else f"no runs in {RUNS}/ yet"
-    raise UsageError(f"{name}: not a run directory, because it has no recipe.yaml; {known}")
-
-
 class RunDir:
     """A run's folder. With `writes=False`, for all ranks except the main one, methods that write do nothing."""
 
     def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
+        self.name = self.path.name
         self._board: Board | None = None  # TensorBoard
         self.other_boards: list[Board] = []  # see `open_boards`
         self._first_step = 0  # that this process writes to TensorBoard
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.path.name
 
     def recipe(self) -> Recipe:
         """The run's recipe."""
@@ -102,11 +86,8 @@ class RunDir:
     def locked(self, patience: float | None = None) -> Iterator[None]:
         """Lock the folder against other writers; the system releases the lock when the process ends or dies.
 
-        Wait for another writer to end for `patience` seconds, by default `LOCK_SECONDS`. If the lock's folder is new
-        and stays empty, it is removed.
-
-        Raises:
-            CheckpointError: another process writes here.
+        Waits `patience` seconds, by default `LOCK_SECONDS`, for another writer to end, then raises `CheckpointError`.
+        Removes the lock's folder if it is new and stays empty.
         """
         if not self.writes:
             yield
@@ -155,10 +136,8 @@ class RunDir:
         """Write a file atomically: text, or a dict as JSON."""
         if self.writes:
             text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-            with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                with replacing(self.path / name) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+            with self._writing(), replacing(self.path / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add a line to `steps.jsonl` or `evals.jsonl`."""
@@ -185,8 +164,6 @@ class RunDir:
         """Show the run on the services that its recipe names, too; resumed, it continues there."""
         if not (self.writes and services_of(named)):
             return
-        from mgtrain.runs.boards.relay import Relay
-
         if not (self.path / BOARDS).is_file():
             self.write(BOARDS, {"id": uuid.uuid4().hex[:16]})
         identity, folder = str(self.read(BOARDS).get("id")), str(self.path.absolute())
@@ -201,10 +178,7 @@ class RunDir:
         """Call `write` with TensorBoard and the other boards, if this process writes."""
         if self.writes:
             with self._writing():
-                if self._board is None:
-                    from mgtrain.runs.boards.services import TensorBoard
-
-                    self._board = TensorBoard(self.path, self._first_step)
+                self._board = self._board or TensorBoard(self.path, self._first_step)
                 write(self._board)
             for board in self.other_boards:
                 write(board)
@@ -260,18 +234,26 @@ class RunDir:
                 path.unlink(missing_ok=True)
 
 
+def find_run(name: str | Path) -> RunDir:
+    """The run at a path, or with that name under `runs/`. Raises `UsageError` if there is none."""
+    for path in (Path(name), RUNS / name):
+        if (path / "recipe.yaml").is_file():
+            return RunDir(path)
+    started = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
+    known = f"runs here: {', '.join(started)}" if started else f"no runs in {RUNS}/ yet"
+    raise UsageError(f"{name}: not a run directory, because it has no recipe.yaml; {known}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: the block writes to a temporary path, which then takes the place of `path`.
-
-    If the block fails, the file at `path` stays as it was.
-    """
+    """Write a file atomically: the block writes to a temporary path, which replaces `path` unless the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # the folder may not exist
+        with suppress(OSError):  # there may be nothing to delete
             temporary.unlink()
         raise
 

@@ -64,10 +64,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
 
     Runs are paired by seed and fold if both groups have the same ones; with several folds, which differ more than seeds
     do, also if only some have a partner, and the seeds of a fold count as one run. Otherwise Welch's t compares groups.
-    Unfinished runs are skipped with a warning.
-
-    Raises:
-        UsageError: no run of the first group is finished.
+    Unfinished runs are skipped with a warning; `UsageError` if the first group has no finished run.
     """
     warnings, done = [], {}
     for name, members in groups.items():
@@ -160,9 +157,12 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         low, high = value["low"], value["high"]
         return "" if low is None else f"{100 * max(0, low):.1f} to {100 * min(1, high):.1f}"
 
-    def gain(group: Mapping[str, Any], key: str) -> str:
+    def gain(group: Mapping[str, Any], key: str) -> str:  # such as `3.67x (3.60 to 3.75)`
         found = group.get("speedups", {}).get(key)
-        return "" if found is None else spread(found)
+        if found is None:
+            return ""
+        spread = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+        return f"{found['value']:.2f}x{spread}"
 
     return [
         [
@@ -180,12 +180,6 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         ]
         for group in result["groups"]
     ]
-
-
-def spread(found: Mapping[str, Any]) -> str:
-    """A ratio with its interval, such as `3.67x (3.60 to 3.75)`."""
-    ends = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
-    return f"{found['value']:.2f}x{ends}"
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:

@@ -144,10 +144,7 @@ class History:
         ]
 
     def right(self) -> np.ndarray | None:
-        """For each validation video, 1 if the last evaluation was right, 0 if not, -1 if it was skipped: int8 (V,).
-
-        None for runs of earlier versions, which did not log it.
-        """
+        """For each video, int8 (V,): 1 if the last evaluation was right, 0 if not, -1 if skipped; None if unknown."""
         last = self.evals[-1]
         return unpacked(last["right"], last["videos"], last["left_out"]) if "right" in last else None
 
@@ -215,8 +212,6 @@ def speedup_at_equal_accuracy(baseline: Sequence[dict[str, Any]], run: Sequence[
     >>> speedup_at_equal_accuracy(slow, [{"top1": 0.5, "train_seconds": 10.0}])
     4.0
     """
-    if not baseline or not run:
-        return None
-    both = min(max(map(accuracy, baseline)), max(map(accuracy, run)))
+    both = min(max(map(accuracy, rows), default=0.0) for rows in (baseline, run))
     theirs, ours = time_to_accuracy(baseline, both), time_to_accuracy(run, both)
     return theirs / ours if theirs and ours else None

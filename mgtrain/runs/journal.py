@@ -1,7 +1,5 @@
 """The results of an unfinished evaluation, so that it can be resumed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -17,16 +15,12 @@ class Journal:
     """
 
     def __init__(self, file: Path, identity: str, classes: int) -> None:
-        self.file, self._classes = file, classes
+        self.file = file
         self._head = json.dumps({"format": "mgtrain.journal/1", "of": identity}).encode() + b"\n"
         self._row = np.dtype([("number", "<i8"), ("probabilities", "<f4", (classes,))])
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of all ranks: ascending numbers, int64 (V,), and probabilities, float32 (V, classes).
-
-        Raises:
-            UsageError: a file is of another evaluation.
-        """
+        """Ascending numbers int64 (V,) and probabilities float32 (V, classes); `UsageError` for another evaluation."""
         rows = [np.empty(0, self._row)]
         for part in self._parts():
             data = part.read_bytes()
@@ -45,10 +39,8 @@ class Journal:
         with part.open("ab") as file:
             size = file.tell()
             incomplete = (size - len(self._head)) % self._row.itemsize if size >= len(self._head) else size
-            if incomplete or not size:
-                file.truncate(size - incomplete)
-                file.write(b"" if size - incomplete else self._head)
-            file.write(rows.tobytes())
+            file.truncate(size - incomplete)
+            file.write((b"" if size > incomplete else self._head) + rows.tobytes())
 
     def remove(self) -> None:
         """Delete the files after the evaluation is done."""

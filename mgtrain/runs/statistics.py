@@ -69,9 +69,9 @@ def paired_shares(both: int, first: int, second: int, neither: int) -> Interval:
     if not count:
         return Interval(0.0)
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
-    excess = both * neither - first * second
+    excess: float = both * neither - first * second
     if excess > 0:
-        excess = max(0, excess - count / 2)  # type: ignore[assignment]  # continuity correction
+        excess = max(0, excess - count / 2)  # continuity correction
     return _newcombe(both + second, count, both + first, count, excess / math.sqrt(product) if product else 0.0)
 
 
@@ -96,7 +96,7 @@ def _newcombe(right: int, count: int, rival: int, of_rival: int, correlation: fl
         return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
 
     low, high = p - q - reach(p - p_low, q_high - q), p - q + reach(p_high - p, q - q_low)
-    return Interval(p - q, max(-1.0, low), min(1.0, high), None)
+    return Interval(p - q, max(-1.0, low), min(1.0, high))
 
 
 def mcnemar(first: int, second: int) -> float:

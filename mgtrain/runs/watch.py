@@ -1,7 +1,5 @@
 """The progress of a run, read from its logs: `mgtrain watch`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,10 +20,7 @@ QUIET_SECONDS = 600  # without a new log line until a note says so
 
 
 def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
-    """Read the state of a run from its logs, as plain values.
-
-    Raises `UsageError` before the first line, and `CheckpointError` if the logs are damaged.
-    """
+    """A run's state from its logs. Raises `UsageError` before the first line, `CheckpointError` if they are damaged."""
     with guarded(run, *([baseline] if baseline else [])):
         history = History(run)
         rows, evals, plan = history.steps, history.evals, history.plan

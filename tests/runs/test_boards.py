@@ -20,8 +20,7 @@ from mgtrain.engine.fit import fit
 from mgtrain.errors import MissingCapabilityError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Logging, Recipe
-from mgtrain.runs.boards import Board, check_boards
-from mgtrain.runs.boards.services import MLflow, WandB
+from mgtrain.runs.boards.services import Board, MLflow, WandB, check_boards
 from mgtrain.runs.folder import RunDir
 
 PIXELS = np.zeros((4, 8, 3), np.uint8)
@@ -183,7 +182,7 @@ def test_a_run_that_is_killed_ends_its_service_as_failed(
 def test_a_missing_package_is_said_before_anything_is_written(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, package: str
 ) -> None:
-    monkeypatch.setattr("mgtrain.runs.boards.find_spec", lambda module: None if module == key else object())
+    monkeypatch.setattr("mgtrain.runs.boards.services.find_spec", lambda module: None if module == key else object())
     message = (
         f"logging.{key}: the package {key} is not installed; run `pip install {package}`, or set logging.{key}=null"
     )

@@ -108,9 +108,10 @@ def test_every_figure_has_words_and_a_table(page: Page) -> None:
 
 
 def test_time_is_split_into_all_there_is(runs: list[RunDir]) -> None:
-    from mgtrain.runs.report import _describe
+    from mgtrain.runs.report import _split
 
-    view = _describe(History(runs[1]), "#000000")
+    run = History(runs[1])
+    view = {"split": _split(run), "summary": run.summary}
     last = runs[1].rows("evals.jsonl")[-1]
     assert sum(part["compute"] + part["data"] for part in view["split"]) == pytest.approx(last["train_seconds"])
     assert [part["phase"] for part in view["split"]] == list(range(6))

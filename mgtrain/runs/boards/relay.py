@@ -5,8 +5,6 @@
 Nothing of the service runs in the training process. The output of the service's process goes to the terminal.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -35,12 +33,12 @@ SECONDS_TO_END = 60.0  # that a service has at the end of a run to upload what i
 class Relay:
     """A `Board` that passes everything to a service's process. Only `close` waits, and no method raises."""
 
-    def __init__(self, service: str, facts: Mapping[str, str]) -> None:
+    def __init__(self, service: str, facts: dict[str, str]) -> None:
         self._service, self._lost = service, False
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue(WAITING)
         # In a session of its own: the terminal's Ctrl-C is for the run, which then closes its boards.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, service, json.dumps(dict(facts)), str(SECONDS_TO_END)],
+            [sys.executable, "-m", __name__, service, json.dumps(facts), str(SECONDS_TO_END)],
             stdin=subprocess.PIPE,
             stdout=2,  # what a command prints is its result
             env={**os.environ, "PYTHONSAFEPATH": "1"},

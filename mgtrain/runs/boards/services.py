@@ -1,21 +1,38 @@
-"""Weights & Biases, MLflow and TensorBoard as boards.
-
-The first two may block and raise: `relay.py` runs them in a process of its own.
-"""
-
-from __future__ import annotations
+"""TensorBoard, and the services Weights & Biases and MLflow, which may block and raise, as boards."""
 
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from mgtrain.errors import MissingCapabilityError
+from mgtrain.recipe import Logging
+
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # a service and its module -> what pip installs
 PARAMETERS = 100  # the most that MLflow takes at once
 START_SECONDS = 30.0  # to connect to Weights & Biases before logging offline
+
+
+class Board(Protocol):
+    """Shows scalars, parameters and images of a run."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the curves, after `step` finished steps; a tag such as `val/top1` names each."""
+
+    def parameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Add the run's recipe keys to the table of runs; `metrics` are the tags to show beside them."""
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Add a picture, uint8 (H, W, 3)."""
+
+    def close(self, failed: bool) -> None:
+        """Write what is pending; `failed`: the run stopped before its end."""
 
 
 class WandB:
@@ -26,23 +43,18 @@ class WandB:
 
         self._wandb: Any = wandb
         entity, _, project = target.rpartition("/")
-        options: dict[str, Any] = {
-            "entity": entity or None,
-            "project": project,
-            "name": name,
-            "id": identity,
-            "resume": "allow",
-            "dir": folder,
-            "settings": wandb.Settings(init_timeout=START_SECONDS, console="off"),
-        }
+        init = partial(
+            self._wandb.init, entity=entity or None, project=project, name=name, id=identity, resume="allow",
+            dir=folder, settings=wandb.Settings(init_timeout=START_SECONDS, console="off"),
+        )  # fmt: skip
         try:
-            self._run: Any = wandb.init(**options)
+            self._run: Any = init()
         except Exception as error:  # no network, no account, a refused key
             sys.stderr.write(
                 f"mgtrain: wandb: {' '.join(str(error).split())[:300]}; logging offline, upload it with "
                 f"`wandb sync {folder}/wandb/offline-run-*`\n"
             )
-            self._run = wandb.init(**options, mode="offline")
+            self._run = init(mode="offline")
         self._run.define_metric("*", step_metric="step")  # a resumed run logs some steps again
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -118,6 +130,21 @@ class TensorBoard:
     def close(self, failed: bool) -> None:
         if not failed:  # a failure may be that of this very folder; the writer's thread flushes by itself
             self._writer.close()
+
+
+def check_boards(named: Logging) -> None:
+    """Raise `MissingCapabilityError` for services whose package is not installed, without importing it."""
+    for key in services_of(named):
+        if find_spec(key) is None:
+            raise MissingCapabilityError(
+                f"logging.{key}: the package {key} is not installed; run `pip install {PACKAGES[key]}`, or set "
+                f"logging.{key}=null"
+            )
+
+
+def services_of(named: Logging) -> dict[str, str]:
+    """The services that the recipe names: key -> what it names there."""
+    return {key: target for key in PACKAGES if (target := getattr(named, key)) is not None}
 
 
 SERVICES = {"wandb": WandB, "mlflow": MLflow}

@@ -1,7 +1,5 @@
 """A report of runs as one self-contained HTML file: costs, accuracy, figures, and how to reproduce them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,31 +20,32 @@ MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 
 
 def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
-    """Write a report; the first run is the baseline of the others.
-
-    `frames` are pictures of clips from `engine.examples.example_frames`. Raises `CheckpointError` if a run's logs are
-    damaged, or the file cannot be written.
-    """
+    """Write a report, or raise `CheckpointError`. The first run is the baseline; `frames` are of `example_frames`."""
     write_text(path, render_report(runs, frames))
 
 
 def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ()) -> str:
     histories = [History(run) for run in runs]
+    colours = [COLOURS[n % len(COLOURS)] for n in range(len(histories))]
     comparisons = [compare(histories[0], history) for history in histories[1:]]
     groups = grouped(histories)
     several = any(len(members) > 1 for members in groups.values()) and len(groups) > 1
     together = compare_groups(groups) if several and all(c["runs"][0]["finished"] for c in comparisons) else None
     with guarded(*runs):
-        described = [_describe(run, COLOURS[n % len(COLOURS)]) for n, run in enumerate(histories)]
         context = {
             "version": __version__,
-            "runs": described,
+            "runs": histories,
+            "colours": colours,
             "comparisons": comparisons,
             "together": {"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
-            "rows": _table(described, comparisons),
-            "curves": curves(described),
-            "figures": [figure for view in described for figure in (schedule(view), time_split(view))],
-            "classes": [_changes(described[0], view) for view in described[1:]],
+            "rows": _table(histories, comparisons),
+            "curves": curves(histories, colours),
+            "figures": [
+                figure
+                for run, colour in zip(histories, colours, strict=True)
+                for figure in (schedule(run, colour), time_split(run, _split(run), colour))
+            ],
+            "classes": [_changes(histories[0], run) for run in histories[1:]],
             "frames": frames,
         }
     return render_page("report.html.j2", **context)
@@ -63,27 +62,10 @@ def render_page(template: str, **context: Any) -> str:
 def write_text(path: Path, page: str) -> None:
     """Write a file atomically. Raises `CheckpointError` if that fails."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
-
-
-def _describe(run: History, colour: str) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "colour": colour,
-        "summary": run.summary,
-        "recipe": run.recipe.to_yaml(),
-        "environment": run.env,
-        "data": {key: value for key, value in run.data.items() if key != "classes"},
-        "classes": run.data["classes"],
-        "phases": run.plan_file["phases"],
-        "split": _split(run),
-        "curve": run.curve(),
-        "last": run.evals[-1],
-    }
 
 
 def _split(run: History) -> list[dict[str, Any]]:
@@ -104,9 +86,9 @@ def _split(run: History) -> list[dict[str, Any]]:
     return found
 
 
-def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _table(runs: Sequence[History], comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the table of costs and results, with gains over the baseline."""
-    summaries = [view["summary"] for view in described]
+    summaries = [run.summary for run in runs]
     metric = summaries[0].metric
     rows = [(label, [shown_cost(asdict(s), key, form) for s in summaries], key) for label, key, form in COST_ROWS]
     results = {metric: "accuracy", f"best {metric}": "best_accuracy", "mean class": "mean_class", "top-5": "top5"}
@@ -125,17 +107,18 @@ def _table(described: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, 
     ]
 
 
-def _changes(baseline: dict[str, Any], view: dict[str, Any]) -> dict[str, Any]:
+def _changes(baseline: History, run: History) -> dict[str, Any]:
     """The classes whose accuracy differs most from the baseline's, and the most frequent mistakes."""
-    before, after = (Scores.of(run["last"]).per_class() for run in (baseline, view))
+    classes, last = run.data["classes"], run.evals[-1]
+    before, after = (Scores.of(row).per_class() for row in (baseline.evals[-1], last))
     rows = [
         {"name": name, "before": a, "after": b, "videos": videos}
-        for name, a, b, videos in zip(view["classes"], before, after, view["last"]["counts"], strict=True)
+        for name, a, b, videos in zip(classes, before, after, last["counts"], strict=True)
         if a is not None and b is not None
-    ] if view["classes"] == baseline["classes"] else []  # fmt: skip
+    ] if classes == baseline.data["classes"] else []  # fmt: skip
     rows.sort(key=lambda row: -abs(row["after"] - row["before"]))
     mistakes = [
-        {"class": view["classes"][label], "predicted": view["classes"][predicted], "videos": count}
-        for label, predicted, count in view["last"].get("mistakes", ())
+        {"class": classes[label], "predicted": classes[predicted], "videos": count}
+        for label, predicted, count in last.get("mistakes", ())
     ]
-    return {"name": view["name"], "rows": rows[:MOST_CLASSES], "of": len(rows), "mistakes": mistakes}
+    return {"name": run.name, "rows": rows[:MOST_CLASSES], "of": len(rows), "mistakes": mistakes}

@@ -1,7 +1,5 @@
 """The report's figures, as SVG with the page's text colour, readable on light and dark backgrounds."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mgtrain.errors import UsageError
+from mgtrain.runs.history import History
 
 COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # contrast of 3:1 on white and on black
 INK = "#010203"  # placeholder for the page's text colour
@@ -59,10 +58,10 @@ def drawn(name: str, description: str, draw: Callable[[Axes], None], size: tuple
     return Markup(svg.replace('aria-label="{}"', f'aria-label="{escape(description)}"', 1))
 
 
-def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
+def curves(runs: Sequence[History], colours: Sequence[str]) -> list[Drawing]:
     """Accuracy against training time, wall-clock time, steps, epochs, multiply-adds and device-hours."""
-    found = []
-    metric = views[0]["summary"].metric
+    found, metric = [], runs[0].summary.metric
+    known = [(run.name, colour, run.curve()) for run, colour in zip(runs, colours, strict=True)]
     for key, label, unit in (
         ("train_seconds", "minutes of training", 60),
         ("clock_seconds", "minutes by the clock", 60),
@@ -72,8 +71,8 @@ def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
         ("gpu_hours", "device-hours", 1),
     ):
         lines = [
-            (view["name"], view["colour"], [(point[key] / unit, 100 * point["accuracy"]) for point in view["curve"]])
-            for view in views
+            (name, colour, [(point[key] / unit, 100 * point["accuracy"]) for point in curve])
+            for name, colour, curve in known
         ]
 
         def draw(axes: Axes, lines: Any = lines, label: str = label) -> None:
@@ -93,20 +92,14 @@ def curves(views: Sequence[dict[str, Any]]) -> list[Drawing]:
     return found
 
 
-def schedule(view: dict[str, Any]) -> Drawing:
+def schedule(run: History, colour: str) -> Drawing:
     """The shapes of the mini-batches and the learning rate over the steps."""
-    phases, colour = view["phases"], view["colour"]
-    rows = [
-        [
-            f"{phase['index'] + 1}",
-            f"{phase['steps']:,}",
-            " · ".join(f"{s['clips']}x{s['frames']}x{s['crop']}²" for s in phase["shapes"]),
-            f"{phase['lr']:.4g}",
-            f"{phase['end_epoch']:.2f}",
-        ]
-        for phase in phases
-    ]
-    title = f"schedule of {view['name']}"
+    phases, rows = run.plan_file["phases"], []
+    for phase in phases:
+        shapes = " · ".join(f"{s['clips']}x{s['frames']}x{s['crop']}²" for s in phase["shapes"])
+        numbers = f"{phase['index'] + 1}", f"{phase['steps']:,}", shapes
+        rows.append([*numbers, f"{phase['lr']:.4g}", f"{phase['end_epoch']:.2f}"])
+    title = f"schedule of {run.name}"
     words = f"{title}: {len(phases)} phases, mini-batches of {rows[0][2]} to {rows[-1][2]}"
     svg = drawn(f"schedule-{colour}", words, lambda axes: _draw_schedule(axes, phases, colour))
     return Drawing(title, svg, ["phase", "steps", "alternating mini-batches", "learning rate", "to epoch"], rows)
@@ -158,16 +151,15 @@ def _draw_schedule(axes: Axes, phases: Sequence[dict[str, Any]], colour: str) ->
     rates.spines["right"].set_visible(True)
 
 
-def time_split(view: dict[str, Any]) -> Drawing:
+def time_split(run: History, split: Sequence[dict[str, Any]], colour: str) -> Drawing:
     """The time of each phase: computing, waiting for data and evaluating."""
-    split = view["split"]
     names = [f"{part['phase'] + 1}" for part in split]
 
     def draw(axes: Axes) -> None:
         bottom = [0.0] * len(split)
-        for key, (label, colour) in PARTS.items():
+        for key, (label, filling) in PARTS.items():
             heights = [part[key] / 60 for part in split]
-            axes.bar(names, heights, bottom=bottom, color=colour, label=label)
+            axes.bar(names, heights, bottom=bottom, color=filling, label=label)
             bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
         axes.set_xlabel("phase")
         axes.set_ylabel("minutes")
@@ -175,6 +167,6 @@ def time_split(view: dict[str, Any]) -> Drawing:
 
     rows = [[name, *(f"{part[key]:.1f}" for key in PARTS)] for name, part in zip(names, split, strict=True)]
     totals = ", ".join(f"{label} {sum(part[key] for part in split):.0f} s" for key, (label, _) in PARTS.items())
-    title = f"time of {view['name']}"
-    svg = drawn(f"time-{view['colour']}", f"{title}: {totals}", draw)
+    title = f"time of {run.name}"
+    svg = drawn(f"time-{colour}", f"{title}: {totals}", draw)
     return Drawing(title, svg, ["phase", *(f"{label}, s" for label, _ in PARTS.values())], rows)

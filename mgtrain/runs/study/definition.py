@@ -77,10 +77,7 @@ def load_study(file: Path) -> Study:
 
 
 def runs_of(study: Study, file: Path) -> list[Run]:
-    """All runs, one seed after the other, so that a busy hour of the machine affects all variants.
-
-    Raises `RecipeError` if a recipe does not exist, an override is invalid or two runs have the same name.
-    """
+    """All runs, seed by seed, so that a busy hour of the machine affects all variants. Raises `RecipeError`."""
     folds: dict[str, Words] = study.folds or {"": ()}
     made = []
     for seed, (fold, fold_words), (name, variant) in product(study.seeds, folds.items(), study.variants.items()):

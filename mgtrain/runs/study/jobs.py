@@ -1,7 +1,5 @@
 """Run a study's runs as separate processes, several at a time, each on its own cores."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time
@@ -16,7 +14,7 @@ from mgtrain.processes.signals import StopRequest
 from mgtrain.runs.study.definition import Run
 
 POLL_SECONDS = 0.2
-STOPPED = (75, 130)  # exit codes of runs that a signal stopped
+STOPPED = (75, 130, -15)  # exit codes of runs that a signal stopped
 
 
 def shares_of_cores(jobs: int) -> list[list[int]]:
@@ -36,11 +34,8 @@ def train_all(
 ) -> list[tuple[Run, int]]:
     """Train runs in order with `command`, `jobs` at a time; returns those that failed, with their exit codes.
 
-    `options` are passed to `mgtrain fit`. `finished` is called after each finished run. The output of a run is in
-    output.txt in its folder.
-
-    Raises:
-        StoppedError: a signal stopped the study; the runs have saved a checkpoint.
+    `options` are for `mgtrain fit`; a run's output is in output.txt in its folder. `finished` is called after each
+    finished run. `StoppedError`: a signal stopped the study, and the runs have saved a checkpoint.
     """
     shares, left, failed, told = shares_of_cores(jobs), list(runs), list[tuple[Run, int]](), False
     active: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by the index of its share of cores
@@ -64,7 +59,7 @@ def train_all(
                     if code == 0:
                         finished(run)
                         note(f"{run.name}: finished")
-                    elif not (asked.signal and code in (*STOPPED, -15)):
+                    elif not (asked.signal and code in STOPPED):
                         failed.append((run, code))
                         note(f"{run.name}: failed with exit code {code}, see {folder / run.name}/output.txt")
                 time.sleep(POLL_SECONDS if active else 0)

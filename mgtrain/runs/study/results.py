@@ -1,7 +1,5 @@
 """The results of a study's runs: a small JSON file for each, and a page that compares them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -75,7 +73,7 @@ def known_result(run: Run, file: Path) -> Result | None:
     if not file.is_file():
         return None
     result = read_result(file)
-    now, then = json.loads(json.dumps(run.recipe.flat())), completed(result.outcome.recipe)
+    now, then = run.recipe.flat(), completed(result.outcome.recipe)
     changed = [
         f"{key} {old} -> {new}"
         for key, (new, old) in flat_differences(now, then).items()
@@ -100,10 +98,9 @@ def completed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
         if dotted not in RETIRED:
             node[key] = value
     try:
-        found: dict[str, Any] = json.loads(json.dumps(Recipe.model_validate_json(json.dumps(tree), strict=True).flat()))
+        return Recipe.model_validate_json(json.dumps(tree), strict=True).flat()
     except (ValidationError, AttributeError, TypeError):
         return flat  # not a valid recipe
-    return found
 
 
 def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
