@@ -1,22 +1,20 @@
 """Decode the frames of clips: only the frames and the region that a clip shows, resampled directly to its size.
 
-Cost. A coarse clip has few frames, so the packets are read first: decoding starts at the last key frame before a
-wanted frame, ends with the last wanted one, and skips frames that are neither wanted nor referenced. If a file is
-damaged, or its timestamps do not tell which packet is which frame, it is decoded from its start.
+Cost. Packets are read first: decoding starts at the last key frame before a wanted frame, ends with the last wanted
+one, and skips frames that are neither wanted nor referenced. If a file is damaged, or its timestamps do not tell which
+packet is which frame, or a clip's packets have more than `MAX_HELD` bytes, the file is decoded from its start.
 
-Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the stream's start. At a constant frame rate
-that is exactly the k-th frame; at a variable frame rate it preserves the speed of motions. If timestamps are missing or
-do not increase (avi, raw streams), it is the k-th frame that the decoder returns.
+Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the stream's start: at a constant frame rate
+the k-th frame, and at a variable one the speed of motions is preserved. If timestamps are missing or do not increase
+(avi, raw streams), it is the k-th frame that the decoder returns.
 
 Damaged videos. A clip uses the frames from the key frame before it up to the damage, and repeats the last of them. If
 there are none, it uses the last earlier frame that can be decoded.
 
-Rotation. Frames are rotated by the quarter turns of the display matrix. Other matrices and the pixel aspect ratio are
-ignored.
+Rotation. Only the quarter turns of the display matrix count; the pixel aspect ratio is ignored.
 
-Limits. FFmpeg gets the open file without its name, and cannot open other files, whatever playlists or references the
-file contains. A picture has at most `MAX_PIXELS`, and a file no more frames than bytes. At most `MAX_HELD` bytes of a
-clip's packets are kept in memory; a clip with more is decoded from the file's start.
+Limits. FFmpeg gets the open file without its name, and cannot open other files, whatever the file refers to. A picture
+has at most `MAX_PIXELS`, and a file no more frames than bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
-from mgtrain.clips.pictures import Box, UnconvertibleError, box_around, clips_of, converted
+from mgtrain.clips.pictures import Box, Frames, Pictures, UnconvertibleError, box_around, clips_of, converted
 from mgtrain.clips.stages import stage
 from mgtrain.clips.timing import needed_runs, shown
 from mgtrain.errors import VideoError
@@ -90,12 +88,8 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
         return clips_of(cuts, self.pictures(wanted_frames(cuts), box), box[:2])
 
-    def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """Decode frames, uint8 (H, W, 3) RGB, upright, each with its ascending frame numbers among `wanted`.
-
-        With `box`, only that part of the frames, in the coordinates of stored frames (before rotation). If a video is
-        damaged, it may start again and repeat numbers.
-        """
+    def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Pictures:
+        """Decode frames upright; `box` is a part of them, before rotation. After damage, numbers may be repeated."""
         none, box = True, box or (0, 0, *self._size)
         try:
             for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):
@@ -111,8 +105,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         if wanted is None:
             return sum(1 for _ in self._from_start())
         self.damage = ""
-        shown = {indices[0] if frame.pts is None else frame.pts for frame, indices in self._shown(wanted) if indices}
-        return len(shown)
+        return len({indices[0] if frame.pts is None else frame.pts for frame, indices in self._shown(wanted)})
 
     def _regular_file(self) -> int:
         """Open the file and return its descriptor; refuse anything but a regular file, without blocking."""
@@ -185,7 +178,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         expected = round(seconds * self._fps)
         if expected > 0:
             agreed: int = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
-            return min(agreed, os.fstat(self._file).st_size)
+            return min(agreed, self.nbytes)
         self._reopen()
         packets, last = 0, self._start
         with suppress(av.FFmpegError):  # counted up to the damage
@@ -194,7 +187,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 last = max(last, packet.pts or 0)
         self._reopen()
         if self._timed:  # the rate may be a guess
-            packets = min(round((last - self._start) * self._time_base * self._fps) + 1, os.fstat(self._file).st_size)
+            packets = min(round((last - self._start) * self._time_base * self._fps) + 1, self.nbytes)
         return max(1, packets)
 
     def _reopen(self) -> None:
@@ -211,7 +204,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         return frames
 
     def _packets_from_key_frame(self, moment: int) -> Iterator[av.Packet[av.VideoStream]] | None:
-        """The packets from a key frame shown at or before `moment` (in ticks); None if there is no such key frame."""
+        """The packets from a key frame shown at or before `moment`, in ticks; None if there is none."""
         self._unread = None
         target = moment
         for _ in range(LOOKS_BACK):
@@ -233,31 +226,24 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         return None
 
     def _from_key_frame(self, index: int) -> Iterator[av.VideoFrame] | None:
-        """All frames from a key frame at or before frame `index`; None if there is no such key frame."""
+        """All frames from a key frame at or before frame `index`; None if there is none."""
         moment = self._moment(index)
-        packets = self._packets_from_key_frame(moment)
-        frames = iter(()) if packets is None else self._decode(packets)
+        frames = self._decode(self._packets_from_key_frame(moment) or ())
         first = next(frames, None)
         # If data is missing here, the caller uses an earlier frame.
         return None if first is None or (first.pts or 0) > moment else chain([first], frames)
 
-    def _picked(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """As `_shown`, decoding as little as possible.
-
-        Raises `_UntimedError` if timestamps do not tell which packets and frames belong together, or some are damaged.
-        The caller must discard the frames that it has.
-        """
+    def _picked(self, wanted: Sequence[int]) -> Frames:
+        """As `_shown`, decoding as little as possible; raises `_UntimedError` also for damage, after some frames."""
         span = self._span(self._moment(wanted[0]), self._moment(wanted[-1]))
         times = sorted(time for time, _ in span)
         if not times or len(set(times)) < len(times):
             raise _UntimedError
         positions = (((time - self._start) * self._time_base * self._fps, time) for time in times)
-        frames = dict(shown(positions, wanted))  # time of a frame -> its numbers
-
+        frames = dict(shown(positions, wanted))  # time of a frame -> its numbers; those still to come
         codec = self._stream.codec_context
 
-        def taken(packet: av.Packet[av.VideoStream] | None) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-            """Yield the wanted frames, and remove them from `frames`."""
+        def taken(packet: av.Packet[av.VideoStream] | None) -> Frames:
             for frame in decoded(codec, packet):
                 if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
                     yield frame, frames.pop(frame.pts)
@@ -274,8 +260,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
 
     @stage("demux")
     def _span(self, first: int, last: int) -> list[tuple[int, av.Packet[av.VideoStream]]]:
-        """Display times and packets, in decoding order, from a key frame shown at or before `first` to the last packet
-        shown at or before `last`. Empty if there is no such key frame."""
+        """Display times and packets, in decoding order, from a key frame at or before `first` to `last`, if any."""
         span: list[tuple[int, av.Packet[av.VideoStream]]] = []
         held = 0
         for packet in self._packets_from_key_frame(first) or ():
@@ -301,7 +286,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         except av.FFmpegError as error:
             self.damage = error.strerror or str(error)
 
-    def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+    def _shown(self, wanted: Sequence[int]) -> Frames:
         """Every wanted frame, with its ascending numbers; starts again from the first if needed."""
         if self._timed and wanted:
             try:

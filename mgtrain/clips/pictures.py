@@ -1,7 +1,5 @@
 """From decoded frames to the pixels of a clip: convert the region that the clip shows, and resample it once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -19,27 +17,21 @@ TOGETHER = 8  # frames of a clip to resample at once: at small crops this takes 
 PIXELS_TOGETHER = 2**19  # to convert at once; more do not fit into the processor's cache
 
 Box = tuple[int, int, int, int]  # left, top, width, height
+Frames = Iterator[tuple[av.VideoFrame, Sequence[int]]]  # each with the frame numbers that it stands for
+Pictures = Iterator[tuple[np.ndarray, Sequence[int]]]  # the same, as uint8 (H, W, 3) RGB
 
 
 class UnconvertibleError(Exception):
     """The pixels of a frame cannot be converted to RGB."""
 
 
-def converted(
-    frames: Iterable[tuple[av.VideoFrame, Sequence[int]]],
-    size: tuple[int, int],
-    box: Box,
-    reformatter: VideoReformatter,
-) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-    """Convert a box of each frame to uint8 (height, width, 3) RGB, several frames at once; yields views.
+def converted(frames: Frames, size: tuple[int, int], box: Box, reformatter: VideoReformatter) -> Pictures:
+    """Convert a box of each frame, several frames at once; yields views. Raises `UnconvertibleError`.
 
     Frames of another size than `size` (width, height) are resized first. `reformatter` keeps its tables between calls.
-
-    Raises:
-        UnconvertibleError: the pixels have a format that cannot be converted to RGB.
     """
-    waiting, most = iter(frames), max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
-    while group := list(islice(waiting, most)):
+    most = max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
+    while group := list(islice(frames, most)):
         try:
             pictures = rgb([frame for frame, _ in group], size, box, reformatter)
         except (av.FFmpegError, ValueError) as error:
@@ -153,12 +145,10 @@ class Clip:
             self._waiting = []
 
 
-def clips_of(
-    cuts: Sequence[Cut], frames: Iterable[tuple[np.ndarray, Iterable[int]]], corner: tuple[int, int] = (0, 0)
-) -> list[np.ndarray]:
-    """The clips of cuts, from pictures and the source frames that each is of; `corner` as in `Clip`."""
+def clips_of(cuts: Sequence[Cut], pictures: Pictures, corner: tuple[int, int] = (0, 0)) -> list[np.ndarray]:
+    """The clips of cuts, from pictures of source frames; `corner` as in `Clip`."""
     clips = [Clip(cut, corner) for cut in cuts]
-    for picture, indices in frames:
+    for picture, indices in pictures:
         for clip in clips:
             clip.put(indices, picture)
     return [clip.pixels() for clip in clips]
@@ -184,9 +174,8 @@ def resample(parts: np.ndarray, crop: int) -> np.ndarray:
     # torch is three times as fast in channels last as swscale or Pillow. (A stride of 0, as that of `part[None]`,
     # does not count as channels last.)
     batch = torch.from_numpy(parts).permute(0, 3, 1, 2)  # (n, 3, H, W)
-    resampled: np.ndarray = (
-        interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-    )
+    batch = interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True)
+    resampled: np.ndarray = batch.permute(0, 2, 3, 1).numpy()
     return resampled
 
 

@@ -1,9 +1,7 @@
 """Open what a row of a list names: a video file or a folder of frames, or a stretch of either."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -12,6 +10,7 @@ import numpy as np
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.frames import FrameFolder
+from mgtrain.clips.pictures import Pictures
 from mgtrain.data.stretch import Stretch, parted
 from mgtrain.errors import VideoError
 
@@ -56,8 +55,8 @@ class Part(AbstractContextManager["Part"]):
         """The clips, each uint8 (T, crop, crop, 3) RGB; their frames count from the stretch's first."""
         return self.whole.read([replace(cut, frames=tuple(k + self.first for k in cut.frames)) for cut in cuts])
 
-    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """Frames as uint8 (H, W, 3) RGB, each with the wanted numbers that it stands for."""
+    def pictures(self, wanted: Sequence[int]) -> Pictures:
+        """The wanted frames; their numbers count from the stretch's first."""
         for picture, indices in self.whole.pictures([index + self.first for index in wanted]):
             yield picture, [index - self.first for index in indices]
 
