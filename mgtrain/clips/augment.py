@@ -1,13 +1,10 @@
 """Augment training clips after they are cut: RandAugment, colour, erasing, the same in all frames of a clip.
 
-RandAugment runs in the loader's workers, seeded by the clip's position: its operations differ from clip to clip, which
-on a GPU would take thousands of small kernels per step. Colour and erasing are the same arithmetic for all clips, so
-they run on the device for the whole batch; the loader's cores are the bottleneck of coarse phases. Their random
-numbers, and those of MixUp (see `engine.mix`), are drawn for a step's global batch, sliced, and copied to the device
-together (see `sent`). scripts/bench_augment.py measures all of this.
+RandAugment runs in the loader's workers: its operations differ from clip to clip, which on a GPU would take thousands
+of small kernels per step. Colour and erasing are the same arithmetic for all clips, so they run on the device. Their
+random numbers, and those of MixUp (see `engine.mix`), are drawn for a step's global batch, sliced, and copied to the
+device together. scripts/bench_augment.py measures all of this.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 
@@ -62,9 +59,9 @@ def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tens
 def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
     """The parameters of `jitter_colour` for each clip, (B, 14), from uniform `draws` (B, 4) in [0, 1).
 
-    The draws choose brightness, contrast, saturation and hue within their ranges. Applied in this order they are one
-    affine map of a pixel's channels: hue rotates at constant luma (as in YUV), and contrast is relative to the mean
-    grey of the whole clip. torchvision's ColorJitter rotates hue in HSV, which takes several times as long.
+    They choose brightness, contrast, saturation and hue, which in this order are one affine map of a pixel's channels:
+    hue rotates at constant luma (as in YUV), and contrast is relative to the mean grey of the whole clip. torchvision's
+    ColorJitter rotates hue in HSV, which takes several times as long.
     """
     strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     brightness, contrast, saturation, turns = ((2 * draws - 1) * strengths + (1, 1, 1, 0)).T  # (B) each
@@ -76,10 +73,7 @@ def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
 
 
 def jitter_colour(x: Tensor, rows: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of each clip: normalized (B, 3, T, S, S) to the same.
-
-    `rows` is the result of `colour_rows`, on the device.
-    """
+    """Change the colours of normalized clips (B, 3, T, S, S) to the same; `rows` are those of `colour_rows`."""
     matrix = rows[:, :9].contiguous().view(-1, 3, 3)
     grey = x.mean((2, 3, 4)) @ rows[0, 11:]  # (B)
     offset = rows[:, 9] + rows[:, 10] * grey
@@ -119,18 +113,12 @@ def erase_rows(draws: np.ndarray, probability: float, size: int) -> np.ndarray:
 
 
 def erase(x: Tensor, rows: Tensor) -> Tensor:
-    """Make each clip's box grey in all frames: normalized clips (B, 3, T, S, S), changed in place.
-
-    `rows` is the result of `erase_rows`, on the device.
-    """
+    """Make each clip's box of `erase_rows` grey in all frames: normalized (B, 3, T, S, S), changed in place."""
     return x.masked_fill_(inside(rows, x.shape[-1]), 0)
 
 
 def box_rows(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
-    """Boxes in pixels (B, 4): first row, first column, and the row and column after the last.
-
-    `first` (top, left) and `last` (bottom, right), (B, 2) each, are fractions of the frame.
-    """
+    """Boxes in pixels (B, 4), from fractions of the frame: `first` (top, left) and `last` (bottom, right), (B, 2)."""
     return np.round(size * np.concatenate([first, last], axis=1))
 
 

@@ -1,7 +1,5 @@
 """Normalize pixels on the device for the network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Find the frame shown at a time, and the packets needed to decode it. Plain numbers, no FFmpeg."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -32,11 +30,10 @@ def shown(frames: Iterable[tuple[float, Frame]], wanted: Sequence[int]) -> Itera
 
 
 def needed_runs(packets: Sequence[tuple[bool, int]], wanted: Container[int]) -> Iterator[range]:
-    """The packets to decode for the frames at the wanted times, in runs that each start at a key frame.
+    """The packets to decode for the frames at the wanted times, in runs from a key frame to the last wanted packet.
 
-    `packets` are (is a key frame, display time) in decoding order, the first a key frame. A run ends with its last
-    wanted packet. Frames that follow a key frame but are shown before it may reference the previous run, so then both
-    are one run.
+    `packets` are (is a key frame, display time) in decoding order, the first a key frame. Frames that follow a key
+    frame but are shown before it may reference the previous run, so then both are one run.
 
     >>> packets = [(True, 0), (False, 1), (False, 2), (True, 3), (False, 4), (True, 5), (True, 8), (False, 6)]
     >>> list(needed_runs(packets, wanted={1, 6}))

@@ -3,8 +3,6 @@
 Ranks read torchrun's variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -39,6 +37,7 @@ Value = TypeVar("Value")
 JOIN_MINUTES = 30  # timeout for all ranks to join, and for an exchange
 LAUNCHER = "MGTRAIN_LAUNCHER"  # environment variable with the launcher's process id
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, where torch has it
+Places = Sequence[tuple[str, set[int], str]]  # of each rank: the machine, the cores that it may use, cuda or cpu
 SECONDS_TO_END = 20.0  # for the other ranks to end after one has failed
 
 
@@ -126,11 +125,8 @@ def _block(ranks: int, size: int) -> dist.ProcessGroup | None:
 def connect(device: str | None = None, timeout_seconds: float = float("inf")) -> Iterator[World]:
     """Join the run that torchrun's variables describe, or run alone, under a watchdog.
 
-    `device` is `cuda` or `cpu`; None: a GPU if the machine has one.
-
-    Raises:
-        MissingCapabilityError: there is no GPU for this rank.
-        RanksLostError: another rank ended during an exchange.
+    `device` is `cuda` or `cpu`; None: a GPU if the machine has one. Raises `MissingCapabilityError` if there is no GPU
+    for this rank, and `RanksLostError` if another rank ends during an exchange.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingCapabilityError(
@@ -169,10 +165,8 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
                 raise
             if lack := lack_of(error):
                 raise lack from None
-            lines = [line for line in str(error).splitlines() if not line.rstrip().endswith(":")] or [
-                type(error).__name__
-            ]
-            why = lines[-1].rpartition("] ")[2][:200]
+            lines = (line for line in reversed(str(error).splitlines()) if not line.rstrip().endswith(":"))
+            why = next(lines, type(error).__name__).rpartition("] ")[2][:200]
             if not dist.is_initialized():
                 why += (
                     "; is MASTER_PORT free, and does each machine's name resolve to an address that the others reach? "
@@ -185,14 +179,11 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
 
 
 def _of_these_ranks(store: Any, rank: int, size: int) -> Any:
-    """The part of a store that only the processes use which are ranks now.
+    """The part of a store that only the processes use which are ranks now; `RanksLostError` after `JOIN_MINUTES`.
 
-    torchrun's agents keep the store while they restart ranks, and each counts restarts for itself: a new node starts at
-    0, and a restart because nodes join or leave does not count. So each process writes a name of its own, rank 0 lists
-    the names, and all go on when each process of the list has confirmed it, which one that has ended cannot.
-
-    Raises:
-        RanksLostError: the others have not joined in `JOIN_MINUTES`.
+    torchrun's agents keep the store while they restart ranks, and their counts of restarts differ. So each process
+    writes a name of its own, rank 0 lists the names, and all go on when each process of the list has confirmed it,
+    which one that has ended cannot.
     """
     store = dist.PrefixStore("mgtrain", store)  # type: ignore[attr-defined]
     mine, confirmed = uuid.uuid4().hex, ""
@@ -215,7 +206,7 @@ def _of_these_ranks(store: Any, rank: int, size: int) -> Any:
     raise RanksLostError(f"rank {rank} of {size}: the other ranks have not joined within {JOIN_MINUTES} minutes")
 
 
-def _refuse_other_devices(everyone: Sequence[tuple[str, set[int], str]]) -> None:
+def _refuse_other_devices(everyone: Places) -> None:
     """Raise `MissingCapabilityError` if some machines have no GPU, as with a broken driver, and others have."""
     without = sorted({node for node, _, kind in everyone if kind == "cpu"})
     if without and any(kind != "cpu" for *_, kind in everyone):
@@ -232,18 +223,17 @@ def joined(device: torch.device | str | None = None) -> World:
     """
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return World(device=torch.device(device))
     size = dist.get_world_size()
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     return World(dist.get_rank(), size, torch.device(device), cores)
 
 
-def _share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int], str]]) -> int:
-    """The cores of a rank, from the machine of each rank and the cores that it may use there.
+def _share_of_cores(rank: int, everyone: Places) -> int:
+    """The cores of a rank, where a core of several ranks counts as a fraction for each of them.
 
-    A core of several ranks counts as a fraction for each of them. So the share is the same whether a launcher binds
-    each rank to cores of its own (SLURM, numactl) or to none (torchrun).
+    So the share is the same whether a launcher binds each rank to cores of its own (SLURM, numactl) or not (torchrun).
     """
     node, mine, _ = everyone[rank]
     users = Counter(core for there, cores, _ in everyone if there == node for core in cores)

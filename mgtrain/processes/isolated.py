@@ -1,9 +1,7 @@
 """Call a function for many items in worker processes, so that a crash or a hang loses only one item.
 
-A worker processes one item after another; if it dies or must be killed, a new one replaces it.
+If a worker dies or must be killed, a new one replaces it.
 """
-
-from __future__ import annotations
 
 import multiprocessing
 import os
@@ -125,8 +123,7 @@ def _serve(function: Callable[[Item], object], pipe: Connection, parent: int, me
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
         with suppress(OSError):  # only Linux has the file
-            data_pages = int(Path("/proc/self/statm").read_text().split()[5])
-            limit = data_pages * resource.getpagesize() + memory
+            limit = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() + memory  # data pages
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     while True:
         while not pipe.poll(ORPHAN_SECONDS):
