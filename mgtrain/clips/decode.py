@@ -63,6 +63,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         self._opened = ExitStack()  # the file and the decoder
         try:
             self._file = self._regular_file()
+            self.nbytes = os.fstat(self._file).st_size
             self._open()
             self.info = self._probe()
         except BaseException:
@@ -71,16 +72,6 @@ class VideoFile(AbstractContextManager["VideoFile"]):
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
-
-    @property
-    def codec(self) -> str:
-        """The codec's name, such as h264."""
-        return str(self._stream.codec_context.name)
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the file."""
-        return os.fstat(self._file).st_size
 
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
@@ -137,6 +128,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             raise self._error("no decoder for its codec" if pictures else "no video stream")
         self._stream = pictures[0]
         codec = one_thread(self._stream.codec_context)
+        self.codec = str(codec.name)  # such as h264
         if codec.width * codec.height > MAX_PIXELS:
             raise self._error(
                 f"its pictures have {codec.width} x {codec.height} pixels, more than the allowed {MAX_PIXELS:,}"

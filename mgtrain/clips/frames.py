@@ -35,25 +35,19 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
     """An open folder of frames, read like a `VideoFile`. `fps` is the rate at which its frames were taken."""
 
     first = 0  # number of its first frame in what is at `path`
+    damage = lacking = ""  # what ended `decodable` early, and which frames are missing
 
     def __init__(self, path: str | os.PathLike[str], fps: float | None) -> None:
         self.path = os.fspath(path)
-        self.damage = ""
-        self.lacking = ""  # which frames are missing, after `decodable`
         self._frames = list_frames(self.path)
         if fps is None:
             raise VideoError(f"{self.path}: a folder of frames has no frame rate; set data.fps to that of the frames")
         with self._opened(0) as picture:
-            self._type, (width, height) = picture.format, picture.size
+            self.codec, (width, height) = str(picture.format).lower(), picture.size
         self.info = VideoInfo(len(self._frames), fps, width, height)
 
     def __exit__(self, *_: object) -> None:
         pass
-
-    @property
-    def codec(self) -> str:
-        """The format of the pictures, such as jpeg."""
-        return str(self._type).lower()
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +82,7 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
 
     def _shrink(self, cut: Cut) -> int:
         """What the sides of pictures may be divided by for a clip."""
-        by_more = SHRUNK if self._type == "JPEG" else ()
+        by_more = SHRUNK if self.codec == "jpeg" else ()
         return next((by for by in by_more if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
 
     def _smaller(self, cut: Cut, by: int) -> Cut:

@@ -21,16 +21,14 @@ class Part(AbstractContextManager["Part"]):
     def __init__(self, whole: VideoFile | FrameFolder, stretch: Stretch) -> None:
         if not stretch.start < stretch.end:
             raise VideoError(f"{whole.path}{stretch}: has nothing in it; the end must be after the start")
-        info = whole.info
+        info, self.whole, self.codec = whole.info, whole, whole.codec
         self.first, end = stretch.frames(info.fps, info.frames)
         if self.first >= info.frames:
             raise VideoError(
                 f"{whole.path}{stretch}: starts after the end, which is at frame {info.frames}, "
                 f"{info.frames / info.fps:.2f} s; correct its times or remove it from the list"
             )
-        self.whole = whole
         self.info = replace(info, frames=min(end, info.frames) - self.first)
-        self.codec = whole.codec
         self._after = end - info.frames  # frames of the stretch after the video's end
 
     def __exit__(self, *_: object) -> None:
