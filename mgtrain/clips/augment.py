@@ -1,4 +1,4 @@
-"""Augment training clips after they are cut: RandAugment, colour, erasing, the same in all frames of a clip.
+"""Change pixels after clips are cut: RandAugment, normalizing, colour, erasing, the same in all frames of a clip.
 
 RandAugment runs in the loader's workers: its operations differ from clip to clip, which on a GPU would take thousands
 of small kernels per step. Colour and erasing are the same arithmetic for all clips, so they run on the device. Their
@@ -6,19 +6,19 @@ random numbers, and those of MixUp (see `engine.mix`), are drawn for a step's gl
 device together. scripts/bench_augment.py measures all of this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, RandAugment
 
-from mgtrain.clips.pixels import BLACK, WHITE
 from mgtrain.recipe import Augment
-from mgtrain.recipe.model import MEAN
+from mgtrain.recipe.model import MEAN, STD
 from mgtrain.rng import Draw, seed_of
 
 FRAMES = 4  # to apply RandAugment to at a time: 1.5 times as fast as 32, which do not fit into the processor's cache
+BLACK, WHITE = -MEAN / STD, (1 - MEAN) / STD  # of normalized pixels
 GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 YUV = np.array([GREY, [-0.147, -0.289, 0.436], [0.615, -0.515, -0.1]])
 ERASED_AREA = (0.02, 0.33)  # of the frame (Zhong et al. 2020)
@@ -43,6 +43,19 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
             changed.append(change(frames))
     pixels: np.ndarray = torch.cat(changed).permute(0, 2, 3, 1).numpy()
     return pixels
+
+
+def normalize(clips: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Normalize pixels 0..255 by `MEAN` and `STD`: uint8 (B, 3, T, S, S) -> float32 (B, 3, T, S, S)."""
+    return clips.to(torch.float32, memory_format=memory_format).mul_(1 / (255 * STD)).sub_(MEAN / STD)
+
+
+def restandardize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Change the normalization of clips (B, 3, T, S, S), in place, to a mean and deviation for each channel."""
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        if (m, s) != (MEAN, STD):
+            x[:, channel].mul_(STD / s).add_((MEAN - m) / s)  # Python numbers are not copied to the device
+    return x
 
 
 def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
