@@ -78,7 +78,9 @@ def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
     """
     strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     brightness, contrast, saturation, turns = ((2 * draws - 1) * strengths + (1, 1, 1, 0)).T  # (B) each
-    scale = (brightness * contrast)[:, None, None] * _hue(turns) @ _saturation(saturation)  # (B, 3, 3)
+    factor = saturation[:, None, None]
+    saturate = factor * np.eye(3) + (1 - factor) * np.ones((3, 1)) * GREY  # (B, 3, 3) on RGB: the distance from grey
+    scale = (brightness * contrast)[:, None, None] * _hue(turns) @ saturate  # (B, 3, 3)
     # Hue and saturation do not change greys, so the offset is the same for all channels.
     offset, of_grey = (brightness - 1) * -BLACK, (1 - contrast) * brightness  # (B)
     grey = np.broadcast_to(GREY, (len(draws), 3))
@@ -102,13 +104,6 @@ def _hue(turns: np.ndarray) -> np.ndarray:
     turn[:, 0, 0] = 1
     turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, -sin, sin, cos
     maps: np.ndarray = np.linalg.inv(YUV) @ turn @ YUV
-    return maps
-
-
-def _saturation(factor: np.ndarray) -> np.ndarray:
-    """Matrices on RGB (B, 3, 3) that scale the distance of colours from their grey by a factor (B)."""
-    f = factor[:, None, None]
-    maps: np.ndarray = f * np.eye(3) + (1 - f) * np.ones((3, 1)) * GREY
     return maps
 
 

@@ -75,10 +75,9 @@ class World:
 
     def from_main(self, value: Value) -> Value:
         """The main rank's value, on every rank; it must be picklable."""
-        if self.size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values)
+        if self.size > 1:
+            dist.broadcast_object_list(values)
         return values[0]
 
     def any(self, yes: bool) -> bool:
@@ -92,7 +91,7 @@ class World:
 
 
 class Agreement:
-    """Tells all ranks before the same step that one of them has said yes, for example because it received a signal."""
+    """Tells all ranks before the same step that one of them has said yes, such as that it received a signal."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -219,7 +218,7 @@ def _refuse_other_devices(everyone: Places) -> None:
 def joined(device: torch.device | str | None = None) -> World:
     """This process among the ranks of a process group that somebody else has initialized; alone if there is none.
 
-    `device` None: the current GPU, or the CPU where there is none.
+    `device` is by default the current GPU, or the CPU where there is none.
     """
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -346,7 +345,7 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    # The strides of 1 x 1 x 1 kernels are valid in both memory formats, so this warning is meaningless.
+    # Meaningless: the strides of 1 x 1 x 1 kernels are valid in both memory formats.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` will be renamed
