@@ -158,12 +158,11 @@ def clips_by(
     kind: Callable[[Cut], int], read: Callable[[int, list[Cut]], list[np.ndarray]], cuts: Sequence[Cut]
 ) -> list[np.ndarray]:
     """The clips of cuts, in their order, where `read` gets all cuts of one kind together."""
-    kinds = [kind(cut) for cut in cuts]
-    clips: dict[int, np.ndarray] = {}
-    for one in dict.fromkeys(kinds):
-        these = [n for n, other in enumerate(kinds) if other == one]
-        clips.update(zip(these, read(one, [cuts[n] for n in these]), strict=True))
-    return [clips[n] for n in range(len(cuts))]
+    by_kind: dict[int, list[Cut]] = {}
+    for cut in cuts:
+        by_kind.setdefault(kind(cut), []).append(cut)
+    clips = {one: iter(read(one, these)) for one, these in by_kind.items()}
+    return [next(clips[kind(cut)]) for cut in cuts]
 
 
 @stage("resample")

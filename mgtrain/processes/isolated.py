@@ -89,7 +89,6 @@ def isolated(
             limit = min(worker.since for worker in team) + seconds - time.monotonic()
             ready = wait([worker.pipe for worker in team], None if limit == float("inf") else max(0.0, limit))
             for worker in list(team):
-                outcome: Result | Lost
                 if worker.pipe in ready:
                     try:
                         raised, outcome = worker.pipe.recv()
@@ -106,7 +105,6 @@ def isolated(
                     continue
                 team.remove(worker)
                 if raised:
-                    assert isinstance(outcome, BaseException)
                     raise outcome
                 yield worker.item, outcome
     finally:
