@@ -28,8 +28,7 @@ ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
 def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -> np.ndarray:
     """Apply RandAugment (Cubuk et al. 2020) to the clip at a position of the run: uint8 (T, S, S, 3) to the same.
 
-    Operations fill empty areas with grey. All frames get the same operations; only Contrast, AutoContrast and Equalize
-    depend on each frame's values.
+    All frames get the same operations; only Contrast, AutoContrast and Equalize depend on each frame's values.
     """
     if not augment.rand_augment:
         return clip

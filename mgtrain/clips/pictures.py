@@ -104,10 +104,7 @@ def box_around(boxes: Sequence[Box]) -> Box:
 
 
 class Clip:
-    """Collects the frames of a clip as they are decoded, and resamples several at once.
-
-    The pictures are whole frames, or a box of them that contains the clip's region and whose top left is `corner`.
-    """
+    """Collects a clip from decoded frames, or boxes of them with the top left `corner`; resamples several at once."""
 
     def __init__(self, cut: Cut, corner: tuple[int, int] = (0, 0)) -> None:
         self.cut = cut
@@ -121,10 +118,7 @@ class Clip:
         self._waiting: list[tuple[list[int], np.ndarray]] = []  # regions to resample, (h, w, 3), with their places
 
     def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
-        """Add a picture, uint8 (H, W, 3), of the source frames with these numbers, if the clip has one of them.
-
-        The caller must not change the picture until the clip is complete.
-        """
+        """Add a picture, uint8 (H, W, 3), of these source frames; it must not change until the clip is complete."""
         places = [t for index in indices for t in self._wanted.get(index, ())]
         if places:
             self._waiting.append((places, picture[self._rows, self._columns]))

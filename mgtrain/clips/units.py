@@ -151,10 +151,7 @@ class RandomClips(Dataset[Loaded]):
         return _sendable(Loaded(clips, torch.from_numpy(np.stack(labels)), tuple(bad)))
 
     def _candidates(self, request: ClipRequest) -> Iterator[int]:
-        """The requested video, then its replacements, the same ones in every process.
-
-        Where classes are balanced, the first half of them is of the same class.
-        """
+        """The requested video, then its replacements, the same in every process; half are of its class if balanced."""
         yield request.video
         videos = self.source.videos
         for attempt in range(REPLACEMENTS):

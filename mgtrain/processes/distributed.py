@@ -216,10 +216,7 @@ def _refuse_other_devices(everyone: Places) -> None:
 
 
 def joined(device: torch.device | str | None = None) -> World:
-    """This process among the ranks of a process group that somebody else has initialized; alone if there is none.
-
-    `device` is by default the current GPU, or the CPU where there is none.
-    """
+    """This process in a process group that somebody else has initialized, or alone; by default on a GPU if any."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():
