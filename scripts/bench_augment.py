@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter
 
-from mgtrain.clips.augment import colour_rows, erase, erase_rows, jitter_colour, rand_augment, sent
+from mgtrain.clips.augment import colour_rows, erase, erase_rows, jitter_colour, normalize, rand_augment, sent
 from mgtrain.clips.cut import cut_random
 from mgtrain.clips.decode import VideoFile
-from mgtrain.clips.pixels import normalize
 from mgtrain.data.synthetic import synthesize
 from mgtrain.engine.mix import mix, mix_rows
 from mgtrain.grid import Grid

@@ -100,7 +100,7 @@ CLIP = [
         [
             ("Open the video or its prepared file", "clips/units.py clips/prepared/"),
             ("Draw stride, start, short side and window", "clips/cut.py"),
-            ("Decode only the frames of the clip", "clips/decode.py clips/timing.py"),
+            ("Decode only the frames of the clip", "clips/decode.py"),
             ("Convert and resample only the region kept", "clips/pictures.py"),
             ("Apply RandAugment", "clips/augment.py"),
         ],
@@ -114,7 +114,7 @@ CLIP = [
     Band(
         "device",
         [
-            ("Normalize, change colours, erase", "clips/pixels.py clips/augment.py"),
+            ("Normalize, change colours, erase", "clips/augment.py"),
             ("Mix clips in pairs", "engine/mix.py"),
             ("Pass through the network", "models/"),
         ],

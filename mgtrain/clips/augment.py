@@ -1,27 +1,24 @@
-"""Augment training clips after they are cut: RandAugment, colour, erasing, the same in all frames of a clip.
+"""Change pixels after clips are cut: RandAugment, normalizing, colour, erasing, the same in all frames of a clip.
 
-RandAugment runs in the loader's workers, seeded by the clip's position: its operations differ from clip to clip, which
-on a GPU would take thousands of small kernels per step. Colour and erasing are the same arithmetic for all clips, so
-they run on the device for the whole batch; the loader's cores are the bottleneck of coarse phases. Their random
-numbers, and those of MixUp (see `engine.mix`), are drawn for a step's global batch, sliced, and copied to the device
-together (see `sent`). scripts/bench_augment.py measures all of this.
+RandAugment runs in the loader's workers: its operations differ from clip to clip, which on a GPU would take thousands
+of small kernels per step. Colour and erasing are the same arithmetic for all clips, so they run on the device. Their
+random numbers, and those of MixUp (see `engine.mix`), are drawn for a step's global batch, sliced, and copied to the
+device together. scripts/bench_augment.py measures all of this.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, RandAugment
 
-from mgtrain.clips.pixels import BLACK, WHITE
 from mgtrain.recipe import Augment
-from mgtrain.recipe.model import MEAN
+from mgtrain.recipe.model import MEAN, STD
 from mgtrain.rng import Draw, seed_of
 
 FRAMES = 4  # to apply RandAugment to at a time: 1.5 times as fast as 32, which do not fit into the processor's cache
+BLACK, WHITE = -MEAN / STD, (1 - MEAN) / STD  # of normalized pixels
 GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 YUV = np.array([GREY, [-0.147, -0.289, 0.436], [0.615, -0.515, -0.1]])
 ERASED_AREA = (0.02, 0.33)  # of the frame (Zhong et al. 2020)
@@ -31,8 +28,7 @@ ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
 def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -> np.ndarray:
     """Apply RandAugment (Cubuk et al. 2020) to the clip at a position of the run: uint8 (T, S, S, 3) to the same.
 
-    Operations fill empty areas with grey. All frames get the same operations; only Contrast, AutoContrast and Equalize
-    depend on each frame's values.
+    All frames get the same operations; only Contrast, AutoContrast and Equalize depend on each frame's values.
     """
     if not augment.rand_augment:
         return clip
@@ -46,6 +42,19 @@ def rand_augment(clip: np.ndarray, augment: Augment, seed: int, position: int) -
             changed.append(change(frames))
     pixels: np.ndarray = torch.cat(changed).permute(0, 2, 3, 1).numpy()
     return pixels
+
+
+def normalize(clips: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Normalize pixels 0..255 by `MEAN` and `STD`: uint8 (B, 3, T, S, S) -> float32 (B, 3, T, S, S)."""
+    return clips.to(torch.float32, memory_format=memory_format).mul_(1 / (255 * STD)).sub_(MEAN / STD)
+
+
+def restandardize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Change the normalization of clips (B, 3, T, S, S), in place, to a mean and deviation for each channel."""
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        if (m, s) != (MEAN, STD):
+            x[:, channel].mul_(STD / s).add_((MEAN - m) / s)  # Python numbers are not copied to the device
+    return x
 
 
 def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -62,13 +71,15 @@ def sent(rows: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tens
 def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
     """The parameters of `jitter_colour` for each clip, (B, 14), from uniform `draws` (B, 4) in [0, 1).
 
-    The draws choose brightness, contrast, saturation and hue within their ranges. Applied in this order they are one
-    affine map of a pixel's channels: hue rotates at constant luma (as in YUV), and contrast is relative to the mean
-    grey of the whole clip. torchvision's ColorJitter rotates hue in HSV, which takes several times as long.
+    They choose brightness, contrast, saturation and hue, which in this order are one affine map of a pixel's channels:
+    hue rotates at constant luma (as in YUV), and contrast is relative to the mean grey of the whole clip. torchvision's
+    ColorJitter rotates hue in HSV, which takes several times as long.
     """
     strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     brightness, contrast, saturation, turns = ((2 * draws - 1) * strengths + (1, 1, 1, 0)).T  # (B) each
-    scale = (brightness * contrast)[:, None, None] * _hue(turns) @ _saturation(saturation)  # (B, 3, 3)
+    factor = saturation[:, None, None]
+    saturate = factor * np.eye(3) + (1 - factor) * np.ones((3, 1)) * GREY  # (B, 3, 3) on RGB: the distance from grey
+    scale = (brightness * contrast)[:, None, None] * _hue(turns) @ saturate  # (B, 3, 3)
     # Hue and saturation do not change greys, so the offset is the same for all channels.
     offset, of_grey = (brightness - 1) * -BLACK, (1 - contrast) * brightness  # (B)
     grey = np.broadcast_to(GREY, (len(draws), 3))
@@ -76,10 +87,7 @@ def colour_rows(draws: np.ndarray, augment: Augment) -> np.ndarray:
 
 
 def jitter_colour(x: Tensor, rows: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of each clip: normalized (B, 3, T, S, S) to the same.
-
-    `rows` is the result of `colour_rows`, on the device.
-    """
+    """Change the colours of normalized clips (B, 3, T, S, S) to the same; `rows` are those of `colour_rows`."""
     matrix = rows[:, :9].contiguous().view(-1, 3, 3)
     grey = x.mean((2, 3, 4)) @ rows[0, 11:]  # (B)
     offset = rows[:, 9] + rows[:, 10] * grey
@@ -98,13 +106,6 @@ def _hue(turns: np.ndarray) -> np.ndarray:
     return maps
 
 
-def _saturation(factor: np.ndarray) -> np.ndarray:
-    """Matrices on RGB (B, 3, 3) that scale the distance of colours from their grey by a factor (B)."""
-    f = factor[:, None, None]
-    maps: np.ndarray = f * np.eye(3) + (1 - f) * np.ones((3, 1)) * GREY
-    return maps
-
-
 def erase_rows(draws: np.ndarray, probability: float, size: int) -> np.ndarray:
     """The box that `erase` makes grey in each clip, (B, 4) as in `box_rows`, from uniform `draws` (B, 5) in [0, 1).
 
@@ -119,18 +120,12 @@ def erase_rows(draws: np.ndarray, probability: float, size: int) -> np.ndarray:
 
 
 def erase(x: Tensor, rows: Tensor) -> Tensor:
-    """Make each clip's box grey in all frames: normalized clips (B, 3, T, S, S), changed in place.
-
-    `rows` is the result of `erase_rows`, on the device.
-    """
+    """Make each clip's box of `erase_rows` grey in all frames: normalized (B, 3, T, S, S), changed in place."""
     return x.masked_fill_(inside(rows, x.shape[-1]), 0)
 
 
 def box_rows(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
-    """Boxes in pixels (B, 4): first row, first column, and the row and column after the last.
-
-    `first` (top, left) and `last` (bottom, right), (B, 2) each, are fractions of the frame.
-    """
+    """Boxes in pixels (B, 4), from fractions of the frame: `first` (top, left) and `last` (bottom, right), (B, 2)."""
     return np.round(size * np.concatenate([first, last], axis=1))
 
 

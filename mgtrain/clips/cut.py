@@ -1,11 +1,8 @@
 """Choose the frames of a clip and the region of them that it shows (Wu et al. 2020, section 3.3).
 
-Cropping and resizing are one resampling step. A window of `crop` pixels in a frame resized to a short side is a region
-of the *source* frame, which the decoder resamples directly to `crop` x `crop`. This module computes numbers only, and
-only `cut_random` is random.
+A window of `crop` pixels in a frame resized to a short side is a region of the *source* frame, which the decoder
+resamples directly to `crop` x `crop`. Only `cut_random` is random.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
@@ -44,8 +41,8 @@ def wanted_frames(cuts: Iterable[Cut]) -> list[int]:
 def frame_indices(start: float, frames: int, stride: float, video_frames: int) -> tuple[int, ...]:
     """Source frames of a clip that starts at `start`; the last frame repeats past the video's end.
 
-    The clip spans `frames * stride` source frames. Its frames are spread evenly from the first to the last of these and
-    rounded down to whole frames, so the gaps are a little wider than `stride`.
+    They are spread evenly from the first to the last of `frames * stride` source frames and rounded down, so the gaps
+    are a little wider than `stride`.
 
     >>> frame_indices(start=2, frames=4, stride=3, video_frames=9)
     (2, 5, 8, 8)
@@ -67,10 +64,9 @@ def latest_start(frames: int, stride: float, video_frames: int) -> float:
 
 
 def segment_bounds(frames: int, video_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and last source frame of each of `frames` equal segments of a whole video: int64 (frames,) each.
+    """First and last source frame of each of `frames` equal segments of a video: int64 (frames,) each.
 
-    A clip has one frame of each segment (Something-Something; Wang et al. 2016). As in PySlowFast, the last frame of a
-    segment is the first of the next.
+    As in PySlowFast, the last frame of a segment is the first of the next (Something-Something; Wang et al. 2016).
 
     >>> [bounds.tolist() for bounds in segment_bounds(frames=3, video_frames=31)]
     [[0, 10, 20], [10, 20, 30]]
@@ -106,9 +102,7 @@ def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
 def source_region(
     info: VideoInfo, size: tuple[int, int], crop: int, left: float, top: float
 ) -> tuple[int, int, int, int]:
-    """The region of source pixels under a `crop` x `crop` window at (left, top) of the frame resized to `size`.
-
-    It consists of whole pixels, has at least one, and is inside the frame.
+    """The source pixels, at least one, under a `crop` x `crop` window at (left, top) of the frame resized to `size`.
 
     >>> source_region(VideoInfo(300, 30.0, 320, 240), size=(170, 128), crop=112, left=58, top=16)
     (109, 30, 211, 210)
@@ -147,9 +141,8 @@ def cut_random(
 ) -> Cut:
     """Cut a clip for training, with random stride, start, short side, window and flip.
 
-    The stride counts frames at `fps`. For a video of another rate it is scaled, so that all clips last equally long.
-    With `segments` a clip spans the video: it has a random frame of each of the `segment_bounds`, and no stride. The
-    short side is at least the crop, even if the grid allows less.
+    The stride counts frames at `fps`, so that clips last equally long whatever the video's rate. With `segments` a clip
+    has a random frame of each of the `segment_bounds` instead. The short side is at least the crop.
     """
     # Do not change the order of the draws: the clips of every seed depend on it.
     if segments:
@@ -171,8 +164,7 @@ def cut_views(
     """Cut the clips of an evaluation: at `times` uniform times, each with `crops` windows; in order of time.
 
     A single time is the video's middle, a single crop the frame's centre. Stride and short side are the grid's
-    smallest, and nothing is flipped. With `segments` the times are spread evenly within the `segment_bounds`; a single
-    time is their middle.
+    smallest. With `segments` the times are spread evenly within the `segment_bounds`; a single time is their middle.
 
     >>> grid = Grid(frames=2, crop=224, stride=(2, 2), short_side=(256, 256))
     >>> for cut in cut_views(grid, VideoInfo(44, 30.0, 340, 256), times=2, crops=2):
@@ -206,7 +198,6 @@ def cut_windows(grid: Grid, info: VideoInfo, every: float, *, fps: float = 30.0)
 
 
 def _windows(clips: Sequence[tuple[int, ...]], grid: Grid, info: VideoInfo, crops: int) -> list[Cut]:
-    """Clips of these frames, each with `crops` windows."""
     size = resized(info.width, info.height, max(grid.crop, grid.short_side[0]))
     regions = [source_region(info, size, grid.crop, *window) for window in uniform_windows(size, grid.crop, crops)]
     return [Cut(frames, region, grid.crop, flip=False) for frames in clips for region in regions]

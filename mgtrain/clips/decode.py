@@ -1,33 +1,32 @@
 """Decode the frames of clips: only the frames and the region that a clip shows, resampled directly to its size.
 
-Cost. A coarse clip has few frames, so the packets are read first: decoding starts at the last key frame before a
-wanted frame, ends with the last wanted one, and skips frames that are neither wanted nor referenced. If a file is
-damaged, or its timestamps do not tell which packet is which frame, it is decoded from its start.
+Cost. Packets are read first: decoding starts at the last key frame before a wanted frame, ends with the last wanted
+one, and skips frames that are neither wanted nor referenced. If a file is damaged, or its timestamps do not tell which
+packet is which frame, or a clip's packets have more than `MAX_HELD` bytes, the file is decoded from its start.
 
-Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the stream's start. At a constant frame rate
-that is exactly the k-th frame; at a variable frame rate it preserves the speed of motions. If timestamps are missing or
-do not increase (avi, raw streams), it is the k-th frame that the decoder returns.
+Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the stream's start: at a constant frame rate
+the k-th frame, and at a variable one the speed of motions is preserved. If timestamps are missing or do not increase
+(avi, raw streams), it is the k-th frame that the decoder returns.
 
 Damaged videos. A recording may start between key frames: its first frame that can be decoded is shown for those
 before it. A clip uses the frames from the key frame before it up to the damage, and repeats the last of them. If
 there are none, it uses the last earlier frame that can be decoded.
 
-Rotation. Frames are rotated by the quarter turns of the display matrix. Other matrices and the pixel aspect ratio are
-ignored.
+Rotation. Only the quarter turns of the display matrix count; the pixel aspect ratio is ignored.
 
-Limits. FFmpeg gets the open file without its name, and cannot open other files, whatever playlists or references the
-file contains. A picture has at most `MAX_PIXELS`, and a file no more frames than bytes. At most `MAX_HELD` bytes of a
-clip's packets are kept in memory; a clip with more is decoded from the file's start.
+Limits. FFmpeg gets the open file without its name, and cannot open other files, whatever the file refers to. A picture
+has at most `MAX_PIXELS`, and a file no more frames than bytes.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -36,10 +35,11 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
-from mgtrain.clips.pictures import Box, UnconvertibleError, box_around, clips_of, converted
+from mgtrain.clips.pictures import Box, Frames, Pictures, UnconvertibleError, box_around, clips_of, converted
 from mgtrain.clips.stages import stage
-from mgtrain.clips.timing import needed_runs, shown
 from mgtrain.errors import VideoError
+
+Item = TypeVar("Item")
 
 # Demuxers that read one file. Not allowed are those that open other files or URLs (concat, hls, dash, image2, ...).
 CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,h264,hevc,m4v,h263,obu,ivf,ogg,nut,gif,mjpeg,yuv4mpegpipe"
@@ -66,6 +66,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         self._opened = ExitStack()  # the file and the decoder
         try:
             self._file = self._regular_file()
+            self.nbytes = os.fstat(self._file).st_size
             self._open()
             self.info = self._probe()
         except BaseException:
@@ -75,28 +76,14 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    @property
-    def codec(self) -> str:
-        """The codec's name, such as h264."""
-        return str(self._stream.codec_context.name)
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the file."""
-        return os.fstat(self._file).st_size
-
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
         assert self._container.input_was_opened, "read() after it was closed"
         box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
         return clips_of(cuts, self.pictures(wanted_frames(cuts), box), box[:2])
 
-    def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """Decode frames, uint8 (H, W, 3) RGB, upright, each with its ascending frame numbers among `wanted`.
-
-        With `box`, only that part of the frames, in the coordinates of stored frames (before rotation). If a video is
-        damaged, it may start again and repeat numbers.
-        """
+    def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Pictures:
+        """Decode frames upright; `box` is a part of them, before rotation. After damage, numbers may be repeated."""
         none, box = True, box or (0, 0, *self._size)
         try:
             for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):
@@ -112,8 +99,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         if wanted is None:
             return sum(1 for _ in self._from_start())
         self.damage = ""
-        shown = {indices[0] if frame.pts is None else frame.pts for frame, indices in self._shown(wanted) if indices}
-        return len(shown)
+        return len({indices[0] if frame.pts is None else frame.pts for frame, indices in self._shown(wanted)})
 
     def _regular_file(self) -> int:
         """Open the file and return its descriptor; refuse anything but a regular file, without blocking."""
@@ -145,6 +131,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             raise self._error("no decoder for its codec" if pictures else "no video stream")
         self._stream = pictures[0]
         codec = one_thread(self._stream.codec_context)
+        self.codec = str(codec.name)  # such as h264
         if codec.width * codec.height > MAX_PIXELS:
             raise self._error(
                 f"its pictures have {codec.width} x {codec.height} pixels, more than the allowed {MAX_PIXELS:,}"
@@ -186,7 +173,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         expected = round(seconds * self._fps)
         if expected > 0:
             agreed: int = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
-            return min(agreed, os.fstat(self._file).st_size)
+            return min(agreed, self.nbytes)
         self._reopen()
         packets, last = 0, self._start
         with suppress(av.FFmpegError):  # counted up to the damage
@@ -195,7 +182,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 last = max(last, packet.pts or 0)
         self._reopen()
         if self._timed:  # the rate may be a guess
-            packets = min(round((last - self._start) * self._time_base * self._fps) + 1, os.fstat(self._file).st_size)
+            packets = min(round((last - self._start) * self._time_base * self._fps) + 1, self.nbytes)
         return max(1, packets)
 
     def _reopen(self) -> None:
@@ -212,7 +199,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         return frames
 
     def _packets_from_key_frame(self, moment: int) -> Iterator[av.Packet[av.VideoStream]] | None:
-        """The packets from a key frame shown at or before `moment` (in ticks); None if there is no such key frame."""
+        """The packets from a key frame shown at or before `moment`, in ticks; None if there is none."""
         self._unread = None
         target = moment
         for _ in range(LOOKS_BACK):
@@ -234,31 +221,24 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         return None
 
     def _from_key_frame(self, index: int) -> Iterator[av.VideoFrame] | None:
-        """All frames from a key frame at or before frame `index`; None if there is no such key frame."""
+        """All frames from a key frame at or before frame `index`; None if there is none."""
         moment = self._moment(index)
-        packets = self._packets_from_key_frame(moment)
-        frames = iter(()) if packets is None else self._decode(packets)
+        frames = self._decode(self._packets_from_key_frame(moment) or ())
         first = next(frames, None)
         # If data is missing here, the caller uses an earlier frame.
         return None if first is None or (first.pts or 0) > moment else chain([first], frames)
 
-    def _picked(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-        """As `_shown`, decoding as little as possible.
-
-        Raises `_UntimedError` if timestamps do not tell which packets and frames belong together, or some are damaged.
-        The caller must discard the frames that it has.
-        """
+    def _picked(self, wanted: Sequence[int]) -> Frames:
+        """As `_shown`, decoding as little as possible; raises `_UntimedError` also for damage, after some frames."""
         span = self._span(self._moment(wanted[0]), self._moment(wanted[-1]))
         times = sorted(time for time, _ in span)
         if not times or len(set(times)) < len(times):
             raise _UntimedError
         positions = (((time - self._start) * self._time_base * self._fps, time) for time in times)
-        frames = dict(shown(positions, wanted))  # time of a frame -> its numbers
-
+        frames = dict(shown(positions, wanted))  # time of a frame -> its numbers; those still to come
         codec = self._stream.codec_context
 
-        def taken(packet: av.Packet[av.VideoStream] | None) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
-            """Yield the wanted frames, and remove them from `frames`."""
+        def taken(packet: av.Packet[av.VideoStream] | None) -> Frames:
             for frame in decoded(codec, packet):
                 if frame.pts is not None and frame.pts in frames and not frame.is_corrupt:
                     yield frame, frames.pop(frame.pts)
@@ -275,8 +255,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
 
     @stage("demux")
     def _span(self, first: int, last: int) -> list[tuple[int, av.Packet[av.VideoStream]]]:
-        """Display times and packets, in decoding order, from a key frame shown at or before `first` to the last packet
-        shown at or before `last`. Empty if there is no such key frame."""
+        """Display times and packets, in decoding order, from a key frame at or before `first` to `last`, if any."""
         span: list[tuple[int, av.Packet[av.VideoStream]]] = []
         held = 0
         for packet in self._packets_from_key_frame(first) or ():
@@ -315,7 +294,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         except av.FFmpegError as error:
             self.damage = error.strerror or str(error)
 
-    def _shown(self, wanted: Sequence[int]) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+    def _shown(self, wanted: Sequence[int]) -> Frames:
         """Every wanted frame, with its ascending numbers; starts again from the first if needed."""
         if self._timed and wanted:
             try:
@@ -340,6 +319,49 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 raise _UntimedError
             last = frame.pts
             yield (last - self._start) * frames_per_tick, frame
+
+
+def shown(frames: Iterable[tuple[float, Item]], wanted: Sequence[int]) -> Iterator[tuple[Item, Sequence[int]]]:
+    """For each wanted frame number `k`, the frame shown at position `k + 0.5`, from (position, frame) in order.
+
+    That is the last frame at or before it, or the first frame if there is none. Reads no more frames than needed.
+
+    >>> list(shown([(0, "a"), (1, "b"), (2.7, "c"), (4, "d")], wanted=[0, 2, 3, 7, 9]))
+    [('a', [0]), ('b', [2]), ('c', [3]), ('d', [7, 9])]
+    """
+    done, current = 0, None
+    for position, frame in frames:
+        if current is not None:
+            until = bisect_left(wanted, position - 0.5, done)
+            if until > done:
+                yield current, wanted[done:until]
+            if until == len(wanted):
+                return
+            done = until
+        current = frame
+    if current is not None:
+        yield current, wanted[done:]
+
+
+def needed_runs(packets: Sequence[tuple[bool, int]], wanted: Container[int]) -> Iterator[range]:
+    """The packets to decode for the frames at the wanted times, in runs from a key frame to the last wanted packet.
+
+    `packets` are (is a key frame, display time) in decoding order, the first a key frame. Frames that follow a key
+    frame but are shown before it may reference the previous run, so then both are one run.
+
+    >>> packets = [(True, 0), (False, 1), (False, 2), (True, 3), (False, 4), (True, 5), (True, 8), (False, 6)]
+    >>> list(needed_runs(packets, wanted={1, 6}))
+    [range(0, 2), range(5, 8)]
+    """
+    keys = [n for n, (is_key, _) in enumerate(packets) if is_key]
+    runs: list[tuple[int, int]] = []  # first packet, end
+    for first, end in zip(keys, [*keys[1:], len(packets)], strict=True):
+        needs_previous = any(time in wanted and time < packets[first][1] for _, time in packets[first:end])
+        runs.append((runs.pop()[0] if needs_previous and runs else first, end))
+    for first, end in runs:
+        last = max((n for n in range(first, end) if packets[n][1] in wanted), default=None)
+        if last is not None:
+            yield range(first, last + 1)
 
 
 class _UntimedError(Exception):

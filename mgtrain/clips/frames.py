@@ -5,12 +5,11 @@ as the network's does. Pillow decodes, or simplejpeg where it is installed: the 
 since both are libjpeg-turbo.
 """
 
-from __future__ import annotations
-
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import MAX_PIXELS
-from mgtrain.clips.pictures import clips_by, clips_of
+from mgtrain.clips.pictures import Pictures, clips_by, clips_of
 from mgtrain.clips.stages import stage
 from mgtrain.data.frames import list_frames
 from mgtrain.errors import VideoError
@@ -36,25 +35,19 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
     """An open folder of frames, read like a `VideoFile`. `fps` is the rate at which its frames were taken."""
 
     first = 0  # number of its first frame in what is at `path`
+    damage = lacking = ""  # what ended `decodable` early, and which frames are missing
 
     def __init__(self, path: str | os.PathLike[str], fps: float | None) -> None:
         self.path = os.fspath(path)
-        self.damage = ""
-        self.lacking = ""  # which frames are missing, after `decodable`
         self._frames = list_frames(self.path)
         if fps is None:
             raise VideoError(f"{self.path}: a folder of frames has no frame rate; set data.fps to that of the frames")
         with self._opened(0) as picture:
-            self._type, (width, height) = picture.format, picture.size
+            self.codec, (width, height) = str(picture.format).lower(), picture.size
         self.info = VideoInfo(len(self._frames), fps, width, height)
 
     def __exit__(self, *_: object) -> None:
         pass
-
-    @property
-    def codec(self) -> str:
-        """The format of the pictures, such as jpeg."""
-        return str(self._type).lower()
 
     @property
     def nbytes(self) -> int:
@@ -67,14 +60,12 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
         return clips_by(self._shrink, self._read, cuts)
 
     def _read(self, by: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
-        """The clips, of pictures shrunk by `by`."""
         pictures = ((self._picture(index, by), (index,)) for index in wanted_frames(cuts))
         return clips_of([self._smaller(cut, by) for cut in cuts], pictures)
 
-    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """Frames as uint8 (H, W, 3) RGB, each with the wanted number that it stands for."""
-        for index in wanted:
-            yield self._picture(min(index, self.info.frames - 1), 1), (index,)
+    def pictures(self, wanted: Sequence[int]) -> Pictures:
+        """The wanted frames."""
+        return ((self._picture(index, 1), (index,)) for index in wanted)
 
     def decodable(self, wanted: range | None = None) -> int:
         """The number of frames that can be decoded, of all or the wanted ones; `damage` says what ended it early."""
@@ -90,20 +81,15 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
         return count
 
     def _shrink(self, cut: Cut) -> int:
-        """By how much the sides of pictures may be divided for a clip."""
-        by_more = SHRUNK if self._type == "JPEG" else ()
+        """What the sides of pictures may be divided by for a clip."""
+        by_more = SHRUNK if self.codec == "jpeg" else ()
         return next((by for by in by_more if min(cut.region[2:]) / by >= cut.crop - 0.5), 1)
 
     def _smaller(self, cut: Cut, by: int) -> Cut:
-        """The cut in pixels of shrunk pictures, whose region is rounded to these."""
-
-        def rounded(offset: int, extent: int) -> tuple[int, int]:
-            first, end = round(offset / by), round((offset + extent) / by)
-            return first, max(1, end - first)
-
-        left, width = rounded(cut.region[0], cut.region[2])
-        top, height = rounded(cut.region[1], cut.region[3])
-        return Cut(cut.frames, (left, top, width, height), cut.crop, cut.flip)
+        """The cut in pixels of shrunk pictures, its region rounded to these."""
+        x, y, width, height = cut.region
+        left, top, right, bottom = (round(edge / by) for edge in (x, y, x + width, y + height))
+        return replace(cut, region=(left, top, max(1, right - left), max(1, bottom - top)))
 
     @stage("decode")
     def _picture(self, index: int, by: int) -> np.ndarray:

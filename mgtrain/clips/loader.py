@@ -1,19 +1,15 @@
 """The loader: worker processes decode clips in the order of the plan.
 
-1. A step's clips are split into units, several per worker and step, so that no worker decodes a large batch alone.
-2. A worker opens each video of a unit, and cuts and decodes its clips: uint8 (clips, T, S, S, 3).
-3. The units return in order and are joined to this rank's share of the batch, in pinned memory for a GPU.
+A step's clips are split into units, several per worker, so that no worker decodes a large batch alone. The units return
+in order and are joined to this rank's share of the batch.
 
-Workers live as long as the run; a new shape is only another request. All steps have about the same volume, so memory
-does not depend on the shape: about `STEPS_AHEAD + 1` steps of uint8 pixels per rank. Workers are forked from a server
-process without threads, because a fork of the training process may hang. They share the list of videos in memory.
+Workers live as long as the run. All steps have about the same volume, so memory does not depend on the shape: about
+`STEPS_AHEAD + 1` steps of uint8 pixels per rank. Workers are forked from a server process without threads, because a
+fork of the training process may hang.
 
 A video that cannot be decoded is replaced. A video that crashes its worker, by a bug in FFmpeg or a lack of memory,
-ends the run with an error that names it: the worker's clips are lost, and a step without them would not be
-reproducible. `mgtrain data check` finds such videos beforehand.
+ends the run with an error that names it, because a step without the worker's clips would not be reproducible.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -36,13 +32,13 @@ from mgtrain.clips.units import Loaded, RandomClips, Source, ViewClips, evaluati
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError, lack_of
 from mgtrain.processes.distributed import World
-from mgtrain.processes.signals import leave_signals_to_the_parent
 from mgtrain.recipe import Recipe
 from mgtrain.rng import Draw
 from mgtrain.schedule import Step
 
 log = logging.getLogger(__name__)
 
+Batches = Iterator[tuple[Tensor, Tensor]]  # on the device: uint8 (b, 3, T, S, S), and labels as in `Loaded`
 UNITS_PER_WORKER = 2  # units of a step per worker
 STEPS_AHEAD = 2  # steps that the workers may be ahead of training
 
@@ -70,8 +66,8 @@ class BadVideos:
 
 def train_batches(
     videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and labels as in `Loaded`."""
+) -> Batches:
+    """This rank's share of each step."""
     order = Order.of(videos, recipe)
     requests = (step_requests(step, order, world.rank, world.size) for step in steps)
     return batches_of(RandomClips(videos, recipe), requests, recipe, world, bad)
@@ -79,8 +75,8 @@ def train_batches(
 
 def recalibration_batches(
     videos: Videos, count: int, recipe: Recipe, world: World, bad: BadVideos | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` batches of random training clips on the evaluation grid, the same in every call; as `train_batches`."""
+) -> Batches:
+    """`count` batches of random training clips on the evaluation grid, the same in every call."""
     grid, share, order = evaluation_grid(recipe), recipe.batch.clips // world.size, Order.of(videos, recipe)
     firsts = (batch * recipe.batch.clips + world.rank * share for batch in range(count))
     steps = ([ClipRequest(order.at(c), c, grid) for c in range(first, first + share)] for first in firsts)
@@ -95,7 +91,7 @@ def view_batches(
     crops: int,
     world: World,
     bad: BadVideos | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     """All views of this rank's videos: uint8 (v * times * crops, 3, T, S, S), and the videos' numbers, int64 (v,)."""
     dataset = ViewClips(videos, recipe, times, crops)
     per_batch = max(1, recipe.batch.clips // world.size // (times * crops))
@@ -116,7 +112,7 @@ def batches_of(
     recipe: Recipe,
     world: World,
     bad: BadVideos | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     """Load each step's items in units, joined on the device; `bad` by default allows `data.max_bad_fraction`."""
     workers = worker_count(recipe, world)
     bad = bad or BadVideos(len(dataset.source.videos), recipe.data.max_bad_fraction)
@@ -137,7 +133,7 @@ def batches_of(
         sampler=units(),
         num_workers=workers,
         prefetch_factor=UNITS_PER_WORKER * STEPS_AHEAD if workers else None,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=_start_worker,
         multiprocessing_context=_server() if workers else None,
     )
     joined: list[Loaded] = []
@@ -148,16 +144,12 @@ def batches_of(
             joined.append(loaded)
             if len(joined) == lengths[0]:
                 del lengths[0]
-                yield _join(joined, world)
+                yield _join(joined, world)  # which nothing here refers to, so that its memory is freed after the step
                 joined = []
 
 
 def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
-    """The loader's items.
-
-    Raises `DataError` if a worker died, with the video that it was decoding, and `LackError` if the machine lacks
-    something. A worker that has no file descriptor left closes its connection.
-    """
+    """The loader's items. Raises `DataError` if a worker died, `LackError` if the machine lacks something."""
     of_child = signal.getsignal(signal.SIGCHLD)
     units = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -167,7 +159,7 @@ def _units_of(loader: DataLoader[Loaded], source: Source) -> Iterator[Loaded]:
         yield from units
     except (RuntimeError, EOFError, ConnectionError) as error:
         cause: Exception = error
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError):  # a worker that has no file descriptor left closes its connection
             cause = RuntimeError(f"Too many open files, or a loader process was killed: {str(error) or 'no answer'}")
         lost = lack_of(cause) or source.lost(cause)
         if lost is None:
@@ -232,6 +224,8 @@ def _end_with_the_run() -> None:
 
 
 def _start_worker(_: int) -> None:
-    leave_signals_to_the_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the main process, asked to stop, ends its loaders
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     torch.set_num_threads(1)

@@ -1,7 +1,5 @@
 """From decoded frames to the pixels of a clip: convert the region that the clip shows, and resample it once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -19,27 +17,21 @@ TOGETHER = 8  # frames of a clip to resample at once: at small crops this takes 
 PIXELS_TOGETHER = 2**19  # to convert at once; more do not fit into the processor's cache
 
 Box = tuple[int, int, int, int]  # left, top, width, height
+Frames = Iterator[tuple[av.VideoFrame, Sequence[int]]]  # each with the frame numbers that it stands for
+Pictures = Iterator[tuple[np.ndarray, Sequence[int]]]  # the same, as uint8 (H, W, 3) RGB
 
 
 class UnconvertibleError(Exception):
     """The pixels of a frame cannot be converted to RGB."""
 
 
-def converted(
-    frames: Iterable[tuple[av.VideoFrame, Sequence[int]]],
-    size: tuple[int, int],
-    box: Box,
-    reformatter: VideoReformatter,
-) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-    """Convert a box of each frame to uint8 (height, width, 3) RGB, several frames at once; yields views.
+def converted(frames: Frames, size: tuple[int, int], box: Box, reformatter: VideoReformatter) -> Pictures:
+    """Convert a box of each frame, several frames at once; yields views. Raises `UnconvertibleError`.
 
     Frames of another size than `size` (width, height) are resized first. `reformatter` keeps its tables between calls.
-
-    Raises:
-        UnconvertibleError: the pixels have a format that cannot be converted to RGB.
     """
-    waiting, most = iter(frames), max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
-    while group := list(islice(waiting, most)):
+    most = max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
+    while group := list(islice(frames, most)):
         try:
             pictures = rgb([frame for frame, _ in group], size, box, reformatter)
         except (av.FFmpegError, ValueError) as error:
@@ -112,10 +104,7 @@ def box_around(boxes: Sequence[Box]) -> Box:
 
 
 class Clip:
-    """Collects the frames of a clip as they are decoded, and resamples several at once.
-
-    The pictures are whole frames, or a box of them that contains the clip's region and whose top left is `corner`.
-    """
+    """Collects a clip from decoded frames, or boxes of them with the top left `corner`; resamples several at once."""
 
     def __init__(self, cut: Cut, corner: tuple[int, int] = (0, 0)) -> None:
         self.cut = cut
@@ -129,10 +118,7 @@ class Clip:
         self._waiting: list[tuple[list[int], np.ndarray]] = []  # regions to resample, (h, w, 3), with their places
 
     def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
-        """Add a picture, uint8 (H, W, 3), of the source frames with these numbers, if the clip has one of them.
-
-        The caller must not change the picture until the clip is complete.
-        """
+        """Add a picture, uint8 (H, W, 3), of these source frames; it must not change until the clip is complete."""
         places = [t for index in indices for t in self._wanted.get(index, ())]
         if places:
             self._waiting.append((places, picture[self._rows, self._columns]))
@@ -153,12 +139,10 @@ class Clip:
             self._waiting = []
 
 
-def clips_of(
-    cuts: Sequence[Cut], frames: Iterable[tuple[np.ndarray, Iterable[int]]], corner: tuple[int, int] = (0, 0)
-) -> list[np.ndarray]:
-    """The clips of cuts, from pictures and the source frames that each is of; `corner` as in `Clip`."""
+def clips_of(cuts: Sequence[Cut], pictures: Pictures, corner: tuple[int, int] = (0, 0)) -> list[np.ndarray]:
+    """The clips of cuts, from pictures of source frames; `corner` as in `Clip`."""
     clips = [Clip(cut, corner) for cut in cuts]
-    for picture, indices in frames:
+    for picture, indices in pictures:
         for clip in clips:
             clip.put(indices, picture)
     return [clip.pixels() for clip in clips]
@@ -168,12 +152,11 @@ def clips_by(
     kind: Callable[[Cut], int], read: Callable[[int, list[Cut]], list[np.ndarray]], cuts: Sequence[Cut]
 ) -> list[np.ndarray]:
     """The clips of cuts, in their order, where `read` gets all cuts of one kind together."""
-    kinds = [kind(cut) for cut in cuts]
-    clips: dict[int, np.ndarray] = {}
-    for one in dict.fromkeys(kinds):
-        these = [n for n, other in enumerate(kinds) if other == one]
-        clips.update(zip(these, read(one, [cuts[n] for n in these]), strict=True))
-    return [clips[n] for n in range(len(cuts))]
+    by_kind: dict[int, list[Cut]] = {}
+    for cut in cuts:
+        by_kind.setdefault(kind(cut), []).append(cut)
+    clips = {one: iter(read(one, these)) for one, these in by_kind.items()}
+    return [next(clips[kind(cut)]) for cut in cuts]
 
 
 @stage("resample")
@@ -184,9 +167,8 @@ def resample(parts: np.ndarray, crop: int) -> np.ndarray:
     # torch is three times as fast in channels last as swscale or Pillow. (A stride of 0, as that of `part[None]`,
     # does not count as channels last.)
     batch = torch.from_numpy(parts).permute(0, 3, 1, 2)  # (n, 3, H, W)
-    resampled: np.ndarray = (
-        interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-    )
+    batch = interpolate(batch, size=(crop, crop), mode="bilinear", antialias=True)
+    resampled: np.ndarray = batch.permute(0, 2, 3, 1).numpy()
     return resampled
 
 

@@ -1,9 +1,7 @@
 """Open what a row of a list names: a video file or a folder of frames, or a stretch of either."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -12,6 +10,7 @@ import numpy as np
 from mgtrain.clips.cut import Cut
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.frames import FrameFolder
+from mgtrain.clips.pictures import Pictures
 from mgtrain.data.stretch import Stretch, parted
 from mgtrain.errors import VideoError
 
@@ -22,16 +21,14 @@ class Part(AbstractContextManager["Part"]):
     def __init__(self, whole: VideoFile | FrameFolder, stretch: Stretch) -> None:
         if not stretch.start < stretch.end:
             raise VideoError(f"{whole.path}{stretch}: has nothing in it; the end must be after the start")
-        info = whole.info
+        info, self.whole, self.codec = whole.info, whole, whole.codec
         self.first, end = stretch.frames(info.fps, info.frames)
         if self.first >= info.frames:
             raise VideoError(
                 f"{whole.path}{stretch}: starts after the end, which is at frame {info.frames}, "
                 f"{info.frames / info.fps:.2f} s; correct its times or remove it from the list"
             )
-        self.whole = whole
         self.info = replace(info, frames=min(end, info.frames) - self.first)
-        self.codec = whole.codec
         self._after = end - info.frames  # frames of the stretch after the video's end
 
     def __exit__(self, *_: object) -> None:
@@ -56,8 +53,8 @@ class Part(AbstractContextManager["Part"]):
         """The clips, each uint8 (T, crop, crop, 3) RGB; their frames count from the stretch's first."""
         return self.whole.read([replace(cut, frames=tuple(k + self.first for k in cut.frames)) for cut in cuts])
 
-    def pictures(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, Sequence[int]]]:
-        """Frames as uint8 (H, W, 3) RGB, each with the wanted numbers that it stands for."""
+    def pictures(self, wanted: Sequence[int]) -> Pictures:
+        """The wanted frames; their numbers count from the stretch's first."""
         for picture, indices in self.whole.pictures([index + self.first for index in wanted]):
             yield picture, [index - self.first for index in indices]
 

@@ -1,7 +1,5 @@
 """The work of a loader process: open videos, and cut and decode the clips of a unit."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Container, Iterator, Sequence
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
-from mgtrain.clips.cut import Cut, cut_random, cut_views
+from mgtrain.clips.cut import cut_random, cut_views
 from mgtrain.clips.order import ClipRequest
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo
 from mgtrain.clips.sources import Reader, open_source
@@ -61,15 +59,13 @@ class Source:
 
     def share(self, workers: int) -> None:
         """Prepare for use by a number of processes, before they start."""
-        self._reading = torch.zeros(max(1, workers), 2, dtype=torch.int64)
-        self._reading.share_memory_()  # type: ignore[no-untyped-call]
+        self._reading = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state that workers receive. The arrays, which may describe millions of videos, are in shared memory."""
         if self._shared is None:
-            self._shared = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
-            for tensor in self._shared:
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
+            copies = [torch.from_numpy(array.copy()) for array in (*self.videos.arrays(), self._rows)]
+            self._shared = [copy.share_memory_() for copy in copies]  # type: ignore[no-untyped-call]
         return {**self.__dict__, "videos": self.videos.with_arrays([np.empty(0)] * 3), "_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,8 +98,8 @@ class Source:
 
     def under_way(self, pids: Container[int] | None = None) -> list[str]:
         """The paths of the videos that are being decoded: by all processes, or by some of them."""
-        reading = [(pid, video - 1) for pid, video in self._reading.tolist() if video]
-        return [self.videos.path(video) for pid, video in reading if pids is None or pid in pids]
+        reading = self._reading.tolist()
+        return [self.videos.path(video - 1) for pid, video in reading if video and (pids is None or pid in pids)]
 
     def lost(self, error: Exception) -> DataError | None:
         """The message for torch's error about workers that died; None for any other error."""
@@ -131,8 +127,7 @@ class RandomClips(Dataset[Loaded]):
     def __init__(self, videos: Videos, recipe: Recipe, draw: Draw = Draw.CUT) -> None:
         self.source = Source(videos, recipe.data)
         self.clip, self.seed, self.draw = recipe.clip, recipe.seed, draw
-        self.multi_label, self.balanced = recipe.data.multi_label, recipe.data.balance != "none"
-        self.mirrored = np.array(mirrored_labels(videos.classes, recipe.data.mirrored))
+        self.data, self.mirrored = recipe.data, np.array(mirrored_labels(videos.classes, recipe.data.mirrored))
         # Recalibrated statistics must describe clips as in evaluations.
         self.augment = recipe.augment if draw is Draw.CUT else Augment()
 
@@ -156,15 +151,12 @@ class RandomClips(Dataset[Loaded]):
         return _sendable(Loaded(clips, torch.from_numpy(np.stack(labels)), tuple(bad)))
 
     def _candidates(self, request: ClipRequest) -> Iterator[int]:
-        """The requested video, then its replacements, the same ones in every process.
-
-        Where classes are balanced, the first half of them is of the same class.
-        """
+        """The requested video, then its replacements, the same in every process; half are of its class if balanced."""
         yield request.video
         videos = self.source.videos
         for attempt in range(REPLACEMENTS):
             rng = generator(self.seed, Draw.REPLACEMENT, request.position, attempt)
-            if self.balanced and attempt < REPLACEMENTS // 2:
+            if self.data.balance != "none" and attempt < REPLACEMENTS // 2:
                 yield int(rng.choice(np.flatnonzero(videos.single_labels == videos.label(request.video))))
             else:
                 yield int(rng.integers(len(videos)))
@@ -182,15 +174,13 @@ class RandomClips(Dataset[Loaded]):
                 inverse_uniform=self.clip.inverse_uniform,
                 segments=self.clip.sampling == "segments",
             )
-            return file.read([cut])[0], self._label(video, cut, file.info.fps)
-
-    def _label(self, video: int, cut: Cut, fps: float) -> np.ndarray:
+            (clip,), fps = file.read([cut]), file.info.fps
         videos = self.source.videos
-        if not self.multi_label:
+        if not self.data.multi_label:
             label = videos.label(video)
-            return np.array(self.mirrored[label] if cut.flip else label)
+            return clip, np.array(self.mirrored[label] if cut.flip else label)
         row = videos.targets(video, cut.frames[0] / fps, (cut.frames[-1] + 1) / fps)
-        return row[self.mirrored] if cut.flip else row
+        return clip, row[self.mirrored] if cut.flip else row
 
 
 class ViewClips(Dataset[Loaded]):
@@ -220,7 +210,5 @@ class ViewClips(Dataset[Loaded]):
 
 def evaluation_grid(recipe: Recipe) -> Grid:
     """The grid of all evaluations of a run."""
-    clip, evaluation = recipe.clip, recipe.evaluation
-    return Grid(
-        clip.frames, evaluation.crop, (clip.stride, clip.stride), (evaluation.short_side, evaluation.short_side)
-    )
+    stride, side = recipe.clip.stride, recipe.evaluation.short_side
+    return Grid(recipe.clip.frames, recipe.evaluation.crop, (stride, stride), (side, side))

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgtrain.clips.augment import colour_rows, erase, erase_rows, jitter_colour, sent
-from mgtrain.clips.pixels import normalize, restandardize
+from mgtrain.clips.augment import colour_rows, erase, erase_rows, jitter_colour, normalize, restandardize, sent
 from mgtrain.engine.checks import DTYPES, pass_clips
 from mgtrain.engine.finite import Statistics, not_finite
 from mgtrain.engine.mix import mix, mix_rows

@@ -1,7 +1,5 @@
 """The processor: its name, its instruction sets, its cores and how busy they are."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
@@ -69,8 +67,7 @@ def crowded(busy: float | None) -> bool:
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory for the next step; returns whether it does.
 
-    A step on a CPU allocates and frees hundreds of megabytes. If the memory returns to the system, the kernel clears
-    every page when the next step allocates it, which takes up to half of a step's time.
+    Otherwise the kernel clears every page that a step on a CPU allocates, which takes up to half of the step's time.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -80,7 +77,7 @@ def keep_freed_memory() -> bool:
 
 
 def _cpuinfo() -> str:
-    """Linux's description of the first core; empty elsewhere."""
+    """Linux's description of the first core, or nothing."""
     with suppress(OSError):
         return CPUINFO.read_text().partition("\n\n")[0]
     return ""

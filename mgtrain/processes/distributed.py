@@ -3,8 +3,6 @@
 Ranks read torchrun's variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -39,6 +37,7 @@ Value = TypeVar("Value")
 JOIN_MINUTES = 30  # timeout for all ranks to join, and for an exchange
 LAUNCHER = "MGTRAIN_LAUNCHER"  # environment variable with the launcher's process id
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, where torch has it
+Places = Sequence[tuple[str, set[int], str]]  # of each rank: the machine, the cores that it may use, cuda or cpu
 SECONDS_TO_END = 20.0  # for the other ranks to end after one has failed
 
 
@@ -76,10 +75,9 @@ class World:
 
     def from_main(self, value: Value) -> Value:
         """The main rank's value, on every rank; it must be picklable."""
-        if self.size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values)
+        if self.size > 1:
+            dist.broadcast_object_list(values)
         return values[0]
 
     def any(self, yes: bool) -> bool:
@@ -93,7 +91,7 @@ class World:
 
 
 class Agreement:
-    """Tells all ranks before the same step that one of them has said yes, for example because it received a signal."""
+    """Tells all ranks before the same step that one of them has said yes, such as that it received a signal."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -126,11 +124,8 @@ def _block(ranks: int, size: int) -> dist.ProcessGroup | None:
 def connect(device: str | None = None, timeout_seconds: float = float("inf")) -> Iterator[World]:
     """Join the run that torchrun's variables describe, or run alone, under a watchdog.
 
-    `device` is `cuda` or `cpu`; None: a GPU if the machine has one.
-
-    Raises:
-        MissingCapabilityError: there is no GPU for this rank.
-        RanksLostError: another rank ended during an exchange.
+    `device` is `cuda` or `cpu`; None: a GPU if the machine has one. Raises `MissingCapabilityError` if there is no GPU
+    for this rank, and `RanksLostError` if another rank ends during an exchange.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingCapabilityError(
@@ -169,10 +164,8 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
                 raise
             if lack := lack_of(error):
                 raise lack from None
-            lines = [line for line in str(error).splitlines() if not line.rstrip().endswith(":")] or [
-                type(error).__name__
-            ]
-            why = lines[-1].rpartition("] ")[2][:200]
+            lines = (line for line in reversed(str(error).splitlines()) if not line.rstrip().endswith(":"))
+            why = next(lines, type(error).__name__).rpartition("] ")[2][:200]
             if not dist.is_initialized():
                 why += (
                     "; is MASTER_PORT free, and does each machine's name resolve to an address that the others reach? "
@@ -185,14 +178,11 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
 
 
 def _of_these_ranks(store: Any, rank: int, size: int) -> Any:
-    """The part of a store that only the processes use which are ranks now.
+    """The part of a store that only the processes use which are ranks now; `RanksLostError` after `JOIN_MINUTES`.
 
-    torchrun's agents keep the store while they restart ranks, and each counts restarts for itself: a new node starts at
-    0, and a restart because nodes join or leave does not count. So each process writes a name of its own, rank 0 lists
-    the names, and all go on when each process of the list has confirmed it, which one that has ended cannot.
-
-    Raises:
-        RanksLostError: the others have not joined in `JOIN_MINUTES`.
+    torchrun's agents keep the store while they restart ranks, and their counts of restarts differ. So each process
+    writes a name of its own, rank 0 lists the names, and all go on when each process of the list has confirmed it,
+    which one that has ended cannot.
     """
     store = dist.PrefixStore("mgtrain", store)  # type: ignore[attr-defined]
     mine, confirmed = uuid.uuid4().hex, ""
@@ -215,7 +205,7 @@ def _of_these_ranks(store: Any, rank: int, size: int) -> Any:
     raise RanksLostError(f"rank {rank} of {size}: the other ranks have not joined within {JOIN_MINUTES} minutes")
 
 
-def _refuse_other_devices(everyone: Sequence[tuple[str, set[int], str]]) -> None:
+def _refuse_other_devices(everyone: Places) -> None:
     """Raise `MissingCapabilityError` if some machines have no GPU, as with a broken driver, and others have."""
     without = sorted({node for node, _, kind in everyone if kind == "cpu"})
     if without and any(kind != "cpu" for *_, kind in everyone):
@@ -226,24 +216,20 @@ def _refuse_other_devices(everyone: Sequence[tuple[str, set[int], str]]) -> None
 
 
 def joined(device: torch.device | str | None = None) -> World:
-    """This process among the ranks of a process group that somebody else has initialized; alone if there is none.
-
-    `device` None: the current GPU, or the CPU where there is none.
-    """
+    """This process in a process group that somebody else has initialized, or alone; by default on a GPU if any."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return World(device=torch.device(device))
     size = dist.get_world_size()
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     return World(dist.get_rank(), size, torch.device(device), cores)
 
 
-def _share_of_cores(rank: int, everyone: Sequence[tuple[str, set[int], str]]) -> int:
-    """The cores of a rank, from the machine of each rank and the cores that it may use there.
+def _share_of_cores(rank: int, everyone: Places) -> int:
+    """The cores of a rank, where a core of several ranks counts as a fraction for each of them.
 
-    A core of several ranks counts as a fraction for each of them. So the share is the same whether a launcher binds
-    each rank to cores of its own (SLURM, numactl) or to none (torchrun).
+    So the share is the same whether a launcher binds each rank to cores of its own (SLURM, numactl) or not (torchrun).
     """
     node, mine, _ = everyone[rank]
     users = Counter(core for there, cores, _ in everyone if there == node for core in cores)
@@ -356,7 +342,7 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    # The strides of 1 x 1 x 1 kernels are valid in both memory formats, so this warning is meaningless.
+    # Meaningless: the strides of 1 x 1 x 1 kernels are valid in both memory formats.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` will be renamed

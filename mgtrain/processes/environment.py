@@ -1,7 +1,5 @@
 """torchrun's environment variables, read without importing torch."""
 
-from __future__ import annotations
-
 import os
 
 

@@ -1,9 +1,7 @@
 """Call a function for many items in worker processes, so that a crash or a hang loses only one item.
 
-A worker processes one item after another; if it dies or must be killed, a new one replaces it.
+If a worker dies or must be killed, a new one replaces it.
 """
-
-from __future__ import annotations
 
 import multiprocessing
 import os
@@ -91,7 +89,6 @@ def isolated(
             limit = min(worker.since for worker in team) + seconds - time.monotonic()
             ready = wait([worker.pipe for worker in team], None if limit == float("inf") else max(0.0, limit))
             for worker in list(team):
-                outcome: Result | Lost
                 if worker.pipe in ready:
                     try:
                         raised, outcome = worker.pipe.recv()
@@ -108,7 +105,6 @@ def isolated(
                     continue
                 team.remove(worker)
                 if raised:
-                    assert isinstance(outcome, BaseException)
                     raise outcome
                 yield worker.item, outcome
     finally:
@@ -125,8 +121,7 @@ def _serve(function: Callable[[Item], object], pipe: Connection, parent: int, me
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
         with suppress(OSError):  # only Linux has the file
-            data_pages = int(Path("/proc/self/statm").read_text().split()[5])
-            limit = data_pages * resource.getpagesize() + memory
+            limit = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() + memory  # data pages
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     while True:
         while not pipe.poll(ORPHAN_SECONDS):

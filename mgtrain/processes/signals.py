@@ -62,10 +62,3 @@ class StopRequest:
 def _say(message: str) -> None:
     with suppress(OSError):  # the reader of stderr may have ended, as `tee` does on Ctrl-C
         os.write(2, f"mgtrain: {message}\n".encode())
-
-
-def leave_signals_to_the_parent() -> None:
-    """For loader processes: ignore requests to stop; the main process ends its loaders with SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,7 +1,5 @@
 """A watchdog that ends a rank if it hangs or its launcher is gone, and reports what the rank was doing."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys

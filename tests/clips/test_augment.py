@@ -10,17 +10,19 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from mgtrain.clips.augment import (
+    BLACK,
     GREY,
+    WHITE,
     box_rows,
     colour_rows,
     erase,
     erase_rows,
     inside,
     jitter_colour,
+    normalize,
     rand_augment,
     sent,
 )
-from mgtrain.clips.pixels import BLACK, WHITE, normalize
 from mgtrain.recipe import Augment
 
 TWO_OPS = Augment(rand_augment=2)

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from videos import SIZE, decode, number_of, numbered_picture, write_video
 
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
-from mgtrain.clips.decode import VideoFile
+from mgtrain.clips.decode import VideoFile, shown
 from mgtrain.clips.pictures import Clip, resample
-from mgtrain.clips.timing import shown
 from mgtrain.errors import VideoError
 from mgtrain.grid import Grid
 from mgtrain.rng import Draw, generator

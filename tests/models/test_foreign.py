@@ -18,7 +18,7 @@ from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
 from warm import Start
 
-from mgtrain.clips.pixels import normalize
+from mgtrain.clips.augment import normalize
 from mgtrain.engine.checks import check_shapes, make_model, misfit
 from mgtrain.engine.step import to_input
 from mgtrain.engine.update.optim import make_optimizer

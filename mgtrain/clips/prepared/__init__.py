@@ -1,7 +1,7 @@
 """Prepared videos: files at several sizes in which every frame is a key frame, and an index of the frames.
 
-The loader decodes only the 8 frames of a clip of 8 frames, however long it is, and small frames for a small short side.
-So coarse clips take less time to load than fine ones, as they do in the network.
+The loader decodes only the frames of a clip, and small ones for a small short side. So coarse clips take less time to
+load than fine ones, as they do in the network.
 
     prepared.json            the `Settings` that the set was prepared with
     videos.jsonl             the manifest, a line for each video: its source, sizes in pixels and bytes, checksums
@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import decoded, one_thread
-from mgtrain.clips.pictures import UnconvertibleError, box_around, clips_by, clips_of, converted
+from mgtrain.clips.pictures import Frames, UnconvertibleError, box_around, clips_by, clips_of, converted
 from mgtrain.clips.prepared.shards import check_shards, opened_shards, shard_path
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
@@ -87,8 +87,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
     facts = {"schema": SHARDED if settings.shards else SCHEMA, **asdict(settings)}
     if not settings.shards:
         del facts["shards"]
-    text = json.dumps(facts, indent=1) + "\n"
-    (folder / "prepared.json").write_text(text, encoding="utf-8")
+    (folder / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def read_index(folder: Path, settings: Settings) -> np.ndarray:
@@ -191,7 +190,6 @@ class PreparedVideo(AbstractContextManager["PreparedVideo"]):
         return Cut(frames, (left, top, width, height), cut.crop, cut.flip)
 
     def _read(self, level: int, cuts: Sequence[Cut]) -> list[np.ndarray]:
-        """Decode clips from a level's file; each frame is decoded once for all clips."""
         cuts = [self._stored(cut, level) for cut in cuts]
         place = self._row["levels"][level]
         size, start = (int(place["width"]), int(place["height"])), int(place["start"])
@@ -199,7 +197,7 @@ class PreparedVideo(AbstractContextManager["PreparedVideo"]):
         path = level_path(self._set.folder, self._set.settings.levels[level], self._relative)
         where = self._set.where(place, path)
 
-        def frames(file: int, first: int) -> Iterator[tuple[av.VideoFrame, Sequence[int]]]:
+        def frames(file: int, first: int) -> Frames:
             wanted = wanted_frames(cuts)
             with suppress(AttributeError, IndexError, OSError, OverflowError):  # macOS has no posix_fadvise
                 for index in wanted:  # so that a cold disk reads all of them while the first is decoded
@@ -246,7 +244,6 @@ def stretch(offset: int, extent: int, source: int, target: int) -> tuple[int, in
 
 @stage("demux")
 def read_bytes(file: int, begin: int, end: int) -> bytes:
-    """Read bytes `begin .. end` of an open file."""
     return os.pread(file, end - begin, begin)
 
 

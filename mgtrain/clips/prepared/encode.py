@@ -1,7 +1,5 @@
 """Encode one video for a prepared set: every frame a key frame, a file for each level."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,8 +28,7 @@ def encode_video(
 ) -> tuple[Record, list[np.ndarray]]:
     """Write the files of a video; return its record and, for each level, the offsets of its frames.
 
-    The record of a video that cannot be decoded has its `error`, and there are no offsets. `fps` is the rate of folders
-    of frames.
+    If it cannot be decoded, the record has its `error`, and there are no offsets. `fps` is that of folders of frames.
     """
     try:
         source = (root / file_of(path)).stat()

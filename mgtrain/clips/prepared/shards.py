@@ -1,7 +1,5 @@
 """Shards: the files of a prepared set as members of plain tar files, read in place."""
 
-from __future__ import annotations
-
 import os
 import resource
 from collections.abc import Callable
