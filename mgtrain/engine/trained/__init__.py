@@ -27,8 +27,8 @@ from mgtrain.models.weights.load import freeze, is_ours, load_weights, read_clas
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
 from mgtrain.recipe.model import OwnOptions
-from mgtrain.runs.scores import Answer, Window
 from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, read_info
+from mgtrain.runs.scores import Answer, Window
 
 
 @dataclass(frozen=True, slots=True)
