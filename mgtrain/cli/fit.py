@@ -15,12 +15,11 @@ from mgtrain.console import note, show, start_logging
 from mgtrain.data import count_training_videos
 from mgtrain.errors import UsageError
 from mgtrain.processes.environment import is_launched, may_restart, rank_of_environment, restarts
-from mgtrain.recipe import find_recipe, load_recipe
+from mgtrain.recipe import Recipe, find_recipe, load_recipe
 from mgtrain.runs.folder import RUNS, RunDir, find_run
 from mgtrain.schedule import check_world, make_plan
 
 if TYPE_CHECKING:
-    from mgtrain.recipe import Recipe
     from mgtrain.runs.scores import Scores
 
 SECONDS_TO_UNLOCK = 120.0  # a server of NFS keeps the lock of a machine that has failed for about 90 s
