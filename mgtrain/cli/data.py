@@ -74,9 +74,7 @@ def index(
     overrides: Overrides = None,
     *,
     to: ToFolder,
-    contents: Annotated[
-        bool, Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
-    ] = True,
+    contents: Annotated[bool, Option("--hash/--no-hash", help="Find duplicates and leakage by file contents.")] = True,
     strict: Annotated[bool, Option("--strict", help="Exit with 3 on any warning.")] = False,
     json_: Json = False,
 ) -> None:
@@ -115,9 +113,7 @@ def split(
     *,
     to: ToFolder,
     val: Annotated[float | None, Option(help="Share of the videos for validation, such as 0.2.")] = None,
-    folds: Annotated[
-        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
-    ] = None,
+    folds: Annotated[int | None, Option(min=2, max=1000, help="Make folds instead; each validates one split.")] = None,
     all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
     by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",
@@ -198,9 +194,7 @@ def stats(
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[
-        Path | None, Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
-    ] = None,
+    to: Annotated[Path | None, Option(help="Manifest. Default: data.checked or data.root with -checked.jsonl.")] = None,
     seconds: Annotated[float, Option(min=0.1, help="Time limit for each video.")] = 300.0,
     memory: Annotated[float, Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
@@ -253,15 +247,10 @@ def prepare(
     to: Annotated[Path | None, Option(help="Folder to write to. Default: data.root with -prepared added.")] = None,
     levels: Annotated[str, Option(help="Short sides to store, in pixels.")] = LEVELS,
     quality: Annotated[int, Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
-    fps: Annotated[
-        float | None, Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
-    ] = None,
+    fps: Annotated[float | None, Option(min=1, help="Drop frames above this frame rate. Default: keep all.")] = None,
     shards: Annotated[
         str | None,
-        Option(
-            metavar="SIZE",
-            help="Write tar files of at most this size, such as 2GiB, instead of a file for each video and level.",
-        ),
+        Option(metavar="SIZE", help="Write tar files up to this size, such as 2GiB, not a file per video and level."),
     ] = None,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
     forecast: Annotated[

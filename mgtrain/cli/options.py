@@ -27,15 +27,10 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Device = Annotated[Literal["cpu", "cuda"] | None, Option(help="Where to compute. Default: a GPU if present.")]
-Procs = Annotated[
-    int | None, Option(min=1, help="Processes to start on this machine. Default: one for each visible GPU.")
-]
+Procs = Annotated[int | None, Option(min=1, help="Processes to start on this machine. Default: one per visible GPU.")]
 GroupBy = Annotated[
     str | None,
-    Option(
-        metavar="REGEX|none",
-        help="The part of a path that names the video's source. Default: guess from the file names; none: no groups.",
-    ),
+    Option(metavar="REGEX|none", help="Part of a path that names the video's source. Default: guess; none: no groups."),
 ]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 

@@ -24,19 +24,13 @@ ckpt_app = typer.Typer(name="ckpt", help="Inspect and verify checkpoints.", no_a
 weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
-CheckpointArgument = Annotated[
-    str, Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run, which means its newest checkpoint.")
-]
+CheckpointArgument = Annotated[str, Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run: its newest one.")]
 Changes = Annotated[
     list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe; repeatable.")
 ]
 Views = Annotated[str, Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
-RecipeOption = Annotated[
-    str | None, Option(help="The recipe that says how clips are cut, for weights of other projects.")
-]
-Trust = Annotated[
-    list[str] | None, Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable.")
-]
+RecipeOption = Annotated[str | None, Option(help="The recipe that says how to cut clips, for other projects' weights.")]
+Trust = Annotated[list[str] | None, Option(metavar="MODULE", help="A module that the checkpoint may run; repeatable.")]
 
 
 def evaluate(
@@ -45,10 +39,7 @@ def evaluate(
     views: Views = "10x3",
     recipe: RecipeOption = None,
     table: Annotated[
-        Path | None,
-        Option(
-            "--csv", help="Write class probabilities of every video to this file. An interrupted evaluation resumes."
-        ),
+        Path | None, Option("--csv", help="Write each video's class probabilities; an interrupted evaluation resumes.")
     ] = None,
     trust: Trust = None,
     procs: Procs = None,
@@ -102,8 +93,7 @@ def evaluate(
 def predict(
     checkpoint: CheckpointArgument,
     videos: Annotated[
-        list[Path],
-        Argument(metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."),
+        list[Path], Argument(metavar="VIDEO...", help="Videos, folders of frames, or parts such as long.mp4#t=60,90.")
     ],
     views: Views = "10x3",
     every: Annotated[
@@ -142,9 +132,7 @@ def predict(
 
 def export(
     checkpoint: CheckpointArgument,
-    to: Annotated[
-        str, Option(metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix.")
-    ],
+    to: Annotated[str, Option(metavar="FILE", help="onnx, pt2 or safetensors, or a file with such a suffix.")],
     recipe: RecipeOption = None,
     changes: Changes = None,
     trust: Trust = None,
@@ -279,21 +267,12 @@ def import_weights(
     ] = None,
     *,
     from_: Annotated[
-        str | None,
-        Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of reading a file."),
+        str | None, Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of a file.")
     ] = None,
-    to: Annotated[
-        Path | None, Option(help="The .safetensors file to write. Default: only report what matches.")
-    ] = None,
-    model: Annotated[
-        str | None, Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
-    ] = None,
-    classes: Annotated[
-        Path | None, Option(help="A file of class names to store, one per line. Default: those of the weights.")
-    ] = None,
-    at_least: Annotated[
-        float, Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
-    ] = 1.0,
+    to: Annotated[Path | None, Option(help="The .safetensors file to write. Default: only report matches.")] = None,
+    model: Annotated[str | None, Option(help="Model to load them into, such as i3d_r50. Default: theirs.")] = None,
+    classes: Annotated[Path | None, Option(help="File of class names, one per line. Default: the weights'.")] = None,
+    at_least: Annotated[float, Option(min=0, max=1, help="Share of tensors to load; exit with 6 below it.")] = 1.0,
     json_: Json = False,
 ) -> None:
     """Convert weights of another project. 2-D weights become 3-D. Nothing in the file is executed.

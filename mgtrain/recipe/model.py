@@ -18,9 +18,7 @@ Deviation = Annotated[float, Field(gt=0, le=10)]
 class _ResNetOptions(Section):
     """Options of all built-in architectures."""
 
-    width: int = Field(
-        64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; later stages scale with it"
-    )
+    width: int = Field(64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; scales all stages")
     depth: Literal[50, 101] | Blocks = Field(50, description="50, 101, or the numbers of blocks of res2 to res5")
     dropout: float = Field(0.5, ge=0, lt=1, description="probability of dropping a feature before the classifier")
 

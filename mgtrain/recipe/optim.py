@@ -26,9 +26,7 @@ class Optim(Section):
     warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
     warmup_lr: NotNegative = Field(0.0, description="learning rate at the start of warm-up")
     scaling: Literal["linear", "sqrt"] = Field(
-        "linear",
-        repr=False,
-        description="how the learning rate grows with a long-cycle shape's clips: as they do, or as their square root",
+        "linear", repr=False, description="the learning rate grows as a long cycle's clips or as their square root"
     )
     momentum: Momentum = Field(0.9, description="momentum (name: sgd)")
     nesterov: bool = Field(True, description="use Nesterov momentum (name: sgd)")
@@ -46,9 +44,7 @@ class Optim(Section):
         1.0, repr=False, description="learning rate of each repeated block relative to the next one's, down to the stem"
     )
     clip_norm: Positive | None = Field(
-        None,
-        repr=False,
-        description="largest norm of a step's whole gradient; a larger one is scaled to it; null: none",
+        None, repr=False, description="largest norm of a step's gradient; a larger one is scaled to it; null: none"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
