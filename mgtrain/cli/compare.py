@@ -69,9 +69,7 @@ def study(
     only: Annotated[list[str] | None, Option(metavar="VARIANT", help="Train only this variant; repeatable.")] = None,
     seeds: Annotated[int | None, Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only measure steps and estimate each variant's hours.")] = False,
-    measure: Annotated[
-        float, Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
-    ] = 1.0,
+    measure: Annotated[float, Option(min=0.01, metavar="SECONDS", help="With --dry-run: time for each shape.")] = 1.0,
     device: Device = None,
     json_: Json = False,
 ) -> None:

@@ -253,9 +253,7 @@ def prepare(
         Option(metavar="SIZE", help="Write tar files up to this size, such as 2GiB, not a file per video and level."),
     ] = None,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
-    forecast: Annotated[
-        bool, Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop.")
-    ] = False,
+    forecast: Annotated[bool, Option("--forecast", help="Only estimate time and space, from a few videos.")] = False,
     json_: Json = False,
 ) -> None:
     """Re-encode the videos of a recipe for fast loading. Decoding a clip then costs only its own frames and pixels.

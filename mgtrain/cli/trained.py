@@ -25,9 +25,7 @@ weights_app = typer.Typer(name="weights", help="Convert weights of other project
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
 CheckpointArgument = Annotated[str, Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run: its newest one.")]
-Changes = Annotated[
-    list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe; repeatable.")
-]
+Changes = Annotated[list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; repeatable.")]
 Views = Annotated[str, Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
 RecipeOption = Annotated[str | None, Option(help="The recipe that says how to cut clips, for other projects' weights.")]
 Trust = Annotated[list[str] | None, Option(metavar="MODULE", help="A module that the checkpoint may run; repeatable.")]
@@ -96,9 +94,7 @@ def predict(
         list[Path], Argument(metavar="VIDEO...", help="Videos, folders of frames, or parts such as long.mp4#t=60,90.")
     ],
     views: Views = "10x3",
-    every: Annotated[
-        float | None, Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views.")
-    ] = None,
+    every: Annotated[float | None, Option(min=0.01, help="Predict a clip every so many seconds, not views.")] = None,
     top: Annotated[int, Option(min=1, help="Number of classes to print.")] = 5,
     recipe: RecipeOption = None,
     changes: Changes = None,

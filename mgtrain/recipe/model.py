@@ -58,9 +58,7 @@ class TorchvisionOptions(Section):
 
     name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None,
-        description="stochastic depth of swin3d_t and mvit_v2_s: the last block's probability of being left out, to "
-        "which it rises from 0 at the first; null: torchvision's, 0.1 and 0.2",
+        None, description="stochastic depth of the last block (swin3d_t, mvit_v2_s); null: torchvision's, 0.1 and 0.2"
     )
 
     @model_validator(mode="after")

@@ -18,9 +18,7 @@ class Optim(Section):
     name: Literal["sgd", "adamw"] = Field("sgd", repr=False, description="the optimizer; by default sgd")
     lr: float = Field(gt=0, le=1e30, description="base learning rate, for steps at the base shape")
     curve: Literal["steps", "cosine"] = Field("steps", description="shape of the learning-rate decay")
-    stages: tuple[Positive, ...] = Field(
-        min_length=1, max_length=100, description="epochs of each of the baseline's learning-rate stages"
-    )
+    stages: tuple[Positive, ...] = Field(min_length=1, max_length=100, description="epochs of each learning-rate stage")
     gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
     end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
     warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
@@ -40,17 +38,12 @@ class Optim(Section):
         "biases, scales, tokens and position tables",
     )
     head_lr: Positive = Field(1.0, description="learning rate of the classifier relative to the rest")
-    layer_decay: Scale = Field(
-        1.0, repr=False, description="learning rate of each repeated block relative to the next one's, down to the stem"
-    )
+    layer_decay: Scale = Field(1.0, repr=False, description="learning rate of each block relative to the next one's")
     clip_norm: Positive | None = Field(
         None, repr=False, description="largest norm of a step's gradient; a larger one is scaled to it; null: none"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        repr=False,
-        description="decay, per `batch.clips` clips, of a moving average of the weights, which is evaluated and "
-        "exported in their place; null: no average",
+        None, repr=False, description="decay per `batch.clips` clips of the weights' average, used instead; null: none"
     )
 
     @model_validator(mode="after")

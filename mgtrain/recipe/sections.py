@@ -32,9 +32,7 @@ class Data(Section):
     checked: str | None = Field(None, description="file of `mgtrain data check`, whose unusable videos are skipped")
     prepared: str | None = Field(None, description="folder of `mgtrain data prepare`; null: the original videos")
     fps: Positive | None = Field(None, description="frames per second of videos that are folders of frames")
-    mirrored: tuple[tuple[str | int, str | int], ...] = Field(
-        (), description="pairs of classes, by name or number, that swap in a horizontal flip"
-    )
+    mirrored: tuple[tuple[str | int, str | int], ...] = Field((), description="pairs of classes that swap in a flip")
     multi_label: bool = Field(
         False, description="videos may have any number of classes: train with sigmoids, report mean average precision"
     )
@@ -169,9 +167,7 @@ class MultigridSchedule(Section):
     fine_tune: bool = Field(True, description="train the last stage at the finest shape; false: long cycle there, too")
     fine_tune_short_cycle: bool = Field(True, description="keep the short cycle while fine-tuning in the last stage")
     lr_scaling: Literal["long", "both", "none"] = Field(
-        "long",
-        description="scale the learning rate by the batch of the long cycle or of both; the paper found that scaling "
-        "by the short cycle's hurts",
+        "long", description="scale the learning rate by the batch of the long cycle or both; the short cycle's hurts"
     )
     bn_groups: Literal["long", "both"] = Field(
         "long",
