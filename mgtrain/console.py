@@ -4,8 +4,6 @@ Names of classes, videos and runs come from others. So nothing that is printed o
 characters that a terminal would act on are shown as numbers: see `harmless`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

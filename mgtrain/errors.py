@@ -4,8 +4,6 @@ Every message is one line that says what was given, what is allowed and what to 
 a traceback and exits with `exit_code`.
 """
 
-from __future__ import annotations
-
 import errno
 import mmap
 import re

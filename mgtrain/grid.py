@@ -4,8 +4,6 @@ A `Shape` is the size of a mini-batch, a `Grid` is how each of its clips is cut 
 coarse shapes and their grids from the base shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Each command calls the rooms below and prints what they return: results to stdou
 computed here. Only the commands that need torch import it, so the others answer at once.
 """
 
-from __future__ import annotations
-
 import sys
 
 if sys.platform == "win32":

@@ -1,7 +1,5 @@
 """The recipe reference, generated from the types: docs/reference/recipe.md and `mgtrain recipes keys`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Aliases and tags are not allowed, so a recipe cannot run code or expand without bounds.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The `model` section of a recipe, with the arguments of the factories of the same names; does not import torch."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -47,7 +45,7 @@ class SlowFastOptions(_ResNetOptions):
     fusion_kernel: Literal[1, 3, 5, 7, 9] = Field(7, description="kernel size of the lateral convolutions, frames")
 
     @model_validator(mode="after")
-    def _check_width(self) -> SlowFastOptions:
+    def _check_width(self) -> "SlowFastOptions":
         if self.width % self.beta_inv:
             raise ValueError(f"width {self.width} is not a multiple of beta_inv {self.beta_inv}; use a multiple")
         return self
@@ -62,7 +60,7 @@ class TorchvisionOptions(Section):
     )
 
     @model_validator(mode="after")
-    def _drops_paths_of_transformers(self) -> TorchvisionOptions:
+    def _drops_paths_of_transformers(self) -> "TorchvisionOptions":
         if self.drop_path is not None and self.name not in ("swin3d_t", "mvit_v2_s"):
             raise ValueError(f"drop_path is for swin3d_t and mvit_v2_s; {self.name} has no stochastic depth")
         return self

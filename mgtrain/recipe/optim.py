@@ -1,7 +1,5 @@
 """The `optim` section of a recipe."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -47,7 +45,7 @@ class Optim(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_of_the_optimizer(self) -> Optim:
+    def _keys_of_the_optimizer(self) -> "Optim":
         other, keys = ("adamw", ("betas", "eps")) if self.name == "sgd" else ("sgd", ("momentum", "nesterov"))
         for key in keys:
             if getattr(self, key) != type(self).model_fields[key].default:

@@ -1,7 +1,5 @@
 """The sections of a recipe: every key with its type, range, default and meaning."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from typing import Annotated, Any, Literal
@@ -44,7 +42,7 @@ class Data(Section):
     max_bad_fraction: Fraction = Field(0.01, description="stop if more than this fraction of videos cannot be decoded")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Data:
+    def _consistent(self) -> "Data":
         if self.outside_root and self.format != "list":
             raise ValueError(f"outside_root is for format: list; format {self.format} has no paths")
         if self.multi_label and self.balance != "none":
@@ -70,7 +68,7 @@ class Clip(Section):
     inverse_uniform: bool = Field(False, description="draw the short side's inverse uniformly (Something-Something)")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Clip:
+    def _ordered(self) -> "Clip":
         if self.sampling == "dense" and "stride" not in self.model_fields_set:
             raise ValueError("missing key 'stride'; only sampling: segments can omit it")
         low, high = self.short_side
@@ -121,7 +119,7 @@ class Evaluation(Section):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> Evaluation:
+    def _fits(self) -> "Evaluation":
         if self.short_side < self.crop:
             raise ValueError(f"short_side {self.short_side} must not be smaller than crop {self.crop}")
         return self
@@ -249,7 +247,7 @@ class Recipe(Section):
     faults: Faults = Faults()
 
     @model_validator(mode="after")
-    def _smooth_one_label(self) -> Recipe:
+    def _smooth_one_label(self) -> "Recipe":
         if self.data.multi_label and self.augment.label_smoothing:
             raise ValueError("augment.label_smoothing needs one label per video; set it to 0 with data.multi_label")
         return self

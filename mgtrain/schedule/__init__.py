@@ -5,8 +5,6 @@ from its number. Nothing here knows tensors, devices or video files. To add a sc
 `SCHEDULES`.
 """
 
-from __future__ import annotations
-
 from mgtrain.recipe import BaselineSchedule, Recipe
 from mgtrain.schedule.multigrid import multigrid
 from mgtrain.schedule.plan import Plan, Step, Stretch, check_world

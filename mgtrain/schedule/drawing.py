@@ -1,7 +1,5 @@
 """A plan as a table and a drawing for the terminal."""
 
-from __future__ import annotations
-
 import math
 
 from rich.table import Table

@@ -1,7 +1,5 @@
 """The multigrid schedule: long cycle, short cycle and fine-tuning (Wu et al. 2020, sections 3.2 to 3.4)."""
 
-from __future__ import annotations
-
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape, coarsen, short_cycle
 from mgtrain.recipe import MultigridSchedule, Recipe

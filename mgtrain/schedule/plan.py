@@ -4,8 +4,6 @@ Nothing about a step depends on the run's history: bisection over the phases giv
 BatchNorm groups.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from bisect import bisect_right

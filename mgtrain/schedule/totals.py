@@ -1,7 +1,5 @@
 """Compare the plan of a recipe with the plan of its baseline: steps of each shape, totals and ratios."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict
 
