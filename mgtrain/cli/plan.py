@@ -14,8 +14,7 @@ from mgtrain.console import note, out, progress, show
 from mgtrain.data import count_training_videos
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import check_world, make_plan
-from mgtrain.schedule.drawing import plan_table, schedule_drawing
-from mgtrain.schedule.totals import compare_totals, make_plans, render_totals
+from mgtrain.schedule.totals import compare_totals, make_plans, plan_table, render_total, schedule_drawing
 
 bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads and trains.", no_args_is_help=True)
 
@@ -55,7 +54,8 @@ def plan(
             for part in parts:
                 out.print(part)
 
-    show(plan_table(made, gpus), schedule_drawing(made), render_totals(totals))
+    lines = (render_total(name, value, totals["baseline"][name]) for name, value in totals["totals"].items())
+    show(plan_table(made, gpus), schedule_drawing(made), *lines)
     if costs or memory or (costs is None and not json_):
         from mgtrain.preflight.costs import costs as estimate
         from mgtrain.preflight.costs import render as render_costs
