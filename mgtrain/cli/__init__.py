@@ -66,9 +66,6 @@ def main() -> None:
         if code == INTERRUPTED:  # Ctrl-C, caught by typer
             raise KeyboardInterrupt
         sys.stdout.flush()
-    except MgtrainError as error:
-        _say(str(error))
-        code = error.exit_code
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it; its message is the help
             note(error.format_message())
@@ -89,9 +86,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not write again when it exits
         code = 141
     except Exception as error:
-        if lack := lack_of(error):
-            _say(str(lack))
-            code = lack.exit_code
+        if known := error if isinstance(error, MgtrainError) else lack_of(error):
+            _say(str(known))
+            code = known.exit_code
         elif isinstance(error, OSError) and error.filename is not None:
             _say(f"{error.filename}: {error.strerror}; give another path, correct its permissions or free disk space")
             code = 2

@@ -57,23 +57,21 @@ def plan(
     lines = (render_total(name, value, totals["baseline"][name]) for name, value in totals["totals"].items())
     show(plan_table(made, gpus), schedule_drawing(made), *lines)
     if costs or memory or (costs is None and not json_):
-        from mgtrain.preflight.costs import costs as estimate
-        from mgtrain.preflight.costs import render as render_costs
+        from mgtrain.preflight import costs as estimates
 
-        found["costs"] = estimate(loaded, made, baseline, gpus or 1, memory)
-        show(render_costs(found["costs"], memory))
+        found["costs"] = estimates.costs(loaded, made, baseline, gpus or 1, memory)
+        show(estimates.render(found["costs"], memory))
     if measure:
         from mgtrain.engine.start import open_data
-        from mgtrain.preflight.forecast import forecast
-        from mgtrain.preflight.forecast import render as render_forecast
+        from mgtrain.preflight import forecast
         from mgtrain.processes.distributed import default_procs
 
         train, val = open_data(loaded)
         if (procs := default_procs(device)) > 1:
             note(f"measured for one process; `mgtrain fit` starts {procs} here, which share each step")
         with connected(device) as world, progress() as shown:
-            found["forecast"] = forecast(loaded, train, val, world, measure, shown)
-        show(render_forecast(found["forecast"]))
+            found["forecast"] = forecast.forecast(loaded, train, val, world, measure, shown)
+        show(forecast.render(found["forecast"]))
     if picture:
         from mgtrain.runs.report.figures import save_schedule
 
@@ -129,13 +127,12 @@ def bench_step(
     plan = make_plan(loaded, videos or loaded.data.videos or count_training_videos(loaded))
 
     from mgtrain.engine.checks import check_precision
-    from mgtrain.preflight.bench_step import bench_step as bench
-    from mgtrain.preflight.bench_step import render
+    from mgtrain.preflight import bench_step as bench
 
     with connected(device) as world, progress() as shown:
         check_precision(loaded, world.device)
-        result = bench(loaded, plan, world, repeats, shown)
-    show(json_, {"schema": "mgtrain.bench_step/1", **result}, render(result))
+        result = bench.bench_step(loaded, plan, world, repeats, shown)
+    show(json_, {"schema": "mgtrain.bench_step/1", **result}, bench.render(result))
 
 
 def doctor(
