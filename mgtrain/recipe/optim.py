@@ -31,9 +31,7 @@ class Optim(Section):
     )
     eps: Positive = Field(1e-8, repr=False, description="added to the root of the mean square (name: adamw)")
     weight_decay: NotNegative = Field(
-        1e-4,
-        description="weight decay; sgd: of all parameters but normalizations'; adamw: decoupled, of all but those, "
-        "biases, scales, tokens and position tables",
+        1e-4, description="not of normalizations; adamw: decoupled, and not of biases, scales, tokens, position tables"
     )
     head_lr: Positive = Field(1.0, description="learning rate of the classifier relative to the rest")
     layer_decay: Scale = Field(1.0, repr=False, description="learning rate of each block relative to the next one's")
