@@ -177,11 +177,9 @@ def stats(
 
     from mgtrain.preflight.stats import draw_picture, make_stats, render
 
-    count = workers if workers is not None else min(16, usable_cores())
+    count, fps = workers if workers is not None else min(16, usable_cores()), loaded.data.fps
     with progress() as shown:
-        made = make_stats(
-            videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=loaded.data.fps, progress=shown
-        )
+        made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=fps, progress=shown)
     for cause in made.broken:
         warn(cause)
     result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split}
@@ -277,13 +275,11 @@ def prepare(
 
     def by_level(sizes: tuple[int, ...], originals: int) -> str:
         """The size of all levels and of each, in bytes and relative to the originals."""
-        parts = (
-            f"{size(n)} or {n / max(1, originals):.2f}x at {level}"
-            for level, n in zip(settings.levels, sizes, strict=True)
-        )
+        levels = zip(settings.levels, sizes, strict=True)
+        parts = (f"{size(n)} or {n / max(1, originals):.2f}x at {level}" for level, n in levels)
         return f"{size(sum(sizes))} ({', '.join(parts)})"
 
-    def show_forecast(expected: Forecast) -> bool:
+    def announce(expected: Forecast) -> bool:
         note(
             f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
             f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes"
@@ -291,9 +287,7 @@ def prepare(
         return not forecast
 
     with progress() as shown:
-        done = make(
-            Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=show_forecast, progress=shown
-        )
+        done = make(Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=announce, progress=shown)
     for cause in done.broken.values():
         note(f"skipped: {cause}")
     show(

@@ -66,9 +66,8 @@ def evaluate(
     with connected(device) as world:
         trained = load_trained(path, recipe, overrides or (), world, trust or ())
         videos = evaluation_videos(trained)
-        journal = None
-        if table is not None:
-            journal = Journal(table, f"{trained.identity} {views} {videos.identity}", len(trained.classes))
+        identity = f"{trained.identity} {views} {videos.identity}"
+        journal = None if table is None else Journal(table, identity, len(trained.classes))
         if not trained.recalibrated:
             count = trained.recipe.evaluation.recalibration_batches
             recalibrate(trained.model, open_data(trained.recipe)[0], count, trained.recipe, world)
@@ -202,6 +201,10 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
 
     path = checkpoint_path(checkpoint)
     info, shapes = read_info(path), tensor_shapes(path)
+    numbers = {
+        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
+        for part in ("model", "ema", "optimizer", "groups")
+    }
     facts = {
         "checkpoint": str(path),
         "bytes": path.stat().st_size,
@@ -212,18 +215,13 @@ def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> N
         "model": parse_recipe(info.recipe, str(path), saved=True).model.name,
         "classes": len(info.classes),
         "tensors": len(shapes),
-        "numbers": {
-            part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
-            for part in ("model", "ema", "optimizer", "groups")
-        },
+        "numbers": numbers,
         "training_videos": info.data,
         "validation_videos": info.val_data,
         "steps_left_out": info.left_out,
     }
-    lines = []
-    for key, value in facts.items():
-        shown = ", ".join(f"{part} {n:,}" for part, n in value.items()) if isinstance(value, dict) else value
-        lines.append(f"{key.replace('_', ' '):18} {shown}")
+    shown = {**facts, "numbers": ", ".join(f"{part} {count:,}" for part, count in numbers.items())}
+    lines = (f"{key.replace('_', ' '):18} {value}" for key, value in shown.items())
     show(json_, {"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}, *lines)
 
 

@@ -165,8 +165,7 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
             allowed = list(kinds[0].model_fields)
             close = difflib.get_close_matches(keys[-1], allowed, n=1)
             if len(keys) == 1 and not close:  # without a section, such as lr=0.1
-                homes = [s for s in Recipe.model_fields for kind in _kinds(s) if keys[0] in kind.model_fields]
-                close = [f"{section}.{keys[0]}" for section in homes]
+                close = [f"{s}.{keys[0]}" for s in Recipe.model_fields for k in _kinds(s) if keys[0] in k.model_fields]
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
             if (keys[0], "name") in origins:
                 hint += f"; to change the name, replace the section: '{keys[0]}={{name: {tree[keys[0]]['name']}}}'"
