@@ -68,22 +68,17 @@ class MissingCapabilityError(MgtrainError, exit_code=69):
 
 # What an exception of Python, torch, FFmpeg or the system says of a lack, and what to say of it: the first that fits.
 LACKS = {
-    r"shared memory|\bshm\b|</torch_|[Bb]us error": (
-        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers"
-    ),
-    r"Too many open files|received 0 items of ancdata": (
-        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers"
-    ),
-    r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file": (
-        "no disk space left; free some, or choose another disk"
-    ),
-    r"can't start new thread|Resource temporarily unavailable": (
-        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers"
-    ),
-    r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory": (
-        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips"
-    ),
-}
+    r"shared memory|\bshm\b|</torch_|[Bb]us error":
+        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers",
+    r"Too many open files|received 0 items of ancdata":
+        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers",
+    r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file":
+        "no disk space left; free some, or choose another disk",
+    r"can't start new thread|Resource temporarily unavailable":
+        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers",
+    r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory":
+        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips",
+}  # fmt: skip
 NUMBERS = {errno.ENOMEM: "out of memory", errno.EAGAIN: "Resource temporarily unavailable"}
 
 
