@@ -32,29 +32,20 @@ if TYPE_CHECKING:
     from mgtrain.schedule.plan import lr
 
 __version__ = "0.1.0"
-HOME = {
-    "MgtrainError": "errors",
-    "Plan": "schedule",
-    "Recipe": "recipe",
-    "RunDir": "runs.folder",
-    "Shape": "grid",
-    "Step": "schedule",
-    "World": "processes.distributed",
-    "at_step": "engine.loops",
-    "evaluate": "engine.loops",
-    "fit": "engine.fit",
-    "group_batchnorm": "models.foreign",
-    "load_recipe": "recipe",
-    "load_trained": "engine.trained",
-    "loss": "engine.loops",
-    "lr": "schedule.plan",
-    "make_model": "engine.loops",
-    "make_optimizer": "engine.update.optim",
-    "make_plan": "schedule",
-    "open_data": "engine.start",
-    "recalibrate": "engine.loops",
-    "set_lr": "engine.update.optim",
-    "train_batches": "engine.loops",
+NAMES = {  # of each module
+    "engine.fit": "fit",
+    "engine.loops": "at_step evaluate loss make_model recalibrate train_batches",
+    "engine.start": "open_data",
+    "engine.trained": "load_trained",
+    "engine.update.optim": "make_optimizer set_lr",
+    "errors": "MgtrainError",
+    "grid": "Shape",
+    "models.foreign": "group_batchnorm",
+    "processes.distributed": "World",
+    "recipe": "Recipe load_recipe",
+    "runs.folder": "RunDir",
+    "schedule": "Plan Step make_plan",
+    "schedule.plan": "lr",
 }
 __all__ = ["MgtrainError", "Plan", "Recipe", "RunDir", "Shape", "Step", "World", "at_step", "evaluate", "fit",
            "group_batchnorm", "load_recipe", "load_trained", "loss", "lr", "make_model", "make_optimizer", "make_plan",
@@ -63,9 +54,10 @@ __all__ = ["MgtrainError", "Plan", "Recipe", "RunDir", "Shape", "Step", "World",
 
 def __getattr__(name: str) -> Any:
     """A public name, from the module that defines it."""
-    if name not in HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOME[name]}"), name)
+    for module, names in NAMES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,7 @@
 """What a person sees: logs and progress on stderr, results on stdout.
 
-Names of classes, videos and runs come from others. So nothing that is printed or logged here is read as markup, and
-characters that a terminal would act on are shown as numbers: see `harmless`.
+Names of classes, videos and runs come from others, so nothing here is read as markup or acted on by a terminal.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -28,9 +25,7 @@ ACTIVE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 
 
 def harmless(text: str) -> str:
-    """Replace each character that a terminal or a log viewer would act on by its number.
-
-    Numbers are written as in JSON, so JSON keeps its meaning.
+    """Replace each character that a terminal or a log viewer would act on by its number, as JSON writes it.
 
     >>> print(harmless("top-1 of \x1b[2Jcat\u202e: 7²"))
     top-1 of \\u001b[2Jcat\\u202e: 7²
@@ -58,12 +53,10 @@ class HarmlessFormatter(logging.Formatter):
     """A log formatter that makes each message one harmless line; tracebacks keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line, without a traceback."""
         record.message = record.message.replace("\n", r"\n")
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and the traceback if there is one."""
         return harmless(super().format(record))
 
 
@@ -75,7 +68,6 @@ class RunLog(logging.FileHandler):
         self._early: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line, or keep it until the folder exists."""
         self._early.append(record)
         if os.path.isdir(os.path.dirname(self.baseFilename)):
             for waiting in self._early:

@@ -4,105 +4,81 @@ Every message is one line that says what was given, what is allowed and what to 
 a traceback and exits with `exit_code`.
 """
 
-from __future__ import annotations
-
 import errno
 import mmap
 import re
 
 
 class MgtrainError(Exception):
-    """An error that the user can fix. Each subclass has an exit code."""
+    """An error that the user can fix. Each subclass has an exit code, its own or that of its base."""
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        cls.exit_code = exit_code or cls.exit_code
 
-class RecipeError(MgtrainError):
+
+class RecipeError(MgtrainError, exit_code=2):
     """A recipe that cannot be read or does not make sense; the message starts with `file:line:`."""
 
-    exit_code = 2
 
-
-class UsageError(MgtrainError):
+class UsageError(MgtrainError, exit_code=2):
     """Arguments or options of a command that are invalid or contradict each other."""
 
-    exit_code = 2
 
-
-class PlanError(MgtrainError):
+class PlanError(MgtrainError, exit_code=2):
     """A schedule that cannot be carried out: a batch that does not divide, a shape the model refuses."""
 
-    exit_code = 2
 
-
-class DataError(MgtrainError):
+class DataError(MgtrainError, exit_code=3):
     """A data set that cannot be used: a missing list, a bad line, too many broken videos."""
-
-    exit_code = 3
 
 
 class VideoError(DataError):
     """A video that cannot be decoded. The loader replaces it, counts it and names it in the log."""
 
 
-class CheckpointError(MgtrainError):
+class CheckpointError(MgtrainError, exit_code=4):
     """A checkpoint or a file of a run that is missing, damaged, cannot be written, or belongs to another run."""
 
-    exit_code = 4
 
-
-class NonFiniteError(MgtrainError):
+class NonFiniteError(MgtrainError, exit_code=5):
     """A loss that is NaN or infinite."""
 
-    exit_code = 5
 
-
-class ThresholdError(MgtrainError):
+class ThresholdError(MgtrainError, exit_code=6):
     """A result below a required threshold."""
 
-    exit_code = 6
 
-
-class LackError(MgtrainError):
+class LackError(MgtrainError, exit_code=71):
     """The machine has run out of memory, address space, shared memory, file descriptors, processes or disk space."""
 
-    exit_code = 71
 
-
-class StoppedError(MgtrainError):
+class StoppedError(MgtrainError, exit_code=75):
     """A run that was asked to stop and has saved its state; --resume continues it."""
-
-    exit_code = 75
 
 
 class RanksLostError(MgtrainError):
     """Another rank of the run has failed; its own message says why."""
 
 
-class MissingCapabilityError(MgtrainError):
+class MissingCapabilityError(MgtrainError, exit_code=69):
     """The machine lacks something the command needs (a GPU, a library, a codec)."""
-
-    exit_code = 69
 
 
 # What an exception of Python, torch, FFmpeg or the system says of a lack, and what to say of it: the first that fits.
 LACKS = {
-    r"shared memory|\bshm\b|</torch_|[Bb]us error": (
-        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers"
-    ),
-    r"Too many open files|received 0 items of ancdata": (
-        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers"
-    ),
-    r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file": (
-        "no disk space left; free some, or choose another disk"
-    ),
-    r"can't start new thread|Resource temporarily unavailable": (
-        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers"
-    ),
-    r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory": (
-        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips"
-    ),
-}
+    r"shared memory|\bshm\b|</torch_|[Bb]us error":
+        "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers",
+    r"Too many open files|received 0 items of ancdata":
+        "too many open files; raise the limit (ulimit -n 65536), or lower hardware.workers",
+    r"No space left on device|[Dd]isk quota exceeded|File too large|file write failed|failed writing file":
+        "no disk space left; free some, or choose another disk",
+    r"can't start new thread|Resource temporarily unavailable":
+        "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers",
+    r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory":
+        "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips",
+}  # fmt: skip
 NUMBERS = {errno.ENOMEM: "out of memory", errno.EAGAIN: "Resource temporarily unavailable"}
 
 

@@ -1,10 +1,4 @@
-"""Shapes of mini-batches and grids of clips (Wu et al. 2020, section 3).
-
-A `Shape` is the size of a mini-batch, a `Grid` is how each of its clips is cut from a video. The functions derive
-coarse shapes and their grids from the base shape.
-"""
-
-from __future__ import annotations
+"""Shapes of mini-batches and grids of clips, and coarse ones from the base (Wu et al. 2020, section 3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +17,7 @@ class Shape:
         """Pixels of a clip's side: crops are square."""
         return self.crop
 
-    @property
-    def width(self) -> int:
-        """Pixels of a clip's side: crops are square."""
-        return self.crop
+    width = height
 
     @property
     def voxels(self) -> int:
@@ -52,9 +43,7 @@ class Grid:
 
 
 def coarsen(base: Shape, time: float, space: float) -> Shape:
-    """The long-cycle shape with `time` of the base's frames, `space` of its crop, and more clips in return.
-
-    The number of clips is the multiple of the base's that keeps the volume constant, up to rounding.
+    """The long-cycle shape with `time` of the base's frames, `space` of its crop, and more clips for the same volume.
 
     >>> coarsen(Shape(clips=64, frames=32, crop=224), time=0.25, space=0.7071)
     Shape(clips=512, frames=8, crop=158)

@@ -4,8 +4,6 @@ Every draw is keyed by its purpose, the run's seed, and a clip's position or a s
 happens. So every worker, rank or resumed process cuts the same clip.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import numpy as np

@@ -4,8 +4,6 @@ Each command calls the rooms below and prints what they return: results to stdou
 computed here. Only the commands that need torch import it, so the others answer at once.
 """
 
-from __future__ import annotations
-
 import sys
 
 if sys.platform == "win32":
@@ -21,17 +19,12 @@ import typer
 from typer import Option
 
 from mgtrain import __version__
-from mgtrain.cli.bench import bench_app, doctor
-from mgtrain.cli.checkpoints import ckpt_app
-from mgtrain.cli.compare import compare, report, watch
+from mgtrain.cli.compare import compare, report, study, watch
 from mgtrain.cli.data import data_app
 from mgtrain.cli.fit import fit
-from mgtrain.cli.init import init
-from mgtrain.cli.plan import plan
-from mgtrain.cli.recipes import recipes_app
-from mgtrain.cli.study import study
-from mgtrain.cli.trained import evaluate, export, predict
-from mgtrain.cli.weights import weights_app
+from mgtrain.cli.plan import bench_app, doctor, plan
+from mgtrain.cli.recipes import init, recipes_app
+from mgtrain.cli.trained import ckpt_app, evaluate, export, predict, weights_app
 from mgtrain.console import note, out
 from mgtrain.data.formats.reading import is_video
 from mgtrain.errors import MgtrainError, lack_of
@@ -73,9 +66,6 @@ def main() -> None:
         if code == INTERRUPTED:  # Ctrl-C, caught by typer
             raise KeyboardInterrupt
         sys.stdout.flush()
-    except MgtrainError as error:
-        _say(str(error))
-        code = error.exit_code
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it; its message is the help
             note(error.format_message())
@@ -96,9 +86,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not write again when it exits
         code = 141
     except Exception as error:
-        if lack := lack_of(error):
-            _say(str(lack))
-            code = lack.exit_code
+        if known := error if isinstance(error, MgtrainError) else lack_of(error):
+            _say(str(known))
+            code = known.exit_code
         elif isinstance(error, OSError) and error.filename is not None:
             _say(f"{error.filename}: {error.strerror}; give another path, correct its permissions or free disk space")
             code = 2

@@ -1,37 +1,32 @@
-"""The commands that show finished and running runs: compare, report, watch."""
+"""The commands that compare and show runs: compare, study, report, watch."""
 
-from __future__ import annotations
-
+import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import typer
 from rich.live import Live
 from typer import Argument, Option
 
-from mgtrain.cli.options import Json, check_finite, parse_thresholds
-from mgtrain.console import note, out, show
+from mgtrain.cli.options import RANK, Device, Json, check_finite, connected
+from mgtrain.console import duration, note, out, progress, show
 from mgtrain.errors import UsageError
-from mgtrain.runs.folder import find_run
+from mgtrain.runs.folder import RUNS, RunDir, find_run
+from mgtrain.runs.study.definition import Run, load_study, runs_of
+from mgtrain.runs.study.jobs import pinned, shares_of_cores, train_all
 
 
 def compare(
-    baseline: Annotated[
-        str, Argument(metavar="BASELINE", help="The run to compare with: a folder, or a name under runs/.")
-    ],
+    baseline: Annotated[str, Argument(metavar="BASELINE", help="The baseline: a folder, or a name under runs/.")],
     runs: Annotated[list[str], Argument(metavar="RUN...", help="Runs to compare: one, or several recipes and seeds.")],
     html: Annotated[Path | None, Option(help="Also write the report of `mgtrain report` to this file.")] = None,
     csv: Annotated[Path | None, Option(help="Write a table with a line for each run to this file.")] = None,
     fail_under: Annotated[
         str | None,
-        Option(
-            metavar="KEY=LEAST,...",
-            help="Exit with 6 if the gain is smaller: speedup=3,clock=2,steps=3,accuracy=-0.5 (points).",
-        ),
+        Option(metavar="KEY=LEAST,...", help="Exit with 6 below these gains: speedup=3,clock=2,steps=3,accuracy=-0.5."),
     ] = None,
-    margin: Annotated[
-        float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
-    ] = 1.0,
+    margin: Annotated[float, Option(min=0, max=100, help="Points an accuracy may fall and not count as lower.")] = 1.0,
     json_: Json = False,
 ) -> None:
     """Compare the cost and accuracy of a run with its baseline. Several runs are averaged over seeds and folds.
@@ -66,10 +61,65 @@ def compare(
         demand(result, wanted)
 
 
+def study(
+    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
+    jobs: Annotated[int, Option(min=1, max=1000, help="Runs at the same time, each pinned to a share of cores.")] = 1,
+    runs: Annotated[Path | None, Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
+    results: Annotated[Path | None, Option(help="Folder of results. Default: results/<name> beside the file.")] = None,
+    only: Annotated[list[str] | None, Option(metavar="VARIANT", help="Train only this variant; repeatable.")] = None,
+    seeds: Annotated[int | None, Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only measure steps and estimate each variant's hours.")] = False,
+    measure: Annotated[float, Option(min=0.01, metavar="SECONDS", help="With --dry-run: time for each shape.")] = 1.0,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Train variants of a recipe with several seeds or folds, and compare them. Repeat the command to resume.
+
+    Every finished run writes a small JSON file and is not trained again. Variants take turns.
+
+    Examples:  mgtrain study studies/demo.yaml --dry-run  |  mgtrain study studies/demo.yaml --jobs 2
+    """
+    from mgtrain.runs.groups import render_groups
+    from mgtrain.runs.study.results import keep_result, known_result, summed_up, write_study_page
+
+    check_finite(measure=measure)
+    asked = load_study(file)
+    for name in set(only or ()) - set(asked.variants):
+        raise UsageError(f"--only {name}: no such variant; allowed: {', '.join(asked.variants)}")
+    all_runs = runs_of(asked, file)
+    folder, kept = runs or RUNS / file.stem, results or file.parent / "results" / file.stem
+    files = {run.name: kept / f"{run.name}.json" for run in all_runs}
+    unknown = [run for run in all_runs if known_result(run, files[run.name]) is None]
+    now = asked.seeds[:seeds]
+    left = [run for run in unknown if run.recipe.seed in now and (not only or run.variant in only)]
+    if dry_run:
+        with pinned(shares_of_cores(jobs)[0] if jobs > 1 else ()):
+            _forecast(left, len(all_runs), jobs, measure, device, json_)
+        return
+    note(f"{file}: {len(left)} of {len(all_runs)} runs to train, in {folder}; results in {kept}")
+    words = ["--device", device] if device else []
+
+    def keep(run: Run) -> None:
+        keep_result(run, RunDir(folder / run.name), files[run.name])
+
+    failed: list[tuple[Run, int]] = []
+    if left:
+        with RunDir(folder).locked():
+            failed = train_all(left, folder, [sys.executable, "-c", RANK], jobs, words, keep)
+    found = [result for run in all_runs if (result := known_result(run, files[run.name]))]
+    if any(result.variant == next(iter(asked.variants)) for result in found):
+        compared = summed_up(asked, found)
+        write_study_page(asked, file, found, kept / "index.html")
+        show(json_, compared, render_groups(compared))
+        note(f"wrote {kept / 'index.html'}")
+    if failed:
+        names = ", ".join(run.name for run, _ in failed)
+        note(f"mgtrain: {len(failed)} of {len(left)} runs failed: {names}; see output.txt in their folders", "red")
+        raise typer.Exit(max(1, failed[0][1]))
+
+
 def report(
-    runs: Annotated[
-        list[str], Argument(metavar="RUN...", help="Runs: folders, or names under runs/; the baseline first.")
-    ],
+    runs: Annotated[list[str], Argument(metavar="RUN...", help="Runs: folders or names under runs/, baseline first.")],
     to: Annotated[Path, Option(help="The HTML file to write.")] = Path("report.html"),
     frames: Annotated[bool, Option(help="Include pictures of the clips if the data is on this machine.")] = True,
 ) -> None:
@@ -113,3 +163,39 @@ def watch(
             time.sleep(every)
             view = look(watched, rival)
             live.update(render(view), refresh=True)
+
+
+def parse_thresholds(text: str | None) -> dict[str, float]:
+    """`speedup=3,top1=-0.5` as numbers by name."""
+    wanted = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.partition("=")
+        try:
+            wanted[key.strip()] = float(value)
+        except ValueError:
+            raise UsageError(f"--fail-under {part}: write KEY=NUMBER, such as speedup=3") from None
+        check_finite(fail_under=wanted[key.strip()])
+    return wanted
+
+
+def _forecast(left: list[Run], total: int, jobs: int, seconds: float, device: str | None, json_: bool) -> None:
+    """Estimate the time of the remaining runs from measurements of one run of each variant."""
+    from mgtrain.engine.start import open_data
+    from mgtrain.preflight.forecast import forecast
+
+    variants: dict[str, list[Run]] = {}
+    for run in left:
+        variants.setdefault(run.variant, []).append(run)
+    rows: list[dict[str, Any]] = []
+    with connected(device) as world, progress() as shown:
+        for variant, runs in variants.items():
+            train, val = open_data(runs[0].recipe)
+            here = forecast(runs[0].recipe, train, val, world, seconds, shown)["plan"]
+            rows.append({"variant": variant, "runs": len(runs), "seconds_each": here["clock_seconds"]})
+    whole = sum(row["runs"] * row["seconds_each"] for row in rows) / jobs
+    show(
+        json_,
+        {"schema": "mgtrain.study_forecast/1", "variants": rows, "jobs": jobs, "seconds": whole},
+        *(f"{row['variant']:30} {row['runs']:3} runs of {duration(row['seconds_each'])} by the clock" for row in rows),
+        f"{len(left)} of {total} runs to train, {jobs} at a time: about {duration(whole)}",
+    )

@@ -1,30 +1,32 @@
-"""The commands about data sets: synthesize, index, split, stats, check."""
-
-from __future__ import annotations
+"""The commands about data sets: synthesize, index, split, stats, check, prepare, verify."""
 
 import os
+import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
-from mgtrain.cli.options import GroupBy, Json, Overrides, RecipeArgument, Seed, check_finite, check_share, opened_splits
-from mgtrain.console import counts_table, note, out, progress, show, warn
-from mgtrain.data import open_videos
+from mgtrain.cli.options import GroupBy, Json, Overrides, RecipeArgument, Seed, check_finite, check_share
+from mgtrain.console import counts_table, duration, note, out, progress, show, size, warn
+from mgtrain.data import open_splits, open_videos
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.index import make_index
 from mgtrain.data.manifest import STATUSES, USABLE
 from mgtrain.data.split import find_groups, joined, make_split, read_groups
-from mgtrain.data.videos import printable
+from mgtrain.data.videos import Videos, printable
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
-from mgtrain.recipe import load_recipe
+from mgtrain.recipe import Data, load_recipe
 
 data_app = typer.Typer(name="data", help="Make, inspect, check and prepare data sets.", no_args_is_help=True)
 
 MOST_NAMED = 20  # videos to name one by one
+LEVELS, QUALITY = "256,160", 25  # of a prepared set: for the grids of Kinetics-400, with about 3 times the bytes
+LEAST_SHARD = 1_000_000  # bytes
 ToFolder = Annotated[Path, Option("--to", help="Folder to write the lists to.")]
 
 
@@ -71,9 +73,7 @@ def index(
     overrides: Overrides = None,
     *,
     to: ToFolder,
-    contents: Annotated[
-        bool, Option("--hash/--no-hash", help="Compare file contents to find duplicates and leakage.")
-    ] = True,
+    contents: Annotated[bool, Option("--hash/--no-hash", help="Find duplicates and leakage by file contents.")] = True,
     strict: Annotated[bool, Option("--strict", help="Exit with 3 on any warning.")] = False,
     json_: Json = False,
 ) -> None:
@@ -112,9 +112,7 @@ def split(
     *,
     to: ToFolder,
     val: Annotated[float | None, Option(help="Share of the videos for validation, such as 0.2.")] = None,
-    folds: Annotated[
-        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
-    ] = None,
+    folds: Annotated[int | None, Option(min=2, max=1000, help="Make folds instead; each validates one split.")] = None,
     all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
     by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",
@@ -178,11 +176,9 @@ def stats(
 
     from mgtrain.preflight.stats import draw_picture, make_stats, render
 
-    count = workers if workers is not None else min(16, usable_cores())
+    count, fps = workers if workers is not None else min(16, usable_cores()), loaded.data.fps
     with progress() as shown:
-        made = make_stats(
-            videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=loaded.data.fps, progress=shown
-        )
+        made = make_stats(videos, loaded.clip, sample=sample, seed=seed, workers=count, fps=fps, progress=shown)
     for cause in made.broken:
         warn(cause)
     result = {"schema": "mgtrain.data_stats/1", "root": videos.root, "split": split}
@@ -195,9 +191,7 @@ def stats(
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[
-        Path | None, Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
-    ] = None,
+    to: Annotated[Path | None, Option(help="Manifest. Default: data.checked or data.root with -checked.jsonl.")] = None,
     seconds: Annotated[float, Option(min=0.1, help="Time limit for each video.")] = 300.0,
     memory: Annotated[float, Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
@@ -241,3 +235,120 @@ def check(
             f"{len(unusable)} of {len(records)} videos cannot be used, more than data.max_bad_fraction "
             f"{data.max_bad_fraction:g} allows; replace them, or skip them with data.checked={file}"
         )
+
+
+@data_app.command()
+def prepare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, Option(help="Folder to write to. Default: data.root with -prepared added.")] = None,
+    levels: Annotated[str, Option(help="Short sides to store, in pixels.")] = LEVELS,
+    quality: Annotated[int, Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
+    fps: Annotated[float | None, Option(min=1, help="Drop frames above this frame rate. Default: keep all.")] = None,
+    shards: Annotated[
+        str | None,
+        Option(metavar="SIZE", help="Write tar files up to this size, such as 2GiB, not a file per video and level."),
+    ] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
+    forecast: Annotated[bool, Option("--forecast", help="Only estimate time and space, from a few videos.")] = False,
+    json_: Json = False,
+) -> None:
+    """Re-encode the videos of a recipe for fast loading. Decoding a clip then costs only its own frames and pixels.
+
+    The originals are not changed. Run the same command again to resume. Then train with data.prepared=FOLDER.
+
+    Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
+    """
+    check_finite(fps=fps)
+    shard_bytes = parse_shards(shards) if shards else None
+    data = load_recipe(recipe, overrides or ()).data
+    folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
+    paths = [name for videos in opened_splits(data).values() for name in videos.names()]
+
+    from mgtrain.clips.prepared import Settings
+    from mgtrain.preflight.prepare import Forecast
+    from mgtrain.preflight.prepare import prepare as make
+
+    settings = Settings(parse_levels(levels), quality, fps, shard_bytes)
+    count = workers or usable_cores()
+
+    def by_level(sizes: tuple[int, ...], originals: int) -> str:
+        """The size of all levels and of each, in bytes and relative to the originals."""
+        levels = zip(settings.levels, sizes, strict=True)
+        parts = (f"{size(n)} or {n / max(1, originals):.2f}x at {level}" for level, n in levels)
+        return f"{size(sum(sizes))} ({', '.join(parts)})"
+
+    def announce(expected: Forecast) -> bool:
+        note(
+            f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
+            f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes"
+        )
+        return not forecast
+
+    with progress() as shown:
+        done = make(Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=announce, progress=shown)
+    for cause in done.broken.values():
+        note(f"skipped: {cause}")
+    show(
+        json_,
+        {"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)},
+        f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
+        f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
+        f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}",
+    )
+
+
+@data_app.command()
+def verify(
+    folder: Annotated[Path, Argument(help="A folder written by `mgtrain data prepare`.")], json_: Json = False
+) -> None:
+    """Verify a prepared set against its manifest. Exits with 3 if a file is damaged.
+
+    Example:  mgtrain data verify /scratch/k400
+    """
+    from mgtrain.preflight.prepare import verify as verify_set
+
+    with progress() as shown:
+        wrong = verify_set(folder, usable_cores(), shown)
+    result = {"schema": "mgtrain.verify/1", "folder": str(folder), "wrong": wrong}
+    show(json_, result, *(f"{file}: {problem}" for file, problem in wrong.items()))
+    if wrong:
+        raise DataError(f"{folder}: {len(wrong)} files are damaged; delete them and prepare the set again")
+    if not json_:
+        out.print(f"{folder}: every file is intact")
+
+
+def opened_splits(data: Data) -> dict[str, Videos]:
+    """The training and validation videos of a recipe, with remarks on how their lists were read."""
+    splits = open_splits(data)
+    for videos in splits.values():
+        for remark in videos.remarks:
+            note(remark)
+    return splits
+
+
+def parse_levels(levels: str) -> tuple[int, ...]:
+    """`256,160` as short sides, largest first."""
+    try:
+        sides = sorted({int(level) for level in levels.split(",")}, reverse=True)
+    except ValueError:
+        sides = []
+    if not sides or not 16 <= sides[-1] <= sides[0] <= 10_000:
+        raise UsageError(f"--levels {levels}: write short sides of 16 to 10000 pixels, such as 256,160")
+    return tuple(sides)
+
+
+def parse_shards(text: str) -> int:
+    """A size such as `2GiB` as bytes; units are of 1000 (`GB`) or 1024 (`GiB`).
+
+    >>> parse_shards("1.5 GiB"), parse_shards("200MB")
+    (1610612736, 200000000)
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([kmgt])(i?)b", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match:
+        raise UsageError(f"--shards {text}: write a size with its unit, such as 2GiB or 500MB")
+    number, unit, binary = match.groups()
+    count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower()))
+    if count < LEAST_SHARD:
+        raise UsageError(f"--shards {text}: must be at least {size(LEAST_SHARD)}, such as 2GiB")
+    return count

@@ -15,12 +15,11 @@ from mgtrain.console import note, show, start_logging
 from mgtrain.data import count_training_videos
 from mgtrain.errors import UsageError
 from mgtrain.processes.environment import is_launched, may_restart, rank_of_environment, restarts
-from mgtrain.recipe import find_recipe, load_recipe
+from mgtrain.recipe import Recipe, find_recipe, load_recipe
 from mgtrain.runs.folder import RUNS, RunDir, find_run
 from mgtrain.schedule import check_world, make_plan
 
 if TYPE_CHECKING:
-    from mgtrain.recipe import Recipe
     from mgtrain.runs.scores import Scores
 
 SECONDS_TO_UNLOCK = 120.0  # a server of NFS keeps the lock of a machine that has failed for about 90 s
@@ -31,20 +30,11 @@ def fit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     name: Annotated[str | None, Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Continue the run from its newest checkpoint, if it has one.")
-    ] = False,
-    allow_changes: Annotated[
-        bool, Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
-    ] = False,
-    baseline: Annotated[
-        str | None, Option(help="A run, by name or folder, to measure the speedup against during training.")
-    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Continue from the newest checkpoint, if there is one.")] = False,
+    allow_changes: Annotated[bool, Option("--allow-changes", help="Resume with a changed recipe or videos.")] = False,
+    baseline: Annotated[str | None, Option(help="The run, by name or folder, to measure the speedup against.")] = None,
     dry_run: Annotated[
-        bool,
-        Option(
-            "--dry-run", help="Do all that a run does up to one step of each shape, show time and memory, keep nothing."
-        ),
+        bool, Option("--dry-run", help="Run up to one step of each shape, show time and memory, and keep nothing.")
     ] = False,
     procs: Procs = None,
     device: Device = None,

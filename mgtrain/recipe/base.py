@@ -1,7 +1,5 @@
 """What all sections of a recipe are: their base class, and the ranges of their numbers."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -1,7 +1,5 @@
 """The recipe reference, generated from the types: docs/reference/recipe.md and `mgtrain recipes keys`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +34,7 @@ def reference() -> str:
             chosen = section["properties"].get("name", {})
             names = chosen.get("enum", [chosen["const"]] if "const" in chosen else [])
             title = f"## {name}" + (f": `name: {' | '.join(names)}`" if names else "")
-            lines += [title, "", " ".join(section["description"].partition("\n\n")[0].split()), ""]
+            lines += [title, "", section["description"], ""]
             rows = {key: value for key, value in section["properties"].items() if key != "name"}
             if rows:
                 lines += [*_table({**section, "properties": rows}, definitions), ""]
@@ -48,7 +46,7 @@ def _table(section: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str
     yield "|---|---|---|---|"
     for key, field in section["properties"].items():
         default = "required" if key in section.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
-        meaning = field.get("description", "").replace("|", "\\|").replace("\n", " ")
+        meaning = field.get("description", "").replace("|", "\\|")
         yield f"| `{key}` | {_kind(field, definitions)} | {default} | {meaning} |"
 
 

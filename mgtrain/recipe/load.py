@@ -1,15 +1,9 @@
-"""Read a recipe file or a shipped recipe, with overrides; an error is one line that starts with `file:line:`.
-
-Aliases and tags are not allowed, so a recipe cannot run code or expand without bounds.
-"""
-
-from __future__ import annotations
+"""Read a recipe with overrides; without aliases and tags it cannot run code or expand without bounds."""
 
 import difflib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,10 +27,8 @@ RETIRED = {  # keys of earlier versions -> what to do instead
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), saved: bool = False) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, and apply overrides such as `optim.lr=0.05`.
 
-    `saved`: a run has written the recipe, so `RETIRED` keys are ignored.
-
-    Raises:
-        RecipeError: one line, `file:line: what is wrong, what is allowed`.
+    `saved`: a run has written the recipe, so `RETIRED` keys are ignored. A `RecipeError` is one line,
+    `file:line: what is wrong, what is allowed`.
     """
     file = find_recipe(path)
     return parse_recipe(read_text(file, "recipe"), str(file), overrides, saved)
@@ -73,7 +65,7 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: boo
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys that differ between two recipes: dotted key -> (first's value, second's); None for an absent key."""
+    """The keys that differ: dotted key -> (first's value, second's); None for an absent key."""
     return flat_differences(first.flat(), second.flat())
 
 
@@ -90,8 +82,8 @@ def affects_results(key: str) -> bool:
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes shipped with mgtrain: name -> file, sorted by name."""
-    installed = Path(str(resources.files("mgtrain"))) / "recipes"
-    folder = installed if installed.is_dir() else Path(__file__).parent.parent.parent / "recipes"
+    installed, in_checkout = (Path(__file__).parents[n] / "recipes" for n in (1, 2))
+    folder = installed if installed.is_dir() else in_checkout
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
@@ -111,10 +103,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def parse_yaml(text: str, name: str, expected: str = "") -> Any:
-    """The YAML document as ruamel's dicts and lists, which know their lines; it must be a mapping.
-
-    `expected` is the message if it is something else.
-    """
+    """The YAML document as ruamel's dicts and lists, which know their lines; `expected` says if it is no mapping."""
     yaml = YAML(typ="rt", pure=True)
     depth = 0
     try:
@@ -176,8 +165,7 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
             allowed = list(kinds[0].model_fields)
             close = difflib.get_close_matches(keys[-1], allowed, n=1)
             if len(keys) == 1 and not close:  # without a section, such as lr=0.1
-                homes = [s for s in Recipe.model_fields for kind in _kinds(s) if keys[0] in kind.model_fields]
-                close = [f"{section}.{keys[0]}" for section in homes]
+                close = [f"{s}.{keys[0]}" for s in Recipe.model_fields for k in _kinds(s) if keys[0] in k.model_fields]
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
             if (keys[0], "name") in origins:
                 hint += f"; to change the name, replace the section: '{keys[0]}={{name: {tree[keys[0]]['name']}}}'"

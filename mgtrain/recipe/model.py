@@ -1,7 +1,5 @@
 """The `model` section of a recipe, with the arguments of the factories of the same names; does not import torch."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -18,9 +16,7 @@ Deviation = Annotated[float, Field(gt=0, le=10)]
 class _ResNetOptions(Section):
     """Options of all built-in architectures."""
 
-    width: int = Field(
-        64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; later stages scale with it"
-    )
+    width: int = Field(64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; scales all stages")
     depth: Literal[50, 101] | Blocks = Field(50, description="50, 101, or the numbers of blocks of res2 to res5")
     dropout: float = Field(0.5, ge=0, lt=1, description="probability of dropping a feature before the classifier")
 
@@ -49,7 +45,7 @@ class SlowFastOptions(_ResNetOptions):
     fusion_kernel: Literal[1, 3, 5, 7, 9] = Field(7, description="kernel size of the lateral convolutions, frames")
 
     @model_validator(mode="after")
-    def _check_width(self) -> SlowFastOptions:
+    def _check_width(self) -> "SlowFastOptions":
         if self.width % self.beta_inv:
             raise ValueError(f"width {self.width} is not a multiple of beta_inv {self.beta_inv}; use a multiple")
         return self
@@ -60,13 +56,11 @@ class TorchvisionOptions(Section):
 
     name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None,
-        description="stochastic depth of swin3d_t and mvit_v2_s: the last block's probability of being left out, to "
-        "which it rises from 0 at the first; null: torchvision's, 0.1 and 0.2",
+        None, description="stochastic depth of the last block (swin3d_t, mvit_v2_s); null: torchvision's, 0.1 and 0.2"
     )
 
     @model_validator(mode="after")
-    def _drops_paths_of_transformers(self) -> TorchvisionOptions:
+    def _drops_paths_of_transformers(self) -> "TorchvisionOptions":
         if self.drop_path is not None and self.name not in ("swin3d_t", "mvit_v2_s"):
             raise ValueError(f"drop_path is for swin3d_t and mvit_v2_s; {self.name} has no stochastic depth")
         return self

@@ -1,16 +1,10 @@
-"""The plan of a run: an immutable sequence of steps, each computed from its number.
-
-Nothing about a step depends on the run's history: bisection over the phases gives its shape, learning rate, clips and
-BatchNorm groups.
-"""
-
-from __future__ import annotations
+"""The plan of a run: an immutable sequence of steps, each computed from its number by bisection over the phases."""
 
 import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from typing import Any, overload
 
@@ -52,6 +46,11 @@ class Phase:
         return self.shapes[-1]
 
     @property
+    def name(self) -> str:
+        """The distinct shapes, such as `1024x8x112², 512x8x158²`."""
+        return ", ".join(map(str, dict.fromkeys(self.shapes)))
+
+    @property
     def end_step(self) -> int:
         """The first step after the phase."""
         return self.first_step + self.steps
@@ -64,11 +63,6 @@ class Phase:
     def batches(self) -> Iterator[tuple[Shape, int]]:
         """Each shape of the short cycle with its number of BatchNorm groups."""
         return zip(self.shapes, self.groups, strict=True)
-
-    @property
-    def name(self) -> str:
-        """The distinct shapes, such as `1024x8x112², 512x8x158²`."""
-        return ", ".join(str(shape) for shape in dict.fromkeys(self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +162,7 @@ class Plan(Sequence[Step]):
         return fewest
 
     def milestones(self, times: int) -> tuple[int, ...]:
-        """The numbers of steps after which to evaluate: `times` of them, equally spaced, the last at the end.
-
-        They do not depend on the phases, so a baseline and its multigrid run evaluate equally often.
-        """
+        """The numbers of steps after which to evaluate: `times`, equally spaced in any phase, the last at the end."""
         return tuple(sorted({max(1, round(len(self) * k / times)) for k in range(1, times + 1)}))
 
     def phase_lr(self, phase: Phase, index: int | None = None) -> float:
@@ -212,13 +203,7 @@ class Plan(Sequence[Step]):
                 "lr": self.phase_lr(phase),
                 "stride": list(phase.grids[-1].stride),
                 "shapes": [
-                    {
-                        "clips": shape.clips,
-                        "frames": shape.frames,
-                        "crop": shape.crop,
-                        "short_side": list(grid.short_side),
-                        "bn_clips": shape.clips // groups,
-                    }
+                    {**asdict(shape), "short_side": list(grid.short_side), "bn_clips": shape.clips // groups}
                     for grid, (shape, groups) in zip(phase.grids, phase.batches(), strict=True)
                 ],
             }
@@ -248,10 +233,7 @@ class Plan(Sequence[Step]):
 
 
 def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
-    """Round the stretches to whole steps, at least one each.
-
-    A stretch ends at the step nearest to its exact end, counted in clips, so rounding errors do not add up.
-    """
+    """Round the stretches to whole steps, each to end nearest to its exact clip, so that errors do not add up."""
     phases: list[Phase] = []
     first_step = first_clip = 0
     grouping = recipe.schedule.bn_groups if isinstance(recipe.schedule, MultigridSchedule) else "long"
@@ -301,11 +283,7 @@ def bn_groups(shape: Shape, bn_clips: int) -> int:
 
 
 def check_world(plan: Plan, ranks: int) -> None:
-    """Check that `ranks` ranks can share the clips, mixed pairs and BatchNorm groups of every step equally.
-
-    Raises:
-        PlanError: they cannot; names the phase and what to change.
-    """
+    """Raise `PlanError` if ranks cannot share the clips, mixed pairs and BatchNorm groups of every step equally."""
     batches = [(f"phase {p.index + 1} has steps", shape, groups) for p in plan.phases for shape, groups in p.batches()]
     for what, shape, groups in [*batches, ("recalibration has batches", plan.base, plan.base_bn_groups)]:
         if shape.clips % ranks:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from warm import Start
 
-from mgtrain.cli.options import parse_thresholds
+from mgtrain.cli.compare import parse_thresholds
 from mgtrain.engine.examples import example_frames
 from mgtrain.engine.fit import fit
 from mgtrain.errors import CheckpointError, UsageError
