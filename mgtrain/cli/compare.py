@@ -24,9 +24,14 @@ def compare(
     csv: Annotated[Path | None, Option(help="Write a table with a line for each run to this file.")] = None,
     fail_under: Annotated[
         str | None,
-        Option(metavar="KEY=LEAST,...", help="Exit with 6 below these gains: speedup=3,clock=2,steps=3,accuracy=-0.5."),
+        Option(
+            metavar="KEY=LEAST,...",
+            help="Exit with 6 if the gain is smaller: speedup=3,clock=2,steps=3,accuracy=-0.5 (points).",
+        ),
     ] = None,
-    margin: Annotated[float, Option(min=0, max=100, help="Points an accuracy may fall and not count as lower.")] = 1.0,
+    margin: Annotated[
+        float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
+    ] = 1.0,
     json_: Json = False,
 ) -> None:
     """Compare the cost and accuracy of a run with its baseline. Several runs are averaged over seeds and folds.
@@ -65,11 +70,15 @@ def study(
     file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
     jobs: Annotated[int, Option(min=1, max=1000, help="Runs at the same time, each pinned to a share of cores.")] = 1,
     runs: Annotated[Path | None, Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
-    results: Annotated[Path | None, Option(help="Folder of results. Default: results/<name> beside the file.")] = None,
+    results: Annotated[
+        Path | None, Option(help="Folder of the results and the page. Default: results/<name> beside the file.")
+    ] = None,
     only: Annotated[list[str] | None, Option(metavar="VARIANT", help="Train only this variant; repeatable.")] = None,
     seeds: Annotated[int | None, Option(min=1, metavar="COUNT", help="Train only this many seeds now.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only measure steps and estimate each variant's hours.")] = False,
-    measure: Annotated[float, Option(min=0.01, metavar="SECONDS", help="With --dry-run: time for each shape.")] = 1.0,
+    measure: Annotated[
+        float, Option(min=0.01, metavar="SECONDS", help="Time to measure loading for each shape, with --dry-run.")
+    ] = 1.0,
     device: Device = None,
     json_: Json = False,
 ) -> None:

@@ -191,7 +191,9 @@ def stats(
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[Path | None, Option(help="Manifest. Default: data.checked or data.root with -checked.jsonl.")] = None,
+    to: Annotated[
+        Path | None, Option(help="Manifest to write. Default: data.checked, or data.root with -checked.jsonl.")
+    ] = None,
     seconds: Annotated[float, Option(min=0.1, help="Time limit for each video.")] = 300.0,
     memory: Annotated[float, Option(min=0.1, help="Memory limit of each process in GB.")] = 4.0,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
@@ -244,13 +246,20 @@ def prepare(
     to: Annotated[Path | None, Option(help="Folder to write to. Default: data.root with -prepared added.")] = None,
     levels: Annotated[str, Option(help="Short sides to store, in pixels.")] = LEVELS,
     quality: Annotated[int, Option(min=0, max=51, help="H.264's rate factor; smaller is better.")] = QUALITY,
-    fps: Annotated[float | None, Option(min=1, help="Drop frames above this frame rate. Default: keep all.")] = None,
+    fps: Annotated[
+        float | None, Option(min=1, help="Drop frames of videos above this frame rate. Default: keep all.")
+    ] = None,
     shards: Annotated[
         str | None,
-        Option(metavar="SIZE", help="Write tar files up to this size, such as 2GiB, not a file per video and level."),
+        Option(
+            metavar="SIZE",
+            help=("Write tar files of at most this size, such as 2GiB, instead of a file for each video and level."),
+        ),
     ] = None,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
-    forecast: Annotated[bool, Option("--forecast", help="Only estimate time and space, from a few videos.")] = False,
+    forecast: Annotated[
+        bool, Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Re-encode the videos of a recipe for fast loading. Decoding a clip then costs only its own frames and pixels.

@@ -31,7 +31,9 @@ def fit(
     overrides: Overrides = None,
     name: Annotated[str | None, Option(help="Name under runs/, or a folder. Default: the recipe's name.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue from the newest checkpoint, if there is one.")] = False,
-    allow_changes: Annotated[bool, Option("--allow-changes", help="Resume with a changed recipe or videos.")] = False,
+    allow_changes: Annotated[
+        bool, Option("--allow-changes", help="Resume even if the recipe or the videos have changed.")
+    ] = False,
     baseline: Annotated[str | None, Option(help="The run, by name or folder, to measure the speedup against.")] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Run up to one step of each shape, show time and memory, and keep nothing.")

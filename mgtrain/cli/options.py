@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 RANK = "import sys; sys.path = [path for path in sys.path if path]; from mgtrain.cli import main; main()"
 
 RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes like optim.lr=0.05.")]
+Overrides = Annotated[
+    list[str] | None, Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=0.05.")
+]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Device = Annotated[Literal["cpu", "cuda"] | None, Option(help="Where to compute. Default: a GPU if present.")]
 Procs = Annotated[int | None, Option(min=1, help="Processes to start on this machine. Default: one per visible GPU.")]
 GroupBy = Annotated[
     str | None,
-    Option(metavar="REGEX|none", help="Part of a path that names the video's source. Default: guess; none: no groups."),
+    Option(
+        metavar="REGEX|none",
+        help=("The part of a path that names the video's source. Default: guess from the file names; none: no groups."),
+    ),
 ]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 

@@ -18,7 +18,9 @@ from mgtrain.schedule.totals import compare_totals, make_plans, plan_table, rend
 
 bench_app = typer.Typer(name="bench", help="Measure how fast this machine loads and trains.", no_args_is_help=True)
 
-Videos = Annotated[int | None, Option(min=1, max=10**9, help="Training videos. Default: as the data or recipe says.")]
+Videos = Annotated[
+    int | None, Option(min=1, max=10**9, help="Number of training videos. Default: as the data or recipe says.")
+]
 
 
 def plan(
@@ -27,12 +29,20 @@ def plan(
     videos: Videos = None,
     gpus: Annotated[int | None, Option(min=1, help="Check that this many GPUs can share every step.")] = None,
     measure: Annotated[
-        float | None, Option(min=0.01, metavar="SECONDS", help="Time steps and loading here, for so long per shape.")
+        float | None,
+        Option(min=0.01, metavar="SECONDS", help="Time steps and loading on this machine, for so long per shape."),
     ] = None,
     costs: Annotated[
-        bool | None, Option(help="Estimate multiply-adds and memory, in a few seconds. Default: not with --json.")
+        bool | None,
+        Option(
+            help=(
+                "Estimate multiply-adds and memory of each shape, which takes a few seconds. Default: not with --json."
+            )
+        ),
     ] = None,
-    memory: Annotated[float | None, Option(min=0.01, metavar="GIB", help="Fit micro-batches into this memory.")] = None,
+    memory: Annotated[
+        float | None, Option(min=0.01, metavar="GIB", help="Choose micro-batches that fit a GPU of this memory.")
+    ] = None,
     picture: Annotated[Path | None, Option(help="Draw the schedule to this SVG, PNG or PDF file.")] = None,
     device: Device = None,
     json_: Json = False,

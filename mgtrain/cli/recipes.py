@@ -43,7 +43,9 @@ def show_recipe(name: Name) -> None:
 @recipes_app.command("copy")
 def copy_recipe(
     name: Name,
-    target: Annotated[Path | None, Argument(help="A file or existing folder. Default: NAME.yaml here.")] = None,
+    target: Annotated[
+        Path | None, Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
+    ] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own.
 
@@ -74,7 +76,9 @@ def init(
     name: Annotated[str | None, Option(help="Name of the recipes. Default: the folder's name.")] = None,
     val: Annotated[float, Option(help="Share of the videos for validation, unless the data is already split.")] = 0.2,
     group_by: GroupBy = None,
-    hours: Annotated[float | None, Option(min=0.01, help="For the baseline. Default: 1 on a CPU, 12 on GPUs.")] = None,
+    hours: Annotated[
+        float | None, Option(min=0.01, help="Time for training the baseline. Default: 1 on a CPU, 12 on GPUs.")
+    ] = None,
     network: Annotated[
         Literal["swin3d_t", "mvit_v2_s"] | None,
         Option(help="Fine-tune this transformer from Kinetics weights. Default: train a network of fitting size."),

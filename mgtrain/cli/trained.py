@@ -24,11 +24,17 @@ ckpt_app = typer.Typer(name="ckpt", help="Inspect and verify checkpoints.", no_a
 weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
-CheckpointArgument = Annotated[str, Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run: its newest one.")]
-Changes = Annotated[list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key; repeatable.")]
+CheckpointArgument = Annotated[
+    str, Argument(metavar="CHECKPOINT", help="A checkpoint file, or a run, which means its newest checkpoint.")
+]
+Changes = Annotated[
+    list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="A change to the recipe; repeatable.")
+]
 Views = Annotated[str, Option(help="Clips in time x crops, such as 1x1 or 10x3.")]
 RecipeOption = Annotated[str | None, Option(help="The recipe that says how to cut clips, for other projects' weights.")]
-Trust = Annotated[list[str] | None, Option(metavar="MODULE", help="A module that the checkpoint may run; repeatable.")]
+Trust = Annotated[
+    list[str] | None, Option(metavar="MODULE", help="A Python module that the checkpoint's recipe may run; repeatable.")
+]
 
 
 def evaluate(
@@ -37,7 +43,10 @@ def evaluate(
     views: Views = "10x3",
     recipe: RecipeOption = None,
     table: Annotated[
-        Path | None, Option("--csv", help="Write each video's class probabilities; an interrupted evaluation resumes.")
+        Path | None,
+        Option(
+            "--csv", help="Write class probabilities of every video to this file. An interrupted evaluation resumes."
+        ),
     ] = None,
     trust: Trust = None,
     procs: Procs = None,
@@ -90,10 +99,13 @@ def evaluate(
 def predict(
     checkpoint: CheckpointArgument,
     videos: Annotated[
-        list[Path], Argument(metavar="VIDEO...", help="Videos, folders of frames, or parts such as long.mp4#t=60,90.")
+        list[Path],
+        Argument(metavar="VIDEO...", help="Video files, folders of frames, or stretches such as long.mp4#t=60,90."),
     ],
     views: Views = "10x3",
-    every: Annotated[float | None, Option(min=0.01, help="Predict a clip every so many seconds, not views.")] = None,
+    every: Annotated[
+        float | None, Option(min=0.01, help="Seconds between the clips to predict in a long video, instead of views.")
+    ] = None,
     top: Annotated[int, Option(min=1, help="Number of classes to print.")] = 5,
     recipe: RecipeOption = None,
     changes: Changes = None,
@@ -126,7 +138,9 @@ def predict(
 
 def export(
     checkpoint: CheckpointArgument,
-    to: Annotated[str, Option(metavar="FILE", help="onnx, pt2 or safetensors, or a file with such a suffix.")],
+    to: Annotated[
+        str, Option(metavar="FILE", help="The format onnx, pt2 or safetensors, or a file to write with such a suffix.")
+    ],
     recipe: RecipeOption = None,
     changes: Changes = None,
     trust: Trust = None,
@@ -262,10 +276,18 @@ def import_weights(
     from_: Annotated[
         str | None, Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of a file.")
     ] = None,
-    to: Annotated[Path | None, Option(help="The .safetensors file to write. Default: only report matches.")] = None,
-    model: Annotated[str | None, Option(help="Model to load them into, such as i3d_r50. Default: theirs.")] = None,
-    classes: Annotated[Path | None, Option(help="File of class names, one per line. Default: the weights'.")] = None,
-    at_least: Annotated[float, Option(min=0, max=1, help="Share of tensors to load; exit with 6 below it.")] = 1.0,
+    to: Annotated[
+        Path | None, Option(help="The .safetensors file to write. Default: only report what matches.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
+    ] = None,
+    classes: Annotated[
+        Path | None, Option(help="A file of class names to store, one per line. Default: those of the weights.")
+    ] = None,
+    at_least: Annotated[
+        float, Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
+    ] = 1.0,
     json_: Json = False,
 ) -> None:
     """Convert weights of another project. 2-D weights become 3-D. Nothing in the file is executed.

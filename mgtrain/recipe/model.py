@@ -16,7 +16,9 @@ Deviation = Annotated[float, Field(gt=0, le=10)]
 class _ResNetOptions(Section):
     """Options of all built-in architectures."""
 
-    width: int = Field(64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; scales all stages")
+    width: int = Field(
+        64, ge=8, le=1024, multiple_of=8, description="channels of the (slow) stem; later stages scale with it"
+    )
     depth: Literal[50, 101] | Blocks = Field(50, description="50, 101, or the numbers of blocks of res2 to res5")
     dropout: float = Field(0.5, ge=0, lt=1, description="probability of dropping a feature before the classifier")
 
@@ -56,7 +58,11 @@ class TorchvisionOptions(Section):
 
     name: Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"]
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="stochastic depth of the last block (swin3d_t, mvit_v2_s); null: torchvision's, 0.1 and 0.2"
+        None,
+        description=(
+            "stochastic depth of swin3d_t and mvit_v2_s: the last block's probability of being left out, "
+            "to which it rises from 0 at the first; null: torchvision's, 0.1 and 0.2"
+        ),
     )
 
     @model_validator(mode="after")

@@ -16,13 +16,19 @@ class Optim(Section):
     name: Literal["sgd", "adamw"] = Field("sgd", repr=False, description="the optimizer; by default sgd")
     lr: float = Field(gt=0, le=1e30, description="base learning rate, for steps at the base shape")
     curve: Literal["steps", "cosine"] = Field("steps", description="shape of the learning-rate decay")
-    stages: tuple[Positive, ...] = Field(min_length=1, max_length=100, description="epochs of each learning-rate stage")
+    stages: tuple[Positive, ...] = Field(
+        min_length=1, max_length=100, description="epochs of each of the baseline's learning-rate stages"
+    )
     gamma: Scale = Field(0.1, description="factor from one stage's learning rate to the next (curve: steps)")
     end_lr: NotNegative = Field(0.0, description="learning rate at the end (curve: cosine)")
     warmup_epochs: NotNegative = Field(0.0, description="epochs of linear warm-up")
     warmup_lr: NotNegative = Field(0.0, description="learning rate at the start of warm-up")
     scaling: Literal["linear", "sqrt"] = Field(
-        "linear", repr=False, description="the learning rate grows as a long cycle's clips or as their square root"
+        "linear",
+        repr=False,
+        description=(
+            "how the learning rate grows with a long-cycle shape's clips: as they do, or as their square root"
+        ),
     )
     momentum: Momentum = Field(0.9, description="momentum (name: sgd)")
     nesterov: bool = Field(True, description="use Nesterov momentum (name: sgd)")
@@ -31,15 +37,28 @@ class Optim(Section):
     )
     eps: Positive = Field(1e-8, repr=False, description="added to the root of the mean square (name: adamw)")
     weight_decay: NotNegative = Field(
-        1e-4, description="not of normalizations; adamw: decoupled, and not of biases, scales, tokens, position tables"
+        1e-4,
+        description=(
+            "weight decay; sgd: of all parameters but normalizations'; adamw: decoupled, of all but "
+            "those, biases, scales, tokens and position tables"
+        ),
     )
     head_lr: Positive = Field(1.0, description="learning rate of the classifier relative to the rest")
-    layer_decay: Scale = Field(1.0, repr=False, description="learning rate of each block relative to the next one's")
+    layer_decay: Scale = Field(
+        1.0, repr=False, description="learning rate of each repeated block relative to the next one's, down to the stem"
+    )
     clip_norm: Positive | None = Field(
-        None, repr=False, description="largest norm of a step's gradient; a larger one is scaled to it; null: none"
+        None,
+        repr=False,
+        description="largest norm of a step's whole gradient; a larger one is scaled to it; null: none",
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, repr=False, description="decay per `batch.clips` clips of the weights' average, used instead; null: none"
+        None,
+        repr=False,
+        description=(
+            "decay, per `batch.clips` clips, of a moving average of the weights, which is evaluated and "
+            "exported in their place; null: no average"
+        ),
     )
 
     @model_validator(mode="after")

@@ -26,13 +26,22 @@ class Data(Section):
     val: str = Field(description="annotations of the validation videos, relative to root or absolute")
     classes: int = Field(ge=2, le=1_000_000, description="number of classes")
     outside_root: bool = Field(False, description="allow paths outside of root (format: list)")
-    videos: Count | None = Field(None, description="expected number of training videos, to plan without the data")
-    checked: str | None = Field(None, description="file of `mgtrain data check`, whose unusable videos are skipped")
-    prepared: str | None = Field(None, description="folder of `mgtrain data prepare`; null: the original videos")
+    videos: Count | None = Field(
+        None, description="expected number of training videos, with which `mgtrain plan` works without the data"
+    )
+    checked: str | None = Field(
+        None, description="file written by `mgtrain data check`; videos that it calls unusable are skipped"
+    )
+    prepared: str | None = Field(
+        None, description="folder written by `mgtrain data prepare` to read clips from; null: read the original videos"
+    )
     fps: Positive | None = Field(None, description="frames per second of videos that are folders of frames")
-    mirrored: tuple[tuple[str | int, str | int], ...] = Field((), description="pairs of classes that swap in a flip")
+    mirrored: tuple[tuple[str | int, str | int], ...] = Field(
+        (), description="pairs of classes, by name or number, that swap in a horizontal flip"
+    )
     multi_label: bool = Field(
-        False, description="videos may have any number of classes: train with sigmoids, report mean average precision"
+        False,
+        description="videos may have several classes, or none: train with sigmoids, report mean average precision",
     )
     balance: Literal["none", "sqrt", "full"] = Field(
         "none",
@@ -58,14 +67,23 @@ class Clip(Section):
 
     frames: Length = Field(description="T, frames per clip")
     sampling: Literal["dense", "segments"] = Field(
-        "dense", description="dense: a frame every `stride` frames; segments: a frame of each of `frames` equal parts"
+        "dense",
+        description=(
+            "dense: a frame every `stride` frames; segments: a frame from each of `frames` equal parts of the video"
+        ),
     )
-    stride: Length = Field(1, description="frames, at `fps`, from a frame of a clip to the next; unused with segments")
+    stride: Length = Field(
+        1, description="frames of the video, at `fps`, from one frame of a clip to the next; unused with segments"
+    )
     crop: Crop = Field(description="S, side of the square crop, pixels")
-    short_side: tuple[Length, Length] = Field(description="range of the resized video's random short side, pixels")
+    short_side: tuple[Length, Length] = Field(
+        description="range of the resized video's short side, which is random, pixels"
+    )
     fps: Positive = Field(30.0, description="frame rate that `stride` refers to")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    inverse_uniform: bool = Field(False, description="draw the short side's inverse uniformly (Something-Something)")
+    inverse_uniform: bool = Field(
+        False, description="draw the inverse of the short side uniformly (Something-Something)"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "Clip":
@@ -88,7 +106,9 @@ class Augment(Section):
     hue: float = Field(0.0, ge=0, le=0.5, description="hue jitter: largest rotation of the hue, in full turns")
     erase: Fraction = Field(0.0, description="probability of erasing a random box of a clip")
     mixup: NotNegative = Field(0.0, description="alpha of MixUp's Beta(alpha, alpha); 0: no MixUp")
-    cutmix: NotNegative = Field(0.0, description="alpha of CutMix, as MixUp's; with both, each pair uses one at random")
+    cutmix: NotNegative = Field(
+        0.0, description="alpha of CutMix's Beta(alpha, alpha); 0: no CutMix; with MixUp, each pair uses one at random"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
 
     @property
@@ -107,8 +127,12 @@ class Evaluation(Section):
 
     crop: Crop = Field(description="side of the square crop, pixels")
     short_side: Length = Field(description="short side of the resized video, pixels")
-    views: Literal["mean", "max"] = Field("mean", description="how to combine the views' probabilities (Charades: max)")
-    times: int = Field(8, ge=1, le=10_000, description="evaluations, at equal shares of the steps, the last at the end")
+    views: Literal["mean", "max"] = Field(
+        "mean", description="how class probabilities of a video's views are combined (Charades: max)"
+    )
+    times: int = Field(
+        8, ge=1, le=10_000, description="evaluations of the run, at equal shares of its steps; the last is at its end"
+    )
     recalibration_batches: int = Field(
         200,
         ge=0,
@@ -128,8 +152,12 @@ class Evaluation(Section):
 class Init(Section):
     """The initial weights. Fine-tuning usually freezes nothing and lowers `optim.lr`."""
 
-    weights: str | None = Field(None, description="weights file, of any project (see `mgtrain weights`); null: random")
-    at_least: Fraction = Field(1.0, description="least share of the model's tensors in it, except a resized classifier")
+    weights: str | None = Field(
+        None, description="weights file, of mgtrain or another project (see `mgtrain weights`); null: random weights"
+    )
+    at_least: Fraction = Field(
+        1.0, description="share of the model's tensors that the file must contain, except a resized classifier"
+    )
     freeze: Literal["none", "stem", "res2", "res3", "res4", "backbone"] = Field(
         "none", description="last stage to freeze; backbone: all but the classifier (linear probing)"
     )
@@ -162,10 +190,16 @@ class MultigridSchedule(Section):
         (0.5, 0.7071),
         description="crops, relative to the base's, that alternate with the long cycle's; []: no short cycle",
     )
-    fine_tune: bool = Field(True, description="train the last stage at the finest shape; false: long cycle there, too")
+    fine_tune: bool = Field(
+        True, description="train the last stage at the finest shape only; false: run a long cycle in it, too"
+    )
     fine_tune_short_cycle: bool = Field(True, description="keep the short cycle while fine-tuning in the last stage")
     lr_scaling: Literal["long", "both", "none"] = Field(
-        "long", description="scale the learning rate by the batch of the long cycle or both; the short cycle's hurts"
+        "long",
+        description=(
+            "scale the learning rate by the batch of the long cycle or of both; the paper found that "
+            "scaling by the short cycle's hurts"
+        ),
     )
     bn_groups: Literal["long", "both"] = Field(
         "long",
@@ -187,20 +221,40 @@ class Hardware(Section):
         "of the same volume. A micro-batch holds whole BatchNorm groups",
     )
     memory_gib: Positive | None = Field(
-        None, description="memory limit, GiB: lowers micro_clips, then sets recompute; null: the GPU's memory"
+        None,
+        description=(
+            "memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step "
+            "fits. null: the GPU's memory"
+        ),
     )
-    recompute: bool = Field(False, description="keep only blocks' inputs: less memory, about a third more time")
+    recompute: bool = Field(
+        False, description="keep only the blocks' inputs for the backward pass: less memory, about a third more time"
+    )
     compile: Literal["no", "default", "graphs"] = Field(
-        "no", description="torch.compile the shapes whose steps save more than compiling takes; graphs: as CUDA graphs"
+        "no",
+        description=(
+            "use torch.compile for the shapes whose steps save more time than compiling takes; graphs: with CUDA graphs"
+        ),
     )
     tf32: bool = Field(
-        True, description="on GPUs in fp32: round products' inputs to TF32 (errors about 1e-3): several times as fast"
+        True,
+        description=(
+            "on GPUs in fp32: round the inputs of convolutions and matrix products to TF32, 10 bits "
+            "instead of 23 (relative errors of about 1e-3), which is several times as fast"
+        ),
     )
     deterministic: bool = Field(
-        False, description="use deterministic algorithms, slower: two runs are equal bit for bit, not up to rounding"
+        False,
+        description=(
+            "use deterministic algorithms, so that two runs are equal bit for bit; slower. false: use the "
+            "fastest algorithms on this machine, so that two runs differ by rounding"
+        ),
     )
     workers: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        None, description="loader processes per rank; null: a rank's share of the cores, on a CPU half of it, up to 16"
+        None,
+        description=(
+            "loader processes per rank; null: a rank's share of the cores, or half of it on a CPU, at most 16"
+        ),
     )
     channels_last: bool = Field(True, description="use the channels-last memory format for clips and weights")
 
@@ -211,9 +265,14 @@ class Logging(Section):
     steps: Count = Field(10, description="steps between log lines; 1 makes each step wait for the GPU")
     checkpoint_steps: Count = Field(1000, description="steps between checkpoints; every evaluation saves one, too")
     keep_checkpoints: Count = Field(3, description="number of the newest checkpoints to keep, besides the best")
-    wandb: Name | None = Field(None, description="[entity/]project at Weights & Biases (pip install wandb); null: none")
+    wandb: Name | None = Field(
+        None, description="project, or entity/project, to log to at Weights & Biases (pip install wandb); null: none"
+    )
     mlflow: Name | None = Field(
-        None, description="experiment of MLflow (pip install mlflow-skinny) at MLFLOW_TRACKING_URI; null: none"
+        None,
+        description=(
+            "experiment to log to with MLflow (pip install mlflow-skinny), at MLFLOW_TRACKING_URI; null: none"
+        ),
     )
 
 
@@ -225,8 +284,12 @@ class Faults(Section):
         description="response to a loss or gradient that is not finite: stop the run, skip the update, or skip it and "
         "restore the weights of the newest checkpoint (rollback)",
     )
-    non_finite_steps: Count = Field(10, description="such steps that a run skips or rolls back before it stops")
-    timeout_seconds: Positive = Field(900.0, description="end a process without progress after so long, with a report")
+    non_finite_steps: Count = Field(
+        10, description="number of such steps that a run skips or rolls back before it stops"
+    )
+    timeout_seconds: Positive = Field(
+        900.0, description="end a process without progress after so long, and report what it was doing"
+    )
 
 
 class Recipe(Section):
