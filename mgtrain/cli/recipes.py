@@ -26,7 +26,9 @@ def list_recipes(json_: Json = False) -> None:
 
     Example:  mgtrain recipes list
     """
-    first_lines = {name: file.read_text().splitlines()[0].lstrip("# ") for name, file in shipped_recipes().items()}
+    first_lines = {
+        name: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, file in shipped_recipes().items()
+    }
     shown = (f"{name:36} {line}" for name, line in first_lines.items())
     show(json_, {"schema": "mgtrain.recipes/1", "recipes": first_lines}, *shown)
 

@@ -200,7 +200,7 @@ def _without_video(splits: Mapping[str, Videos], table: np.ndarray) -> Iterator[
         for kind, where in problems.items():
             rows = table["row"][where & (table["split"] == split)]
             count, names = (videos.missing, videos.missing_names) if kind == "missing" else (0, ())
-            examples = (*names, *(printable(videos.name(int(row))) for row in rows[:EXAMPLES]))
+            examples = tuple(map(printable, (*names, *(videos.name(int(row)) for row in rows[:EXAMPLES]))))
             hint = explain(videos, int(rows[0])) if kind == "missing" and len(rows) else ""
             yield Finding(kind, (name,), len(rows) + count, examples[:EXAMPLES], hint)
 

@@ -56,6 +56,8 @@ def evaluate(
             f"{lost} of {len(videos)} videos cannot be decoded, more than data.max_bad_fraction {most_lost:g} allows; "
             "leave them out with `mgtrain data check`, or raise it"
         )
+    if not len(numbers):
+        raise DataError(f"none of {len(videos)} videos can be decoded; see what is wrong with `mgtrain data check`")
     refuse_non_finite(probabilities, [videos.name(number) for number in numbers.tolist()])
     order = np.argsort(numbers)
     label = videos.targets if recipe.data.multi_label else videos.label

@@ -92,7 +92,9 @@ def group_batchnorm(model: nn.Module) -> nn.Module:
             for name, layer in parent.named_children():
                 path = f"{parent_name}.{name}".removeprefix(".")
                 if type(layer) is nn.BatchNorm3d and layer.affine and layer.track_running_stats:
-                    grouped = GroupBatchNorm3d(layer.num_features, layer.eps, layer.momentum or 0.1)
+                    grouped = GroupBatchNorm3d(
+                        layer.num_features, layer.eps, 0.1 if layer.momentum is None else layer.momentum
+                    )
                     grouped.load_state_dict(layer.state_dict(), assign=True)
                     grouped.weight, grouped.bias = layer.weight, layer.bias  # perhaps frozen, or known to an optimizer
                     setattr(parent, name, grouped.train(layer.training))

@@ -33,6 +33,7 @@ def compare(baseline: RunDir | History, run: RunDir | History, margin: float = M
 
 def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     theirs, ours = baseline.summary, run.summary
+    check_alike_scores((theirs, ours))
     first, second = devices(baseline.env)[0], devices(run.env)[0]
     other_device = [f"{key} {a} and {b}" for key, a, b in zip(DEVICE_KEYS, first, second, strict=True) if a != b]
     other_device += [
@@ -83,6 +84,15 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
         "warnings": warnings,
     }
     return {**result, "verdict": _verdict(theirs, ours, result)}
+
+
+def check_alike_scores(runs: Iterable[Summary]) -> None:
+    """Raise `UsageError` if some runs have another kind of accuracy than the first one."""
+    first, *others = runs
+    if odd := next((other for other in others if other.metric != first.metric), None):
+        raise UsageError(
+            f"{first.name} is scored by {first.metric}, {odd.name} by {odd.metric}; compare runs with the same score"
+        )
 
 
 def devices(env: Mapping[str, Any]) -> list[tuple[Any, ...]]:

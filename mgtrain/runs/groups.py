@@ -16,7 +16,7 @@ from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import affects_results
 from mgtrain.recipe.load import flat_differences
-from mgtrain.runs.compare import MARGIN, TIME_KEYS, devices, times, unfair_keys
+from mgtrain.runs.compare import MARGIN, TIME_KEYS, check_alike_scores, devices, times, unfair_keys
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
@@ -64,7 +64,8 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
 
     Runs are paired by seed and fold if both groups have the same ones; with several folds, which differ more than seeds
     do, also if only some have a partner, and the seeds of a fold count as one run. Otherwise Welch's t compares groups.
-    Unfinished runs are skipped with a warning; `UsageError` if the first group has no finished run.
+    Unfinished runs are skipped with a warning; `UsageError` if the first group has none finished,
+    or if some runs have another kind of accuracy.
     """
     warnings, done = [], {}
     for name, members in groups.items():
@@ -76,6 +77,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
     if not base:
         raise UsageError(f"{base_name}: no run of this group is finished; compare two runs to see their progress")
     outcomes = [outcome for members in done.values() for outcome in members]
+    check_alike_scores(outcome.summary for outcome in outcomes)
     same = len({device for outcome in outcomes for device in devices(outcome.env)}) == 1
     if not same:
         warnings.append("times are not compared, because the runs used different devices")

@@ -61,10 +61,10 @@ def test_files_that_are_no_videos_are_left_out_and_told(root: Path):
 
 
 def test_rows_that_a_reader_missed_are_counted(root: Path):
-    videos = Videos.of(str(root), [("a.mp4", 0), ("gone.mp4", 0)], ("x",), missing=7, missing_names=["p", "q"])
+    videos = Videos.of(str(root), [("a.mp4", 0), ("gone.mp4", 0)], ("x",), missing=7, missing_names=["p\n", "q"])
     made = make_index({"train": videos})
     assert made.counts()["train"]["rows"] == 9
-    assert found(made, "missing") == [(("train",), 8, ("p", "q", "gone.mp4"))]
+    assert found(made, "missing") == [(("train",), 8, ("'p\\n'", "q", "gone.mp4"))]
 
 
 def test_contents_are_compared_to_the_last_byte(root: Path):

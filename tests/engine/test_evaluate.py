@@ -91,6 +91,11 @@ def test_broken_videos_of_all_ranks_count(tiny: Callable[..., Recipe], monkeypat
 
     lacking(2)
     assert evaluate(make_model(recipe), val, recipe, World()).scores().videos == 10
+    lacking(12)
+    with pytest.raises(
+        DataError, match="none of 12 videos can be decoded; see what is wrong with `mgtrain data check`"
+    ):
+        evaluate(make_model(recipe), val, tiny("data.max_bad_fraction=1"), World())
     lacking(3)
     with pytest.raises(DataError, match=r"3 of 12 videos cannot be decoded, more than data.max_bad_fraction 0\.2"):
         evaluate(make_model(recipe), val, recipe, World())

@@ -176,6 +176,7 @@ def test_normalization_keeps_its_own_constants_and_state() -> None:
     (ours,) = group_batchnorm(nn.Sequential(layer))
     assert isinstance(ours, GroupBatchNorm3d)
     assert (ours.eps, ours.momentum) == (1e-3, 0.01)
+    assert [group_batchnorm(nn.Sequential(nn.BatchNorm3d(3, momentum=m)))[0].momentum for m in (0.0, None)] == [0, 0.1]
     x = torch.randn(2, 3, 2, 4, 4)
     for mode in (True, False):
         torch.testing.assert_close(ours.train(mode)(x), layer.train(mode)(x))

@@ -238,6 +238,19 @@ def test_a_manifest_with_absurd_places_is_refused(sharded: Path, tmp_path: Path,
         verify(out, 1)
 
 
+@pytest.mark.parametrize(("key", "value"), [("level", 17), ("bytes", "x"), ("width", None)])
+def test_a_manifest_with_absurd_levels_is_refused_without_shards_too(
+    files: Path, tmp_path: Path, key: str, value: object
+):
+    out = copied(files, tmp_path / "out")
+    first, *others = (out / "videos.jsonl").read_text().splitlines(keepends=True)
+    record = json.loads(first)
+    record["levels"][1][key] = value
+    (out / "videos.jsonl").write_text("".join([json.dumps(record) + "\n", *others]))
+    with pytest.raises(DataError, match="lacks keys; prepare the set again"):
+        verify(out, 1)
+
+
 def test_the_command_prepares_and_verifies_shards(mgtrain: Start, tiny_text: str, files: Path, tmp_path: Path):
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     words = ("data", "prepare", "tiny.yaml", "--to", "out", "--levels", "48,32")

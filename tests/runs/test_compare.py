@@ -16,6 +16,7 @@ from mgtrain.errors import CheckpointError, ThresholdError, UsageError
 from mgtrain.recipe import Recipe, recipe_differences
 from mgtrain.runs.compare import compare, demand, render
 from mgtrain.runs.folder import RunDir
+from mgtrain.runs.groups import Outcome, compare_groups
 from mgtrain.runs.scores import packed
 
 ENV = {"device": "A CPU", "ranks": 1, "threads": 2}
@@ -298,6 +299,15 @@ def test_runs_on_several_labels_are_compared_by_mean_average_precision(
     baseline = written(tmp_path / "slow_3", tiny("schedule={name: baseline}"), perfect[:1])
     same = compare(baseline, written(tmp_path / "fast_3", tiny(), perfect[1:]))
     assert same["accuracy_interval"] == [None, None]  # resampling equal values shows no spread
+
+
+def test_runs_with_other_scores_are_not_compared(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
+    several = written(tmp_path / "several", tiny(), [{**evaluation(17, 0.9, 30.0), "mean_ap": 0.5}])
+    message = "slow is scored by top-1, several by mAP; compare runs with the same score"
+    with pytest.raises(UsageError, match=message):
+        compare(baseline, several)
+    with pytest.raises(UsageError, match=message):
+        compare_groups({"slow": [Outcome.of(baseline)], "several": [Outcome.of(several)]})
 
 
 def test_settings_that_change_times_are_named(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:

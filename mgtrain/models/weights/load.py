@@ -173,8 +173,9 @@ def load_weights(model: nn.Module, weights: Weights) -> Report:
     matched, inflated, missing = list[str](), list[str](), dict[str, str]()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
     logits = unused.get(common(f"{classifier}.weight"))
-    if logits is not None and fit_shape(logits, (ours := state[f"{classifier}.weight"].shape)) is None:
-        sizes = f"{tuple(logits.shape)} in the file and {tuple(ours)} here"
+    layer = state.get(f"{classifier}.weight")
+    if logits is not None and layer is not None and fit_shape(logits, layer.shape) is None:
+        sizes = f"{tuple(logits.shape)} in the file and {tuple(layer.shape)} here"
         resized = f"the classifier (classes, features) is {sizes}, so it starts from random weights"
     for own, target in state.items():
         value = unused.pop(common(own), None)
@@ -310,7 +311,7 @@ def download(source: str) -> tuple[Path, tuple[str, ...]]:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2])
         except (OSError, RuntimeError) as error:
             raise MissingCapabilityError(
-                f"{url}: cannot be downloaded: {error}; download it elsewhere and give the file with --model"
+                f"{url}: cannot be downloaded: {error}; download it elsewhere and give the file instead of --from"
             ) from None
     video = source.partition(":")[2] in TORCHVISION
     return file, tuple(known[source].meta["categories"]) if video else ()

@@ -37,8 +37,8 @@ from mgtrain.runs.folder import replacing
 
 SAMPLE = 8  # random videos from which the time and size of the set are estimated
 OF_VIDEO = {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}
-OF_LEVEL = {"level", "width", "height", "bytes", "sha256"}
-IN_SHARD = ("shard", "offset", "bytes")
+OF_LEVEL = ("level", "width", "height", "bytes")  # whole numbers
+IN_SHARD = ("shard", "offset")
 LOOSE = "loose"  # folder of files that are not in a shard yet
 
 
@@ -131,8 +131,8 @@ class PreparedManifest(Manifest):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "videos.jsonl")
         self._offsets = folder / "offsets.bin"
-        sharded = bool(read_settings(folder).shards)
-        odd = next((path for path, record in self.records.items() if not _is_record(record, sharded)), None)
+        settings = read_settings(folder)
+        odd = next((path for path, record in self.records.items() if not _is_record(record, settings)), None)
         if odd is not None:
             raise DataError(f"{self.file}: damaged: the line of {odd!r} lacks keys; prepare the set again")
 
@@ -155,13 +155,16 @@ class PreparedManifest(Manifest):
         self.add(record)
 
 
-def _is_record(record: Record, sharded: bool) -> bool:
-    """Whether a line of the manifest has the keys that `encode_video` writes."""
-    levels = record.get("levels", [])
-    whole = record.keys() >= OF_VIDEO and isinstance(levels, list)
-    whole = whole and all(isinstance(level, dict) and level.keys() >= OF_LEVEL for level in levels)
-    if whole and sharded:
-        whole = all(type(level.get(key)) is int and level[key] >= 0 for level in levels for key in IN_SHARD)
+def _is_record(record: Record, settings: Settings) -> bool:
+    """Whether a line of the manifest has what `encode_video` writes."""
+    counts = (*OF_LEVEL, *IN_SHARD) if settings.shards else OF_LEVEL
+
+    def is_level(level: object) -> bool:
+        whole = isinstance(level, dict) and "sha256" in level and level.get("level") in settings.levels
+        return whole and all(type(level.get(key)) is int and level[key] >= 0 for key in counts)
+
+    levels = record.get("levels")
+    whole = record.keys() >= OF_VIDEO and isinstance(levels, list) and all(map(is_level, levels))
     return not leaves_root(record["path"]) and ("error" in record or whole)
 
 
