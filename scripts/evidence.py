@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mgtrain.runs.groups import COLUMNS, spread, table_rows, verdicts
+from mgtrain.runs.groups import COLUMNS, gain, table_rows, verdicts
 from mgtrain.runs.report.figures import COLOURS, drawn
 from mgtrain.runs.study.definition import Study, load_study, runs_of
 from mgtrain.runs.study.results import Result, draw_curves, facts_of, known_result, summed_up
@@ -75,12 +75,13 @@ def glance(study: Study, name: str, compared: dict[str, Any]) -> list[list[str]]
     anchor = re.sub(r"[^\w -]", "", study.question).lower().replace(" ", "-")
     rows = []
     for group in others:
-        change = [100 * group["difference"][key] for key in ("value", "low", "high")]
+        change = group["difference"]
+        ends = "" if change["low"] is None else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
         rows.append([
             f"[{name}](#{anchor})",
             f"{group['name']} against {base['name']}",
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(*change),
-            *(spread(group["speedups"][key]) for key in ("train_seconds", "clock_seconds")),
+            f"{100 * change['value']:+.1f}{ends}",
+            *(gain(group, key) for key in ("train_seconds", "clock_seconds")),
             re.split(r": | \(", group["judged"])[0],
         ])  # fmt: skip
     return rows

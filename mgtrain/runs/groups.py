@@ -159,13 +159,6 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         low, high = value["low"], value["high"]
         return "" if low is None else f"{100 * max(0, low):.1f} to {100 * min(1, high):.1f}"
 
-    def gain(group: Mapping[str, Any], key: str) -> str:  # such as `3.67x (3.60 to 3.75)`
-        found = group.get("speedups", {}).get(key)
-        if found is None:
-            return ""
-        spread = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
-        return f"{found['value']:.2f}x{spread}"
-
     return [
         [
             group["name"],
@@ -182,6 +175,15 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         ]
         for group in result["groups"]
     ]
+
+
+def gain(group: Mapping[str, Any], key: str) -> str:
+    """How many times less a group takes than the first one, with its interval, such as `3.67x (3.60 to 3.75)`."""
+    found = group.get("speedups", {}).get(key)
+    if found is None:
+        return ""
+    ends = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+    return f"{found['value']:.2f}x{ends}"
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
