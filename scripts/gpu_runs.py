@@ -138,8 +138,7 @@ def end_to_end(check: Check) -> Iterator[Row]:
         of_step = check.seconds.get(recipe.base, 0.05)
         epochs = (1 if check.toy else END_TO_END / of_step) * recipe.base.clips / len(open_splits(recipe.data)["train"])
         shorter = epochs / sum(recipe.optim.stages)  # the whole schedule, shortened
-        changes = {"stages": tuple(n * shorter for n in recipe.optim.stages), "warmup_epochs": 0.0}
-        recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
+        recipe = recipe.changed("optim", stages=tuple(n * shorter for n in recipe.optim.stages), warmup_epochs=0.0)
         seconds = {}
         for name, one in (("baseline", baseline_recipe(recipe)), ("multigrid", recipe)):
             place = check.world.from_main(str(Path(folder) / name))  # the main rank's, which alone writes

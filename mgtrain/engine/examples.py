@@ -32,7 +32,7 @@ def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape,
 
     Clips are not mixed. Raises `DataError` if no video can be decoded.
     """
-    unmixed = recipe.model_copy(update={"augment": recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})})
+    unmixed = recipe.changed("augment", mixup=0.0, cutmix=0.0)
     loader, first = RandomClips(train, recipe), Order.of(train, recipe).at(0)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in pixel_statistics(recipe.model))
     for shape, step in plan.first_steps().items():

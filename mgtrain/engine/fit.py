@@ -119,7 +119,7 @@ def fit(
 def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
     """Start as `fit` does, then train the first step of each shape; plain values of the schema mgtrain.dry_run/1."""
     check_boards(recipe.logging)
-    local = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"wandb": None, "mlflow": None})})
+    local = recipe.changed("logging", wandb=None, mlflow=None)
     training = start(local, run, world, resume=False, allow_changes=False)
     recipe, plan, learner = training.recipe, training.plan, training.learner
     firsts, counts = plan.first_steps(), steps_of_shapes(plan)

@@ -68,8 +68,7 @@ def bench_data(
         with tempfile.TemporaryDirectory() as folder:
             there = Path(folder) / "set"
             prepare(Path(few.root), few.names(), there, settings, max(1, workers), fps=recipe.data.fps)
-            data = recipe.data.model_copy(update={"prepared": str(there)})
-            sets.append(bench("prepared", recipe.model_copy(update={"data": data}), few, len(steps)))
+            sets.append(bench("prepared", recipe.changed("data", prepared=str(there)), few, len(steps)))
     return {"workers": workers, "step_seconds": step, "sets": sets}
 
 

@@ -100,9 +100,8 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
     labels = torch.zeros((clips, recipe.data.classes) if recipe.data.multi_label else clips, dtype=torch.int64)
     optimizer = make_optimizer(model, recipe.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.hardware.precision == "fp16")
-    whole_pass = recipe.hardware.model_copy(update={"micro_clips": None})
-    unmixed = recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0})  # mixing takes pairs of clips
-    one = recipe.model_copy(update={"hardware": whole_pass, "augment": unmixed})
+    unmixed = recipe.changed("augment", mixup=0.0, cutmix=0.0)  # mixing takes pairs of clips
+    whole_pass = unmixed.changed("hardware", micro_clips=None)
     marks: dict[str, float] = {}
 
     def mark(name: str) -> None:
@@ -120,7 +119,7 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
             mark("start")
             there = pixels.to(world.device).permute(0, 4, 1, 2, 3), labels.to(world.device)
             mark("copied")
-            train_step(model, optimizer, scaler, *there, part, one, world).loss.item()
+            train_step(model, optimizer, scaler, *there, part, whole_pass, world).loss.item()
             mark("done")
             rows.append([marks[end] - marks[start] for start, end in SPANS.values()])
     medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
@@ -184,8 +183,7 @@ def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | No
         return None
     seconds: list[float] = []
     for precision in ("fp32", "bf16"):
-        hardware = recipe.hardware.model_copy(update={"precision": precision})
-        in_it = baseline_recipe(recipe.model_copy(update={"hardware": hardware}))
+        in_it = baseline_recipe(recipe.changed("hardware", precision=precision))
         plan = make_plan(in_it, videos)
         seconds += [found for _, found in step_seconds(in_it, plan, [plan[0]], world)]
     return seconds[0] / seconds[1]

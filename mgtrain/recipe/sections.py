@@ -325,6 +325,10 @@ class Recipe(Section):
         """One clip of an evaluation."""
         return Shape(1, self.clip.frames, self.evaluation.crop)
 
+    def changed(self, section: str, **keys: Any) -> "Recipe":
+        """A copy with other values of a section's keys, which are not validated."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=keys)})
+
     def flat(self) -> dict[str, Any]:
         """Dotted key, such as `optim.lr`, -> plain value."""
         return _flat(self.model_dump(mode="json"))

@@ -220,7 +220,7 @@ def test_a_list_may_lack_the_last_of_a_networks_numbered_classes(
 ) -> None:
     (tmp_path / "videos").symlink_to(motions / "videos")
     (tmp_path / "val.csv").write_text("videos/val/left_0.mp4 0\nvideos/val/right_0.mp4 1\n")
-    recipe = trained.recipe.model_copy(update={"data": trained.recipe.data.model_copy(update={"root": str(tmp_path)})})
+    recipe = trained.recipe.changed("data", root=str(tmp_path))
     numbered = dataclasses.replace(trained, classes=("0", "1", "2", "3"), recipe=recipe)
     assert evaluation_videos(numbered).classes == ("0", "1", "2", "3")
     with pytest.raises(DataError, match=r"val\.csv has 2 classes, but the network has 4"):

@@ -125,7 +125,7 @@ def test_one_run_and_runs_without_their_data_are_reported_as_well(runs: list[Run
     text = (runs[1].path / "recipe.yaml").read_text()
     try:
         recipe = runs[1].recipe()
-        elsewhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": "/nowhere"})})
+        elsewhere = recipe.changed("data", root="/nowhere")
         (runs[1].path / "recipe.yaml").write_text(elsewhere.to_yaml())
         page = Page(render_report(runs, example_frames(runs[-1])))
     finally:

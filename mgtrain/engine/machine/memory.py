@@ -34,9 +34,9 @@ class Memory:
 
     def __init__(self, recipe: Recipe, shapes: Iterable[Shape]) -> None:
         self.recipe = recipe
-        whole = recipe.hardware.model_copy(update={"recompute": False})  # `_kept` finds what recomputed blocks keep
+        whole = recipe.changed("hardware", recompute=False)  # `_kept` finds what recomputed blocks keep
         with torch.device("meta"):
-            model = make_model(recipe.model_copy(update={"hardware": whole}))
+            model = make_model(whole)
         copies = COPIES[recipe.optim.name] + (AVERAGE if recipe.optim.ema is not None else 0)
         self.state = copies * 4 * sum(parameter.numel() for parameter in model.parameters())
         self.can_recompute = bool(blocks(model))
@@ -68,8 +68,7 @@ class Memory:
         fewer = range(min(share, given.hardware.micro_clips or share), 0, -1)
         for recompute in (True,) if given.hardware.recompute else (False, True)[: 1 + self.can_recompute]:
             for micro_clips in (given.hardware.micro_clips, *fewer):
-                changes = {"micro_clips": micro_clips, "recompute": recompute}
-                changed = given.model_copy(update={"hardware": given.hardware.model_copy(update=changes)})
+                changed = given.changed("hardware", micro_clips=micro_clips, recompute=recompute)
                 try:
                     check_micro_batches(changed, plan, ranks)
                 except PlanError:
