@@ -61,7 +61,7 @@ def check_alike(recipe: Recipe, plan: Plan, splits: Sequence[Videos], world: Wor
     identities = [videos.identity for videos in splits]
     mine = {"mgtrain": __version__, "torch": torch.__version__, "videos": identities, "plan": plan.fingerprint()}
     text, theirs = world.from_main((recipe.to_yaml(), mine))
-    of_recipes = recipe_differences(parse_recipe(text, "rank 0", saved=True), recipe)
+    of_recipes = recipe_differences(parse_recipe(text, "rank 0", saved=True).flat(), recipe.flat())
     differences = [f"{key} {a} -> {b}" for key, (a, b) in of_recipes.items() if key not in MAY_DIFFER]
     differences += [f"{key} {theirs[key]} -> {value}" for key, value in mine.items() if value != theirs[key]]
     if differences:

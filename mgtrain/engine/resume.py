@@ -12,7 +12,7 @@ from mgtrain.engine.update.optim import Average
 from mgtrain.errors import CheckpointError
 from mgtrain.models.norm import group_stats, merge_group_stats
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe, affects_results, parse_recipe, recipe_differences
+from mgtrain.recipe import Recipe, changed_keys, parse_recipe
 from mgtrain.runs.checkpoint import (
     CheckpointInfo,
     load_average,
@@ -86,7 +86,7 @@ def resume_run(
     if path is None:
         return fresh
     saved = read_info(path)
-    changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True), recipe)
+    changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True).flat(), recipe.flat(), PLACES)
     videos = {"training": (saved.data, fresh.data), "validation": (saved.val_data, fresh.val_data)}
     changes += [f"{name} videos {before} -> {now}" for name, (before, now) in videos.items() if before != now]
     if saved.plan != fresh.plan and not changes:
@@ -103,15 +103,6 @@ def resume_run(
     return replace(saved, recipe=fresh.recipe, plan=fresh.plan, data=fresh.data, val_data=fresh.val_data)
 
 
-def changed_keys(before: Recipe, now: Recipe) -> list[str]:
-    """The changed keys that affect a resumed run, such as `optim.lr 0.1 -> 0.2`."""
-    return [
-        f"{key} {a} -> {b}"
-        for key, (a, b) in recipe_differences(before, now).items()
-        if affects_results(key) and key not in PLACES
-    ]
-
-
 def finished(run: RunDir, recipe: Recipe) -> Scores | None:
     """The final scores of a finished run of this recipe, read without its data; None if it is not finished."""
     rows = run.rows("evals.jsonl")
@@ -120,5 +111,5 @@ def finished(run: RunDir, recipe: Recipe) -> Scores | None:
     info, last = read_info(path), rows[-1]
     if not info.step == last["step"] == run.read("plan.json").get("steps") or not info.evaluated:
         return None
-    changed = changed_keys(parse_recipe(info.recipe, str(path), saved=True), recipe)
+    changed = changed_keys(parse_recipe(info.recipe, str(path), saved=True).flat(), recipe.flat(), PLACES)
     return None if changed else Scores.of(last)

@@ -7,6 +7,7 @@ line that starts with `file:line:`. Nothing here reads videos, devices or clocks
 from mgtrain.recipe.base import Section
 from mgtrain.recipe.load import (
     affects_results,
+    changed_keys,
     find_recipe,
     load_recipe,
     parse_recipe,
@@ -17,5 +18,5 @@ from mgtrain.recipe.optim import Optim
 from mgtrain.recipe.sections import Augment, BaselineSchedule, Clip, Data, Init, Logging, MultigridSchedule, Recipe
 
 __all__ = ["Augment", "BaselineSchedule", "Clip", "Data", "Init", "Logging", "MultigridSchedule", "Optim", "Recipe",
-           "Section", "affects_results", "find_recipe", "load_recipe", "parse_recipe", "recipe_differences",
-           "shipped_recipes"]  # fmt: skip
+           "Section", "affects_results", "changed_keys", "find_recipe", "load_recipe", "parse_recipe",
+           "recipe_differences", "shipped_recipes"]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -64,14 +64,18 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: boo
         raise RecipeError(f"{name}:1: cannot be understood: {error}") from None
 
 
-def recipe_differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys that differ: dotted key -> (first's value, second's); None for an absent key."""
-    return flat_differences(first.flat(), second.flat())
-
-
-def flat_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`recipe_differences` of two recipes as dotted key -> value."""
+def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that differ in two flat recipes: dotted key -> (a's value, b's); None for an absent key."""
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """The changed keys of flat recipes that affect results, except `free` ones, such as `optim.lr 0.1 -> 0.2`."""
+    return [
+        f"{key} {a} -> {b}"
+        for key, (a, b) in recipe_differences(before, now).items()
+        if affects_results(key) and key not in free
+    ]
 
 
 def affects_results(key: str) -> bool:

@@ -41,7 +41,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
         for history in (baseline, run)
         if len(parts := devices(history.env)) > 1
     ]
-    differences = recipe_differences(baseline.recipe, run.recipe)
+    differences = recipe_differences(baseline.recipe.flat(), run.recipe.flat())
     warnings = [
         f"{summary.name} is unfinished: its numbers are those after {summary.steps} steps"
         for summary in (theirs, ours)

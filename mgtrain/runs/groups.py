@@ -14,8 +14,7 @@ from rich.text import Text
 
 from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
-from mgtrain.recipe import affects_results
-from mgtrain.recipe.load import flat_differences
+from mgtrain.recipe import affects_results, recipe_differences
 from mgtrain.runs.compare import MARGIN, TIME_KEYS, check_alike_scores, devices, times, unfair_keys
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
@@ -103,7 +102,7 @@ def _against(
     base: Sequence[Outcome], members: Sequence[Outcome], name: str, same: bool, margin: float, warnings: list[str]
 ) -> dict[str, Any]:
     """Compare a group with the first one, paired if possible; adds to `warnings`."""
-    differences = flat_differences(base[0].recipe, members[0].recipe)
+    differences = recipe_differences(base[0].recipe, members[0].recipe)
     if unfair := [key for key in unfair_keys(differences) if key not in SEED_KEYS]:
         warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
     if timed := [key for key in differences if key in TIME_KEYS]:

@@ -23,12 +23,12 @@ import mgtrain.engine.resume
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.examples import examples
 from mgtrain.engine.fit import fit
-from mgtrain.engine.resume import Learner, changed_keys, restore, save
+from mgtrain.engine.resume import PLACES, Learner, restore, save
 from mgtrain.engine.start import open_data
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe
+from mgtrain.recipe import Recipe, changed_keys
 from mgtrain.runs.checkpoint import CheckpointInfo, read_info
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.scores import Scores
@@ -348,7 +348,7 @@ def test_resuming_another_recipe_is_refused_with_the_difference(
         ("augment.erase=0.5", "augment.erase 0.0 -> 0.5"),
         ("hardware.precision=bf16", "hardware.precision fp32 -> bf16"),
     ):
-        assert changed_keys(tiny(), tiny(override))[0] == change
+        assert changed_keys(tiny().flat(), tiny(override).flat(), PLACES)[0] == change
     cut(straight, tmp_path / "cut", step=5)
     before = contents(tmp_path / "cut")
     with pytest.raises(CheckpointError, match=r"has changed since: optim\.lr 0\.002 -> 0\.03; ") as caught:

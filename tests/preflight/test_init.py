@@ -175,7 +175,7 @@ def test_recipes_are_valid_whatever_the_videos(gpus: int, monkeypatch: pytest.Mo
     odd = (_found(0.2, 40), _found(600, 1080, videos=30_000), _found(videos=3))
     for found in (_found(), *(odd if gpus == 3 else ())):
         made = propose(found, World(), gpus, None)
-        differing = recipe_differences(*(parse_recipe(text, "text") for text in made.texts.values()))
+        differing = recipe_differences(*(parse_recipe(text, "text").flat() for text in made.texts.values()))
         assert {key.split(".")[0] for key in differing} == {"schedule"}
         assert made.recipe.data.mirrored == (("left wave", "right wave"),)
         assert make_plan(made.recipe, len(found.train)).totals().epochs >= 14.9
@@ -214,7 +214,7 @@ def test_a_transformer_is_fine_tuned_from_kinetics_weights(network: str, monkeyp
     assert recipe.base.crop == 224
     assert recipe.init.weights is not None
     assert recipe.init.weights.endswith(f"k400_{network}.safetensors")
-    differing = recipe_differences(*(parse_recipe(text, "text") for text in made.texts.values()))
+    differing = recipe_differences(*(parse_recipe(text, "text").flat() for text in made.texts.values()))
     assert {key.split(".")[0] for key in differing} == {"schedule"}
 
 

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from mgtrain import __version__
 from mgtrain.console import duration
 from mgtrain.errors import CheckpointError
-from mgtrain.recipe import Recipe, affects_results
-from mgtrain.recipe.load import RETIRED, flat_differences
+from mgtrain.recipe import Recipe, affects_results, changed_keys, recipe_differences
+from mgtrain.recipe.load import RETIRED
 from mgtrain.runs.compare import DEVICE_KEYS
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
@@ -73,13 +73,7 @@ def known_result(run: Run, file: Path) -> Result | None:
     if not file.is_file():
         return None
     result = read_result(file)
-    now, then = run.recipe.flat(), completed(result.outcome.recipe)
-    changed = [
-        f"{key} {old} -> {new}"
-        for key, (new, old) in flat_differences(now, then).items()
-        if affects_results(key) and key not in PLACES
-    ]
-    if changed:
+    if changed := changed_keys(completed(result.outcome.recipe), run.recipe.flat(), PLACES):
         raise CheckpointError(
             f"{file}: the study's recipe has changed since: {'; '.join(changed)}; "
             "remove the file to repeat the run, or rename the variant"
@@ -117,7 +111,7 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
 def changes_of(results: Sequence[Result], name: str, base: str) -> str:
     """The differences of a variant's recipe from that of the variant `base`, as overrides."""
     ours, theirs = (next(r.outcome.recipe for r in results if r.variant == variant) for variant in (name, base))
-    changes = [key for key in flat_differences(theirs, ours) if affects_results(key) and key in ours]
+    changes = [key for key in recipe_differences(theirs, ours) if affects_results(key) and key in ours]
     return " ".join(f"{key}={json.dumps(ours[key])}" for key in changes)
 
 
