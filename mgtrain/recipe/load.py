@@ -155,9 +155,7 @@ def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
 
 def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[str, ...], str]) -> str:
     """Pydantic's first error as one line: where, what, what is allowed or probably meant."""
-    # A misspelt key often causes a missing one, so it comes first.
-    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    keys, line = locate(first["loc"], tree)
+    first, keys, line = first_error(error, tree)
     where = next((origin for changed, origin in origins.items() if keys[: len(changed)] == changed), f"{name}:{line}")
     dotted = ".".join(keys) or "recipe"
     match first["type"]:
@@ -189,19 +187,21 @@ def _explain(error: ValidationError, tree: Any, name: str, origins: dict[tuple[s
             return f"{where}: {dotted} is {json.dumps(first['input'])[:60]}; it must be {message}"
 
 
-def locate(loc: tuple[int | str, ...], tree: Any) -> tuple[tuple[str, ...], int]:
-    """Keys and line of a pydantic location, without the tags that pydantic adds for unions."""
+def first_error(error: ValidationError, tree: Any) -> tuple[Mapping[str, Any], tuple[str, ...], int]:
+    """Pydantic's first error, its keys without the tags that pydantic adds for unions, and its line."""
+    # A misspelt key often causes a missing one, so it comes first.
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     keys: list[str] = []
     node, line = tree, 1
-    for part in loc:
+    for part in first["loc"]:
         if part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node)):
             places = getattr(getattr(node, "lc", None), "data", None) or {}  # none of what an override has set
             line = places[part][0] + 1 if part in places else line
             node = node[part]
-        elif part != loc[-1] or (isinstance(part, str) and not isinstance(node, dict)):
+        elif part != first["loc"][-1] or (isinstance(part, str) and not isinstance(node, dict)):
             continue  # a tag
         keys.append(str(part))
-    return tuple(keys), line
+    return first, tuple(keys), line
 
 
 def _kinds(section: str) -> tuple[type[Section], ...]:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mgtrain.errors import RecipeError
 from mgtrain.recipe import Recipe, Section, find_recipe, load_recipe
-from mgtrain.recipe.load import locate, parse_yaml, read_text
+from mgtrain.recipe.load import first_error, parse_yaml, read_text
 
 Words = tuple[str, ...]
 
@@ -66,8 +66,7 @@ def load_study(file: Path) -> Study:
     try:
         return Study.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        keys, line = locate(first["loc"], tree)
+        first, keys, line = first_error(error, tree)
         fields = Study.model_fields if len(first["loc"]) == 1 else Variant.model_fields
         allowed = f"; allowed: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
         what = first["msg"].removeprefix("Value error, ")
