@@ -84,7 +84,7 @@ def index(
 
     Example:  mgtrain data index k400_slowfast_8x8_r50_multigrid --to lists/k400 data.root=/data/k400
     """
-    splits = opened_splits(load_recipe(recipe, overrides or ()).data)
+    splits = opened_splits(load_recipe(recipe, overrides).data)
     with progress() as shown:
         made = make_index(splits, contents=contents, progress=shown)
     warnings = [str(finding) for finding in made.findings if finding.warns]
@@ -135,7 +135,7 @@ def split(
             raise UsageError(f"{source}: a folder takes neither overrides nor --all; all of it is split")
         videos = joined([open_videos("folder", source, ".")])
     else:
-        splits = opened_splits(load_recipe(source, overrides or ()).data)
+        splits = opened_splits(load_recipe(source, overrides).data)
         videos = joined(splits.values() if all_ else [splits["train"]])
     if groups and group_by:
         raise UsageError("--groups and --group-by: give one of them")
@@ -171,7 +171,7 @@ def stats(
     """
     if picture and picture.suffix.lower() != ".png":
         raise UsageError(f"--picture {picture}: must end in .png")
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     videos = opened_splits(loaded.data)[split]
 
     from mgtrain.preflight.stats import draw_picture, make_stats, render
@@ -206,7 +206,7 @@ def check(
 
     Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
     """
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     data = loaded.data
     file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
     splits = opened_splits(data.model_copy(update={"checked": None}))
@@ -270,7 +270,7 @@ def prepare(
     """
     check_finite(fps=fps)
     shard_bytes = parse_shards(shards) if shards else None
-    data = load_recipe(recipe, overrides or ()).data
+    data = load_recipe(recipe, overrides).data
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
     paths = [name for videos in opened_splits(data).values() for name in videos.names()]
 

@@ -48,7 +48,7 @@ def fit(
     torchrun --nproc-per-node 8 -m mgtrain fit my.yaml data.root=/data/k400
     """
     began = time.perf_counter()
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     if name in (os.curdir, os.pardir):
         raise UsageError(f"--name {name}: give the run a name, or a folder such as ./{name}/my_run")
     if dry_run and resume:

@@ -52,7 +52,7 @@ def plan(
     Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8 --memory 40  |  mgtrain plan mine.yaml --measure 2
     """
     check_finite(measure=measure, memory=memory)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     made, baseline = make_plans(loaded, videos or count_training_videos(loaded)).values()
     if gpus:
         check_world(made, gpus)
@@ -106,7 +106,7 @@ def bench_data(
     Example:  mgtrain bench data k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --step-seconds 0.9
     """
     check_finite(seconds=seconds, step_seconds=step_seconds)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
 
     from mgtrain.clips.prepared import Settings
     from mgtrain.engine.start import open_data
@@ -133,7 +133,7 @@ def bench_step(
 
     Example:  mgtrain bench step k400_slowfast_8x8_r50_multigrid
     """
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     plan = make_plan(loaded, videos or loaded.data.videos or count_training_videos(loaded))
 
     from mgtrain.engine.checks import check_precision
@@ -155,7 +155,7 @@ def doctor(
 
     Examples:  mgtrain doctor  |  mgtrain doctor mine.yaml data.root=/data/mine
     """
-    loaded = load_recipe(recipe, overrides or ()) if recipe else None
+    loaded = load_recipe(recipe, overrides) if recipe else None
 
     from mgtrain.preflight.doctor import examine, refuse_missing
     from mgtrain.processes.distributed import connect

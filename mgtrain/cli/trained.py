@@ -73,7 +73,7 @@ def evaluate(
     from mgtrain.runs.journal import Journal
 
     with connected(device) as world:
-        trained = load_trained(path, recipe, overrides or (), world, trust or ())
+        trained = load_trained(path, recipe, overrides, world, trust)
         videos = evaluation_videos(trained)
         identity = f"{trained.identity} {views} {videos.identity}"
         journal = None if table is None else Journal(table, identity, len(trained.classes))
@@ -125,7 +125,7 @@ def predict(
 
     with connected(device) as world:
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
-        trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust or ())
+        trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust)
         _caution(trained, path)
         answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
     found = [answer.describe(trained.classes, top) for answer in answers]
@@ -159,7 +159,7 @@ def export(
     from mgtrain.engine.trained.export import export as export_network
     from mgtrain.processes.distributed import World
 
-    trained = load_trained(path, recipe, changes or (), World(), trust or ())
+    trained = load_trained(path, recipe, changes, World(), trust)
     _caution(trained, path)
     done = export_network(trained, file)
     weights, of = ("ema", ", the averaged weights (optim.ema)") if trained.averaged else ("model", "")

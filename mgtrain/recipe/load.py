@@ -24,7 +24,7 @@ RETIRED = {  # keys of earlier versions -> what to do instead
 }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), saved: bool = False) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] | None = (), saved: bool = False) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, and apply overrides such as `optim.lr=0.05`.
 
     `saved`: a run has written the recipe, so `RETIRED` keys are ignored. A `RecipeError` is one line,
@@ -46,14 +46,14 @@ def read_text(file: Path, what: str) -> str:
         raise RecipeError(f"{file}:1: cannot be read: {error}; a {what} must be a UTF-8 text file") from None
 
 
-def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), saved: bool = False) -> Recipe:
+def parse_recipe(text: str, name: str, overrides: Sequence[str] | None = (), saved: bool = False) -> Recipe:
     """Parse YAML text as `load_recipe` does; error messages call the file `name`."""
     tree = parse_yaml(text, name)
     for section, _, key in (dotted.partition(".") for dotted in RETIRED if saved):
         if isinstance(tree.get(section), dict):
             tree[section].pop(key, None)
     origins: dict[tuple[str, ...], str] = {}
-    for override in overrides:
+    for override in overrides or ():
         origins[_apply_override(tree, override)] = f"override {override!r}"
     try:
         # Pydantic's strict mode accepts a list for a tuple in JSON only.

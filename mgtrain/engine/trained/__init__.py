@@ -50,7 +50,7 @@ class Trained:
 
 
 def load_trained(
-    path: Path, recipe: str | None, overrides: Sequence[str], world: World, trust: Sequence[str] = ()
+    path: Path, recipe: str | None, overrides: Sequence[str] | None, world: World, trust: Sequence[str] | None = ()
 ) -> Trained:
     """Load the network in a file to this rank's device: the average of a checkpoint's weights, if it has one.
 
@@ -75,7 +75,7 @@ def load_trained(
         made = parse_recipe(info.recipe, str(path), overrides, saved=True)
         classes, step = tuple(info.classes), info.step
         recalibrated = info.recalibrated or made.evaluation.recalibration_batches == 0
-        if isinstance(made.model, OwnOptions) and made.model.module not in trust:
+        if isinstance(made.model, OwnOptions) and made.model.module not in (trust or ()):
             raise CheckpointError(
                 f"{path}: loading it runs the Python module {made.model.module!r} of its recipe; if you trust that "
                 f"module, as installed here or in {Path.cwd()}, add --trust {made.model.module}"
