@@ -5,7 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, overload
 
 from mgtrain.errors import PlanError
@@ -13,6 +13,8 @@ from mgtrain.grid import Grid, Shape, train_grid
 from mgtrain.recipe import MultigridSchedule, Recipe
 
 MOST_STEPS = 10**12
+
+Kind = tuple[Shape, int]  # of a step: its shape and number of BatchNorm groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +143,24 @@ class Plan(Sequence[Step]):
         """The steps from step `start` to the end."""
         return (self[index] for index in range(start, len(self)))
 
+    def kinds(self, start: int = 0) -> dict[Kind, tuple[Step, int]]:
+        """Each kind of the steps from `start` on, in order -> its first step, and how many there are."""
+        found: dict[Kind, tuple[Step, int]] = {}
+        for phase in self.phases:
+            first, cycle = max(start, phase.first_step), len(phase.shapes)
+            for index in range(first, min(first + cycle, phase.end_step)):
+                step = self[index]
+                kind = step.shape, step.bn_groups
+                first_of_kind, before = found.get(kind, (step, 0))
+                found[kind] = first_of_kind, before + len(range(index, phase.end_step, cycle))
+        return found
+
     def first_steps(self) -> dict[Shape, Step]:
         """Each distinct shape -> its first step, in order."""
-        firsts: dict[Shape, int] = {}
-        for phase in self.phases:
-            for offset, shape in enumerate(phase.shapes[: phase.steps]):
-                firsts.setdefault(shape, phase.first_step + offset)
-        return {shape: self[index] for shape, index in firsts.items()}
+        firsts: dict[Shape, Step] = {}
+        for step, _ in self.kinds().values():
+            firsts.setdefault(step.shape, step)
+        return firsts
 
     def shapes(self) -> tuple[Shape, ...]:
         """The distinct shapes, in order of their first step."""
@@ -155,11 +168,7 @@ class Plan(Sequence[Step]):
 
     def fewest_groups(self) -> dict[Shape, int]:
         """Each distinct shape -> its number of BatchNorm groups, in the phase where they have the most clips."""
-        fewest: dict[Shape, int] = {}
-        for phase in self.phases:
-            for shape, groups in islice(phase.batches(), phase.steps):
-                fewest[shape] = min(groups, fewest.get(shape, groups))
-        return fewest
+        return dict(sorted(self.kinds(), reverse=True))  # of a shape's numbers, the last and smallest stays
 
     def milestones(self, times: int) -> tuple[int, ...]:
         """The numbers of steps after which to evaluate: `times`, equally spaced in any phase, the last at the end."""

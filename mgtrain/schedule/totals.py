@@ -23,10 +23,9 @@ def make_plans(recipe: Recipe, videos: int) -> dict[str, Plan]:
 def steps_of_shapes(plan: Plan) -> Counter[Shape]:
     """The number of steps of each shape."""
     counts: Counter[Shape] = Counter()
-    for phase in plan.phases:
-        for turn, shape in enumerate(phase.shapes):
-            counts[shape] += len(range(turn, phase.steps, len(phase.shapes)))
-    return +counts
+    for (shape, _), (_, steps) in plan.kinds().items():
+        counts[shape] += steps
+    return counts
 
 
 def compare_totals(plan: Plan, baseline: Plan) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ import torch
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
 from mgtrain.engine.machine import warmup
-from mgtrain.engine.machine.warmup import _steps_left, pays, warm_up
+from mgtrain.engine.machine.warmup import pays, warm_up
 from mgtrain.engine.step import train_step
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.models.dropout import DropFeatures
@@ -33,7 +33,7 @@ from mgtrain.schedule import make_plan
 def test_the_steps_that_are_left_are_those_of_the_plan(start: int, tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny(), 24)
     walked = list(plan.steps(start))
-    found = _steps_left(plan, start)
+    found = plan.kinds(start)
     assert {kind: count for kind, (_, count) in found.items()} == Counter((s.shape, s.bn_groups) for s in walked)
     for kind, (step, _) in found.items():
         assert step == next(one for one in walked if (one.shape, one.bn_groups) == kind)
@@ -100,7 +100,7 @@ def test_a_shape_is_compiled_where_its_steps_win_back_the_time(
     recipe = tiny("hardware.compile=default")
     plan = make_plan(recipe, 24)
     mode = warm_up(make_model(recipe), recipe, plan, 0, World())
-    steps = [step for step, _ in _steps_left(plan, 0).values()]
+    steps = [step for step, _ in plan.kinds().values()]
     assert {n for n, step in enumerate(steps) if not isinstance(mode(step), nullcontext)} == expected
     assert len(tried) == (len(steps) if expected else 1 if eager > 1 else 0)
 

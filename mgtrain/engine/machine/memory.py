@@ -5,7 +5,6 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ class Memory:
 
     def most(self, plan: Plan, ranks: int) -> tuple[int, Shape]:
         """Bytes of the plan's largest step, and its shape."""
-        steps = ((self.step(s, n, ranks), s) for p in plan.phases for s, n in islice(p.batches(), p.steps))
+        steps = ((self.step(shape, groups, ranks), shape) for shape, groups in plan.kinds())
         return max(steps, key=lambda step: step[0])
 
     def limit(self, plan: Plan, ranks: int, gib: float) -> Recipe:

@@ -15,12 +15,12 @@ from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.machine.memory import lack_explained
 from mgtrain.engine.step import autocast, memory_format, part_of
 from mgtrain.errors import MgtrainError
-from mgtrain.grid import Shape
 from mgtrain.models.norm import undisturbed
 from mgtrain.models.part import set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step
+from mgtrain.schedule.plan import Kind
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ MODES = {"default": "default", "graphs": "reduce-overhead"}  # of torch.compile
 FIRST_GAIN, FIRST_SECONDS = 0.2, 60.0  # saved share of a step and compile time, assumed for the first shape
 PASSES = 3  # timed ones, after two that compile
 
-Kind = tuple[Shape, int]  # of a step: its shape and number of BatchNorm groups; each kind is compiled separately
 Run = Callable[[Step], AbstractContextManager[object]]
 
 
@@ -55,7 +54,7 @@ def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: Wor
     compiles = recipe.hardware.compile != "no"
     if not compiles and world.device.type == "cpu":
         return lambda step: nullcontext()
-    left = _steps_left(plan, start)
+    left = plan.kinds(start)
     with undisturbed(model), world.watchdog.paused():
         eager = {}
         for kind, (step, _) in left.items():
@@ -113,19 +112,6 @@ def _compiled(
 def pays(steps: int, seconds: float, gain: float, cost: float) -> bool:
     """Whether saving the share `gain` of `steps` steps of `seconds` exceeds the `cost` of compiling, in seconds."""
     return steps * seconds * gain > cost
-
-
-def _steps_left(plan: Plan, start: int) -> dict[Kind, tuple[Step, int]]:
-    """Each kind of the remaining steps -> the next step of the kind, and how many there are."""
-    found: dict[Kind, tuple[Step, int]] = {}
-    for phase in plan.phases:
-        first, cycle = max(start, phase.first_step), len(phase.shapes)
-        for index in range(first, min(first + cycle, phase.end_step)):
-            step = plan[index]
-            kind = step.shape, step.bn_groups
-            first_of_kind, before = found.get(kind, (step, 0))
-            found[kind] = first_of_kind, before + len(range(index, phase.end_step, cycle))
-    return found
 
 
 def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
