@@ -276,8 +276,7 @@ class Record:
             return {}, "", ""
         values, beside, gained = {}, "", ""
         rival, name = History(self._baseline).evals, self._baseline.name
-        for key, what in (("train_seconds", "time"), ("step", "step")):
-            theirs = best_until(rival, key, row[key])
+        for what, theirs in best_until(rival, row).items():
             if theirs is not None:
                 values[f"compare/baseline_at_same_{what}"] = theirs
                 beside += f", {name} {100 * theirs:.1f} % at this {what}"

@@ -179,13 +179,16 @@ def class_accuracy(row: dict[str, Any]) -> float | None:
     return value
 
 
-def best_until(evals: Sequence[dict[str, Any]], key: str, limit: float) -> float | None:
-    """The best accuracy up to a `limit` of `train_seconds`, `step` or `epoch`; None if there is no evaluation yet.
+def best_until(evals: Sequence[dict[str, Any]], now: dict[str, Any]) -> dict[str, float | None]:
+    """The best accuracy up to the training time, and up to the step, of another run's evaluation; None before any.
 
-    >>> best_until([{"top1": 0.2, "step": 10}, {"top1": 0.6, "step": 20}], "step", 15)
-    0.2
+    >>> best_until([{"top1": 0.2, "step": 10, "train_seconds": 5.0}], {"step": 15, "train_seconds": 4.0})
+    {'time': None, 'step': 0.2}
     """
-    return max((accuracy(row) for row in evals if row[key] <= limit), default=None)
+    return {
+        what: max((accuracy(row) for row in evals if row[key] <= now[key]), default=None)
+        for what, key in (("time", "train_seconds"), ("step", "step"))
+    }
 
 
 def time_to_accuracy(evals: Sequence[dict[str, Any]], target: float) -> float | None:

@@ -91,10 +91,6 @@ def render(view: dict[str, Any]) -> Group:
 
 def _against(evals: Sequence[dict[str, Any]], baseline: RunDir) -> str:
     """The baseline's best accuracy after the same training time and after the same number of steps."""
-    theirs, now = History(baseline).evals, evals[-1]
-
-    def best(key: str) -> str:
-        found = best_until(theirs, key, now[key])
-        return "not evaluated yet" if found is None else f"{100 * found:.1f} %"
-
-    return f"{baseline.name}: {best('train_seconds')} after the same time, {best('step')} after the same steps"
+    best = best_until(History(baseline).evals, evals[-1])
+    said = {what: "not evaluated yet" if found is None else f"{100 * found:.1f} %" for what, found in best.items()}
+    return f"{baseline.name}: {said['time']} after the same time, {said['step']} after the same steps"
