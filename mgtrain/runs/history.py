@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,22 @@ def best_until(evals: Sequence[dict[str, Any]], now: dict[str, Any]) -> dict[str
         what: max((accuracy(row) for row in evals if row[key] <= now[key]), default=None)
         for what, key in (("time", "train_seconds"), ("step", "step"))
     }
+
+
+def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
+    """Estimated seconds of training left, from the pace of phases with the same shapes, or else of the whole run."""
+    paces: dict[tuple[Any, ...], list[float]] = {}
+    for before, after in pairwise(rows):
+        if before["phase"] == after["phase"] and after["step"] > before["step"]:
+            pace = (after["train_seconds"] - before["train_seconds"]) / (after["step"] - before["step"])
+            paces.setdefault(plan.phases[after["phase"]].shapes, []).append(pace)
+    overall = [rows[-1]["train_seconds"] / max(1, rows[-1]["step"])]
+    left = 0.0
+    for phase in plan.phases:
+        to_go = min(phase.steps, max(0, phase.end_step - rows[-1]["step"]))
+        known = paces.get(phase.shapes, overall)
+        left += to_go * (sum(known) / len(known))
+    return left
 
 
 def time_to_accuracy(evals: Sequence[dict[str, Any]], target: float) -> float | None:

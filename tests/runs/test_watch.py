@@ -15,7 +15,8 @@ from warm import Start
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.watch import look, render, seconds_left
+from mgtrain.runs.history import seconds_left
+from mgtrain.runs.watch import look, render
 from mgtrain.schedule import make_plan
 
 
