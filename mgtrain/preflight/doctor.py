@@ -7,6 +7,7 @@ import shutil
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import av
@@ -15,6 +16,7 @@ import torchvision
 from torch import Tensor
 
 from mgtrain import __version__
+from mgtrain.clips.order import Order
 from mgtrain.clips.units import RandomClips
 from mgtrain.engine.checks import DTYPES, check_precision
 from mgtrain.engine.machine.warmup import seconds_of, set_up
@@ -25,7 +27,7 @@ from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
 from mgtrain.preflight.bench_step import half_precision_gain
-from mgtrain.preflight.loading import cut_on_one_core, endless_requests
+from mgtrain.preflight.loading import cut_on_one_core
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe
@@ -205,7 +207,7 @@ def data(recipe: Recipe) -> Iterator[Finding]:
     """Whether the recipe's videos exist, and how fast one core loads clips from them."""
     train, val = open_data(recipe)
     yield Finding("data", "good", f"{len(train):,} training and {len(val):,} validation videos")
-    requests = endless_requests(train, recipe, make_plan(recipe, len(train))[0].grid)
+    requests = Order.of(train, recipe).requests(count(), make_plan(recipe, len(train))[0].grid)
     core = cut_on_one_core(RandomClips(train, recipe), requests, seconds=2)
     rate = core.clips / core.seconds
     advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""
