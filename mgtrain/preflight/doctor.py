@@ -18,7 +18,7 @@ from torch import Tensor
 from mgtrain import __version__
 from mgtrain.clips.order import Order
 from mgtrain.clips.units import RandomClips
-from mgtrain.engine.checks import DTYPES, check_precision
+from mgtrain.engine.checks import DTYPES, right_gradients
 from mgtrain.engine.machine.warmup import seconds_of, set_up
 from mgtrain.engine.start import open_data
 from mgtrain.errors import MissingCapabilityError
@@ -195,7 +195,7 @@ def convolutions(device: torch.device) -> Iterator[Finding]:
     if usable:
         _, precision, last = min(usable)
         advice = f"fastest: hardware.precision={precision} hardware.channels_last={str(last).lower()}"
-        if not _can_train(precision, device):
+        if not right_gradients(load_recipe("demo_baseline", [f"hardware.precision={precision}"]), device):
             advice += ", but this build of torch computes wrong gradients of short clips with it: use fp32"
         level: Level = "good" if last else "could be better"
         yield Finding("layout", level, f"channels {'last' if last else 'first'}", advice)
@@ -237,14 +237,6 @@ def _probe(device: torch.device, precision: str, layout: torch.memory_format) ->
     given = x.to(device).to(memory_format=layout)
     times = seconds_of(lambda: gradient(given, enabled), 4, device)
     return statistics.median(times[1:]), float(error)
-
-
-def _can_train(precision: str, device: torch.device) -> bool:
-    try:
-        check_precision(load_recipe("demo_baseline", [f"hardware.precision={precision}"]), device)
-    except MissingCapabilityError:
-        return False
-    return True
 
 
 def _has_codec(name: str, mode: Literal["r", "w"]) -> bool:
