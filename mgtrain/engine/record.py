@@ -243,7 +243,7 @@ class Record:
             "weights": weights,
             **scores.row(),
             **predictions.right_row(self._videos),
-            "mistakes": [] if predictions.multi_label else predictions.mistakes(),
+            "mistakes": predictions.mistakes(),
         }
         run.append("evals.jsonl", row)
         compared, beside, speedup = self._compared(row)

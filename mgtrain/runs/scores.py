@@ -140,12 +140,13 @@ class Predictions:
         return matrix
 
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """The most frequent mistakes: label, predicted class, number of videos."""
+        """The most frequent mistakes: label, predicted class, number of videos; none with several labels."""
+        if self.multi_label:
+            return []
         confusion = self.confusion()
         np.fill_diagonal(confusion, 0)
         most = np.argsort(-confusion, axis=None, kind="stable")[:MISTAKES]
-        pairs = [(*divmod(int(n), len(confusion)), int(confusion.flat[n])) for n in most]
-        return [pair for pair in pairs if pair[2]]
+        return [(*divmod(int(n), len(confusion)), int(confusion.flat[n])) for n in most if confusion.flat[n]]
 
     def calibration(self) -> tuple[float, list[dict[str, Any]]]:
         """How well confidence, the probability of the most probable class, agrees with accuracy.
@@ -195,7 +196,7 @@ class Predictions:
             for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=True):
                 share = "no videos" if accuracy is None else f"{100 * accuracy:6.1f} %"
                 lines.append(f"{name:30} {share}  of {count}")
-        if mistakes := [] if self.multi_label else self.mistakes():
+        if mistakes := self.mistakes():
             named = (f"{classes[label]} as {classes[predicted]} ({count})" for label, predicted, count in mistakes)
             lines.append(f"most frequent mistakes: {', '.join(named)}")
         confidence = float(self.probabilities.max(1, initial=0).mean()) if scores.videos else 0.0
