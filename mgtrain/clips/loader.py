@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mgtrain.clips.order import ClipRequest, Order, step_requests
+from mgtrain.clips.order import Order, step_requests
 from mgtrain.clips.stages import stage
 from mgtrain.clips.units import Loaded, RandomClips, Source, ViewClips, evaluation_grid
 from mgtrain.data.videos import Videos
@@ -79,7 +79,7 @@ def recalibration_batches(
     """`count` batches of random training clips on the evaluation grid, the same in every call."""
     grid, share, order = evaluation_grid(recipe), recipe.batch.clips // world.size, Order.of(videos, recipe)
     firsts = (batch * recipe.batch.clips + world.rank * share for batch in range(count))
-    steps = ([ClipRequest(order.at(c), c, grid) for c in range(first, first + share)] for first in firsts)
+    steps = (list(order.requests(range(first, first + share), grid)) for first in firsts)
     return batches_of(RandomClips(videos, recipe, Draw.RECALIBRATION), steps, recipe, world, bad)
 
 

@@ -6,7 +6,7 @@ interval of positions, and may include the end of one epoch and the start of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,6 +66,10 @@ class Order:
         epoch, place = divmod(position, self.videos)
         return int(self.epoch(epoch)[place])
 
+    def requests(self, positions: Iterable[int], grid: Grid) -> Iterator[ClipRequest]:
+        """Requests for the clips at these positions, which may be endless."""
+        return (ClipRequest(self.at(position), position, grid) for position in positions)
+
     def _epoch(self, epoch: int) -> np.ndarray:
         """The videos of one epoch: int64 (videos,)."""
         order = generator(self.seed, Draw.ORDER, epoch).permutation(self.videos)
@@ -92,4 +96,4 @@ def step_requests(step: Step, order: Order, rank: int = 0, ranks: int = 1) -> li
     """The clips of one step for `rank`: its contiguous share of the global batch, in order."""
     share = step.shape.clips // ranks
     first = step.first_clip + rank * share
-    return [ClipRequest(order.at(c), c, step.grid) for c in range(first, first + share)]
+    return list(order.requests(range(first, first + share), step.grid))

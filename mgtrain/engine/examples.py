@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgtrain.clips.order import ClipRequest, Order
+from mgtrain.clips.order import Order
 from mgtrain.clips.units import RandomClips
 from mgtrain.data import open_splits
 from mgtrain.data.videos import Videos
@@ -33,10 +33,10 @@ def examples(train: Videos, recipe: Recipe, plan: Plan) -> Iterator[tuple[Shape,
     Clips are not mixed. Raises `DataError` if no video can be decoded.
     """
     unmixed = recipe.changed("augment", mixup=0.0, cutmix=0.0)
-    loader, first = RandomClips(train, recipe), Order.of(train, recipe).at(0)
+    loader, order = RandomClips(train, recipe), Order.of(train, recipe)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in pixel_statistics(recipe.model))
     for shape, step in plan.first_steps().items():
-        loaded = loader[[ClipRequest(first, 0, step.grid)]]
+        loaded = loader[[*order.requests([0], step.grid)]]
         if loaded.given_up:
             raise DataError(f"{train.root}: no video can be decoded, the first: {loaded.bad[0][1]}")
         alone = Part(0, 1, shape.clips, shape.clips)

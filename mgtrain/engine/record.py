@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, TypeVar
 
 import av
@@ -31,7 +32,7 @@ from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo
 from mgtrain.runs.compare import DEVICE_KEYS, devices
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.history import History, accuracy, best_until, speedup_at_equal_accuracy
+from mgtrain.runs.history import History, accuracy, best_until, seconds_left, speedup_at_equal_accuracy
 from mgtrain.runs.scores import Predictions, Scores
 from mgtrain.schedule import Plan, Step
 
@@ -173,6 +174,7 @@ class Record:
         self._evaluated = ""  # the last evaluation, for the progress line
         self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since the last evaluation
         self._speed: dict[Shape, float] = {}  # seconds per step, a moving average
+        self._ends: dict[int, list[dict[str, Any]]] = {}  # the first and the last logged row of each phase
         self._bar = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=20),
@@ -216,6 +218,7 @@ class Record:
         }
         self._run.append("steps.jsonl", row)
         show_step(self._run, row)
+        self._ends.setdefault(phase.index, [row, row])[1] = row
         speed = f"{shape.clips / self._speed[shape]:.0f} clips/s" if self._speed.get(shape) else ""
         self._bar.update(
             self._task,
@@ -225,20 +228,8 @@ class Record:
                 f"lr {step.lr:.3g}  loss {loss:.3f}  top-1 {100 * top1:.0f} %  {speed}  "
                 f"data wait {100 * row['data_seconds'] / row['train_seconds']:.0f} %{self._evaluated}"
             ),
-            eta=f"{duration(self._remaining(step.index + 1))} left",
+            eta=f"{duration(seconds_left(self._plan, [*chain(*self._ends.values())]))} left",
         )
-
-    def _remaining(self, done: int) -> float:
-        """Estimated seconds until the end; shapes without measured steps get the others' mean time per voxel."""
-        if not self._speed:
-            return 0.0
-        per_voxel = sum(s / shape.voxels for shape, s in self._speed.items()) / len(self._speed)
-        seconds = 0.0
-        for phase in self._plan.phases:
-            left = max(0, phase.end_step - max(done, phase.first_step))
-            cycle = [self._speed.get(shape, per_voxel * shape.voxels) for shape in phase.shapes]
-            seconds += left * sum(cycle) / len(cycle)
-        return seconds
 
     def evaluation(self, step: Step, predictions: Predictions, scores: Scores, weights: str) -> None:
         """Log the evaluation of the `model` or `ema` weights after a step, and compare it with the baseline's."""
@@ -252,7 +243,7 @@ class Record:
             "weights": weights,
             **scores.row(),
             **predictions.right_row(self._videos),
-            "mistakes": [] if predictions.multi_label else predictions.mistakes(),
+            "mistakes": predictions.mistakes(),
         }
         run.append("evals.jsonl", row)
         compared, beside, speedup = self._compared(row)
@@ -276,8 +267,7 @@ class Record:
             return {}, "", ""
         values, beside, gained = {}, "", ""
         rival, name = History(self._baseline).evals, self._baseline.name
-        for key, what in (("train_seconds", "time"), ("step", "step")):
-            theirs = best_until(rival, key, row[key])
+        for what, theirs in best_until(rival, row).items():
             if theirs is not None:
                 values[f"compare/baseline_at_same_{what}"] = theirs
                 beside += f", {name} {100 * theirs:.1f} % at this {what}"

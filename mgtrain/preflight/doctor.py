@@ -7,6 +7,7 @@ import shutil
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import av
@@ -15,8 +16,9 @@ import torchvision
 from torch import Tensor
 
 from mgtrain import __version__
+from mgtrain.clips.order import Order
 from mgtrain.clips.units import RandomClips
-from mgtrain.engine.checks import DTYPES, check_precision
+from mgtrain.engine.checks import DTYPES, right_gradients
 from mgtrain.engine.machine.warmup import seconds_of, set_up
 from mgtrain.engine.start import open_data
 from mgtrain.errors import MissingCapabilityError
@@ -25,7 +27,7 @@ from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.models.part import Part, set_part
 from mgtrain.preflight.bench_step import half_precision_gain
-from mgtrain.preflight.loading import cut_on_one_core, endless_requests
+from mgtrain.preflight.loading import cut_on_one_core
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe
@@ -193,7 +195,7 @@ def convolutions(device: torch.device) -> Iterator[Finding]:
     if usable:
         _, precision, last = min(usable)
         advice = f"fastest: hardware.precision={precision} hardware.channels_last={str(last).lower()}"
-        if not _can_train(precision, device):
+        if not right_gradients(load_recipe("demo_baseline", [f"hardware.precision={precision}"]), device):
             advice += ", but this build of torch computes wrong gradients of short clips with it: use fp32"
         level: Level = "good" if last else "could be better"
         yield Finding("layout", level, f"channels {'last' if last else 'first'}", advice)
@@ -205,7 +207,7 @@ def data(recipe: Recipe) -> Iterator[Finding]:
     """Whether the recipe's videos exist, and how fast one core loads clips from them."""
     train, val = open_data(recipe)
     yield Finding("data", "good", f"{len(train):,} training and {len(val):,} validation videos")
-    requests = endless_requests(train, recipe, make_plan(recipe, len(train))[0].grid)
+    requests = Order.of(train, recipe).requests(count(), make_plan(recipe, len(train))[0].grid)
     core = cut_on_one_core(RandomClips(train, recipe), requests, seconds=2)
     rate = core.clips / core.seconds
     advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""
@@ -235,14 +237,6 @@ def _probe(device: torch.device, precision: str, layout: torch.memory_format) ->
     given = x.to(device).to(memory_format=layout)
     times = seconds_of(lambda: gradient(given, enabled), 4, device)
     return statistics.median(times[1:]), float(error)
-
-
-def _can_train(precision: str, device: torch.device) -> bool:
-    try:
-        check_precision(load_recipe("demo_baseline", [f"hardware.precision={precision}"]), device)
-    except MissingCapabilityError:
-        return False
-    return True
 
 
 def _has_codec(name: str, mode: Literal["r", "w"]) -> bool:

@@ -51,12 +51,6 @@ def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], secon
     return OneCore(clips, time.perf_counter() - start, time.process_time() - cpu_start, stages, bad, given_up)
 
 
-def endless_requests(videos: Videos, recipe: Recipe, grid: Grid) -> Iterator[ClipRequest]:
-    """Requests for clips of one grid, in the order of training."""
-    order = Order.of(videos, recipe)
-    return (ClipRequest(order.at(clip), clip, grid) for clip in count())
-
-
 def measure_loading(
     recipe: Recipe, videos: Videos, world: World, shape: Shape, grid: Grid, seconds: float
 ) -> dict[str, Any]:
@@ -64,7 +58,7 @@ def measure_loading(
 
     Raises `DataError` if no video can be read.
     """
-    dataset, requests = RandomClips(videos, recipe), endless_requests(videos, recipe, grid)
+    dataset, requests = RandomClips(videos, recipe), Order.of(videos, recipe).requests(count(), grid)
     core = cut_on_one_core(dataset, requests, seconds)
     if core.given_up:
         raise DataError(f"{videos.root}: none of the videos can be read; correct data.root or the annotations")

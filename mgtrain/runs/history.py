@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -179,13 +179,32 @@ def class_accuracy(row: dict[str, Any]) -> float | None:
     return value
 
 
-def best_until(evals: Sequence[dict[str, Any]], key: str, limit: float) -> float | None:
-    """The best accuracy up to a `limit` of `train_seconds`, `step` or `epoch`; None if there is no evaluation yet.
+def best_until(evals: Sequence[dict[str, Any]], now: dict[str, Any]) -> dict[str, float | None]:
+    """The best accuracy up to the training time, and up to the step, of another run's evaluation; None before any.
 
-    >>> best_until([{"top1": 0.2, "step": 10}, {"top1": 0.6, "step": 20}], "step", 15)
-    0.2
+    >>> best_until([{"top1": 0.2, "step": 10, "train_seconds": 5.0}], {"step": 15, "train_seconds": 4.0})
+    {'time': None, 'step': 0.2}
     """
-    return max((accuracy(row) for row in evals if row[key] <= limit), default=None)
+    return {
+        what: max((accuracy(row) for row in evals if row[key] <= now[key]), default=None)
+        for what, key in (("time", "train_seconds"), ("step", "step"))
+    }
+
+
+def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
+    """Estimated seconds of training left, from the pace of phases with the same shapes, or else of the whole run."""
+    paces: dict[tuple[Any, ...], list[float]] = {}
+    for before, after in pairwise(rows):
+        if before["phase"] == after["phase"] and after["step"] > before["step"]:
+            pace = (after["train_seconds"] - before["train_seconds"]) / (after["step"] - before["step"])
+            paces.setdefault(plan.phases[after["phase"]].shapes, []).append(pace)
+    overall = [rows[-1]["train_seconds"] / max(1, rows[-1]["step"])]
+    left = 0.0
+    for phase in plan.phases:
+        to_go = min(phase.steps, max(0, phase.end_step - rows[-1]["step"]))
+        known = paces.get(phase.shapes, overall)
+        left += to_go * (sum(known) / len(known))
+    return left
 
 
 def time_to_accuracy(evals: Sequence[dict[str, Any]], target: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Class probabilities of each video: the scores computed from them, and the answers of `mgtrain predict`."""
+"""Class probabilities of each video, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -140,12 +140,13 @@ class Predictions:
         return matrix
 
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """The most frequent mistakes: label, predicted class, number of videos."""
+        """The most frequent mistakes: label, predicted class, number of videos; none with several labels."""
+        if self.multi_label:
+            return []
         confusion = self.confusion()
         np.fill_diagonal(confusion, 0)
         most = np.argsort(-confusion, axis=None, kind="stable")[:MISTAKES]
-        pairs = [(*divmod(int(n), len(confusion)), int(confusion.flat[n])) for n in most]
-        return [pair for pair in pairs if pair[2]]
+        return [(*divmod(int(n), len(confusion)), int(confusion.flat[n])) for n in most if confusion.flat[n]]
 
     def calibration(self) -> tuple[float, list[dict[str, Any]]]:
         """How well confidence, the probability of the most probable class, agrees with accuracy.
@@ -195,7 +196,7 @@ class Predictions:
             for name, accuracy, count in zip(classes, scores.per_class(), scores.counts, strict=True):
                 share = "no videos" if accuracy is None else f"{100 * accuracy:6.1f} %"
                 lines.append(f"{name:30} {share}  of {count}")
-        if mistakes := [] if self.multi_label else self.mistakes():
+        if mistakes := self.mistakes():
             named = (f"{classes[label]} as {classes[predicted]} ({count})" for label, predicted, count in mistakes)
             lines.append(f"most frequent mistakes: {', '.join(named)}")
         confidence = float(self.probabilities.max(1, initial=0).mean()) if scores.videos else 0.0
@@ -219,48 +220,6 @@ class Predictions:
                 labels = ";".join(videos.classes[label] for label in videos.labels(number))
                 names = videos.name(number), labels, videos.classes[first]
                 writer.writerow([*names, *(f"{p:.9g}" for p in row.tolist())])  # 9 digits are exact for float32
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Window:
-    """A clip of a video, from `start` to `end` in seconds."""
-
-    start: float
-    end: float
-    probabilities: np.ndarray  # float32 (classes,)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    """The class probabilities of a video, and of its windows with `mgtrain predict --every`."""
-
-    video: str
-    probabilities: np.ndarray  # float32 (classes,), mean or maximum over the views or windows
-    windows: Sequence[Window] = ()
-
-    def describe(self, classes: Sequence[str], top: int) -> dict[str, Any]:
-        """The `top` most probable classes, as plain values.
-
-        >>> [found["number"] for found in Answer("a.mp4", np.array([0.25, 0.5, 0.25])).describe("abc", top=2)["top"]]
-        [1, 0]
-        """
-
-        def most(probabilities: np.ndarray) -> list[dict[str, Any]]:
-            order = np.argsort(-probabilities, kind="stable")[:top].tolist()
-            return [{"class": classes[n], "number": n, "probability": float(probabilities[n])} for n in order]
-
-        windows = [{"start": w.start, "end": w.end, "top": most(w.probabilities)} for w in self.windows]
-        return {"video": self.video, "top": most(self.probabilities)} | ({"windows": windows} if windows else {})
-
-    def render(self, classes: Sequence[str], top: int) -> str:
-        """The `top` most probable classes, as text."""
-
-        def most(found: list[dict[str, Any]]) -> str:
-            return ", ".join(f"{one['class']} {100 * one['probability']:.1f} %" for one in found)
-
-        facts = self.describe(classes, top)
-        windows = [f"  {w['start']:7.1f} to {w['end']:7.1f} s: {most(w['top'])}" for w in facts.get("windows", ())]
-        return "\n".join([f"{self.video}: {most(facts['top'])}", *windows])
 
 
 def mean_class(correct: Sequence[int], counts: Sequence[int]) -> float | None:

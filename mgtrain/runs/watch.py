@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from rich.console import Group
@@ -13,8 +12,7 @@ from rich.text import Text
 from mgtrain.console import duration
 from mgtrain.errors import UsageError
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.history import History, accuracy, accuracy_name, best_until, class_accuracy, guarded
-from mgtrain.schedule import Plan
+from mgtrain.runs.history import History, accuracy, accuracy_name, best_until, class_accuracy, guarded, seconds_left
 
 QUIET_SECONDS = 600  # without a new log line until a note says so
 
@@ -52,22 +50,6 @@ def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
         }
 
 
-def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
-    """Estimated seconds of training left, from the pace of phases with the same shapes, or else of the whole run."""
-    paces: dict[tuple[Any, ...], list[float]] = {}
-    for before, after in pairwise(rows):
-        if before["phase"] == after["phase"] and after["step"] > before["step"]:
-            pace = (after["train_seconds"] - before["train_seconds"]) / (after["step"] - before["step"])
-            paces.setdefault(plan.phases[after["phase"]].shapes, []).append(pace)
-    overall = [rows[-1]["train_seconds"] / max(1, rows[-1]["step"])]
-    left = 0.0
-    for phase in plan.phases:
-        to_go = min(phase.steps, max(0, phase.end_step - rows[-1]["step"]))
-        known = paces.get(phase.shapes, overall)
-        left += to_go * (sum(known) / len(known))
-    return left
-
-
 def render(view: dict[str, Any]) -> Group:
     row, table = view["row"], Table.grid(padding=(0, 2))
     waiting = 100 * row["data_seconds"] / max(row["train_seconds"], 1e-9)
@@ -91,10 +73,6 @@ def render(view: dict[str, Any]) -> Group:
 
 def _against(evals: Sequence[dict[str, Any]], baseline: RunDir) -> str:
     """The baseline's best accuracy after the same training time and after the same number of steps."""
-    theirs, now = History(baseline).evals, evals[-1]
-
-    def best(key: str) -> str:
-        found = best_until(theirs, key, now[key])
-        return "not evaluated yet" if found is None else f"{100 * found:.1f} %"
-
-    return f"{baseline.name}: {best('train_seconds')} after the same time, {best('step')} after the same steps"
+    best = best_until(History(baseline).evals, evals[-1])
+    said = {what: "not evaluated yet" if found is None else f"{100 * found:.1f} %" for what, found in best.items()}
+    return f"{baseline.name}: {said['time']} after the same time, {said['step']} after the same steps"

@@ -45,7 +45,7 @@ def test_what_is_bad_ends_in_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
 def test_tf32_is_named_and_is_no_fault(precision: str, says: str, close: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_in_tf32", lambda: precision == "tf32")
     monkeypatch.setattr(doctor, "_probe", lambda *_: (0.001, 2.5e-3))  # the error of cuDNN in TF32
-    monkeypatch.setattr(doctor, "_can_train", lambda *_: True)
+    monkeypatch.setattr(doctor, "right_gradients", lambda *_: True)
     assert doctor.tf32().found.startswith(says)
     found = {finding.what: finding.level for finding in doctor.convolutions(torch.device("cuda"))}
     assert (found["conv3d fp32, channels last"] == "good") is close

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from warm import Start
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.watch import look, render, seconds_left
+from mgtrain.runs.history import seconds_left
+from mgtrain.runs.watch import look, render
 from mgtrain.schedule import make_plan
 
 
@@ -70,6 +72,9 @@ def test_what_is_left_goes_at_the_pace_of_like_phases(tiny: Callable[..., Recipe
     expected = sum(phase.steps * (5.0 if phase.shapes == slow else 1.0) for phase in plan.phases[4:])
     assert to_come
     assert seconds_left(plan, rows) == pytest.approx(expected)
+    phases = [list(group) for _, group in groupby(rows, key=lambda row: row["phase"])]
+    ends = [row for phase in phases for row in (phase[0], phase[-1])]  # all that the progress bar remembers
+    assert seconds_left(plan, ends) == pytest.approx(expected)
 
 
 def test_the_baseline_at_the_same_time_and_step_is_told(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
 from mgtrain.recipe.model import OwnOptions
 from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, read_info
-from mgtrain.runs.scores import Answer, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,48 @@ class Trained:
     def named(self) -> bool:
         """Whether the classes have names."""
         return not all(name.isdecimal() for name in self.classes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A clip of a video, from `start` to `end` in seconds."""
+
+    start: float
+    end: float
+    probabilities: np.ndarray  # float32 (classes,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The class probabilities of a video, and of its windows with `mgtrain predict --every`."""
+
+    video: str
+    probabilities: np.ndarray  # float32 (classes,), mean or maximum over the views or windows
+    windows: Sequence[Window] = ()
+
+    def describe(self, classes: Sequence[str], top: int) -> dict[str, Any]:
+        """The `top` most probable classes, as plain values.
+
+        >>> [found["number"] for found in Answer("a.mp4", np.array([0.25, 0.5, 0.25])).describe("abc", top=2)["top"]]
+        [1, 0]
+        """
+
+        def most(probabilities: np.ndarray) -> list[dict[str, Any]]:
+            order = np.argsort(-probabilities, kind="stable")[:top].tolist()
+            return [{"class": classes[n], "number": n, "probability": float(probabilities[n])} for n in order]
+
+        windows = [{"start": w.start, "end": w.end, "top": most(w.probabilities)} for w in self.windows]
+        return {"video": self.video, "top": most(self.probabilities)} | ({"windows": windows} if windows else {})
+
+    def render(self, classes: Sequence[str], top: int) -> str:
+        """The `top` most probable classes, as text."""
+
+        def most(found: list[dict[str, Any]]) -> str:
+            return ", ".join(f"{one['class']} {100 * one['probability']:.1f} %" for one in found)
+
+        facts = self.describe(classes, top)
+        windows = [f"  {w['start']:7.1f} to {w['end']:7.1f} s: {most(w['top'])}" for w in facts.get("windows", ())]
+        return "\n".join([f"{self.video}: {most(facts['top'])}", *windows])
 
 
 def load_trained(
