@@ -33,6 +33,7 @@ from mgtrain.clips.prepared.shards import check_shards, opened_shards, shard_pat
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
 from mgtrain.errors import DataError, VideoError
+from mgtrain.processes.files import write_whole
 
 SCHEMA, SHARDED = "mgtrain.prepared/1", "mgtrain.prepared/2"
 EVERY_HEADER = bytes((1, 100, 0, 40, 0xFF, 0xE0, 0))  # avcC without parameter sets: each frame has its own
@@ -83,11 +84,10 @@ def read_settings(folder: Path) -> Settings:
 
 def write_settings(folder: Path, settings: Settings) -> None:
     """Write the settings of a set."""
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"schema": SHARDED if settings.shards else SCHEMA, **asdict(settings)}
     if not settings.shards:
         del facts["shards"]
-    (folder / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "prepared.json", f"{json.dumps(facts, indent=1)}\n".encode())
 
 
 def read_index(folder: Path, settings: Settings) -> np.ndarray:
