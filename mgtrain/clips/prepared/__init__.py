@@ -32,7 +32,7 @@ from mgtrain.clips.pictures import Frames, UnconvertibleError, box_around, clips
 from mgtrain.clips.prepared.shards import check_shards, opened_shards, shard_path
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
-from mgtrain.errors import DataError, VideoError
+from mgtrain.errors import DataError, VideoError, cause_of
 from mgtrain.processes.files import write_whole
 
 SCHEMA, SHARDED = "mgtrain.prepared/1", "mgtrain.prepared/2"
@@ -68,7 +68,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        cause = getattr(error, "strerror", None) or error
+        cause = cause_of(error)
         raise DataError(f"{file}: cannot be read: {cause}; write the set with `mgtrain data prepare`") from None
     schema = facts.pop("schema", None) if isinstance(facts, dict) else None
     if schema not in (SCHEMA, SHARDED):

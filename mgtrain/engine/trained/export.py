@@ -31,6 +31,7 @@ from mgtrain.errors import (
     ThresholdError,
     UsageError,
     lack_of,
+    one_line,
 )
 from mgtrain.models.weights.load import is_ours, load_weights, read_weights, save_weights
 from mgtrain.processes.files import replacing
@@ -109,7 +110,7 @@ def _attempt(
     except Exception as error:  # torch and onnxruntime raise many kinds
         if lack := lack_of(error):
             raise LackError(f"{path}: not written: {lack}") from None
-        return f"cannot be written for this network: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"cannot be written for this network: {type(error).__name__}: {one_line(error, 200)}"
     worst = max(found, key=lambda parity: parity.error)
     if not worst.error < TOLERANCE:
         return (
