@@ -99,6 +99,16 @@ def lack_of(error: BaseException) -> LackError | None:
     return None
 
 
+def cause_of(error: BaseException) -> str:
+    """What the system or FFmpeg says of an error, else the error's text."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def one_line(error: BaseException, most: int) -> str:
+    """The error's text in one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def short_of_memory() -> bool:
     """Whether this process cannot have even 64 MiB more: damaged files make libraries ask for more than that."""
     try:

@@ -37,7 +37,7 @@ from av.video.reformatter import VideoReformatter
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.pictures import Box, Frames, Pictures, UnconvertibleError, box_around, clips_of, converted
 from mgtrain.clips.stages import stage
-from mgtrain.errors import VideoError
+from mgtrain.errors import VideoError, cause_of
 
 Item = TypeVar("Item")
 
@@ -110,7 +110,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 if stat.S_ISREG(os.fstat(file).st_mode):
                     return file
         except (OSError, ValueError) as error:
-            raise self._error(getattr(error, "strerror", None) or str(error)) from error
+            raise self._error(cause_of(error)) from error
         raise self._error("not a regular file")
 
     @stage("open")
@@ -125,7 +125,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         except av.ArgumentError as error:
             raise self._error("not a container that mgtrain reads (Invalid argument)") from error
         except (OSError, ValueError, av.FFmpegError) as error:
-            raise self._error(getattr(error, "strerror", None) or str(error)) from error
+            raise self._error(cause_of(error)) from error
         pictures = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         if not pictures or pictures[0].codec_context is None:
             raise self._error("no decoder for its codec" if pictures else "no video stream")
@@ -292,7 +292,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                     begun, failed = begun or bool(frames), False
                     yield from frames
         except av.FFmpegError as error:
-            self.damage = error.strerror or str(error)
+            self.damage = cause_of(error)
 
     def _shown(self, wanted: Sequence[int]) -> Frames:
         """Every wanted frame, with its ascending numbers; starts again from the first if needed."""

@@ -20,7 +20,7 @@ from mgtrain.clips.decode import MAX_PIXELS
 from mgtrain.clips.pictures import Pictures, clips_by, clips_of
 from mgtrain.clips.stages import stage
 from mgtrain.data.frames import list_frames
-from mgtrain.errors import VideoError
+from mgtrain.errors import VideoError, cause_of
 
 try:
     decode_jpeg: Callable[..., np.ndarray] | None = import_module("simplejpeg").decode_jpeg
@@ -110,7 +110,7 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
                 upright = picture.convert("RGB")
                 return np.asarray(upright if upright.size == size else upright.resize(size))
         except (OSError, ValueError, SyntaxError) as error:
-            cause = getattr(error, "strerror", None) or str(error)
+            cause = cause_of(error)
             raise VideoError(f"{file}: {cause}; replace this frame, or leave the video out of the list") from error
 
     def _opened(self, index: int, data: bytes | None = None) -> Image.Image:

@@ -18,6 +18,7 @@ import numpy as np
 
 from mgtrain.console import ShowProgress, no_progress
 from mgtrain.errors import DataError
+from mgtrain.processes.files import write_whole
 from mgtrain.rng import Draw, generator
 
 # Motions per frame at full speed: shift right and down (pixels), log of growth, turn (radians clockwise). Each moves
@@ -94,9 +95,9 @@ def synthesize(
                 lines.append(f"{path.relative_to(root).as_posix()} {label}\n")
                 done += 1
                 progress("videos written", done, total)
-        (root / f"{split}.csv").write_text("".join(lines))
-    (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-    record.write_text(json.dumps(settings, indent=1) + "\n")
+        write_whole(root / f"{split}.csv", "".join(lines).encode())
+    write_whole(root / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+    write_whole(record, f"{json.dumps(settings, indent=1)}\n".encode())
 
 
 def draw_motion(

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mgtrain import __version__
 from mgtrain.data.videos import Videos
 from mgtrain.engine.resume import PLACES
-from mgtrain.errors import DataError, MissingCapabilityError, PlanError
+from mgtrain.errors import DataError, MissingCapabilityError, PlanError, one_line
 from mgtrain.grid import Shape
 from mgtrain.models import build_model
 from mgtrain.models.conv import Conv3d
@@ -83,7 +83,7 @@ def misfit(model: nn.Module, frames: int, crop: int, classes: int) -> str | None
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             layer = model.get_submodule(within[-1])
             named = f"{f'layer {within[-1]}' if within[-1] else 'the network itself'}, {type(layer).__name__}"
-            cause = " ".join(str(error).split())[:200]
+            cause = one_line(error, 200)
             return f"{named}, {_reason(layer, cause)} ({cause})"
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (2, classes):

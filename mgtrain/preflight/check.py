@@ -26,7 +26,7 @@ from mgtrain.clips.sources import open_source
 from mgtrain.console import ShowProgress, no_progress
 from mgtrain.data.manifest import STATUSES, Manifest, Record, checksum
 from mgtrain.data.stretch import file_of
-from mgtrain.errors import DataError, VideoError
+from mgtrain.errors import DataError, VideoError, cause_of
 from mgtrain.grid import Grid
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.recipe import Clip
@@ -86,8 +86,7 @@ def check_video(root: str, path: str, clip: Clip, fps: float | None = None) -> R
     except (VideoError, OSError, MemoryError) as error:
         missing = isinstance(error.__cause__ or error, FileNotFoundError | NotADirectoryError)
         status = "missing" if missing else "corrupt"
-        message = getattr(error, "strerror", None) or str(error).removeprefix(f"{whole}: ").partition(";")[0]
-        message = message or "out of memory"
+        message = cause_of(error).removeprefix(f"{whole}: ").partition(";")[0] or "out of memory"
     return {**facts, "status": status, "message": message}
 
 

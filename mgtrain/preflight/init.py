@@ -28,6 +28,7 @@ from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, HALF_PAYS, half_p
 from mgtrain.preflight.stats import Stats, make_stats
 from mgtrain.processes.cores import usable_cores
 from mgtrain.processes.distributed import World, connect, default_procs
+from mgtrain.processes.files import write_whole
 from mgtrain.recipe import Clip, Recipe, parse_recipe
 from mgtrain.schedule import check_world, make_plan
 
@@ -195,7 +196,7 @@ def make_project(
         )
     written = write_lists(to, {part: (of, range(len(of))) for part, of in parts.splits.items()})
     for kind, file in recipes.items():
-        file.write_text(proposal.texts[kind], encoding="utf-8")
+        write_whole(file, proposal.texts[kind].encode())
     return Project(parts, stats, proposal, recipes, [*written, *recipes.values()])
 
 

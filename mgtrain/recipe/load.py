@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from mgtrain.errors import RecipeError
+from mgtrain.errors import RecipeError, one_line
 from mgtrain.recipe.base import Section
 from mgtrain.recipe.sections import Recipe
 
@@ -128,7 +128,7 @@ def parse_yaml(text: str, name: str, expected: str = "") -> Any:
     except RecipeError:
         raise
     except Exception as error:  # ruamel's own errors, such as an IndexError for `0x_`
-        raise RecipeError(f"{name}:1: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise RecipeError(f"{name}:1: not valid YAML: {one_line(error, 200)}") from None
     if not isinstance(tree, dict):
         expected = expected or f"a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}"
         raise RecipeError(f"{name}:1: {expected}")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mgtrain.errors import CheckpointError, LackError, NonFiniteError, lack_of
 from mgtrain.models.norm import put_group_stats
 from mgtrain.models.weights.files import apart
-from mgtrain.runs.folder import replacing
+from mgtrain.processes.files import replacing
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from mgtrain.errors import CheckpointError, UsageError
+from mgtrain.processes.files import write_whole
 from mgtrain.recipe import Logging, Recipe, load_recipe
 from mgtrain.runs.boards.relay import Relay
 from mgtrain.runs.boards.services import Board, TensorBoard, services_of
@@ -136,8 +137,8 @@ class RunDir:
         """Write a file atomically: text, or a dict as JSON."""
         if self.writes:
             text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-            with self._writing(), replacing(self.path / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            with self._writing():
+                write_whole(self.path / name, text.encode())
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add a line to `steps.jsonl` or `evals.jsonl`."""
@@ -242,20 +243,6 @@ def find_run(name: str | Path) -> RunDir:
     started = sorted(p.parent.name for p in RUNS.glob("*/recipe.yaml"))
     known = f"runs here: {', '.join(started)}" if started else f"no runs in {RUNS}/ yet"
     raise UsageError(f"{name}: not a run directory, because it has no recipe.yaml; {known}")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: the block writes to a temporary path, which replaces `path` unless the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):  # there may be nothing to delete
-            temporary.unlink()
-        raise
 
 
 def is_number(value: object) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mgtrain.data.videos import Videos
+from mgtrain.processes.files import replacing
 from mgtrain.rng import Draw, generator
-from mgtrain.runs.folder import replacing
 from mgtrain.runs.statistics import Z, wilson
 
 BINS = 15  # of confidence, for the expected calibration error (Guo et al. 2017)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,20 @@ def test_lists_that_cannot_be_written_are_refused(tmp_path: Path):
     assert not (tmp_path / "more.csv").exists()
     with pytest.raises(UsageError, match="cannot be written"):
         write_lists(tmp_path / "train.csv/x", {"train": (videos, [0])})
+
+
+def test_a_full_disk_costs_no_list_that_was_there(tmp_path: Path):
+    videos = Videos.of("/r", [("a.mp4", 0)], ["x"])
+    write_lists(tmp_path, {"train": (videos, [0])})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(UsageError, match=r"/val\.csv: cannot be written: File too large; choose another folder"):
+            write_lists(tmp_path, {"train": (videos, [0]), "val": (videos, [0])})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_list_may_lie_elsewhere(tmp_path: Path):

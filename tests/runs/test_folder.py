@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mgtrain.errors import CheckpointError, UsageError
-from mgtrain.runs.folder import RunDir, find_run, replacing
+from mgtrain.runs.folder import RunDir, find_run
 from mgtrain.runs.history import speedup_at_equal_accuracy, time_to_accuracy
 
 
@@ -111,22 +111,6 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             RunDir(tmp_path).read(name)
         assert str(caught.value).startswith(f"{tmp_path / name}: cannot be read: ")
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
-    with replacing(file) as temporary:
-        temporary.write_text("whole")
-        assert not file.exists()
-
-    def interrupted() -> None:
-        with replacing(file) as temporary:
-            temporary.write_text("ha")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "whole")]
 
 
 def test_a_file_system_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

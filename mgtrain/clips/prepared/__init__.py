@@ -32,7 +32,8 @@ from mgtrain.clips.pictures import Frames, UnconvertibleError, box_around, clips
 from mgtrain.clips.prepared.shards import check_shards, opened_shards, shard_path
 from mgtrain.clips.stages import stage
 from mgtrain.data.manifest import key_of
-from mgtrain.errors import DataError, VideoError
+from mgtrain.errors import DataError, VideoError, cause_of
+from mgtrain.processes.files import write_whole
 
 SCHEMA, SHARDED = "mgtrain.prepared/1", "mgtrain.prepared/2"
 EVERY_HEADER = bytes((1, 100, 0, 40, 0xFF, 0xE0, 0))  # avcC without parameter sets: each frame has its own
@@ -67,7 +68,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        cause = getattr(error, "strerror", None) or error
+        cause = cause_of(error)
         raise DataError(f"{file}: cannot be read: {cause}; write the set with `mgtrain data prepare`") from None
     schema = facts.pop("schema", None) if isinstance(facts, dict) else None
     if schema not in (SCHEMA, SHARDED):
@@ -83,11 +84,10 @@ def read_settings(folder: Path) -> Settings:
 
 def write_settings(folder: Path, settings: Settings) -> None:
     """Write the settings of a set."""
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"schema": SHARDED if settings.shards else SCHEMA, **asdict(settings)}
     if not settings.shards:
         del facts["shards"]
-    (folder / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "prepared.json", f"{json.dumps(facts, indent=1)}\n".encode())
 
 
 def read_index(folder: Path, settings: Settings) -> np.ndarray:

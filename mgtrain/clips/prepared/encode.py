@@ -1,8 +1,7 @@
 """Encode one video for a prepared set: every frame a key frame, a file for each level."""
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ from mgtrain.clips.sources import Reader, open_source
 from mgtrain.data.manifest import Record, checksum
 from mgtrain.data.stretch import file_of
 from mgtrain.errors import DataError, VideoError
+from mgtrain.processes.files import replacing
 
 # Only key frames, each with its headers; `fastdecode` avoids the entropy coder and loop filter that decode slowly.
 ENCODER = {
@@ -55,28 +55,25 @@ def encode_video(
 def _write(video: Reader, stored: int, sizes: dict[Path, tuple[int, int]], quality: int) -> list[np.ndarray]:
     """Write `stored` evenly spaced frames of a video to a file of each size; return the offsets of their frames."""
     frames = video.info.frames
-    writers: list[_Writer] = []
+    rate = video.info.fps * stored / frames
     try:
-        for file, size in sizes.items():
-            writers.append(_Writer(file, size, video.info.fps * stored / frames, quality))
-        wanted = [stored_frame(n, stored, frames) for n in range(stored)]
-        left = iter(wanted)
-        following = next(left, None)
-        for picture, indices in video.pictures(wanted):
-            upright = np.ascontiguousarray(picture)
-            for index in indices:
-                if index == following:  # after damage, decoding may start again
-                    following = next(left, None)
-                    for writer in writers:
-                        writer.add(upright)
-        return [writer.finish() for writer in writers]
+        with ExitStack() as stack:
+            writers = [_Writer(file, size, rate, quality, stack) for file, size in sizes.items()]
+            wanted = [stored_frame(n, stored, frames) for n in range(stored)]
+            left = iter(wanted)
+            following = next(left, None)
+            for picture, indices in video.pictures(wanted):
+                upright = np.ascontiguousarray(picture)
+                for index in indices:
+                    if index == following:  # after damage, decoding may start again
+                        following = next(left, None)
+                        for writer in writers:
+                            writer.add(upright)
+            return [writer.finish() for writer in writers]
     except (OSError, av.FFmpegError) as error:
         raise DataError(
             f"{next(iter(sizes))}: cannot be written: {error.strerror}; run the same command again to resume"
         ) from error
-    finally:
-        for writer in writers:
-            writer.discard()
 
 
 def level_sizes(info: VideoInfo, levels: Sequence[int]) -> dict[int, tuple[int, int]]:
@@ -98,13 +95,13 @@ def level_sizes(info: VideoInfo, levels: Sequence[int]) -> dict[int, tuple[int, 
 
 
 class _Writer:
-    """Writes pictures to an mp4 file, under a temporary name until it is complete."""
+    """Writes pictures to an mp4 file, which gets its name when `stack` ends without an error."""
 
-    def __init__(self, path: Path, size: tuple[int, int], rate: float, quality: int) -> None:
+    def __init__(self, path: Path, size: tuple[int, int], rate: float, quality: int, stack: ExitStack) -> None:
         self._path, self._size, self._frames = path, size, 0
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = stack.enter_context(replacing(path))
         self._container = av.open(str(self._temporary), "w", format="mp4")
+        stack.callback(self._close)
         self._rate = Fraction(rate).limit_denominator(1001)
         options = {**ENCODER, "crf": str(quality)}
         self._stream = self._container.add_stream("libx264", rate=self._rate, options=options)
@@ -120,7 +117,7 @@ class _Writer:
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> np.ndarray:
-        """Close and rename the file; return the offsets of its frames and of their end: uint32 (frames + 1,)."""
+        """Close the file; return the offsets of its frames and of their end: uint32 (frames + 1,)."""
         self._container.mux(self._stream.encode())
         self._container.close()
         with av.open(str(self._temporary)) as container:
@@ -130,11 +127,8 @@ class _Writer:
         assert all(place == end for (place, _), end in zip(places, ends, strict=False)), "frames do not adjoin"
         if ends[-1] > np.iinfo(np.uint32).max:
             raise VideoError(f"{self._path}: would be larger than 4 GiB; cut the video into shorter ones")
-        os.replace(self._temporary, self._path)
         return ends.astype(np.uint32)
 
-    def discard(self) -> None:
-        """Remove an incomplete file."""
+    def _close(self) -> None:
         with suppress(OSError, ValueError, av.FFmpegError):  # on a full disk, closing fails like writing
             self._container.close()
-        self._temporary.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Lists of `path label` lines, the format of PySlowFast and MMAction."""
 
-import errno
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from mgtrain.data.formats.reading import is_video, numbered_lines
 from mgtrain.data.stretch import Stretch, parted
 from mgtrain.data.videos import EXAMPLES, Videos, leaves_root
 from mgtrain.errors import DataError, UsageError
+from mgtrain.processes.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -176,12 +176,10 @@ def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]])
         for path, content in contents.items():
             if path.exists() and (not path.is_file() or path.read_bytes() != content):
                 raise UsageError(f"{path}: exists with other contents; choose another folder, or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
         for path, content in contents.items():
-            path.write_bytes(content)
+            if not path.exists():
+                write_whole(path, content)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            path.unlink(missing_ok=True)  # it is incomplete
         raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another folder") from None
     return [*contents]
 

@@ -14,7 +14,7 @@ from mgtrain.console import duration
 from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.machine.memory import lack_explained
 from mgtrain.engine.step import autocast, memory_format, part_of
-from mgtrain.errors import MgtrainError
+from mgtrain.errors import MgtrainError, one_line
 from mgtrain.models.norm import undisturbed
 from mgtrain.models.part import set_part
 from mgtrain.processes.distributed import World
@@ -96,7 +96,7 @@ def _compiled(
         except MgtrainError:  # the run is asked to stop
             raise
         except Exception as error:  # of torch, of a compiler, or out of memory
-            cause, failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", True
+            cause, failed = f"{type(error).__name__}: {one_line(error, 300)}", True
             log.warning("cannot compile %s with %d BatchNorm groups, running it uncompiled: %s", shape, groups, cause)
         if world.any(failed):  # all ranks must decide alike
             break

@@ -31,8 +31,10 @@ from mgtrain.errors import (
     ThresholdError,
     UsageError,
     lack_of,
+    one_line,
 )
 from mgtrain.models.weights.load import is_ours, load_weights, read_weights, save_weights
+from mgtrain.processes.files import replacing
 from mgtrain.recipe.model import pixel_statistics
 from mgtrain.rng import Draw, generator
 
@@ -75,25 +77,22 @@ def export(trained: Trained, path: Path) -> Exported:
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: the file's name must end in {', '.join(FORMATS)}")
     model = trained.model.cpu().to(memory_format=torch.contiguous_format).eval()
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     problem = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for free in FREEDOMS:
-            found = _attempt(model, trained, temporary, free)
-            if isinstance(found, str):
+        with replacing(path) as temporary:
+            for free in FREEDOMS:
+                found = _attempt(model, trained, path, temporary, free)
+                if not isinstance(found, str):
+                    return Exported(path, free, found)
                 problem = problem or found
-                continue
-            temporary.replace(path)
-            return Exported(path, free, found)
+            raise ThresholdError(f"{path}: {problem}; nothing was written")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}; no file is left") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    raise ThresholdError(f"{path}: {problem}; nothing was written")
 
 
-def _attempt(model: nn.Module, trained: Trained, file: Path, free: tuple[str, ...]) -> tuple[Parity, ...] | str:
+def _attempt(
+    model: nn.Module, trained: Trained, path: Path, temporary: Path, free: tuple[str, ...]
+) -> tuple[Parity, ...] | str:
     """Write a file in which the sizes in `free` may vary; returns its parity, or why it failed."""
     frames, size = trained.recipe.evaluation_shape.frames, trained.recipe.evaluation_shape.crop
     trials = [(1, frames, size)]
@@ -104,14 +103,14 @@ def _attempt(model: nn.Module, trained: Trained, file: Path, free: tuple[str, ..
     traced = (max(frames, BIG[0]), max(size, BIG[1])) if "pixels" in free else (frames, size)
     try:
         with torch.no_grad(), _quiet():
-            run = FORMATS[file.suffix](model, clips_of(2 if free else 1, *traced), free, file, describe(trained))
+            run = FORMATS[path.suffix](model, clips_of(2 if free else 1, *traced), free, temporary, describe(trained))
             found = tuple(compared(model, run, clips_of(*trial)) for trial in trials)
     except (MgtrainError, OSError, KeyboardInterrupt):
         raise
     except Exception as error:  # torch and onnxruntime raise many kinds
         if lack := lack_of(error):
-            raise LackError(f"{file.with_name(file.name[1:].partition('.tmp')[0])}: not written: {lack}") from None
-        return f"cannot be written for this network: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise LackError(f"{path}: not written: {lack}") from None
+        return f"cannot be written for this network: {type(error).__name__}: {one_line(error, 200)}"
     worst = max(found, key=lambda parity: parity.error)
     if not worst.error < TOLERANCE:
         return (
@@ -167,7 +166,8 @@ def _to_pt2(model: nn.Module, example: Tensor, free: tuple[str, ...], path: Path
     content = io.BytesIO()  # torch aborts the process if it cannot write to a file
     torch.export.save(_traced(model, example, free), content, extra_files={NOTES: json.dumps(notes)})
     path.write_bytes(content.getbuffer())
-    run: Run = torch.export.load(path).module()
+    with path.open("rb") as file:  # torch wants a path to end in .pt2
+        run: Run = torch.export.load(file).module()
     return run
 
 

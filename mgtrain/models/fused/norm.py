@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgtrain.errors import MgtrainError
+from mgtrain.errors import MgtrainError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def works(device: torch.device) -> bool:
     except MgtrainError:  # the run is asked to stop
         raise
     except Exception as error:  # Triton raises RuntimeError, OSError, CalledProcessError and its own
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        cause = f"{type(error).__name__}: {one_line(error, 300)}"
         log.warning("BatchNorm groups are normalized one by one, which is slow where a step has many: %s", cause)
         return False
     return True

@@ -27,6 +27,7 @@ from mgtrain.models.resnet3d import STAGE_BLOCKS
 from mgtrain.models.slowfast import SlowFast
 from mgtrain.models.weights.files import apart, read_tensors
 from mgtrain.models.weights.naming import NAMINGS, OWN, STAGES
+from mgtrain.processes.files import replacing
 from mgtrain.recipe import Init
 from mgtrain.recipe.model import ModelOptions
 
@@ -251,8 +252,8 @@ def save_weights(
     if classes:
         metadata["classes"] = json.dumps(list(classes))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"model.{name}": state[name] for name in (state if only is None else only)}, path, metadata)
+        with replacing(path) as temporary:
+            save_file({f"model.{name}": state[name] for name in (state if only is None else only)}, temporary, metadata)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
 

@@ -31,9 +31,9 @@ from mgtrain.data.stretch import file_of
 from mgtrain.data.videos import leaves_root
 from mgtrain.errors import DataError, MissingCapabilityError
 from mgtrain.preflight.prepare.shards import Member, ShardWriter, is_there, members_of, shard_problem
+from mgtrain.processes.files import replacing
 from mgtrain.processes.isolated import Lost, isolated
 from mgtrain.rng import Draw, generator
-from mgtrain.runs.folder import replacing
 
 SAMPLE = 8  # random videos from which the time and size of the set are estimated
 OF_VIDEO = {"source_bytes", "source_mtime_ns", "frames", "fps", "width", "height", "stored", "levels"}

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mgtrain.errors import one_line
 from mgtrain.processes.signals import STOP_SIGNALS
 from mgtrain.runs.boards.services import SERVICES
 
@@ -106,8 +107,7 @@ def main(service: str, facts: str, seconds: str) -> int:
     said = False
 
     def say(error: Exception, what: str) -> None:
-        text = " ".join(str(error).split())[:300]
-        sys.stderr.write(f"mgtrain: {service}: {type(error).__name__}: {text}; {what}\n")
+        sys.stderr.write(f"mgtrain: {service}: {type(error).__name__}: {one_line(error, 300)}; {what}\n")
 
     try:
         board = SERVICES[service](**json.loads(facts))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mgtrain.errors import MissingCapabilityError
+from mgtrain.errors import MissingCapabilityError, one_line
 from mgtrain.recipe import Logging
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # a service and its module -> what pip installs
@@ -51,7 +51,7 @@ class WandB:
             self._run: Any = init()
         except Exception as error:  # no network, no account, a refused key
             sys.stderr.write(
-                f"mgtrain: wandb: {' '.join(str(error).split())[:300]}; logging offline, upload it with "
+                f"mgtrain: wandb: {one_line(error, 300)}; logging offline, upload it with "
                 f"`wandb sync {folder}/wandb/offline-run-*`\n"
             )
             self._run = init(mode="offline")

@@ -9,8 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mgtrain import __version__
 from mgtrain.errors import CheckpointError
+from mgtrain.processes.files import write_whole
 from mgtrain.runs.compare import COST_ROWS, compare, shown_cost, times
-from mgtrain.runs.folder import RunDir, replacing
+from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import compare_groups, grouped, verdicts
 from mgtrain.runs.history import History, guarded
 from mgtrain.runs.report.figures import COLOURS, curves, schedule, time_split
@@ -62,8 +63,7 @@ def render_page(template: str, **context: Any) -> str:
 def write_text(path: Path, page: str) -> None:
     """Write a file atomically. Raises `CheckpointError` if that fails."""
     try:
-        with replacing(path) as temporary:
-            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+        write_whole(path, page.encode(errors="backslashreplace"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
