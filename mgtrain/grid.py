@@ -17,7 +17,10 @@ class Shape:
         """Pixels of a clip's side: crops are square."""
         return self.crop
 
-    width = height
+    @property
+    def width(self) -> int:
+        """Pixels of a clip's side: crops are square."""
+        return self.crop
 
     @property
     def voxels(self) -> int:

@@ -112,7 +112,9 @@ def split(
     *,
     to: ToFolder,
     val: Annotated[float | None, Option(help="Share of the videos for validation, such as 0.2.")] = None,
-    folds: Annotated[int | None, Option(min=2, max=1000, help="Make folds instead; each validates one split.")] = None,
+    folds: Annotated[
+        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
+    ] = None,
     all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
     by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",

@@ -36,7 +36,10 @@ def fit(
     ] = False,
     baseline: Annotated[str | None, Option(help="The run, by name or folder, to measure the speedup against.")] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Run up to one step of each shape, show time and memory, and keep nothing.")
+        bool,
+        Option(
+            "--dry-run", help="Do all that a run does up to one step of each shape, show time and memory, keep nothing."
+        ),
     ] = False,
     procs: Procs = None,
     device: Device = None,

@@ -57,7 +57,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     """
 
     first = 0  # number of its first frame in the file
-    lacking = ""  # which frames are missing although all can be decoded
+    lacking = ""  # which frames are missing although all others can be decoded
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -274,20 +274,23 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def _decode(self, packets: Iterable[av.Packet[av.VideoStream]]) -> Iterator[av.VideoFrame]:
         """Decode frames in display order, up to the end or the first damage, which it stores in `damage`.
 
-        Packets before the first key frame that can be decoded are skipped: a recording may start between key frames.
+        A recording may start between key frames: packets before the first key frame that can be decoded are skipped, up
+        to `MAX_HELD` bytes.
         """
         codec = self._stream.codec_context
-        self.damage, begun, failed = "", False, False
+        self.damage, begun, failed, skipped = "", False, False, 0
         try:
             for packet in packets:
-                if failed and not packet.is_keyframe:
+                if failed and not packet.is_keyframe and skipped < MAX_HELD:
+                    skipped += packet.size
                     continue
                 try:
                     frames = decoded(codec, packet if packet.size else None)
-                except av.FFmpegError:
-                    if begun:
+                except av.FFmpegError as error:
+                    if begun or skipped >= MAX_HELD:
                         raise
-                    failed = True
+                    failed, skipped = True, skipped + packet.size
+                    self.lacking = f"the frames before the first key frame cannot be decoded ({cause_of(error)})"
                 else:
                     begun, failed = begun or bool(frames), False
                     yield from frames

@@ -35,8 +35,9 @@ class Order:
     """The videos of each epoch in random order; an epoch of N videos has N places, balanced or not.
 
     With `data.balance: none` it has each video once. Otherwise it has on average q = N s / S places for a class, where
-    s is one of the `SHARES` for its videos, S the sum of all s. The first e epochs have e q of them, rounded up or
-    down. The videos of a class take turns: none comes again before all have come.
+    s is the class's number of videos by one of the `SHARES`, and S the sum of all s. The first e epochs have e q of
+    them, rounded up or down; one epoch has less than 2 more or fewer than q. The videos of a class take turns: none
+    comes again before all have come.
 
     >>> order = Order(seed=0, videos=6, balance="full", labels=np.array([0, 0, 0, 0, 0, 1]))
     >>> sorted(order.epoch(0).tolist())

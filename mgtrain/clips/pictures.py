@@ -31,6 +31,7 @@ def converted(frames: Frames, size: tuple[int, int], box: Box, reformatter: Vide
     Frames of another size than `size` (width, height) are resized first. `reformatter` keeps its tables between calls.
     """
     most = max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
+    frames = iter(frames)
     while group := list(islice(frames, most)):
         try:
             pictures = rgb([frame for frame, _ in group], size, box, reformatter)

@@ -1,6 +1,7 @@
-"""Multigrid in your own training loop: the parts of `fit`, so that the loop has its losses.
+"""Multigrid in your own training loop: the batches, BatchNorm groups, loss and evaluations of a plan.
 
-If the loop has initialized a process group with torch.distributed, each rank gets its share of every step.
+`fit` is made of the same parts, so a loop that uses them has its losses. If the loop has initialized a process group
+with torch.distributed, each rank gets its share of every step.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ def train_batches(recipe: Recipe, plan: Plan, videos: Videos, start: int = 0, de
     targets: int64 (b,), or where clips are mixed or have several labels, float32 (b, classes). T and S change from step
     to step, and b is `step.shape.clips` divided by the number of ranks. `device` None: the current GPU, or the CPU.
 
-    Iteration raises `PlanError` if the ranks cannot share the steps, `DataError` if too many videos cannot be decoded.
+    Raises `UsageError` if the plan has fewer than `start` steps. Iteration raises `PlanError` if the ranks cannot share
+    the steps, `DataError` if too many videos cannot be decoded.
     """
     if not 0 <= start <= len(plan):
         raise UsageError(f"train_batches: start={start} is not a number of finished steps; the plan has {len(plan):,}")
@@ -81,8 +83,9 @@ def loss(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
 def at_step(model: nn.Module, step: Step, recipe: Recipe, first: int = 0, clips: int | None = None) -> Iterator[None]:
     """Tell the network which of this rank's clips it sees: run the forward and backward pass of a step in this block.
 
-    By default all; for gradient accumulation `clips` of them, from `first` on. Raises `UsageError` if these are not
-    whole BatchNorm groups (of `step.shape.clips // step.bn_groups` clips), or if a BatchNorm has no groups.
+    The pass sees all of this rank's clips or, for gradient accumulation, `clips` of them from `first` on. Raises
+    `UsageError` if these are not whole BatchNorm groups of this rank (of `step.shape.clips // step.bn_groups` clips),
+    or if a BatchNorm of the network has no groups.
     """
     world = joined()
     share, group = step.shape.clips // world.size, step.shape.clips // step.bn_groups
@@ -133,7 +136,8 @@ def evaluate(
     """The network's scores on the evaluation's grid, with `views` (in time, crops) of each video.
 
     `evaluation.views` says whether their mean or their maximum counts. All ranks take part, and all get the scores of
-    all videos: `top1`, `top5` (fractions), `loss` (nats), and more. Raises `NonFiniteError` if a probability is NaN.
+    all videos: `top1`, `top5` (fractions), `loss` (nats), and more. Raises `NonFiniteError` if a probability is NaN,
+    `DataError` if too many videos cannot be decoded.
     """
     with _mode_kept(model):
         return evaluation.evaluate(unwrap(model), videos, recipe, joined(device), views).scores()

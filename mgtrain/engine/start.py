@@ -119,7 +119,10 @@ def first_model(recipe: Recipe, world: World, fresh: bool = True) -> nn.Module:
 
 
 def open_data(recipe: Recipe) -> tuple[Videos, Videos]:
-    """The training and validation videos. Raises `DataError` if their labels do not fit, or too many are missing."""
+    """The training and validation videos, which have the same classes.
+
+    Raises `DataError` if labels do not fit the recipe, or too many videos are missing or not prepared.
+    """
     data, splits = recipe.data, open_splits(recipe.data)
     for name, videos in splits.items():
         check_labels(data, name, videos)

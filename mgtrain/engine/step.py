@@ -92,7 +92,10 @@ def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether each clip's most probable class is one of its labels, or if mixed the one of the largest share: (B,)."""
+    """Whether each clip's most probable class is correct, bool (B,).
+
+    For a mixed clip that is the class with the largest share, for a clip with several labels any of them.
+    """
     first = logits.argmax(1)
     if targets.ndim == 1:
         return first == targets

@@ -125,9 +125,10 @@ def classifier_of(model: nn.Module) -> str:
 
 
 class WindowAttention(ShiftedWindowAttention3d):  # type: ignore[misc]
-    """Video Swin's attention, where also in a window cut to a small clip each pair of tokens has its distance's bias.
+    """Video Swin's attention, with the right relative positions in windows that are cut to a small clip.
 
-    torchvision takes those of the first tokens of a full window, which are at other distances.
+    Each pair of tokens takes the table's bias for its distance, at every size; nothing is interpolated. torchvision
+    takes those of the first tokens of a full window, which are at other distances if a window is less high or wide.
     """
 
     def get_relative_position_bias(self, window_size: list[int]) -> Tensor:

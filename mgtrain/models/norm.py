@@ -82,7 +82,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         return F.relu(normed, inplace=x.device.type == "cpu") if relu else normed
 
     def begin(self, part: Part) -> None:
-        """In training, prepare the slots for the part's groups: their number may be new, or the slots all ranks'."""
+        """In training, prepare the slots for the part's groups, if their number has changed or they are all ranks'."""
         if not self.training:
             return
         if self.groups != part.bn_groups:

@@ -171,7 +171,7 @@ class Plan(Sequence[Step]):
         return dict(sorted(self.kinds(), reverse=True))  # of a shape's numbers, the last and smallest stays
 
     def milestones(self, times: int) -> tuple[int, ...]:
-        """The numbers of steps after which to evaluate: `times`, equally spaced in any phase, the last at the end."""
+        """The numbers of steps after which to evaluate: `times`, equally spaced through all phases, the last at the end."""
         return tuple(sorted({max(1, round(len(self) * k / times)) for k in range(1, times + 1)}))
 
     def phase_lr(self, phase: Phase, index: int | None = None) -> float:
@@ -242,7 +242,10 @@ class Plan(Sequence[Step]):
 
 
 def _phases(recipe: Recipe, stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
-    """Round the stretches to whole steps, each to end nearest to its exact clip, so that errors do not add up."""
+    """Round the stretches to whole steps, at least one each.
+
+    A stretch ends at the step nearest to its exact end, counted in clips, so rounding errors do not add up.
+    """
     phases: list[Phase] = []
     first_step = first_clip = 0
     grouping = recipe.schedule.bn_groups if isinstance(recipe.schedule, MultigridSchedule) else "long"

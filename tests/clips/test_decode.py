@@ -273,6 +273,8 @@ def test_a_recording_that_starts_between_key_frames_starts_with_its_first_key_fr
         frames = video.info.frames
         assert 105 <= frames <= 110
         assert (video.decodable(), video.damage) == (60, "")
+        if name == "v.ts":  # elsewhere FFmpeg's decoder leaves them out itself
+            assert video.lacking.startswith("the frames before the first key frame cannot be decoded (Invalid data")
     assert numbers(tmp_path / name, frames - 1) == [119]
     read = numbers(tmp_path / name, *range(frames))
     assert (read[0], read[-1]) == (60, 119)

@@ -234,7 +234,7 @@ def test_a_manifest_with_absurd_places_is_refused(sharded: Path, tmp_path: Path,
     record = json.loads(first)
     record["levels"][1][key] = value
     (out / "videos.jsonl").write_text("".join([json.dumps(record) + "\n", *others]))
-    with pytest.raises(DataError, match="lacks keys; prepare the set again"):
+    with pytest.raises(DataError, match="lacks keys or has wrong values; prepare the set again"):
         verify(out, 1)
 
 
@@ -247,7 +247,7 @@ def test_a_manifest_with_absurd_levels_is_refused_without_shards_too(
     record = json.loads(first)
     record["levels"][1][key] = value
     (out / "videos.jsonl").write_text("".join([json.dumps(record) + "\n", *others]))
-    with pytest.raises(DataError, match="lacks keys; prepare the set again"):
+    with pytest.raises(DataError, match="lacks keys or has wrong values; prepare the set again"):
         verify(out, 1)
 
 

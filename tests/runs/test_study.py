@@ -84,6 +84,13 @@ def test_two_runs_of_one_name_are_refused(file: Path) -> None:
         runs_in(file)
 
 
+def test_runs_with_other_scores_are_refused_before_any_is_trained(file: Path) -> None:
+    several = "seeds: [0, 4]\nfolds: {one: [], several: [data.multi_label=true]}"
+    file.write_text(STUDY.replace("seeds: [0, 4]", several))
+    with pytest.raises(RecipeError, match="runs with and without data.multi_label have other scores"):
+        runs_in(file)
+
+
 def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: Start) -> None:
     folder = file.parent
     assert "1 of 4 runs to train" in mgtrain(folder, "study", file, "--only", "baseline", "--seeds", 1).stderr

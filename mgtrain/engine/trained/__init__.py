@@ -94,11 +94,12 @@ class Answer:
 def load_trained(
     path: Path, recipe: str | None, overrides: Sequence[str] | None, world: World, trust: Sequence[str] | None = ()
 ) -> Trained:
-    """Load the network in a file to this rank's device: the average of a checkpoint's weights, if it has one.
+    """Load the network in a file to this rank's device; if a checkpoint has averaged weights (`optim.ema`), these.
 
     A checkpoint contains its recipe; other weights need `recipe`. A checkpoint may come from anywhere, so a Python
     module in its recipe is imported only if it is in `trust`. Raises `CheckpointError` or `ThresholdError` if the file
-    cannot be read, does not fit the recipe's network, or needs a module that is not trusted.
+    cannot be read, does not fit the recipe's network, or needs a module that is not trusted, and `UsageError` if there
+    is no recipe, or one beside that of a checkpoint.
     """
     ours = is_checkpoint(path)
     tensors = {} if ours else read_tensors(path)

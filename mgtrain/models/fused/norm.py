@@ -25,7 +25,10 @@ WARPS = 8
 
 @lru_cache
 def works(device: torch.device) -> bool:
-    """Whether Triton, which needs a C compiler and a folder, runs the kernels on this device; if not, log a warning."""
+    """Whether Triton can compile and run the kernels on this device; if not, log a warning.
+
+    Triton comes with torch's CUDA builds. It needs a C compiler, a folder to write to and a GPU that it supports.
+    """
     x = torch.zeros(2, 8, 1, 4, 4, device=device).contiguous(memory_format=torch.channels_last_3d)
     ones, slots = torch.ones(8, device=device), torch.zeros(2, 8, device=device)
     try:

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -134,7 +135,9 @@ class PreparedManifest(Manifest):
         settings = read_settings(folder)
         odd = next((path for path, record in self.records.items() if not _is_record(record, settings)), None)
         if odd is not None:
-            raise DataError(f"{self.file}: damaged: the line of {odd!r} lacks keys; prepare the set again")
+            raise DataError(
+                f"{self.file}: damaged: the line of {odd!r} lacks keys or has wrong values; prepare the set again"
+            )
 
     def __enter__(self) -> PreparedManifest:
         super().__enter__()
@@ -159,7 +162,7 @@ def _is_record(record: Record, settings: Settings) -> bool:
     """Whether a line of the manifest has what `encode_video` writes."""
     counts = (*OF_LEVEL, *IN_SHARD) if settings.shards else OF_LEVEL
 
-    def is_level(level: object) -> bool:
+    def is_level(level: Any) -> bool:
         whole = isinstance(level, dict) and "sha256" in level and level.get("level") in settings.levels
         return whole and all(type(level.get(key)) is int and level[key] >= 0 for key in counts)
 

@@ -86,6 +86,10 @@ def runs_of(study: Study, file: Path) -> list[Run]:
         words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
         parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
         made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
+    if len({run.recipe.data.multi_label for run in made}) > 1:
+        raise RecipeError(
+            f"{file}: runs with and without data.multi_label have other scores; put them into two studies"
+        )
     names = [run.name for run in made]
     if twice := next((run for run in names if names.count(run) > 1), None):
         raise RecipeError(f"{file}: two runs are called {twice}; rename a variant or a fold")
