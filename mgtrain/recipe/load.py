@@ -107,7 +107,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def parse_yaml(text: str, name: str, expected: str = "") -> Any:
-    """The YAML document as ruamel's dicts and lists, which know their lines. `expected`: what to say of anything else."""
+    """The YAML document as ruamel's dicts and lists, which know their lines; `expected` is what to say of others."""
     yaml = YAML(typ="rt", pure=True)
     depth = 0
     try:

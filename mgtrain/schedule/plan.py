@@ -171,7 +171,7 @@ class Plan(Sequence[Step]):
         return dict(sorted(self.kinds(), reverse=True))  # of a shape's numbers, the last and smallest stays
 
     def milestones(self, times: int) -> tuple[int, ...]:
-        """The numbers of steps after which to evaluate: `times`, equally spaced through all phases, the last at the end."""
+        """The numbers of steps after which to evaluate: `times`, equally spaced, the last at the end."""
         return tuple(sorted({max(1, round(len(self) * k / times)) for k in range(1, times + 1)}))
 
     def phase_lr(self, phase: Phase, index: int | None = None) -> float:

@@ -87,7 +87,7 @@ def test_two_runs_of_one_name_are_refused(file: Path) -> None:
 def test_runs_with_other_scores_are_refused_before_any_is_trained(file: Path) -> None:
     several = "seeds: [0, 4]\nfolds: {one: [], several: [data.multi_label=true]}"
     file.write_text(STUDY.replace("seeds: [0, 4]", several))
-    with pytest.raises(RecipeError, match="runs with and without data.multi_label have other scores"):
+    with pytest.raises(RecipeError, match=r"runs with and without data\.multi_label have other scores"):
         runs_in(file)
 
 
