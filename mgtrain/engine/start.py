@@ -91,8 +91,8 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     describe_run(run, recipe, plan, flops, train, val)
     run.write("env.json", environment(run, recipe, world, resumed=state.step > 0))
     tune(model, run, recipe, plan, world)
-    compiled = warm_up(model, recipe, plan, state.step, world)
     replica = replicate(model, world)
+    compiled = warm_up(replica, recipe, plan, state.step, world)
 
     # 4. Delete the log rows after the checkpoint, and open the boards.
     milestones = frozenset(plan.milestones(recipe.evaluation.times))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
@@ -185,6 +186,40 @@ def test_a_kind_of_step_is_compiled_once_and_not_in_the_run(
         with mode(step):
             train_step(model, optimizer, scaler, clips, torch.zeros(shape.clips).long(), step, recipe, world)
     assert len(graphs) == len(kinds)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_is_cut_where_ranks_exchange_gradients(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    always(monkeypatch, backend)
+    monkeypatch.setattr(warmup, "PASSES", 1)
+    monkeypatch.setattr(warmup, "_timed", faster_each_time(warmup._timed))
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # of a small network
+    recipe = tiny("hardware.compile=default")
+    plan = make_plan(recipe, 24)
+    step = plan[len(plan) - 1]
+    clips = torch.zeros(step.shape.clips, 3, step.shape.frames, step.shape.crop, step.shape.crop, dtype=torch.uint8)
+    clips = clips.contiguous(memory_format=torch.channels_last_3d)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        replica = DistributedDataParallel(make_model(recipe), broadcast_buffers=False, bucket_cap_mb=0.1)
+        mode = warm_up(replica, recipe, plan, step.index, World())
+        assert len(graphs) > 2
+        assert all(parameter.grad is None for parameter in replica.parameters())
+        graphs.clear()
+        optimizer, scaler = make_optimizer(replica.module, recipe.optim), torch.amp.GradScaler("cpu", enabled=False)
+        with mode(step):
+            train_step(replica, optimizer, scaler, clips, torch.zeros(len(clips)).long(), step, recipe, World())
+        assert graphs == []
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def faster_each_time(timed: Callable[..., float]) -> Callable[..., float]:

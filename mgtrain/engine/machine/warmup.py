@@ -17,7 +17,7 @@ from mgtrain.engine.step import autocast, memory_format, part_of
 from mgtrain.errors import MgtrainError, one_line
 from mgtrain.models.norm import undisturbed
 from mgtrain.models.part import set_part
-from mgtrain.processes.distributed import World
+from mgtrain.processes.distributed import World, no_sync, unwrap
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan, Step
 from mgtrain.schedule.plan import Kind
@@ -46,11 +46,14 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)  # not all operations have such a kernel
 
 
-def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: World) -> Run:
+def warm_up(replica: nn.Module, recipe: Recipe, plan: Plan, start: int, world: World) -> Run:
     """Run each kind of step from `start` on once, so that cuDNN chooses its algorithms; returns a step's context.
 
     With `hardware.compile`, the kind with the most work left is compiled first, then every other that it pays for.
+    `replica` is what `replicate` returns: torch cuts the code that it compiles in a call of it at the buckets of
+    gradients, so that ranks exchange them during the backward pass.
     """
+    model = unwrap(replica)
     compiles = recipe.hardware.compile != "no"
     if not compiles and world.device.type == "cpu":
         return lambda step: nullcontext()
@@ -59,8 +62,8 @@ def warm_up(model: nn.Module, recipe: Recipe, plan: Plan, start: int, world: Wor
         eager = {}
         for kind, (step, _) in left.items():
             with lack_explained(step, recipe, world):
-                eager[kind] = world.from_main(_timed(model, recipe, step, world))
-        chosen = _compiled(model, recipe, left, eager, world) if compiles else frozenset()
+                eager[kind] = world.from_main(_timed(replica, recipe, step, world))
+        chosen = _compiled(replica, recipe, left, eager, world) if compiles else frozenset()
     model.zero_grad(set_to_none=True)
     return lambda step: compiled(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
 
@@ -79,7 +82,7 @@ def compiled(model: nn.Module, recipe: Recipe) -> Iterator[None]:
 
 
 def _compiled(
-    model: nn.Module, recipe: Recipe, left: dict[Kind, tuple[Step, int]], eager: dict[Kind, float], world: World
+    replica: nn.Module, recipe: Recipe, left: dict[Kind, tuple[Step, int]], eager: dict[Kind, float], world: World
 ) -> frozenset[Kind]:
     """Compile the kinds for which that pays, until one cannot be compiled; returns those that have become faster."""
     torch._dynamo.config.recompile_limit = max(64, 4 * len(left))
@@ -91,8 +94,8 @@ def _compiled(
             continue  # each micro-batch of several would be compiled separately
         begun, now, failed = time.perf_counter(), 0.0, False
         try:
-            with compiled(model, recipe):
-                now = _timed(model, recipe, step, world)
+            with compiled(unwrap(replica), recipe):
+                now = _timed(replica, recipe, step, world)
         except MgtrainError:  # the run is asked to stop
             raise
         except Exception as error:  # of torch, of a compiler, or out of memory
@@ -114,18 +117,20 @@ def pays(steps: int, seconds: float, gain: float, cost: float) -> bool:
     return steps * seconds * gain > cost
 
 
-def _timed(model: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
-    """Seconds of a forward and backward pass of a micro-batch, the minimum of `PASSES`; all ranks run together."""
+def _timed(replica: nn.Module, recipe: Recipe, step: Step, world: World) -> float:
+    """Seconds of a micro-batch's forward and backward pass, without exchanging gradients: the minimum of `PASSES`."""
     shape, clips = step.shape, pass_clips(recipe, step.shape, step.bn_groups, world.size)
     pixels = torch.zeros(clips, 3, shape.frames, shape.crop, shape.crop, device=world.device)
     pixels = pixels.to(memory_format=memory_format(recipe))
 
     def forward_and_backward() -> None:
-        with autocast(recipe, world):
-            model(pixels).float().sum().backward()
+        with no_sync(replica, last=False):
+            with autocast(recipe, world):
+                logits = replica(pixels)
+            logits.float().sum().backward()
 
-    model.train()
-    set_part(model, replace(part_of(step, recipe, world, 0, clips), seed=0))
+    replica.train()
+    set_part(replica, replace(part_of(step, recipe, world, 0, clips), seed=0))
     return min(seconds_of(forward_and_backward, 2 + PASSES, world.device)[2:])
 
 
