@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,16 +27,6 @@ from mgtrain.processes.watchdog import Watchdog
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import make_plan
-
-
-@pytest.mark.parametrize("start", [0, 1, 5, 16])
-def test_the_steps_that_are_left_are_those_of_the_plan(start: int, tiny: Callable[..., Recipe]) -> None:
-    plan = make_plan(tiny(), 24)
-    walked = list(plan.steps(start))
-    found = plan.kinds(start)
-    assert {kind: count for kind, (_, count) in found.items()} == Counter((s.shape, s.bn_groups) for s in walked)
-    for kind, (step, _) in found.items():
-        assert step == next(one for one in walked if (one.shape, one.bn_groups) == kind)
 
 
 def _state(model: torch.nn.Module) -> dict[str, object]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -334,3 +336,13 @@ def test_without_fine_tuning_every_stage_has_a_long_cycle() -> None:
     assert [phase.lr_stage for phase in plan.phases] == [stage for stage in range(4) for _ in range(4)]
     assert plan.totals().epochs == pytest.approx(358.5, abs=0.01)
     assert len(make_plan(multigrid("schedule.fine_tune=false", "optim.stages=[10]"), 1000).phases) == 4
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 16])
+def test_the_kinds_of_steps_that_are_left_are_those_of_the_steps(start: int, tiny: Callable[..., Recipe]) -> None:
+    plan = make_plan(tiny(), 24)
+    walked = list(plan.steps(start))
+    found = plan.kinds(start)
+    assert {kind: count for kind, (_, count) in found.items()} == Counter((s.shape, s.bn_groups) for s in walked)
+    for kind, (step, _) in found.items():
+        assert step == next(one for one in walked if (one.shape, one.bn_groups) == kind)
