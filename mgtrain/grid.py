@@ -1,4 +1,8 @@
-"""Shapes of mini-batches and grids of clips, and coarse ones from the base (Wu et al. 2020, section 3)."""
+"""Shapes of mini-batches and grids of clips (Wu et al. 2020, section 3).
+
+A `Shape` is the size of a mini-batch, a `Grid` is how each of its clips is cut from a video. The functions derive
+coarse shapes and their grids from the base shape.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -19,12 +19,17 @@ import typer
 from typer import Option
 
 from mgtrain import __version__
-from mgtrain.cli.compare import compare, report, study, watch
+from mgtrain.cli.bench import bench_app, doctor
+from mgtrain.cli.checkpoints import ckpt_app
+from mgtrain.cli.compare import compare, report, watch
 from mgtrain.cli.data import data_app
 from mgtrain.cli.fit import fit
-from mgtrain.cli.plan import bench_app, doctor, plan
-from mgtrain.cli.recipes import init, recipes_app
-from mgtrain.cli.trained import ckpt_app, evaluate, export, predict, weights_app
+from mgtrain.cli.init import init
+from mgtrain.cli.plan import plan
+from mgtrain.cli.recipes import recipes_app
+from mgtrain.cli.study import study
+from mgtrain.cli.trained import evaluate, export, predict
+from mgtrain.cli.weights import weights_app
 from mgtrain.console import note, out
 from mgtrain.data.formats.reading import is_video
 from mgtrain.errors import MgtrainError, lack_of

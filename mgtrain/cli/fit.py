@@ -71,7 +71,7 @@ def fit(
         return
 
     from mgtrain.engine.fit import fit as train
-    from mgtrain.engine.fit import rehearse, render
+    from mgtrain.engine.rehearsal import rehearse, render
 
     if dry_run:
         with TemporaryDirectory() as kept_nowhere, connected(device, loaded.faults.timeout_seconds) as world:

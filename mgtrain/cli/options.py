@@ -35,6 +35,9 @@ GroupBy = Annotated[
         help=("The part of a path that names the video's source. Default: guess from the file names; none: no groups."),
     ),
 ]
+VideoCount = Annotated[
+    int | None, Option(min=1, max=10**9, help="Number of training videos. Default: as the data or recipe says.")
+]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 
 

@@ -1,27 +1,20 @@
-"""The commands about trained networks and their files: eval, predict, export, ckpt, weights."""
+"""The commands that use trained networks: eval, predict, export."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Argument, Option
 
 from mgtrain.cli.options import Device, Json, Overrides, Procs, check_finite, connected, start_ranks
-from mgtrain.console import note, out, show, warn
-from mgtrain.data.formats.reading import numbered_lines
+from mgtrain.console import out, show, warn
 from mgtrain.errors import CheckpointError, DataError, UsageError
-from mgtrain.recipe import parse_recipe
 from mgtrain.runs.folder import find_run
 
 if TYPE_CHECKING:
     from mgtrain.engine.trained import Trained
 
-ckpt_app = typer.Typer(name="ckpt", help="Inspect and verify checkpoints.", no_args_is_help=True)
-weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
 
 FEW_VIDEOS = 16  # so few videos are decoded before loader processes have started
 CheckpointArgument = Annotated[
@@ -202,134 +195,3 @@ def _caution(trained: Trained, path: Path) -> None:
             f"{path}: from between two evaluations, so its BatchNorm statistics may be those of coarse shapes; let the "
             "run go on to an evaluation, or name an evaluated checkpoint (see `mgtrain ckpt inspect`)"
         )
-
-
-@ckpt_app.command("inspect")
-def inspect_checkpoint(checkpoint: CheckpointArgument, json_: Json = False) -> None:
-    """Show the contents of a checkpoint.
-
-    Example:  mgtrain ckpt inspect demo_multigrid
-    """
-    from mgtrain.runs.checkpoint import read_info, tensor_shapes
-
-    path = checkpoint_path(checkpoint)
-    info, shapes = read_info(path), tensor_shapes(path)
-    numbers = {
-        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(part))
-        for part in ("model", "ema", "optimizer", "groups")
-    }
-    facts = {
-        "checkpoint": str(path),
-        "bytes": path.stat().st_size,
-        "step": info.step,
-        "evaluated": info.evaluated,
-        "recalibrated": info.recalibrated,
-        "training_seconds": info.train_seconds,
-        "model": parse_recipe(info.recipe, str(path), saved=True).model.name,
-        "classes": len(info.classes),
-        "tensors": len(shapes),
-        "numbers": numbers,
-        "training_videos": info.data,
-        "validation_videos": info.val_data,
-        "steps_left_out": info.left_out,
-    }
-    shown = {**facts, "numbers": ", ".join(f"{part} {count:,}" for part, count in numbers.items())}
-    lines = (f"{key.replace('_', ' '):18} {value}" for key, value in shown.items())
-    show(json_, {"schema": "mgtrain.ckpt_inspect/1", **facts, "recipe": info.recipe}, *lines)
-
-
-@ckpt_app.command("verify")
-def verify_checkpoints(
-    path: Annotated[str, Argument(metavar="PATH", help="A checkpoint file, or a run: all of its checkpoints.")],
-    json_: Json = False,
-) -> None:
-    """Verify checkpoints against their checksums. Exits with 4 if one is damaged.
-
-    Example:  mgtrain ckpt verify demo_multigrid
-    """
-    files = [Path(path)] if Path(path).is_file() else find_run(path).checkpoints()
-    if not files:
-        raise CheckpointError(f"{path}: no checkpoint yet; train it with `mgtrain fit`")
-
-    from mgtrain.runs.checkpoint import verify
-
-    damaged: dict[str, str] = {}
-    for file in files:
-        try:
-            verify(file)
-        except CheckpointError as error:
-            damaged[str(file)] = str(error)
-    names = [str(file) for file in files]
-    result = {"schema": "mgtrain.ckpt_verify/1", "checkpoints": names, "damaged": damaged}
-    show(json_, result, *(damaged.get(name, f"{name}: whole") for name in names))
-    if damaged:
-        raise CheckpointError(f"{len(damaged)} of {len(files)} checkpoints are damaged; --resume skips them")
-
-
-@weights_app.command("import")
-def import_weights(
-    file: Annotated[
-        Path | None,
-        Argument(help="Weights of PySlowFast (.pyth or Caffe2 .pkl), PyTorchVideo, MMAction2, torchvision or mgtrain."),
-    ] = None,
-    *,
-    from_: Annotated[
-        str | None, Option("--from", help="Download torchvision:resnet50, torchvision:r3d_18 ... instead of a file.")
-    ] = None,
-    to: Annotated[
-        Path | None, Option(help="The .safetensors file to write. Default: only report what matches.")
-    ] = None,
-    model: Annotated[
-        str | None, Option(help="The model to load them into, such as i3d_r50. Default: the model they are from.")
-    ] = None,
-    classes: Annotated[
-        Path | None, Option(help="A file of class names to store, one per line. Default: those of the weights.")
-    ] = None,
-    at_least: Annotated[
-        float, Option(min=0, max=1, help="Least share of the model's tensors to load; exit with 6 below it.")
-    ] = 1.0,
-    json_: Json = False,
-) -> None:
-    """Convert weights of another project. 2-D weights become 3-D. Nothing in the file is executed.
-
-    A recipe starts from the result, or from the original file, with init.weights=FILE.
-
-    Examples:  mgtrain weights import SLOWFAST_8x8_R50.pyth --to k400.safetensors
-    |  mgtrain weights import --from torchvision:resnet50 --model i3d_r50 --to in1k.safetensors
-    """
-    if (file is None) == (from_ is None):
-        raise UsageError("give either a FILE or --from torchvision:NAME")
-
-    import torch
-
-    from mgtrain.models import TORCHVISION, build_model
-    from mgtrain.models.weights.load import (
-        download,
-        load_weights,
-        model_options,
-        read_classes,
-        read_weights,
-        save_weights,
-    )
-
-    path, names = (file, read_classes(file)) if file else download(str(from_))
-    named = (from_ or "").partition(":")[2]
-    model = model or (named if named in TORCHVISION else None)
-    weights = read_weights(path, common=model not in TORCHVISION)
-    options = model_options(weights, model)
-    names = tuple(text for _, text in numbered_lines(classes)) if classes else names
-    if classes and len(names) != options["classes"]:
-        raise UsageError(f"{classes}: names {len(names)} classes, the weights have {options['classes']}")
-    with torch.device("meta"):
-        target = build_model(**options)
-    target.to_empty(device="cpu")
-    report = load_weights(target, weights)
-    kept = {key: value for key, value in options.items() if key != "classes"}
-    result = {"schema": "mgtrain.weights_import/1", "file": str(path), "to": str(to) if to else None}
-    facts = {"share": report.share, "model": kept, "classes": options["classes"], **asdict(report)}
-    section = ", ".join(f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in kept.items())
-    show(json_, {**result, **facts}, *report.lines(), f"model: {{{section}}}, of {options['classes']} classes")
-    report.demand(at_least, path)
-    if to:
-        save_weights(to, target, options, names, report.matched, report.project)
-        note(f"wrote {to}; a recipe starts from it with init.weights={to}")

@@ -83,7 +83,11 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         return clips_of(cuts, self.pictures(wanted_frames(cuts), box), box[:2])
 
     def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Pictures:
-        """Decode frames upright; `box` is a part of them, before rotation. After damage, numbers may be repeated."""
+        """Decode frames, uint8 (H, W, 3) RGB, upright, each with its ascending frame numbers among `wanted`.
+
+        With `box`, only that part of the frames, in the coordinates of stored frames (before rotation). If a video is
+        damaged, it may start again and repeat numbers.
+        """
         none, box = True, box or (0, 0, *self._size)
         try:
             for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):

@@ -64,7 +64,7 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
         return clips_of([self._smaller(cut, by) for cut in cuts], pictures)
 
     def pictures(self, wanted: Sequence[int]) -> Pictures:
-        """The wanted frames."""
+        """Frames as uint8 (H, W, 3) RGB, each with the wanted number that it stands for."""
         return ((self._picture(index, 1), (index,)) for index in wanted)
 
     def decodable(self, wanted: range | None = None) -> int:

@@ -67,7 +67,7 @@ class BadVideos:
 def train_batches(
     videos: Videos, recipe: Recipe, steps: Iterable[Step], world: World, bad: BadVideos | None = None
 ) -> Batches:
-    """This rank's share of each step."""
+    """This rank's share of each step, on its device: uint8 (b, 3, T, S, S), and labels as in `Loaded`."""
     order = Order.of(videos, recipe)
     requests = (step_requests(step, order, world.rank, world.size) for step in steps)
     return batches_of(RandomClips(videos, recipe), requests, recipe, world, bad)
@@ -76,7 +76,7 @@ def train_batches(
 def recalibration_batches(
     videos: Videos, count: int, recipe: Recipe, world: World, bad: BadVideos | None = None
 ) -> Batches:
-    """`count` batches of random training clips on the evaluation grid, the same in every call."""
+    """`count` batches of random training clips on the evaluation grid, the same in every call; as `train_batches`."""
     grid, share, order = evaluation_grid(recipe), recipe.batch.clips // world.size, Order.of(videos, recipe)
     firsts = (batch * recipe.batch.clips + world.rank * share for batch in range(count))
     steps = (list(order.requests(range(first, first + share), grid)) for first in firsts)

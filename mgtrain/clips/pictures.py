@@ -26,9 +26,10 @@ class UnconvertibleError(Exception):
 
 
 def converted(frames: Frames, size: tuple[int, int], box: Box, reformatter: VideoReformatter) -> Pictures:
-    """Convert a box of each frame, several frames at once; yields views. Raises `UnconvertibleError`.
+    """Convert a box of each frame to uint8 (height, width, 3) RGB, several frames at once; yields views.
 
     Frames of another size than `size` (width, height) are resized first. `reformatter` keeps its tables between calls.
+    Raises `UnconvertibleError` if their format cannot be converted.
     """
     most = max(1, min(TOGETHER, PIXELS_TOGETHER // (box[2] * box[3])))
     frames = iter(frames)
@@ -105,7 +106,10 @@ def box_around(boxes: Sequence[Box]) -> Box:
 
 
 class Clip:
-    """Collects a clip from decoded frames, or boxes of them with the top left `corner`; resamples several at once."""
+    """Collects the frames of a clip as they are decoded, and resamples several at once.
+
+    The pictures are whole frames, or a box of them that contains the clip's region and whose top left is `corner`.
+    """
 
     def __init__(self, cut: Cut, corner: tuple[int, int] = (0, 0)) -> None:
         self.cut = cut
@@ -119,7 +123,10 @@ class Clip:
         self._waiting: list[tuple[list[int], np.ndarray]] = []  # regions to resample, (h, w, 3), with their places
 
     def put(self, indices: Iterable[int], picture: np.ndarray) -> None:
-        """Add a picture, uint8 (H, W, 3), of these source frames; it must not change until the clip is complete."""
+        """Add a picture, uint8 (H, W, 3), of the source frames with these numbers, if the clip has one of them.
+
+        The caller must not change the picture until the clip is complete.
+        """
         places = [t for index in indices for t in self._wanted.get(index, ())]
         if places:
             self._waiting.append((places, picture[self._rows, self._columns]))

@@ -54,7 +54,7 @@ class Part(AbstractContextManager["Part"]):
         return self.whole.read([replace(cut, frames=tuple(k + self.first for k in cut.frames)) for cut in cuts])
 
     def pictures(self, wanted: Sequence[int]) -> Pictures:
-        """The wanted frames; their numbers count from the stretch's first."""
+        """Frames as uint8 (H, W, 3) RGB, each with the wanted numbers that it stands for, from the stretch's first."""
         for picture, indices in self.whole.pictures([index + self.first for index in wanted]):
             yield picture, [index - self.first for index in indices]
 

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mgtrain.console import note
-from mgtrain.data.formats import published
+from mgtrain.data.formats.charades import read_charades
 from mgtrain.data.formats.folder import read_folder
+from mgtrain.data.formats.kinetics import read_kinetics
 from mgtrain.data.formats.listfile import read_list
 from mgtrain.data.formats.reading import check_exists, numbered_lines
+from mgtrain.data.formats.something_something import read_something_something
+from mgtrain.data.formats.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.data.manifest import Checked
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
@@ -21,22 +24,23 @@ from mgtrain.recipe import Data, Recipe
 
 DATASETS: dict[str, Callable[..., Videos]] = {
     "list": read_list,
-    "kinetics": published.read_kinetics,
+    "kinetics": read_kinetics,
     "folder": read_folder,
-    "something_something": published.read_something_something,
-    "charades": published.read_charades,
-    "ucf101": published.read_ucf101,
-    "hmdb51": published.read_hmdb51,
+    "something_something": read_something_something,
+    "charades": read_charades,
+    "ucf101": read_ucf101,
+    "hmdb51": read_hmdb51,
 }
 
 
 def open_videos(
     format: str, root: str, source: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> Videos:
-    """Read the videos of a split from `source`, a file or folder in a format of `DATASETS`, absolute or within `root`.
+    """Read the videos of a split from `source`, a file or folder in a format of `DATASETS`.
 
-    `classes` defaults to `listed_classes`, or else to the format's default. With `outside_root`, a list may have videos
-    outside of the root. Raises `DataError` if the annotations cannot be read, or are not valid.
+    `source` is absolute or relative to `root`. `classes` defaults to the lines of a `classes.txt` next to `source` or
+    in the root, or else to the format's default. With `outside_root`, a list may have videos outside of the root.
+    Raises `DataError` if the annotations cannot be read, or are not valid.
     """
     options = {"outside_root": True} if outside_root else {}
     try:

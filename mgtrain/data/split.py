@@ -139,9 +139,11 @@ def _place(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    ids: np.ndarray  # int64 (N,): the group of each video
-    rule: str  # that found them
-    example: str  # a video and its group
+    """The group of each video, `ids` int64 (N,); the `rule` that found them, and an `example` for one video."""
+
+    ids: np.ndarray
+    rule: str
+    example: str
 
     def __str__(self) -> str:
         return f"{self.rule}: {len(np.unique(self.ids))} groups, each in one part ({self.example})"

@@ -1,38 +1,30 @@
-"""The training loop, and a dry run that shows before a long run whether it works.
+"""The training loop.
 
 Only the `Learner` and the number of finished steps change during a run.
 """
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
-from rich.table import Table
 from torch import Tensor
 
 from mgtrain.clips.loader import train_batches
-from mgtrain.console import size, table
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.finite import report_skipped
-from mgtrain.engine.machine.memory import Memory, peak, reset_peak
 from mgtrain.engine.recalibrate import batches_needed, recalibrate, remembered
 from mgtrain.engine.record import Clock, Record
 from mgtrain.engine.resume import newest_checkpoint, restore, save
 from mgtrain.engine.start import start
 from mgtrain.engine.step import train_step
 from mgtrain.errors import StoppedError
-from mgtrain.grid import Shape
 from mgtrain.processes.distributed import Agreement, World
 from mgtrain.processes.signals import StopRequest
 from mgtrain.recipe import Recipe
-from mgtrain.runs.boards.services import check_boards
 from mgtrain.runs.checkpoint import CheckpointInfo
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.scores import Scores
 from mgtrain.schedule import Step
-from mgtrain.schedule.totals import steps_of_shapes
 
 
 def fit(
@@ -114,57 +106,3 @@ def fit(
                 scores, state = evaluated(step)
     with learner.averaged():
         return scores or evaluate(model, val, recipe, world).scores()
-
-
-def rehearse(recipe: Recipe, run: RunDir, world: World) -> dict[str, Any]:
-    """Start as `fit` does, then train the first step of each shape; plain values of the schema mgtrain.dry_run/1."""
-    check_boards(recipe.logging)
-    local = recipe.changed("logging", wandb=None, mlflow=None)
-    training = start(local, run, world, resume=False, allow_changes=False)
-    recipe, plan, learner = training.recipe, training.plan, training.learner
-    firsts, counts = plan.first_steps(), steps_of_shapes(plan)
-    estimated = Memory(recipe, firsts)
-    batches = train_batches(training.train, recipe, firsts.values(), world)
-    rows = []
-    for shape, step in firsts.items():
-        reset_peak(world.device)
-        begun = time.perf_counter()
-        clips, labels = next(batches)
-        loaded = time.perf_counter()
-        with training.step(step):
-            result = train_step(training.replica, learner.optimizer, learner.scaler, clips, labels, step, recipe, world)
-        report_skipped([(step, result.bad)], 0, recipe, training.train, run)  # waits for the device
-        seconds = time.perf_counter() - loaded
-        mine = torch.tensor([loaded - begun, seconds, peak(world.device)], dtype=torch.float64)
-        data_seconds, step_seconds, peak_bytes = world.gather(mine.to(world.device)).amax(0).tolist()
-        rows.append(
-            {
-                "shape": asdict(shape),
-                "steps": counts[shape],
-                "data_seconds": data_seconds,
-                "step_seconds": step_seconds,
-                "estimated_bytes": estimated.step(shape, step.bn_groups, world.size),
-                "peak_bytes": int(peak_bytes),
-            }
-        )
-        world.watchdog.beat()
-    run.close()
-    return {"schema": "mgtrain.dry_run/1", "device": world.device.type, "ranks": world.size, "shapes": rows}
-
-
-def render(found: dict[str, Any]) -> Table:
-    """What `rehearse` found as a table for the terminal."""
-    measured = "peak of the GPU" if found["device"] == "cuda" else "peak of the process"
-    names = ("shape", "steps", "waited for data", "first step", "estimated memory", measured)
-    rows = (
-        (
-            str(Shape(**row["shape"])),
-            f"{row['steps']:,}",
-            f"{row['data_seconds']:.2f} s",
-            f"{row['step_seconds']:.2f} s",
-            size(row["estimated_bytes"]),
-            size(row["peak_bytes"]),
-        )
-        for row in found["shapes"]
-    )
-    return table(names, rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mgtrain.engine.update.optim import Average
+from mgtrain.engine.update.average import Average
 from mgtrain.errors import CheckpointError
 from mgtrain.models.norm import group_stats, merge_group_stats
 from mgtrain.processes.distributed import World

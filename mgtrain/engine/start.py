@@ -18,7 +18,8 @@ from mgtrain.engine.machine.warmup import Run, set_up, warm_up
 from mgtrain.engine.record import describe_run, environment, show_run, show_step
 from mgtrain.engine.resume import Learner, resume_run
 from mgtrain.engine.step import to_device
-from mgtrain.engine.update.optim import Average, make_optimizer
+from mgtrain.engine.update.average import Average
+from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import CheckpointError, PlanError
 from mgtrain.models.norm import group_slots
 from mgtrain.models.weights.load import start_from

@@ -85,7 +85,10 @@ def clipped(model: nn.Module, most: float | None) -> Tensor:
 
 
 def loss_sum_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
-    """The sum of the clips' losses: cross entropy, or with several labels the mean binary cross entropy of classes."""
+    """The sum of the clips' losses: cross entropy, or with several labels the mean binary cross entropy of classes.
+
+    Logits (B, classes); targets as `augmented` returns them.
+    """
     if recipe.data.multi_label:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=recipe.augment.label_smoothing)

@@ -26,5 +26,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(name: str, *, classes: int, **options: Any) -> nn.Module:
-    """Build the named network; raise `UsageError` if it is the user's own and cannot be built."""
+    """Build the named network, from normalized clips, float (B, 3, T, S, S), to logits (B, classes).
+
+    Raises `UsageError` if it is the user's own and cannot be built.
+    """
     return MODELS[name](classes, **options)

@@ -54,11 +54,15 @@ class Dropout(nn.Module):
 
 
 class DropFeatures(Dropout):
-    axes = 1  # of (B, C, ...) drops whole channels
+    """Dropout of whole channels of (B, C, ...)."""
+
+    axes = 1
 
 
 class DropPath(Dropout):
-    axes = 0  # drops whole clips: stochastic depth (Huang et al. 2016)
+    """Dropout of whole clips of (B, ...): stochastic depth (Huang et al. 2016)."""
+
+    axes = 0
 
 
 # A custom operation, because tracing would stop at the generator.

@@ -143,7 +143,10 @@ def spread_apart(grad: Tensor, kind: Kind) -> Tensor:
 
 
 def input_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, apart: Tensor | None = None) -> Tensor:
-    """The gradient of `output` by `x`, which gives only the size; `apart`: what `spread_apart` returns, if known."""
+    """The gradient of `output` by `x`, of which only the size counts: (B, T, H, W, C).
+
+    `apart` is the result of `spread_apart`, if the caller has it.
+    """
     frames, _, flat = form.partition(" ")
     if not flat:
         return _conv3d_grad(grad, x, weight, kind, form, of=0).contiguous()
@@ -162,7 +165,10 @@ def input_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, a
 
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, kind: Kind, form: str, apart: Tensor | None = None) -> Tensor:
-    """The gradient of `output` by `weight`, which gives only the size; `apart`: as for `input_grad`."""
+    """The gradient of `output` by `weight`, of which only the size counts: (O, k, kh, kw, C).
+
+    `apart` is the result of `spread_apart`, if the caller has it.
+    """
     frames, _, flat = form.partition(" ")
     if not flat:
         return _conv3d_grad(grad, x, weight, kind, form, of=1)

@@ -67,7 +67,8 @@ def crowded(busy: float | None) -> bool:
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory for the next step; returns whether it does.
 
-    Otherwise the kernel clears every page that a step on a CPU allocates, which takes up to half of the step's time.
+    A step on a CPU allocates and frees hundreds of megabytes. If the memory returns to the system, the kernel clears
+    every page when the next step allocates it, which takes up to half of a step's time.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -216,7 +216,10 @@ def _refuse_other_devices(everyone: Places) -> None:
 
 
 def joined(device: torch.device | str | None = None) -> World:
-    """This process in a process group that somebody else has initialized, or alone; by default on a GPU if any."""
+    """This process among the ranks of a process group that somebody else has initialized; alone if there is none.
+
+    `device` None: the current GPU, or the CPU where there is none.
+    """
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():

@@ -25,6 +25,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically, as `replacing` does."""
+    """Write bytes to a file atomically; makes its folder. An `OSError` names `path`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -1,4 +1,7 @@
-"""Read a recipe with overrides; without aliases and tags it cannot run code or expand without bounds."""
+"""Read a recipe file or a shipped recipe, with overrides; an error is one line that starts with `file:line:`.
+
+Aliases and tags are not allowed, so a recipe cannot run code or expand without bounds.
+"""
 
 import difflib
 import json
@@ -107,7 +110,10 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def parse_yaml(text: str, name: str, expected: str = "") -> Any:
-    """The YAML document as ruamel's dicts and lists, which know their lines; `expected` is what to say of others."""
+    """The YAML document as ruamel's dicts and lists, which know their lines; it must be a mapping.
+
+    `expected` is the message if it is something else.
+    """
     yaml = YAML(typ="rt", pure=True)
     depth = 0
     try:

@@ -168,10 +168,16 @@ class Plan(Sequence[Step]):
 
     def fewest_groups(self) -> dict[Shape, int]:
         """Each distinct shape -> its number of BatchNorm groups, in the phase where they have the most clips."""
-        return dict(sorted(self.kinds(), reverse=True))  # of a shape's numbers, the last and smallest stays
+        fewest: dict[Shape, int] = {}
+        for shape, groups in self.kinds():
+            fewest[shape] = min(groups, fewest.get(shape, groups))
+        return fewest
 
     def milestones(self, times: int) -> tuple[int, ...]:
-        """The numbers of steps after which to evaluate: `times`, equally spaced, the last at the end."""
+        """The numbers of steps after which to evaluate: `times` of them, equally spaced, the last at the end.
+
+        They do not depend on the phases, so a baseline and its multigrid run evaluate equally often.
+        """
         return tuple(sorted({max(1, round(len(self) * k / times)) for k in range(1, times + 1)}))
 
     def phase_lr(self, phase: Phase, index: int | None = None) -> float:

@@ -17,7 +17,8 @@ from mgtrain.engine.start import open_data
 from mgtrain.engine.step import clipped
 from mgtrain.engine.trained import load_trained
 from mgtrain.engine.trained.export import export
-from mgtrain.engine.update.optim import Average, kept, layers, make_optimizer
+from mgtrain.engine.update.average import Average, kept
+from mgtrain.engine.update.optim import layers, make_optimizer
 from mgtrain.errors import UsageError
 from mgtrain.models import build_model
 from mgtrain.models.weights.load import load_weights, read_weights

@@ -26,7 +26,7 @@ from mgtrain.processes.distributed import World
 from mgtrain.processes.watchdog import Watchdog
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
-from mgtrain.schedule import make_plan
+from mgtrain.schedule import Step, make_plan
 
 
 def _state(model: torch.nn.Module) -> dict[str, object]:
@@ -116,17 +116,31 @@ def always(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., object]) -> N
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore")  # torch._dynamo's own
-def test_a_layer_is_compiled_once_for_a_number_of_groups_and_keeps_its_place(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs, places = [], []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that are compiled, which then run as they are."""
+    found: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     always(monkeypatch, backend)
+    return found
+
+
+def black(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """Black clips of a step, uint8 (B, 3, T, S, S), and their labels, int64 (B,)."""
+    clips, frames, crop = step.shape.clips, step.shape.frames, step.shape.crop
+    pixels = torch.zeros(clips, 3, frames, crop, crop, dtype=torch.uint8)
+    return pixels.contiguous(memory_format=torch.channels_last_3d), torch.zeros(clips).long()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch._dynamo's own
+def test_a_layer_is_compiled_once_for_a_number_of_groups_and_keeps_its_place(
+    tiny: Callable[..., Recipe], graphs: list[torch.fx.GraphModule]
+) -> None:
+    places = []
     norm = GroupBatchNorm3d(3)
     model, x = torch.nn.Sequential(norm, DropFeatures(0.5)), torch.randn(8, 3, 2, 4, 4)
     recipe = tiny("hardware.compile=default")
@@ -148,16 +162,9 @@ def test_a_layer_is_compiled_once_for_a_number_of_groups_and_keeps_its_place(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_kind_of_step_is_compiled_once_and_not_in_the_run(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, graphs: list[torch.fx.GraphModule]
 ) -> None:
     """The tiny recipe has steps of one shape with several numbers of BatchNorm groups."""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    always(monkeypatch, backend)
     monkeypatch.setattr(warmup, "PASSES", 1)
     monkeypatch.setattr(warmup, "_timed", faster_each_time(warmup._timed))
     recipe, world = tiny("hardware.compile=default"), World()
@@ -169,33 +176,21 @@ def test_a_kind_of_step_is_compiled_once_and_not_in_the_run(
     mode = warm_up(model, recipe, plan, 0, world)
     assert len(graphs) == len(kinds)  # nor is a pass cut in two
     for step in plan:
-        shape = step.shape
-        clips = torch.zeros(shape.clips, 3, shape.frames, shape.crop, shape.crop, dtype=torch.uint8)
-        clips = clips.contiguous(memory_format=torch.channels_last_3d)
         with mode(step):
-            train_step(model, optimizer, scaler, clips, torch.zeros(shape.clips).long(), step, recipe, world)
+            train_step(model, optimizer, scaler, *black(step), step, recipe, world)
     assert len(graphs) == len(kinds)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_code_is_cut_where_ranks_exchange_gradients(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    always(monkeypatch, backend)
     monkeypatch.setattr(warmup, "PASSES", 1)
     monkeypatch.setattr(warmup, "_timed", faster_each_time(warmup._timed))
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # of a small network
     recipe = tiny("hardware.compile=default")
     plan = make_plan(recipe, 24)
     step = plan[len(plan) - 1]
-    clips = torch.zeros(step.shape.clips, 3, step.shape.frames, step.shape.crop, step.shape.crop, dtype=torch.uint8)
-    clips = clips.contiguous(memory_format=torch.channels_last_3d)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         replica = DistributedDataParallel(make_model(recipe), broadcast_buffers=False, bucket_cap_mb=0.1)
@@ -205,7 +200,7 @@ def test_compiled_code_is_cut_where_ranks_exchange_gradients(
         graphs.clear()
         optimizer, scaler = make_optimizer(replica.module, recipe.optim), torch.amp.GradScaler("cpu", enabled=False)
         with mode(step):
-            train_step(replica, optimizer, scaler, clips, torch.zeros(len(clips)).long(), step, recipe, World())
+            train_step(replica, optimizer, scaler, *black(step), step, recipe, World())
         assert graphs == []
     finally:
         torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mgtrain.cli.trained import import_weights
+from mgtrain.cli.weights import import_weights
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.fit import fit
 from mgtrain.engine.update.optim import make_optimizer

@@ -226,29 +226,27 @@ def test_the_end_of_a_shard_counts(sharded: Path, tmp_path: Path):
     assert list(verify(out, 1)) == [str(shard)]
 
 
+def assert_refused_with(folder: Path, key: str, value: object) -> None:
+    """A set is refused if a level of its first video has another value."""
+    first, *others = (folder / "videos.jsonl").read_text().splitlines(keepends=True)
+    record = json.loads(first)
+    record["levels"][1][key] = value
+    (folder / "videos.jsonl").write_text("".join([json.dumps(record) + "\n", *others]))
+    with pytest.raises(DataError, match="lacks keys or has wrong values; prepare the set again"):
+        verify(folder, 1)
+
+
 @pytest.mark.parametrize("value", ["x", -1, None, 1.5])
 @pytest.mark.parametrize("key", ["shard", "offset", "bytes"])
 def test_a_manifest_with_absurd_places_is_refused(sharded: Path, tmp_path: Path, key: str, value: object):
-    out = copied(sharded, tmp_path / "out")
-    first, *others = (out / "videos.jsonl").read_text().splitlines(keepends=True)
-    record = json.loads(first)
-    record["levels"][1][key] = value
-    (out / "videos.jsonl").write_text("".join([json.dumps(record) + "\n", *others]))
-    with pytest.raises(DataError, match="lacks keys or has wrong values; prepare the set again"):
-        verify(out, 1)
+    assert_refused_with(copied(sharded, tmp_path / "out"), key, value)
 
 
 @pytest.mark.parametrize(("key", "value"), [("level", 17), ("bytes", "x"), ("width", None)])
 def test_a_manifest_with_absurd_levels_is_refused_without_shards_too(
     files: Path, tmp_path: Path, key: str, value: object
 ):
-    out = copied(files, tmp_path / "out")
-    first, *others = (out / "videos.jsonl").read_text().splitlines(keepends=True)
-    record = json.loads(first)
-    record["levels"][1][key] = value
-    (out / "videos.jsonl").write_text("".join([json.dumps(record) + "\n", *others]))
-    with pytest.raises(DataError, match="lacks keys or has wrong values; prepare the set again"):
-        verify(out, 1)
+    assert_refused_with(copied(files, tmp_path / "out"), key, value)
 
 
 def test_the_command_prepares_and_verifies_shards(mgtrain: Start, tiny_text: str, files: Path, tmp_path: Path):

@@ -244,6 +244,7 @@ def stretch(offset: int, extent: int, source: int, target: int) -> tuple[int, in
 
 @stage("demux")
 def read_bytes(file: int, begin: int, end: int) -> bytes:
+    """Read bytes `begin .. end` of an open file."""
     return os.pread(file, end - begin, begin)
 
 

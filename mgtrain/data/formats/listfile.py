@@ -25,13 +25,15 @@ SAMPLE = 10_000  # lines to recognize a list's dialect from
 def read_list(root: str, source: str, classes: Sequence[str] | None, outside_root: bool = False) -> Videos:
     """The videos of the text file `source`: one `path label` or `path,label` per line, paths relative to `root`.
 
-    The label is the last field, so paths may contain spaces and commas, unless the first line names the columns. A
+    The label is the last field, so paths may contain spaces and commas. If the first line names the columns, as in
+    `path,label`, path and label are found by name and other columns are ignored. Either may be in double quotes. A
     label is the number of a class, or with `classes` its name; without `classes` the classes are the numbers up to the
     largest label. Several labels of a video are separated by semicolons (`3;17`), a dash means none, and either makes
-    the set multi-label. Lines that start with # are skipped. The video files need not exist.
+    the set multi-label. Empty lines and lines that start with # are skipped. The video files need not exist.
 
-    Paths outside the root are refused unless `outside_root`; links in it may lead to other disks. `remarks` describe
-    what was recognized beyond `path label`. Raises `DataError` if a line is not valid, or there is no video.
+    Paths outside the root (`..`, or absolute) are refused unless `outside_root`. Symbolic links are not resolved, so
+    the root may contain links to other disks. `remarks` describe what was recognized beyond `path label`. Raises
+    `DataError` if a line is not valid, or there is no video.
     """
     listing = Path(root, source)
     lines = [(number, line) for number, line in numbered_lines(listing) if not line.startswith("#")]

@@ -113,7 +113,11 @@ def _compiled(
 
 
 def pays(steps: int, seconds: float, gain: float, cost: float) -> bool:
-    """Whether saving the share `gain` of `steps` steps of `seconds` exceeds the `cost` of compiling, in seconds."""
+    """Whether saving the share `gain` of `steps` steps of `seconds` exceeds the `cost` of compiling, in seconds.
+
+    >>> pays(steps=1000, seconds=0.5, gain=0.2, cost=60), pays(steps=100, seconds=0.5, gain=0.2, cost=60)
+    (True, False)
+    """
     return steps * seconds * gain > cost
 
 

@@ -1,9 +1,8 @@
-"""The optimizer, SGD or AdamW over groups of parameters with their own settings, and the average of the weights."""
+"""The optimizer, SGD or AdamW over groups of parameters with their own settings."""
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +62,8 @@ def set_lr(optimizer: torch.optim.Optimizer, step: Step) -> None:
 def undecayed_names(model: nn.Module, optim: Optim) -> set[str]:
     """The names of the parameters without weight decay: those of normalizations.
 
-    For AdamW also vectors, tables of positions and tokens, and what the network's `no_weight_decay()` names (timm).
+    For AdamW also all vectors (biases, scales), tables of positions and tokens by their names, and the names that the
+    network's `no_weight_decay()` returns, if it has one as timm's networks do.
     """
     names = {
         f"{path}.{name}".removeprefix(".")
@@ -155,51 +155,3 @@ class _AdamW(_InPlace, torch.optim.AdamW):
 def _flat(x: Tensor, like: Tensor) -> Tensor:
     """`x` with its dimensions sorted by the strides of `like`: contiguous if both have the same memory format."""
     return x.permute(sorted(range(like.dim()), key=like.stride, reverse=True))
-
-
-def kept(decay: float, base_clips: int, step: Step) -> float:
-    """The share of the average that a step keeps, a function of the step alone.
-
-    `decay` is that of a step of `base_clips` clips; a step of k times as many keeps its k-th power, so that the average
-    spans as many clips in a multigrid run as in its baseline (Busbridge et al. 2023). Early in a run it spans about a
-    tenth of the clips so far, so that the first weights are soon forgotten.
-    """
-    before = step.first_clip / base_clips
-    return float(min(decay, (1 + before) / (10 + before)) ** (step.shape.clips / base_clips))
-
-
-class Average:
-    """A moving average of a model's trained weights (EMA), which is evaluated and exported in their place."""
-
-    def __init__(self, model: nn.Module, decay: float, base_clips: int) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._decay, self._base_clips = decay, base_clips
-        self.restart()
-
-    def restart(self) -> None:
-        """Start from the model's weights as they are."""
-        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: Step, bad: Tensor) -> None:
-        """Add the weights after `step`, unless its update was skipped: `bad` is 1 then, on the device."""
-        share = (1 - kept(self._decay, self._base_clips, step)) * (1 - bad)
-        averages = [*self.weights.values()]
-        changes = torch._foreach_sub([*self._parameters.values()], averages)
-        torch._foreach_mul_(changes, share)
-        torch._foreach_add_(averages, changes)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the average's weights into the model within the block."""
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._put(self.weights)
-        try:
-            yield
-        finally:
-            self._put(own)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(weights[name])

@@ -259,7 +259,11 @@ def save_weights(
 
 
 def start_from(model: nn.Module, init: Init, fresh: bool) -> None:
-    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers."""
+    """Apply a recipe's `init:` section: load the weights, if the run is `fresh`, and freeze layers.
+
+    Raises `CheckpointError` if the file cannot be read, `ThresholdError` if too few of the model's tensors match, and
+    `UsageError` if the network does not have the stages to freeze.
+    """
     if init.weights and fresh:
         path = Path(init.weights)
         report = load_weights(model, read_weights(path, is_ours(model)))
