@@ -12,7 +12,7 @@ from mgtrain.engine.checks import check_shapes
 from mgtrain.grid import Shape
 from mgtrain.recipe import Recipe
 from mgtrain.runs.study.definition import Run, load_study, runs_of
-from mgtrain.runs.study.results import read_result
+from mgtrain.runs.study.results import read_result, write_study_page
 from mgtrain.schedule import check_world, make_plan
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +54,15 @@ def test_every_result_is_a_run_of_its_study_as_it_is_now() -> None:
             assert result.outcome.summary.finished
             assert result.outcome.env["git"]
             assert result in known
+
+
+def test_a_page_of_a_part_of_the_runs_says_that_the_conclusion_is_of_all_of_them(tmp_path: Path) -> None:
+    file = ROOT / "studies/demo.yaml"
+    study, page = load_study(file), tmp_path / "page.html"
+    results = [read_result(ROOT / f"studies/results/demo/{run.name}.json") for run in runs_in(file)]
+    for some, words in (
+        (results, "<p>Conclusion: "),
+        (results[:4], "<p>Conclusion of the complete study, not of these"),
+    ):
+        write_study_page(study, file, some, page)
+        assert words in page.read_text()

@@ -163,6 +163,7 @@ def write_study_page(study: Study, file: Path, results: Sequence[Result], path: 
         name=file.stem,
         file=file,
         study=study,
+        complete=len(results) == len(study.variants) * len(study.seeds) * max(1, len(study.folds)),
         columns=COLUMNS,
         rows=table_rows(compared),
         colours=[colours[variant] for variant in variants],
