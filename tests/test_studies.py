@@ -57,9 +57,9 @@ def test_every_result_is_a_run_of_its_study_as_it_is_now() -> None:
 
 
 def test_a_page_of_a_part_of_the_runs_says_that_the_conclusion_is_of_all_of_them(tmp_path: Path) -> None:
-    file = ROOT / "studies/demo.yaml"
+    file = ROOT / "studies/cycles.yaml"
     study, page = load_study(file), tmp_path / "page.html"
-    results = [read_result(ROOT / f"studies/results/demo/{run.name}.json") for run in runs_in(file)]
+    results = [read_result(ROOT / f"studies/results/cycles/{run.name}.json") for run in runs_in(file)]
     for some, words in (
         (results, "<p>Conclusion: "),
         (results[:4], "<p>Conclusion of the complete study, not of these"),

@@ -38,6 +38,7 @@ HOURS = {"cpu": 1.0, "cuda": 12.0}  # default training time of the baseline
 STAGE_ENDS = (0, 0.67, 0.89, 1)  # shares of the epochs between which a learning rate holds
 CLIPS = 8  # of a step on one device
 LEAST_EPOCHS = 15
+WARMUP_STEPS = 360  # of the baseline; of multigrid they are about 34
 MOST_EPOCHS = 200  # warn about too few videos if there are more
 
 
@@ -257,6 +258,8 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: s
     stride = max(1, min(size.stride, int(np.quantile(found.seconds, 0.25) * 30 / size.frames)))
     crop = max(48, min(size.crop, int(np.quantile(found.short_sides, 0.25)) // 16 * 16))
     low, high = (crop, crop * 5 / 4) if kind == "cpu" else (crop * 8 / 7, crop * 10 / 7)
+    # A sixth of the epochs, and in a short run, up to a third.
+    warmup = round(min(max(epochs / 6, WARMUP_STEPS * clips / len(train)), epochs / 3))
     lr, multigrid = 0.1 * clips / 64, "multigrid                  # with the paper's cycles"
     pairs, breaks = mirrored_pairs(train.classes)
     flip = "0.0                        # a class name contains left or right" if breaks else "0.5"
@@ -266,7 +269,7 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: s
     optim = f"""\
   lr: {lr:.4g}
   stages: {stages}            # epochs of each learning rate
-  warmup_epochs: {max(1, round(epochs / 6))}
+  warmup_epochs: {warmup}
   warmup_lr: {lr / 10:.4g}"""
     init = ""
     if network is not None:

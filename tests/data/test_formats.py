@@ -128,6 +128,8 @@ def test_list_labels_may_be_several_or_none(tmp_path: Path):
         videos = open_videos("list", str(tmp_path), "train.csv", ["x", "y", "z"])
         assert videos.multi_label
         assert [videos.labels(i) for i in range(3)] == [(0, 2), (), (1,)]
+        named = open_videos("list", str(tmp_path), "train.csv", ["x", "-", "z", "y"])  # a class may be called so
+        assert named.labels(1) == (1,)
     write_list(tmp_path, "a.mp4 1 9 0;2\nb.mp4 2 8 -\n")
     videos = open_videos("list", str(tmp_path), "train.csv")
     assert [videos.name(0), videos.name(1)] == ["a.mp4#t=1,9", "b.mp4#t=2,8"]

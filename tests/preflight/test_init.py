@@ -193,6 +193,13 @@ def test_size_grows_with_time_and_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert volume(1, 1e12)[1] > volume(1, 1e11)[1]
 
 
+def test_a_short_run_warms_up_for_a_larger_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e11)
+    for hours, share in ((0.01, 1 / 3), (100, 1 / 6)):
+        optim = propose(_found(), World(), 1, hours).recipe.optim
+        assert optim.warmup_epochs == pytest.approx(share * sum(optim.stages), abs=0.5)
+
+
 @pytest.mark.slow
 def test_gpu_sizes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 4e14)

@@ -110,7 +110,8 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     assert [run["evaluations"] for run in base["runs"] + group["runs"]] == [2] * 4
     page = (folder / "results/study/index.html").read_text()
     assert "Is it as good?" in page
-    assert f"<pre>mgtrain study {file}</pre>" in page
+    again = "runs/study_again"  # where no run has a result yet
+    assert f"<pre>mgtrain study {file} --runs {again} --results {again}/results</pre>" in page
     assert "schedule.long_cycle=[]" in page
     assert "<script" not in page
     # The runs' folders may go: the results are enough.

@@ -119,7 +119,7 @@ def _stretch(columns: Columns, cells: Sequence[str], where: str) -> Stretch | No
 def _labels_of(text: str, numbers: Mapping[str, int]) -> list[int] | None:
     """The numbers of the classes that a label names or numbers, none for a dash; None if it is not a label."""
     parts = [text] if text in numbers else [part.strip() for part in text.split(";")]
-    if parts == [NO_LABEL]:
+    if parts == [NO_LABEL] and NO_LABEL not in numbers:
         return []
     if not all(part in numbers or NUMBER_OF_CLASS.fullmatch(part) for part in parts):
         return None
