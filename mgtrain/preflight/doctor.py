@@ -163,7 +163,7 @@ def tf32() -> Finding:
 
 
 def _in_tf32() -> bool:
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return torch.backends.cudnn.allow_tf32
 
 
 def groups(device: torch.device) -> Finding:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgtrain.console import note
-from mgtrain.errors import MissingCapabilityError, RanksLostError, lack_of
+from mgtrain.errors import MissingCapabilityError, RanksLostError, StoppedError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
 from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
 from mgtrain.processes.signals import STOP_SIGNALS
@@ -157,7 +157,11 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             everyone: list[Any] = [None] * size
             dist.all_gather_object(everyone, (platform.node(), which_cores(), chosen.type))
             _refuse_other_devices(everyone)
-            yield World(rank, size, chosen, _share_of_cores(rank, everyone), watchdog)
+            try:
+                yield World(rank, size, chosen, _share_of_cores(rank, everyone), watchdog)
+            except StoppedError:  # all ranks stop after the same step
+                dist.destroy_process_group()
+                raise
             dist.destroy_process_group()
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):

@@ -224,7 +224,7 @@ class Hardware(Section):
         None,
         description=(
             "memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step "
-            "fits. null: the GPU's memory"
+            "fits. null, or more than a GPU's free memory: that"
         ),
     )
     recompute: bool = Field(

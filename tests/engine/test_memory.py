@@ -203,11 +203,12 @@ def test_all_ranks_take_the_micro_batches_of_the_one_with_the_least_memory(
     free = [int(2 * most), int(0.7 * most)]
     monkeypatch.setattr(World, "gather", lambda self, tensor: torch.tensor(free))
     chosen = []
-    for rank, there in enumerate(free):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, there=there: (there, 1 << 40))
-        chosen.append(fit_memory(recipe, plan, World(rank, ranks, torch.device("cuda"))))
-    assert chosen[0] == chosen[1]
-    assert chosen[0].hardware.micro_clips is not None
+    for given in (recipe, recipe.changed("hardware", memory_gib=1000)):  # more than there is
+        for rank, there in enumerate(free):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, there=there: (there, 1 << 40))
+            chosen.append(fit_memory(given, plan, World(rank, ranks, torch.device("cuda"))).hardware.micro_clips)
+    assert chosen[0] is not None
+    assert set(chosen) == {chosen[0]}
 
 
 def test_a_lack_of_memory_names_the_step_and_what_to_set(tiny: Callable[..., Recipe]) -> None:

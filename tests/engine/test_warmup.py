@@ -95,6 +95,24 @@ def test_a_shape_is_compiled_where_its_steps_win_back_the_time(
     assert len(tried) == (len(steps) if expected else 1 if eager > 1 else 0)
 
 
+def test_a_shape_of_many_groups_must_win_back_more(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    asked: list[tuple[int, float]] = []
+    monkeypatch.setattr(warmup, "pays", lambda steps, seconds, gain, cost: asked.append((steps, cost)) or False)
+    monkeypatch.setattr(warmup, "_timed", lambda *_: 1.0)
+    recipe = tiny("hardware.compile=default")
+    plan = make_plan(recipe, 24)
+    monkeypatch.setattr(World, "from_main", lambda self, value: value)
+    for ranks in (1, 2):
+        asked.clear()
+        warm_up(make_model(recipe), recipe, plan, 0, World(size=ranks))
+        assert set(asked) == {
+            (steps, warmup.FIRST_SECONDS * max(1, groups // ranks)) for (_, groups), (_, steps) in plan.kinds().items()
+        }
+        assert len({cost for _, cost in asked}) > 1
+
+
 def test_pays() -> None:
     assert pays(1000, 0.5, 0.2, 99)
     assert not pays(1000, 0.5, 0.2, 101)
@@ -264,20 +282,21 @@ def test_compiling_is_not_watched(
 
 
 def test_a_gpu_computes_as_the_recipe_says(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         warmup.set_up(tiny("hardware={tf32: false, deterministic: true}"), torch.device("cpu"))
-        assert (conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark) == before
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == before
         for tf32, deterministic in ((False, True), (True, False)):
             recipe = tiny(f"hardware={{tf32: {tf32}, deterministic: {deterministic}}}".lower())
             warmup.set_up(recipe, torch.device("cuda"))
-            assert conv.fp32_precision == matmul.fp32_precision == ("tf32" if tf32 else "ieee")
-            assert torch.backends.cudnn.benchmark is not deterministic
-            assert torch.are_deterministic_algorithms_enabled() is torch.backends.cudnn.deterministic is deterministic
+            assert cudnn.allow_tf32 is matmul.allow_tf32 is tf32
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")  # torch.compile reads it
+            assert cudnn.benchmark is not deterministic
+            assert torch.are_deterministic_algorithms_enabled() is cudnn.deterministic is deterministic
     finally:
-        conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark = before
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
         torch.use_deterministic_algorithms(False)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -96,6 +97,34 @@ def test_sums_of_many_splits_are_joined(monkeypatch: pytest.MonkeyPatch) -> None
     ours = results(lambda *tensors: fused.norm_groups(*tensors, 0.1, EPS, True), *given)
     for mine, exact in zip(ours, results(oracle(True), *(t.double() for t in given)), strict=True):
         assert mine == pytest.approx(exact, rel=2e-5, abs=2e-5)
+
+
+def test_compiled_code_has_one_node_for_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.models.fused.usable", lambda x: True)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.randn(8, 8, 1, 3, 3, device=DEVICE).to(memory_format=torch.channels_last_3d)
+    first, graphs = GroupBatchNorm3d(8).to(DEVICE), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    found = []
+    for compiled in (False, True):
+        norm = copy.deepcopy(first)
+        set_part(norm, Part(0, 8, 8, 4))
+        called = torch.compile(norm, backend=backend, fullgraph=True, dynamic=False) if compiled else norm
+        clips = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = called(clips, relu=True)
+        (y * y).sum().backward()
+        assert clips.grad is not None
+        of_weights = (parameter.grad for parameter in norm.parameters())
+        found.append([y.detach(), norm.group_mean, norm.group_var, clips.grad, *of_weights])
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+    assert len(graphs) == 1
+    assert [str(node.target) for node in graphs[0].graph.nodes].count("mgtrain.norm_groups.default") == 1
 
 
 def test_what_was_seen_before_and_is_not_a_number() -> None:

@@ -83,12 +83,13 @@ class Memory:
 
 
 def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
-    """The recipe with micro-batches that fit `hardware.memory_gib`, or the free memory of this GPU: see `limit`."""
+    """The recipe with micro-batches that fit `hardware.memory_gib` and the free memory of this GPU: see `limit`."""
     gib = recipe.hardware.memory_gib
-    if gib is None and world.device.type == "cuda":
+    if world.device.type == "cuda":
         torch.cuda.empty_cache()  # blocks that an earlier run of this process has kept are not free
         free = torch.tensor(torch.cuda.mem_get_info(world.device)[0])
-        gib = world.gather(free).min().item() / 2**30  # all ranks must choose the same micro-batches
+        free_gib = world.gather(free).min().item() / 2**30  # all ranks must choose the same micro-batches
+        gib = min(free_gib, gib or free_gib)
     if gib is None:
         return recipe
     changed = Memory(recipe, plan.shapes()).limit(plan, world.size, gib)

@@ -25,7 +25,8 @@ from mgtrain.schedule.plan import Kind
 log = logging.getLogger(__name__)
 
 MODES = {"default": "default", "graphs": "reduce-overhead"}  # of torch.compile
-FIRST_GAIN, FIRST_SECONDS = 0.2, 60.0  # saved share of a step and compile time, assumed for the first shape
+FIRST_GAIN = 0.2  # saved share of a step, assumed for the first shape
+FIRST_SECONDS = 60.0  # compile time, assumed likewise; on a CPU for each of a rank's BatchNorm groups
 PASSES = 3  # timed ones, after two that compile
 
 Run = Callable[[Step], AbstractContextManager[object]]
@@ -35,8 +36,8 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
     """On a GPU, apply the recipe's `hardware.tf32` and `hardware.deterministic` to this process."""
     if device.type != "cuda":
         return
-    for products in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
-        products.fp32_precision = "tf32" if recipe.hardware.tf32 else "ieee"
+    # Not by their new names, `fp32_precision`: torch.compile of torch 2.9 reads the old ones, and refuses a mixture.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = recipe.hardware.tf32
     deterministic = recipe.hardware.deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
@@ -86,11 +87,12 @@ def _compiled(
 ) -> frozenset[Kind]:
     """Compile the kinds for which that pays, until one cannot be compiled; returns those that have become faster."""
     torch._dynamo.config.recompile_limit = max(64, 4 * len(left))
-    chosen, spent, gain, seconds = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
+    chosen, spent, gain, of_part = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
     for kind in sorted(left, key=lambda kind: -left[kind][1] * eager[kind]):
         (shape, groups), (step, steps) = kind, left[kind]
         whole = pass_clips(recipe, shape, groups, world.size) == shape.clips // world.size
-        if not whole or not pays(steps, eager[kind], gain, seconds):
+        parts = 1 if world.device.type == "cuda" else max(1, groups // world.size)  # of a graph: a CPU's groups
+        if not whole or not pays(steps, eager[kind], gain, of_part * parts):
             continue  # each micro-batch of several would be compiled separately
         begun, now, failed = time.perf_counter(), 0.0, False
         try:
@@ -104,7 +106,7 @@ def _compiled(
         if world.any(failed):  # all ranks must decide alike
             break
         now, seconds = world.from_main((now, time.perf_counter() - begun - PASSES * now))
-        gain, spent = 1 - now / eager[kind], spent + seconds
+        gain, spent, of_part = 1 - now / eager[kind], spent + seconds, seconds / parts
         log.info(f"compiled {shape} in {duration(seconds)}: {1e3 * eager[kind]:.0f} -> {1e3 * now:.0f} ms a pass")
         if gain > 0:
             chosen.add(kind)

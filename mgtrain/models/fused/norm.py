@@ -47,10 +47,9 @@ def usable(x: Tensor) -> bool:
     """Whether `norm_groups` accepts these activations (B, C, T, H, W)."""
     return (
         x.device.type == "cuda"
-        and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.is_contiguous(memory_format=torch.channels_last_3d)
-        and works(x.device)
+        and (torch.compiler.is_compiling() or works(x.device))  # torch.compile itself needs Triton
     )
 
 
@@ -61,7 +60,14 @@ def norm_groups(
 
     Updates the groups' running `means` and (unbiased) `variances`, float32 (groups, C), in place.
     """
-    normed: Tensor = _NormGroups.apply(x, weight, bias, means, variances, momentum, eps, relu)
+    given = x, weight, bias, means, variances, momentum, eps, relu
+    if torch.compiler.is_compiling():
+        normed, _, *now = compiled_forward(*given)
+        with torch.no_grad():
+            for slots, updated in zip((means, variances), now, strict=True):
+                slots.copy_(updated)
+    else:
+        normed = _NormGroups.apply(*given)
     return normed
 
 
@@ -136,6 +142,48 @@ def _backward(
     grid = tiles, blocks, groups
     launch(kernels.input_gradient, grid, x, grad, grad_x, stats, sums, weight, bias, rows_of_group, RELU=relu, **tile)
     return grad_x, grad_weight, grad_bias
+
+
+# The same as custom operators: in a graph that torch.compile makes, one node for all groups. To be differentiable, they
+# must not change their inputs, so the first returns the new running statistics.
+@torch.library.custom_op("mgtrain::norm_groups", mutates_args=())
+def compiled_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, momentum: float, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normalized values, the groups' statistics (groups, 2, C), and their running means and variances."""
+    now = means.clone(), variances.clone()
+    return *_forward(x, weight, bias, *now, momentum, eps, relu), *now
+
+
+@torch.library.custom_op("mgtrain::norm_groups_backward", mutates_args=())
+def compiled_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias."""
+    return _backward(grad, x, weight, bias, stats, relu)
+
+
+@compiled_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    stats = means.new_empty(len(means), 2, len(weight))
+    return torch.empty_like(x), stats, torch.empty_like(means), torch.empty_like(variances)
+
+
+@compiled_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    *_, ctx.relu = inputs
+
+
+def _differentiated(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *compiled_backward(grad, *ctx.saved_tensors, ctx.relu), *[None] * 5
+
+
+compiled_forward.register_autograd(_differentiated, setup_context=_keep)
 
 
 def _tiles(channels: int) -> dict[str, int]:
