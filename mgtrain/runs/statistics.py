@@ -141,7 +141,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Interval:
     if least < 2:
         return Interval(difference)
     a, b = (statistics.variance(values) / len(values) for values in (first, second))
-    sd = math.sqrt((a + b) * least)  # of the difference of two seeds, for two groups of the smaller one's size
+    sd = math.sqrt(statistics.variance(first) + statistics.variance(second))  # of the difference of two seeds
     if _vanishes(sd, [*first, *second]):
         return Interval(difference, None, None, 0.0, least)
     freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
@@ -179,7 +179,7 @@ def judge(difference: Interval, margin: float, unit: str = "seeds") -> str:
     >>> judge(Interval(-0.5, -0.8, -0.2), margin=1)
     'lower, but by less than the margin (difference -0.5, 95 % from -0.8 to -0.2, margin 1 point)'
     >>> judge(Interval(-0.5, -3.4, 2.4, sd=2.3, count=5), margin=1)
-    'cannot tell: about 79 more seeds would (difference -0.5, 95 % from -3.4 to +2.4, margin 1 point)'
+    'cannot tell: about 79 more seeds may decide (difference -0.5, 95 % from -3.4 to +2.4, margin 1 point)'
     """
     points = f"margin {margin:g} point{'' if margin == 1 else 's'}"
     if difference.low is None or difference.high is None:
@@ -193,13 +193,17 @@ def judge(difference: Interval, margin: float, unit: str = "seeds") -> str:
         answer = "cannot tell from one seed each"
     else:
         more = more_seeds(difference, margin)
-        answer = f"cannot tell: {f'about {more}' if more else f'more than {MOST_SEEDS}'} more {unit} would"
+        answer = f"cannot tell: {f'about {more}' if more else f'more than {MOST_SEEDS}'} more "
+        answer += f"{unit.rstrip('s') if more == 1 else unit} may decide"
     ends = f"95 % from {difference.low:+.1f} to {difference.high:+.1f}"
     return f"{answer} (difference {difference.value:+.1f}, {ends}, {points})"
 
 
 def more_seeds(difference: Interval, margin: float) -> int | None:
-    """The number of further seeds for a verdict, if mean and spread stay the same; None if more than `MOST_SEEDS`."""
+    """The number of further seeds for a verdict, if mean and spread stay the same; None if more than `MOST_SEEDS`.
+
+    For two unpaired groups, of each, counted from the smaller one.
+    """
     assert difference.sd is not None
     room = max(difference.value + margin, -difference.value)  # half the interval's length for either verdict
     for count in range(difference.count + 1, difference.count + MOST_SEEDS + 1):

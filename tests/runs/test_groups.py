@@ -54,7 +54,9 @@ def test_seeds_of_a_recipe_are_one_group_and_pairs(tiny: Callable[..., Recipe], 
     assert group["speedups"]["clock_seconds"]["value"] == pytest.approx((129 * 130 * 131 / 49 / 50 / 51) ** (1 / 3))
     assert result["warnings"] == []
     (verdict,) = verdicts(result)
-    assert "fewer steps; top-1: cannot tell: about 3 more seeds would (difference +10.0, 95 % from -14.8" in verdict
+    assert (
+        "fewer steps; top-1: cannot tell: about 3 more seeds may decide (difference +10.0, 95 % from -14.8" in verdict
+    )
     assert verdict in shown(result)
     for words in ("slow_0", "60.0 % top-1", "35.2 to 84.8", "2.95x", "3 pairs of runs"):
         assert words in shown(result), words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -86,3 +87,14 @@ def test_so_many_more_seeds_would_decide() -> None:
         assert decided(count + more)
         assert not decided(count + more - 1)
     assert more_seeds(Interval(0.0, -9, 9, 9.0, 2), 0.0) is None
+
+
+def test_unpaired_groups_both_need_so_many_seeds() -> None:
+    few, many = [1.0, 4.0, 2.0, 5.0], [3.0, 3.1, 2.9, 3.2, 2.8, 3.0, 3.3, 2.7, 3.0, 3.1]
+    found = welch(many, few)
+    more = more_seeds(found, 1.0)
+    assert more is not None
+    size = len(few) + more
+    spread = math.sqrt((statistics.variance(few) + statistics.variance(many)) / size)
+    assert stats.t.ppf(0.975, size - 1) * spread <= max(found.value + 1, -found.value)
+    assert "more seed may decide" in judge(Interval(0.5, -1.1, 2.1, 1.29, 5), 1.0)
