@@ -20,9 +20,11 @@ from mgtrain.runs.folder import RUNS, RunDir, find_run
 from mgtrain.schedule import check_world, make_plan
 
 if TYPE_CHECKING:
+    from mgtrain.processes.distributed import World
     from mgtrain.runs.scores import Scores
 
 SECONDS_TO_UNLOCK = 120.0  # a server of NFS keeps the lock of a machine that has failed for about 90 s
+SECONDS_TO_APPEAR = 90.0  # NFS remembers for up to 60 s that a folder was not there
 SCORES = ("mean_ap", "top1", "mean_class", "top5", "loss", "videos")  # to print
 
 
@@ -82,6 +84,7 @@ def fit(
     patience = min(SECONDS_TO_UNLOCK, loaded.faults.timeout_seconds / 2) if resume and is_launched() else None
     with connected(device, loaded.faults.timeout_seconds) as world, run.locked(patience):
         start_logging(folder / "log.txt", world.main, world.rank)
+        _check_shared(run, world)
         resume = world.any(resume)  # torchrun counts restarts on each machine by itself
         if not resume and world.from_main(run.started):
             raise held
@@ -90,6 +93,19 @@ def fit(
         scores = train(loaded, run, world, resume, rival, allow_changes, began)
         if world.main:
             _show(folder, scores, json_)
+
+
+def _check_shared(run: RunDir, world: World) -> None:
+    """Raise `UsageError` if a rank does not see the run's folder, from which all of them resume."""
+    world.barrier()  # rank 0 has made it
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not (seen := run.path.is_dir()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if world.any(not seen):
+        raise UsageError(
+            f"{run.path.absolute()}: rank 0 has made this folder, and other ranks do not see it; with --name, choose "
+            "one on a file system that all machines share, because all ranks read its checkpoints to resume"
+        )
 
 
 def _is_finished(run: RunDir, recipe: Recipe, json_: bool) -> bool:

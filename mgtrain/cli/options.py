@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from mgtrain.console import start_logging
 from mgtrain.errors import UsageError
-from mgtrain.processes.environment import is_launched
+from mgtrain.processes.environment import LAUNCHER, is_launched
 
 if TYPE_CHECKING:
     from mgtrain.processes.distributed import World
@@ -70,6 +70,11 @@ def start_ranks(procs: int | None, device: str | None) -> bool:
         lacking = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
         if lacking and os.environ["WORLD_SIZE"] != "1":
             raise UsageError(f"WORLD_SIZE is set, but not {', '.join(lacking)}; set all, as torchrun does, or none")
+        if procs and LAUNCHER not in os.environ:
+            raise UsageError(
+                f"--procs {procs}: WORLD_SIZE is set, as by torchrun, so this is one of the processes; leave out "
+                "--procs, or unset WORLD_SIZE"
+            )
         return False
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UsageError(

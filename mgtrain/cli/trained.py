@@ -66,9 +66,14 @@ def evaluate(
     from mgtrain.runs.journal import Journal
 
     with connected(device) as world:
+        path = Path(world.from_main(str(path)))  # a run that still trains may have a newer checkpoint on another rank
         trained = load_trained(path, recipe, overrides, world, trust)
         videos = evaluation_videos(trained)
         identity = f"{trained.identity} {views} {videos.identity}"
+        if identity != world.from_main(identity):
+            raise DataError(
+                f"rank {world.rank} has another {path}, or other videos, than rank 0; all machines need the same files"
+            )
         journal = None if table is None else Journal(table, identity, len(trained.classes))
         if not trained.recalibrated:
             count = trained.recipe.evaluation.recalibration_batches

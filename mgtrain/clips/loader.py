@@ -223,9 +223,21 @@ def _end_with_the_run() -> None:
     os._exit(1)
 
 
+def _end_when_told() -> None:
+    """End this worker when the run tells it to. Others signal all processes of a job, and the run still needs clips."""
+    run = parent_process()
+    assert run is not None, "a worker has a parent"
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+        pass
+    os._exit(1)
+
+
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the main process, asked to stop, ends its loaders
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # which macOS lacks
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads: `_end_when_told` takes it
+        threading.Thread(target=_end_when_told, daemon=True).start()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ class Batches:
         return len(self._plan) - self._start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        world = joined(self._device)
+        world = joined(self._device, together=True)
         check_world(self._plan, world.size)
         batches = load_batches(self._videos, self._recipe, self._plan.steps(self._start), world)
         for step, (clips, labels) in zip(self._plan.steps(self._start), batches, strict=True):
@@ -114,7 +114,7 @@ def recalibrate(
     If all recent steps had this shape, the model gets the running statistics of training instead, which it keeps by
     groups. `videos` are those of training. All ranks take part. Call it before you save weights, too.
     """
-    world = joined(device)
+    world = joined(device, together=True)
     count = recalibration.batches_needed(recipe, plan, steps, recalibration.remembered(model))
     norms = [layer for layer in model.modules() if isinstance(layer, GroupBatchNorm3d)]
     constant = [norm for norm in norms if model.training and not norm.training and not norm.frozen]  # by the user
@@ -140,7 +140,7 @@ def evaluate(
     `DataError` if too many videos cannot be decoded.
     """
     with _mode_kept(model):
-        return evaluation.evaluate(unwrap(model), videos, recipe, joined(device), views).scores()
+        return evaluation.evaluate(unwrap(model), videos, recipe, joined(device, together=True), views).scores()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import Plan
-from mgtrain.schedule.plan import bn_groups
+from mgtrain.schedule.plan import bn_groups, check_shares
 
 REMEMBERED = 50  # steps; with a momentum of 0.1, earlier ones make up 0.5 % of a running average
 SHARE = 1 / 7  # of the steps: the limit of the batches to recalibrate on
@@ -28,6 +28,8 @@ LEAST = 5  # batches that useful statistics need
 def recalibrate(model: nn.Module, train: Videos, count: int, recipe: Recipe, world: World) -> None:
     """Recalibrate on `count` batches of training clips, cut with the evaluation's grid; 0: keep the statistics."""
     if count and group_slots(model):  # else there is no BatchNorm, or only frozen ones
+        groups = bn_groups(recipe.base, recipe.batch.bn_clips)
+        check_shares("recalibration has batches", recipe.base.clips, groups, world.size)
         recalibrate_bn(model, recalibration_batches(train, count, recipe, world), recipe, world)
 
 

@@ -92,7 +92,7 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     describe_run(run, recipe, plan, flops, train, val)
     run.write("env.json", environment(run, recipe, world, resumed=state.step > 0))
     tune(model, run, recipe, plan, world)
-    replica = replicate(model, world)
+    replica = replicate(model, world, all_used=recipe.model.name != "own")
     compiled = warm_up(replica, recipe, plan, state.step, world)
 
     # 4. Delete the log rows after the checkpoint, and open the boards.

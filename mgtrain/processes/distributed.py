@@ -29,13 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from mgtrain.console import note
 from mgtrain.errors import MissingCapabilityError, RanksLostError, StoppedError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
-from mgtrain.processes.environment import is_launched, rank_of_environment, restarts
+from mgtrain.processes.environment import LAUNCHER, launcher, rank_of_environment, restarts
 from mgtrain.processes.signals import STOP_SIGNALS
 from mgtrain.processes.watchdog import Watchdog
 
 Value = TypeVar("Value")
-JOIN_MINUTES = 30  # timeout for all ranks to join, and for an exchange
-LAUNCHER = "MGTRAIN_LAUNCHER"  # environment variable with the launcher's process id
+JOIN_MINUTES = 30  # timeout for all ranks to join, and the least for an exchange
+MOST_HOURS = 24  # of an exchange without a watchdog: in an evaluation, a fast rank waits for a slow one
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, where torch has it
 Places = Sequence[tuple[str, set[int], str]]  # of each rank: the machine, the cores that it may use, cuda or cpu
 SECONDS_TO_END = 20.0  # for the other ranks to end after one has failed
@@ -135,11 +135,16 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
     if chosen.type == "cuda":
         chosen = torch.device("cuda", _own_gpu(int(os.environ.get("LOCAL_RANK", 0))))
         torch.cuda.set_device(chosen)
+        if "WORLD_SIZE" in os.environ and "LOCAL_RANK" not in os.environ and (gpus := torch.cuda.device_count()) > 1:
+            note(
+                f"WORLD_SIZE is set, so this is one rank, on one of {gpus} GPUs; to use all, unset it, or start a rank "
+                "for each with torchrun",
+                "yellow",
+            )
     else:
         keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = int(os.environ.get(LAUNCHER, os.getppid())) if is_launched() else None
-    watchdog = Watchdog(timeout_seconds, rank_of_environment(), launcher)
+    watchdog = Watchdog(timeout_seconds, rank_of_environment(), launcher())
     with watchdog.on_watch():
         if size == 1:
             watchdog.beat()
@@ -152,7 +157,9 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             store = _of_these_ranks(store, rank, size)
             if chosen.type == "cuda":
                 _refuse_shared_gpu(store, chosen)
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+            # The watchdog reports a hang before an exchange gives up.
+            longest = timedelta(seconds=min(2 * timeout_seconds, 3600 * MOST_HOURS))
+            dist.init_process_group(backend, timeout=max(timeout, longest), store=store, rank=rank, world_size=size)
             watchdog.beat()
             everyone: list[Any] = [None] * size
             dist.all_gather_object(everyone, (platform.node(), which_cores(), chosen.type))
@@ -219,18 +226,22 @@ def _refuse_other_devices(everyone: Places) -> None:
         )
 
 
-def joined(device: torch.device | str | None = None) -> World:
+def joined(device: torch.device | str | None = None, together: bool = False) -> World:
     """This process among the ranks of a process group that somebody else has initialized; alone if there is none.
 
-    `device` None: the current GPU, or the CPU where there is none.
+    `device` None: the current GPU, or the CPU where there is none. If all ranks call this `together`, each learns its
+    share of its machine's cores.
     """
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():
         return World(device=torch.device(device))
-    size = dist.get_world_size()
-    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    return World(dist.get_rank(), size, torch.device(device), cores)
+    rank, size, cores = dist.get_rank(), dist.get_world_size(), 1
+    if together:
+        everyone: list[Any] = [None] * size
+        dist.all_gather_object(everyone, (platform.node(), which_cores(), torch.device(device).type))
+        cores = _share_of_cores(rank, everyone)
+    return World(rank, size, torch.device(device), cores)
 
 
 def _share_of_cores(rank: int, everyone: Places) -> int:
@@ -344,18 +355,23 @@ def _wait_for(ranks: Sequence[subprocess.Popen[bytes]], hurried: Callable[[], bo
     return first if first >= 0 else 128 - first
 
 
-def replicate(model: nn.Module, world: World) -> nn.Module:
-    """The model with gradients averaged over the ranks; buffers stay local (see `merge_group_stats`)."""
+def replicate(model: nn.Module, world: World, all_used: bool = True) -> nn.Module:
+    """The model with gradients averaged over the ranks; buffers stay local (see `merge_group_stats`).
+
+    Unless `all_used`, some parameters may not take part in the forward pass.
+    """
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
     # Meaningless: the strides of 1 x 1 x 1 kernels are valid in both memory formats.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # and all are used
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` will be renamed
         replica = DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True,
+            find_unused_parameters=not all_used,
+        )  # fmt: skip
     replica._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]  # which waits for the GPU
     return replica
 

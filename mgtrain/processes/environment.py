@@ -2,9 +2,17 @@
 
 import os
 
+LAUNCHER = "MGTRAIN_LAUNCHER"  # the process id of mgtrain's own launcher
+
+
+def launcher() -> int | None:
+    """The process id of mgtrain's launcher, or of torchrun's agent, which starts ranks itself; None: neither."""
+    own, of_torchrun = os.environ.get(LAUNCHER), "TORCHELASTIC_RUN_ID" in os.environ
+    return int(own) if own else os.getppid() if of_torchrun else None
+
 
 def is_launched() -> bool:
-    """Whether torchrun (or `launch`) started this process."""
+    """Whether this process is one rank: torchrun or `launch` started it, or somebody set torchrun's variables."""
     return "WORLD_SIZE" in os.environ
 
 

@@ -300,20 +300,26 @@ def bn_groups(shape: Shape, bn_clips: int) -> int:
     return shape.clips // bn_clips
 
 
+def check_shares(what: str, clips: int, groups: int, ranks: int) -> None:
+    """Raise `PlanError` if ranks cannot share a batch's clips and BatchNorm groups equally; `what` has such batches."""
+    if clips % ranks:
+        raise PlanError(
+            f"{what} of {clips} clips, which {ranks} GPUs cannot share equally; "
+            f"use a number of GPUs that divides {clips}"
+        )
+    if groups % ranks and ranks % groups:
+        raise PlanError(
+            f"{what} of {groups} BatchNorm groups, which {ranks} GPUs cannot share; "
+            f"use a number of GPUs that divides {groups} or is a multiple of it, or another batch.bn_clips"
+        )
+
+
 def check_world(plan: Plan, ranks: int) -> None:
     """Raise `PlanError` if ranks cannot share the clips, mixed pairs and BatchNorm groups of every step equally."""
-    batches = [(f"phase {p.index + 1} has steps", shape, groups) for p in plan.phases for shape, groups in p.batches()]
-    for what, shape, groups in [*batches, ("recalibration has batches", plan.base, plan.base_bn_groups)]:
-        if shape.clips % ranks:
-            raise PlanError(
-                f"{what} of {shape.clips} clips, which {ranks} GPUs cannot share equally; "
-                f"use a number of GPUs that divides {shape.clips}"
-            )
-        if groups % ranks and ranks % groups:
-            raise PlanError(
-                f"{what} of {groups} BatchNorm groups, which {ranks} GPUs cannot share; "
-                f"use a number of GPUs that divides {groups} or is a multiple of it, or another batch.bn_clips"
-            )
+    for phase in plan.phases:
+        for shape, groups in phase.batches():
+            check_shares(f"phase {phase.index + 1} has steps", shape.clips, groups, ranks)
+    check_shares("recalibration has batches", plan.base.clips, plan.base_bn_groups, ranks)
     for phase in plan.phases:
         odd = [shape for shape in phase.shapes if shape.clips // ranks % 2]
         if plan.mixes and odd:

@@ -316,6 +316,10 @@ def test_a_data_set_to_try_things_with(mgtrain: Start, tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT; set all, as torchrun does"),
+        (
+            {"WORLD_SIZE": "1"},
+            "--procs 2: WORLD_SIZE is set, as by torchrun, so this is one of the processes; leave out",
+        ),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "srun has started several tasks without RANK, LOCAL_RANK and WORLD_SIZE; set"),
     ],
 )
@@ -325,6 +329,6 @@ def test_ranks_that_are_half_described_are_refused(
     monkeypatch.chdir(here)
     for key, value in given.items():
         monkeypatch.setenv(key, value)
-    result = CliRunner().invoke(app, ["fit", "tiny.yaml", "--name", "another", "--device", "cpu"])
+    result = CliRunner().invoke(app, ["fit", "tiny.yaml", "--name", "another", "--procs", "2", "--device", "cpu"])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)

@@ -94,9 +94,14 @@ def wait_for_step(run: RunDir, step: int) -> None:
 
 def ranks_of(process: Warm | subprocess.Popen[str]) -> list[int]:
     """The processes that a launcher has started."""
+    return workers_of(process.pid)
+
+
+def workers_of(process: int | None) -> list[int]:
+    """The processes that a process has started."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    return sorted(pid for pid, parent in pairs if parent == process.pid)
+    return sorted(pid for pid, parent in pairs if parent == process)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +139,26 @@ def test_a_signal_to_the_process_group_lets_a_run_with_loader_processes_save(fol
     status, errors = end(process)
     assert status == 75, errors
     assert read_info(run.checkpoints()[-1]).step == run.rows("steps.jsonl")[-1]["step"]
+
+
+def test_a_signal_to_all_processes_lets_a_run_with_loader_processes_save(folder: Path) -> None:
+    command = [sys.executable, *FIT, *map(str, LONG), "hardware.workers=2"]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    run = RunDir(folder / "runs/tiny")
+    wait_for_step(run, 2)
+    server = next(pid for pid in ranks_of(process) if workers_of(pid))
+    asked = workers_of(server)
+    assert len(asked) == 2
+    subprocess.run(["kill", "-TERM", *map(str, asked)], check=True)  # first, so that the run still trains
+    before = run.rows("steps.jsonl")[-1]["step"]
+    wait_for_step(run, before + 3)
+    subprocess.run(["kill", "-TERM", *map(str, (process.pid, server, *asked))], check=True)  # as a batch system does
+    status, errors = end(process)
+    assert status == 75, errors
+    assert read_info(run.checkpoints()[-1]).step == run.rows("steps.jsonl")[-1]["step"]
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in asked), "the loader processes end")
 
 
 def test_a_run_stops_where_nobody_reads_its_messages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def test_mixed_clips_have_shares_of_classes(tiny: Callable[..., Recipe]) -> None
 def test_ranks_that_cannot_share_the_steps_are_refused(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgtrain.engine.loops.joined", lambda device: World(0, 3))
+    monkeypatch.setattr("mgtrain.engine.loops.joined", lambda *_, **__: World(0, 3))
     with pytest.raises(PlanError, match="3 GPUs cannot share equally"):
         next(iter(batches_of(tiny())[1]))
 
@@ -308,10 +308,15 @@ def test_a_process_group_of_somebody_elses_is_joined(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 8)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     world = distributed.joined("cpu")
     assert (world.rank, world.size, world.device.type) == (3, 8, "cpu")
-    assert world.cores == max(1, World().cores // 4)
+
+    def gather(everyone: list[object], mine: tuple[str, set[int], str]) -> None:
+        everyone[:] = [mine] * 4 + [("another machine", *mine[1:])] * 4
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "which_cores", lambda: set(range(12)))
+    assert distributed.joined("cpu", together=True).cores == 3
 
 
 def test_statistics_that_the_user_holds_constant_are_not_recalibrated(tiny: Callable[..., Recipe]) -> None:

@@ -33,7 +33,7 @@ from mgtrain.recipe import Init, Recipe
 
 torch.set_num_threads(1)
 OWN = """
-from torch import nn
+from torch import nn, ones
 
 
 class Flattens(nn.Module):
@@ -84,6 +84,7 @@ class Recurrent(nn.Module):
         self.conv, self.norm = nn.Conv3d(3, width, 3, 2, 1), nn.BatchNorm3d(width)
         self.gru, self.drop = nn.GRU(width, width, batch_first=True), nn.Dropout(0.5)
         self.head = nn.Linear(width, classes)
+        self.unused = nn.Parameter(ones(2))
 
     def forward(self, x):
         x = self.norm(self.conv(x)).relu().mean((3, 4)).transpose(1, 2)

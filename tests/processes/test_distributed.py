@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,13 @@ import warm
 from safetensors.torch import load_file
 from warm import Start
 
+from mgtrain.cli.fit import _check_shared
+from mgtrain.cli.trained import evaluate
 from mgtrain.data import open_splits
-from mgtrain.engine.checks import check_alike
+from mgtrain.engine.checks import check_alike, make_model
 from mgtrain.engine.fit import fit
-from mgtrain.errors import DataError, MissingCapabilityError, RanksLostError, StoppedError
+from mgtrain.engine.recalibrate import recalibrate
+from mgtrain.errors import DataError, MissingCapabilityError, PlanError, RanksLostError, StoppedError, UsageError
 from mgtrain.processes.distributed import (
     World,
     _of_these_ranks,
@@ -35,6 +39,7 @@ from mgtrain.processes.distributed import (
     replicate,
     unwrap,
 )
+from mgtrain.processes.environment import launcher
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import make_plan
@@ -111,6 +116,44 @@ def test_a_world_of_one_exchanges_nothing() -> None:
     model = torch.nn.Linear(2, 2)
     assert replicate(model, world) is model
     assert unwrap(model) is model
+
+
+@pytest.mark.parametrize(
+    ("given", "watched"),
+    [
+        ({"MGTRAIN_LAUNCHER": "7"}, 7),
+        ({"TORCHELASTIC_RUN_ID": "none"}, os.getppid()),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),  # the shell in which somebody types may end
+    ],
+)
+def test_the_launcher_is_watched_and_not_a_shell(
+    given: dict[str, str], watched: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MGTRAIN_LAUNCHER", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert launcher() == watched
+
+
+def test_ranks_that_cannot_share_a_recalibration_are_refused(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    model = make_model(recipe)
+    with pytest.raises(PlanError, match="recalibration has batches of 4 clips, which 3 GPUs cannot share equally"):
+        recalibrate(model, open_splits(recipe.data)["train"], 1, recipe, World(size=3))
+
+
+def test_a_rank_that_does_not_see_the_runs_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_check_shared.__globals__, "SECONDS_TO_APPEAR", 0.1)  # `fit` is also the command's name
+    _check_shared(RunDir(tmp_path), World())
+    with pytest.raises(UsageError, match="other ranks do not see it; with --name, choose one on a file system that"):
+        _check_shared(RunDir(tmp_path / "elsewhere"), World())
+
+
+def test_an_evaluation_of_other_files_than_rank_0s_is_refused(alone: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "from_main", lambda self, value: value if value.endswith(".safetensors") else "another")
+    with pytest.raises(DataError, match=r"rank 0 has another .*, or other videos, than rank 0; all machines need the"):
+        evaluate(str(alone.path), views="1x1", device="cpu")
 
 
 def assert_trained_alike(together: RunDir, alone: RunDir, ranks: int) -> None:

@@ -62,6 +62,7 @@ def norm_groups(
     """
     given = x, weight, bias, means, variances, momentum, eps, relu
     if torch.compiler.is_compiling():
+        normed: Tensor
         normed, _, *now = compiled_forward(*given)
         with torch.no_grad():
             for slots, updated in zip((means, variances), now, strict=True):
