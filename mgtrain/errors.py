@@ -51,7 +51,7 @@ class ThresholdError(MgtrainError, exit_code=6):
 
 
 class LackError(MgtrainError, exit_code=71):
-    """The machine has run out of memory, address space, shared memory, file descriptors, processes or disk space."""
+    """The machine lacks memory, shared memory, files, processes or disk space, or its storage does not answer."""
 
 
 class StoppedError(MgtrainError, exit_code=75):
@@ -76,6 +76,8 @@ LACKS = {
         "no disk space left; free some, or choose another disk",
     r"can't start new thread|Resource temporarily unavailable":
         "no further process or thread can be started; raise the limits (ulimit -u and -v), or lower hardware.workers",
+    r"storage of the videos does not answer":
+        "check its mount and its servers, then run again with --resume",
     r"allocate memory|not enough memory|bad_alloc|map segment|unable to mmap|[Oo]ut of memory":
         "out of memory; end other programs, raise the limit (ulimit -v), or lower hardware.workers or batch.clips",
 }  # fmt: skip

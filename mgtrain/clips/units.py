@@ -1,8 +1,10 @@
 """The work of a loader process: open videos, and cut and decode the clips of a unit."""
 
+import errno
 import os
 import re
-from collections.abc import Container, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from mgtrain.clips.augment import rand_augment
-from mgtrain.clips.cut import cut_random, cut_views
+from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
 from mgtrain.clips.order import ClipRequest
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo
 from mgtrain.clips.sources import Reader, open_source
@@ -25,6 +27,9 @@ from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 
 REPLACEMENTS = 16  # videos to try in place of a broken one before giving up on the data set
+# Errors of a network file system, which no damaged file causes, and the seconds to wait before each new try.
+STORAGE = {errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+PAUSES = (1.0, 10.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,27 @@ class Source:
         self.__dict__.update(state)
         *arrays, self._rows = (tensor.numpy() for tensor in state["_shared"])
         self.videos = self.videos.with_arrays(arrays)
+
+    def read(self, video: int, choose: Callable[[VideoInfo], list[Cut]]) -> tuple[list[np.ndarray], list[Cut], float]:
+        """The clips that `choose` cuts from a video, uint8 (T, S, S, 3) each, the cuts, and the frames per second.
+
+        Raises `VideoError` as `open` does. If the storage does not answer, waits and tries again, and in the end raises
+        `OSError`: the video is not broken, and the run can resume.
+        """
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                with self.open(video) as file:
+                    cuts = choose(file.info)
+                    return list(file.read(cuts)), cuts, file.info.fps
+            except VideoError as error:
+                number = getattr(error.__cause__, "errno", None)
+                if number not in STORAGE:
+                    raise
+                if (pause := next(pauses, None)) is None:
+                    why = f"the storage of the videos does not answer: {os.strerror(number)}"
+                    raise OSError(errno.EIO, why, self.videos.path(video)) from None
+                time.sleep(pause)
 
     @contextmanager
     def open(self, video: int) -> Iterator[Reader | PreparedVideo]:
@@ -163,18 +189,20 @@ class RandomClips(Dataset[Loaded]):
 
     def _cut(self, video: int, request: ClipRequest) -> tuple[np.ndarray, np.ndarray]:
         """The clip, uint8 (T, S, S, 3), and its class, int64 (), or its classes, uint8 (classes,)."""
-        rng = generator(self.seed, self.draw, request.position)
-        with self.source.open(video) as file:
+
+        def choose(info: VideoInfo) -> list[Cut]:
             cut = cut_random(
                 request.grid,
-                file.info,
-                rng,
+                info,
+                generator(self.seed, self.draw, request.position),
                 fps=self.clip.fps,
                 flip=self.clip.flip,
                 inverse_uniform=self.clip.inverse_uniform,
                 segments=self.clip.sampling == "segments",
             )
-            (clip,), fps = file.read([cut]), file.info.fps
+            return [cut]
+
+        (clip,), (cut,), fps = self.source.read(video, choose)
         videos = self.source.videos
         if not self.data.multi_label:
             label = videos.label(video)
@@ -191,15 +219,16 @@ class ViewClips(Dataset[Loaded]):
         self.grid, self.times, self.crops, self.clip = evaluation_grid(recipe), times, crops, recipe.clip
 
     def __getitem__(self, unit: Sequence[int]) -> Loaded:
+        def choose(info: VideoInfo) -> list[Cut]:
+            segments = self.clip.sampling == "segments"
+            return cut_views(self.grid, info, self.times, self.crops, fps=self.clip.fps, segments=segments)
+
         views: list[np.ndarray] = []
         numbers: list[int] = []
         bad: list[tuple[str, str]] = []
         for video in unit:
             try:
-                with self.source.open(video) as file:
-                    segments = self.clip.sampling == "segments"
-                    cuts = cut_views(self.grid, file.info, self.times, self.crops, fps=self.clip.fps, segments=segments)
-                    views.extend(file.read(cuts))
+                views.extend(self.source.read(video, choose)[0])
                 numbers.append(video)
             except VideoError as error:
                 bad.append((self.source.videos.path(video), str(error)))

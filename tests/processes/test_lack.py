@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 
 from mgtrain.clips import units
 from mgtrain.clips.loader import BadVideos, _units_of, train_batches
+from mgtrain.clips.order import Order, step_requests
 from mgtrain.data import open_splits
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.trained import Trained
@@ -122,6 +124,35 @@ def test_a_video_is_not_replaced_for_a_lack_of_file_descriptors(
             pass
     with clips.source.open(0) as file:
         assert file.info.frames
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ESHUTDOWN])
+def test_a_video_is_not_replaced_while_its_storage_does_not_answer(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    recipe = tiny()
+    train = open_splits(recipe.data)["train"]
+    unit = list(step_requests(make_plan(recipe, len(train))[0], Order.of(train, recipe), 0, 1))[:1]
+    clips, opened, waited = units.RandomClips(train, recipe), os.open, list[float]()
+    expected = clips[unit]
+    failures = iter([number, number])
+
+    def at_first_not(*args: Any, **kwargs: Any) -> int:
+        if failing := next(failures, None):
+            raise OSError(failing, os.strerror(failing), "a.mp4")
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr("mgtrain.clips.units.time.sleep", waited.append)
+    monkeypatch.setattr("mgtrain.clips.decode.os.open", at_first_not)
+    found = clips[unit]
+    assert waited == [*units.PAUSES[:2]]
+    assert torch.equal(found.clips, expected.clips)
+    assert found.bad == ()
+    failures = repeat(number)
+    with pytest.raises(OSError, match="the storage of the videos does not answer") as caught:
+        clips[unit]
+    assert str(lack_of(caught.value)).startswith("check its mount and its servers, then run again with --resume (")
+    assert not isinstance(caught.value, ConnectionError)  # which would mean that a loader process was killed
 
 
 @pytest.mark.parametrize("memory_left", [True, False])

@@ -207,10 +207,12 @@ class PreparedVideo(AbstractContextManager["PreparedVideo"]):
                 try:
                     begin, end = self._set.offsets(start, index)
                     frame = decoder.frame(read_bytes(file, first + begin, first + end))
-                except (IndexError, OSError, OverflowError, MemoryError):  # the index belongs to other files
-                    frame = None
+                    cause = None
+                except (IndexError, OSError, OverflowError, MemoryError) as error:  # the index belongs to other files
+                    frame, cause = None, error
                 if frame is None:
-                    raise VideoError(f"{where}: frame {index} is damaged; `mgtrain data verify` lists all damage")
+                    damaged = f"{where}: frame {index} is damaged; `mgtrain data verify` lists all damage"
+                    raise VideoError(damaged) from cause
                 yield frame, (index,)
 
         box = box_around([cut.region for cut in cuts])
