@@ -138,7 +138,7 @@ def main() -> None:
 def run(check: Check, wanted: Iterable[int] | None, report: Report) -> None:
     """Run the sections, each until its deadline; an error in one does not stop the others."""
     for number, section in enumerate((FIRST, *SECTIONS)):
-        left_out = wanted and number not in wanted if number else not check.gpu
+        left_out = (wanted and number not in wanted) if number else not check.gpu
         if left_out or (check.world.size > 1 and not section.ranks):
             continue
         if report.shown:

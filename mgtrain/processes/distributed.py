@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mgtrain.console import note
 from mgtrain.errors import MissingCapabilityError, RanksLostError, StoppedError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
-from mgtrain.processes.environment import LAUNCHER, launcher, rank_of_environment, restarts
+from mgtrain.processes.environment import LAUNCHER, is_launched, launcher, rank_of_environment, restarts
 from mgtrain.processes.signals import STOP_SIGNALS
 from mgtrain.processes.watchdog import Watchdog
 
@@ -135,7 +135,7 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
     if chosen.type == "cuda":
         chosen = torch.device("cuda", _own_gpu(int(os.environ.get("LOCAL_RANK", 0))))
         torch.cuda.set_device(chosen)
-        if "WORLD_SIZE" in os.environ and "LOCAL_RANK" not in os.environ and (gpus := torch.cuda.device_count()) > 1:
+        if is_launched() and "LOCAL_RANK" not in os.environ and (gpus := torch.cuda.device_count()) > 1:
             note(
                 f"WORLD_SIZE is set, so this is one rank, on one of {gpus} GPUs; to use all, unset it, or start a rank "
                 "for each with torchrun",

@@ -224,7 +224,7 @@ class Hardware(Section):
         None,
         description=(
             "memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step "
-            "fits. null, or more than a GPU's free memory: that"
+            "fits. On a GPU, its free memory is a limit, too, and the only one if null"
         ),
     )
     recompute: bool = Field(

@@ -63,9 +63,11 @@ def begin(folder: Path, *words: object, **options: Any) -> Warm:
 
 
 def begin_really(folder: Path, *words: object) -> subprocess.Popen[str]:
-    """The same in a Python that is started."""
-    command = [sys.executable, *FIT, *map(str, words)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """The same in a Python that is started, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, *FIT, *map(str, words)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def faulty(folder: Path, code: str) -> str:
@@ -129,10 +131,7 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(
 
 
 def test_a_signal_to_the_process_group_lets_a_run_with_loader_processes_save(folder: Path) -> None:
-    command = [sys.executable, *FIT, *map(str, LONG), "hardware.workers=2"]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = begin_really(folder, *LONG, "hardware.workers=2")
     run = RunDir(folder / "runs/tiny")
     wait_for_step(run, 2)
     os.killpg(process.pid, signal.SIGTERM)  # as `timeout` does
@@ -142,10 +141,7 @@ def test_a_signal_to_the_process_group_lets_a_run_with_loader_processes_save(fol
 
 
 def test_a_signal_to_all_processes_lets_a_run_with_loader_processes_save(folder: Path) -> None:
-    command = [sys.executable, *FIT, *map(str, LONG), "hardware.workers=2"]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = begin_really(folder, *LONG, "hardware.workers=2")
     run = RunDir(folder / "runs/tiny")
     wait_for_step(run, 2)
     server = next(pid for pid in ranks_of(process) if workers_of(pid))

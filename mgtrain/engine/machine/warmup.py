@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MODES = {"default": "default", "graphs": "reduce-overhead"}  # of torch.compile
 FIRST_GAIN = 0.2  # saved share of a step, assumed for the first shape
-FIRST_SECONDS = 60.0  # compile time, assumed likewise; on a CPU for each of a rank's BatchNorm groups
+FIRST_SECONDS = 60.0  # compile time, assumed likewise; on a CPU, whose graphs unroll BatchNorm groups, of each group
 PASSES = 3  # timed ones, after two that compile
 
 Run = Callable[[Step], AbstractContextManager[object]]
@@ -87,12 +87,12 @@ def _compiled(
 ) -> frozenset[Kind]:
     """Compile the kinds for which that pays, until one cannot be compiled; returns those that have become faster."""
     torch._dynamo.config.recompile_limit = max(64, 4 * len(left))
-    chosen, spent, gain, of_part = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
+    chosen, spent, gain, per_group = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
     for kind in sorted(left, key=lambda kind: -left[kind][1] * eager[kind]):
         (shape, groups), (step, steps) = kind, left[kind]
         whole = pass_clips(recipe, shape, groups, world.size) == shape.clips // world.size
-        parts = 1 if world.device.type == "cuda" else max(1, groups // world.size)  # of a graph: a CPU's groups
-        if not whole or not pays(steps, eager[kind], gain, of_part * parts):
+        unrolled = 1 if world.device.type == "cuda" else max(1, groups // world.size)  # groups in the graph
+        if not whole or not pays(steps, eager[kind], gain, per_group * unrolled):
             continue  # each micro-batch of several would be compiled separately
         begun, now, failed = time.perf_counter(), 0.0, False
         try:
@@ -106,7 +106,7 @@ def _compiled(
         if world.any(failed):  # all ranks must decide alike
             break
         now, seconds = world.from_main((now, time.perf_counter() - begun - PASSES * now))
-        gain, spent, of_part = 1 - now / eager[kind], spent + seconds, seconds / parts
+        gain, spent, per_group = 1 - now / eager[kind], spent + seconds, seconds / unrolled
         log.info(f"compiled {shape} in {duration(seconds)}: {1e3 * eager[kind]:.0f} -> {1e3 * now:.0f} ms a pass")
         if gain > 0:
             chosen.add(kind)
