@@ -36,10 +36,10 @@ def synthesize(
     train: Annotated[int, Option(min=1, help="Training videos of each class.")] = 20,
     val: Annotated[int, Option(min=1, help="Validation videos of each class.")] = 40,
     classes: Annotated[int, Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
-    distractors: Annotated[int, Option(min=0, max=100, help="Distracting discs in each video.")] = 1,
-    noise: Annotated[float, Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 2.0,
-    camera: Annotated[float, Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 0.3,
-    pace: Annotated[float, Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")] = 0.1,
+    distractors: Annotated[int, Option(min=0, max=100, help="Distracting discs in each video.")] = 3,
+    noise: Annotated[float, Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 12.0,
+    camera: Annotated[float, Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 1.0,
+    pace: Annotated[float, Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")] = 0.3,
     frames: Annotated[int, Option(min=8, max=10_000, help="Frames of each video.")] = 48,
     size: Annotated[str, Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
     seed: Seed = 0,
@@ -47,7 +47,7 @@ def synthesize(
     """Make a small data set of videos whose classes differ only by motion. Options make it easier or harder to see.
 
     Examples:  mgtrain data synthesize data/motions
-    |  mgtrain data synthesize data/hard --classes 18 --distractors 2 --noise 10 --camera 2 --pace 0.5
+    |  mgtrain data synthesize data/easy --distractors 1 --noise 2 --camera 0.3 --pace 0.1
     """
     from mgtrain.data.synthetic import ALL_MOTIONS, Difficulty
     from mgtrain.data.synthetic import synthesize as make
