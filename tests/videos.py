@@ -46,9 +46,13 @@ def write_video(
     b_frames: int = 2,
     times: Sequence[int] | None = None,
     turn: int = 0,
+    mirror: str = "",
     **options: Any,
 ) -> Path:
-    """Write pictures, or that many numbered ones, at `times` (in frames), to be shown `turn` degrees anticlockwise."""
+    """Write pictures, or that many numbered ones, at `times` (in frames), to be shown `turn` degrees anticlockwise.
+
+    `mirror` is hflip or vflip, which players do after the turn.
+    """
     if isinstance(pictures, int):
         pictures = [numbered_picture(number) for number in range(pictures)]
     fixed = {"g": str(gop), "bf": str(b_frames), "threads": "1"}
@@ -57,8 +61,8 @@ def write_video(
         stream = container.add_stream(codec, rate=fps, options={**fixed, **options})
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt
-        if turn:
-            stream.set_display_rotation(turn)
+        if turn or mirror:
+            stream.set_display_rotation(turn, **{name: True for name in [mirror] if name})
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
             frame.pts, frame.time_base = times[number] if times else number, Fraction(1, fps)

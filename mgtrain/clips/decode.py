@@ -5,14 +5,16 @@ one, and skips frames that are neither wanted nor referenced. If a file is damag
 packet is which frame, or a clip's packets have more than `MAX_HELD` bytes, the file is decoded from its start.
 
 Frame numbers. Frame `k` is the one shown `(k + 0.5) / fps` seconds after the stream's start: at a constant frame rate
-the k-th frame, and at a variable one the speed of motions is preserved. If timestamps are missing or do not increase
-(avi, raw streams), it is the k-th frame that the decoder returns.
+the k-th frame, and at a variable one the speed of motions is preserved. In an avi, the k-th frame that the decoder
+returns is shown at the time of the k-th packet; dropped frames have none. If timestamps are missing or do not increase
+(raw streams), frame `k` is the k-th frame that the decoder returns. A rate that a header lacks, or that is above
+`MOST_FPS`, is checked against the packets, because it may be that of a clock.
 
 Damaged videos. A recording may start between key frames: its first frame that can be decoded is shown for those
 before it. A clip uses the frames from the key frame before it up to the damage, and repeats the last of them. If
 there are none, it uses the last earlier frame that can be decoded.
 
-Rotation. Only the quarter turns of the display matrix count; the pixel aspect ratio is ignored.
+Rotation. Only the quarter turns and the mirror of the display matrix count; the pixel aspect ratio is ignored.
 
 Limits. FFmpeg gets the open file without its name, and cannot open other files, whatever the file refers to. A picture
 has at most `MAX_PIXELS`, and a file no more frames than bytes.
@@ -22,24 +24,22 @@ from __future__ import annotations
 
 import os
 import stat
-from bisect import bisect_left
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import av
 import numpy as np
 from av.codec.context import ThreadType
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
-from mgtrain.clips.pictures import Box, Frames, Pictures, UnconvertibleError, box_around, clips_of, converted
+from mgtrain.clips.pictures import Box, Frames, Pictures, UnconvertibleError, box_around, clips_of, converted, upright
 from mgtrain.clips.stages import stage
+from mgtrain.clips.storage import is_no_damage, reading_error
+from mgtrain.clips.timeline import MOST_FPS, header_seconds, main_stream, needed_runs, shown
 from mgtrain.errors import VideoError, cause_of
-
-Item = TypeVar("Item")
 
 # Demuxers that read one file. Not allowed are those that open other files or URLs (concat, hls, dash, image2, ...).
 CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,h264,hevc,m4v,h263,obu,ivf,ogg,nut,gif,mjpeg,yuv4mpegpipe"
@@ -47,6 +47,7 @@ CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,h264,hevc,m4v,h263,
 MAX_PIXELS = 1 << 25  # in a picture: slightly more than 7680 x 4320
 MAX_HELD = 1 << 28  # bytes
 LATEST = (1 << 63) - 1  # largest timestamp that FFmpeg accepts
+ROUNDED = 0.05  # how much a rate in a header may differ from that of the packets, as a share
 LOOKS_BACK = 8  # key frames to try, backwards, to find one shown before a clip
 
 
@@ -63,6 +64,8 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         self.path = os.fspath(path)
         self._reformatter = VideoReformatter()  # keeps swscale's tables between frames
         self.damage = ""  # the error that ended the last pass before the end of the video
+        self._checked = False  # whether the whole file has been read to check its storage
+        self._ticks: list[int] = []  # decoding times of the packets decoded in the last pass
         self._opened = ExitStack()  # the file and the decoder
         try:
             self._file = self._regular_file()
@@ -79,7 +82,8 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def read(self, cuts: Sequence[Cut]) -> list[np.ndarray]:
         """Decode clips, each uint8 (T, crop, crop, 3) RGB, in one pass over the union of their frames."""
         assert self._container.input_was_opened, "read() after it was closed"
-        box = (0, 0, *self._size) if self._turns else box_around([cut.region for cut in cuts])
+        as_stored = not (self._turns or self._mirrored)
+        box = box_around([cut.region for cut in cuts]) if as_stored else (0, 0, *self._size)
         return clips_of(cuts, self.pictures(wanted_frames(cuts), box), box[:2])
 
     def pictures(self, wanted: Sequence[int], box: Box | None = None) -> Pictures:
@@ -92,7 +96,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         try:
             for picture, indices in converted(self._shown(wanted), self._size, box, self._reformatter):
                 none = False
-                yield np.rot90(picture, self._turns), indices
+                yield np.rot90(np.fliplr(picture) if self._mirrored else picture, self._turns), indices
         except UnconvertibleError as error:
             raise self._error(str(error)) from error
         if wanted and none:
@@ -127,14 +131,16 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             opened = av.open("fd:", options=limit, container_options=alone, metadata_errors="ignore")
             self._container = self._opened.enter_context(opened)
         except av.ArgumentError as error:
+            self._check_storage()
             raise self._error("not a container that mgtrain reads (Invalid argument)") from error
         except (OSError, ValueError, av.FFmpegError) as error:
+            self._check_storage(error)
             raise self._error(cause_of(error)) from error
-        pictures = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not pictures or pictures[0].codec_context is None:
-            raise self._error("no decoder for its codec" if pictures else "no video stream")
-        self._stream = pictures[0]
-        codec = one_thread(self._stream.codec_context)
+        stream = main_stream(self._container)
+        if stream is None or stream.codec_context is None:
+            raise self._error("no decoder for its codec" if stream else "no video stream")
+        self._stream = stream
+        codec = one_thread(stream.codec_context)
         self.codec = str(codec.name)  # such as h264
         if codec.width * codec.height > MAX_PIXELS:
             raise self._error(
@@ -146,48 +152,72 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def _error(self, cause: str) -> VideoError:
         return VideoError(f"{self.path}: {cause}; replace this video or remove it from the list")
 
+    def _check_storage(self, error: BaseException | None = None, through: bool = True) -> None:
+        """Raise `VideoError`, from the storage's error, if not the file but its storage is at fault.
+
+        FFmpeg may call that damage, so with `through` the whole file is read, once.
+        """
+        causes = [error]
+        if through and not self._checked:
+            self._checked = True
+            causes.append(reading_error(self._file))
+        for cause in causes:
+            if cause and is_no_damage(cause):
+                raise self._error(cause_of(cause)) from cause
+
     @stage("open")
     def _probe(self) -> VideoInfo:
         """Decode the first frame: sizes in headers may be wrong, and only frames have their rotation."""
-        frames = self._from_start()
-        first = next(frames, None)
+        decoded_frames = self._from_start()
+        first = next(decoded_frames, None)
         if first is None:
             raise self._error("no frame of it can be decoded")
-        self._unread = chain([first], frames)
-        rate, self._start = self._stream.average_rate or self._stream.guessed_rate, self._stream.start_time or 0
-        if not rate or rate < 0 or not self._stream.time_base:
+        self._unread = chain([first], decoded_frames)
+        stream = self._stream
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate or rate < 0 or not stream.time_base:
             raise self._error("no frame rate")
-        self._fps, self._time_base = float(rate), float(self._stream.time_base)
+        self._fps, self._time_base = float(rate), float(stream.time_base)
+        self._paced = self._container.format.name == "avi"  # packets are a frame apart; dropped ones leave a gap
+        self._timed = not self._paced and stream.start_time is not None
+        self._start = self._ticks[0] if self._paced and self._ticks else stream.start_time or 0
         self._size = first.width, first.height
-        # Quarter turns anticlockwise. Other angles occur only in damaged headers.
-        self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
-        self._timed = self._container.format.name != "avi" and self._stream.start_time is not None
+        self._turns, self._mirrored = upright(first)
         width, height = self._size if self._turns % 2 == 0 else self._size[::-1]
-        return VideoInfo(self._count(), self._fps, width, height)
+        frames = self._count()  # may correct the rate
+        return VideoInfo(frames, self._fps, width, height)
 
     def _count(self) -> int:
-        """The expected number of frames: from the header if it is consistent, else by counting packets."""
-        stream, container = self._stream, self._container
-        if stream.duration:
-            seconds = stream.duration * self._time_base
-        else:
-            seconds = (container.duration or 0) / av.time_base
-            if container.format.name.startswith("matroska"):  # whose duration is the time of the end
-                seconds -= self._start * self._time_base
+        """The expected number of frames: from the header if it is consistent, else by counting packets.
+
+        Corrects the frame rate if the header has none, or one that may be that of a clock.
+        """
+        stream = self._stream
+        in_header = stream.frames
+        seconds = header_seconds(self._container, stream, self._start * self._time_base, self._fps)
+        doubtful = stream.average_rate is None or self._fps > MOST_FPS
+        if doubtful or round(seconds * self._fps) < 1:
+            packets, span = self._tally()
+            mean = (packets - 1) / span if span > 0 else 0
+            if doubtful and mean > 0 and abs(self._fps / mean - 1) > ROUNDED:
+                self._fps = mean
+            if round(seconds * self._fps) < 1:
+                return max(1, min(round(span * self._fps) + 1 if self._timed else packets, self.nbytes))
         expected = round(seconds * self._fps)
-        if expected > 0:
-            agreed: int = stream.frames if stream.frames and abs(stream.frames - expected) <= 2 else expected
-            return min(agreed, self.nbytes)
+        return min(in_header if in_header and abs(in_header - expected) <= 2 else expected, self.nbytes)
+
+    def _tally(self) -> tuple[int, float]:
+        """Count the packets with data, up to the damage, and the seconds from the start to the last one."""
         self._reopen()
         packets, last = 0, self._start
-        with suppress(av.FFmpegError):  # counted up to the damage
+        try:
             for packet in self._container.demux(self._stream):
                 packets += packet.size > 0
-                last = max(last, packet.pts or 0)
+                last = max(last, (packet.dts if self._paced else packet.pts) or 0)
+        except av.FFmpegError as error:
+            self._check_storage(error)
         self._reopen()
-        if self._timed:  # the rate may be a guess
-            packets = min(round((last - self._start) * self._time_base * self._fps) + 1, self.nbytes)
-        return max(1, packets)
+        return packets, (last - self._start) * self._time_base if self._timed or self._paced else 0.0
 
     def _reopen(self) -> None:
         # Never use streams of a closed container: PyAV would read freed memory.
@@ -213,7 +243,10 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 self._container.seek(target, stream=self._stream)
                 packets = self._container.demux(self._stream)
                 packet = next(packets)
-            except (av.FFmpegError, StopIteration):
+            except StopIteration:
+                return None
+            except av.FFmpegError as error:
+                self._check_storage(error, through=False)
                 return None
             if not packet.is_keyframe or packet.pts is None:
                 return None
@@ -282,23 +315,29 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         to `MAX_HELD` bytes.
         """
         codec = self._stream.codec_context
-        self.damage, begun, failed, skipped = "", False, False, 0
+        self.damage, self._ticks, begun, failed, skipped = "", [], False, False, 0
         try:
             for packet in packets:
                 if failed and not packet.is_keyframe and skipped < MAX_HELD:
                     skipped += packet.size
                     continue
+                if packet.is_corrupt:
+                    self._check_storage()
                 try:
                     frames = decoded(codec, packet if packet.size else None)
                 except av.FFmpegError as error:
                     if begun or skipped >= MAX_HELD:
                         raise
+                    self._check_storage(error)
                     failed, skipped = True, skipped + packet.size
                     self.lacking = f"the frames before the first key frame cannot be decoded ({cause_of(error)})"
                 else:
                     begun, failed = begun or bool(frames), False
+                    if packet.size and packet.dts is not None:
+                        self._ticks.append(packet.dts)
                     yield from frames
         except av.FFmpegError as error:
+            self._check_storage(error)
             self.damage = cause_of(error)
 
     def _shown(self, wanted: Sequence[int]) -> Frames:
@@ -307,7 +346,8 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             try:
                 yield from self._picked(wanted)
                 return
-            except (_UntimedError, av.FFmpegError):
+            except (_UntimedError, av.FFmpegError) as error:
+                self._check_storage(error, through=False)
                 self._stream.codec_context.skip_frame = "DEFAULT"
             frames = self._from_key_frame(wanted[0]) if wanted[0] > 0 else None
             try:
@@ -315,7 +355,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
                 return
             except _UntimedError:
                 self._timed = False
-        yield from shown(enumerate(self._from_start()), wanted)
+        yield from shown(self._numbered(), wanted)
 
     def _clocked(self, frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
         """The frames, each with the time at which it is shown, in frames after the stream's start."""
@@ -327,48 +367,14 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             last = frame.pts
             yield (last - self._start) * frames_per_tick, frame
 
-
-def shown(frames: Iterable[tuple[float, Item]], wanted: Sequence[int]) -> Iterator[tuple[Item, Sequence[int]]]:
-    """For each wanted frame number `k`, the frame shown at position `k + 0.5`, from (position, frame) in order.
-
-    That is the last frame at or before it, or the first frame if there is none. Reads no more frames than needed.
-
-    >>> list(shown([(0, "a"), (1, "b"), (2.7, "c"), (4, "d")], wanted=[0, 2, 3, 7, 9]))
-    [('a', [0]), ('b', [2]), ('c', [3]), ('d', [7, 9])]
-    """
-    done, current = 0, None
-    for position, frame in frames:
-        if current is not None:
-            until = bisect_left(wanted, position - 0.5, done)
-            if until > done:
-                yield current, wanted[done:until]
-            if until == len(wanted):
-                return
-            done = until
-        current = frame
-    if current is not None:
-        yield current, wanted[done:]
-
-
-def needed_runs(packets: Sequence[tuple[bool, int]], wanted: Container[int]) -> Iterator[range]:
-    """The packets to decode for the frames at the wanted times, in runs from a key frame to the last wanted packet.
-
-    `packets` are (is a key frame, display time) in decoding order, the first a key frame. Frames that follow a key
-    frame but are shown before it may reference the previous run, so then both are one run.
-
-    >>> packets = [(True, 0), (False, 1), (False, 2), (True, 3), (False, 4), (True, 5), (True, 8), (False, 6)]
-    >>> list(needed_runs(packets, wanted={1, 6}))
-    [range(0, 2), range(5, 8)]
-    """
-    keys = [n for n, (is_key, _) in enumerate(packets) if is_key]
-    runs: list[tuple[int, int]] = []  # first packet, end
-    for first, end in zip(keys, [*keys[1:], len(packets)], strict=True):
-        needs_previous = any(time in wanted and time < packets[first][1] for _, time in packets[first:end])
-        runs.append((runs.pop()[0] if needs_previous and runs else first, end))
-    for first, end in runs:
-        last = max((n for n in range(first, end) if packets[n][1] in wanted), default=None)
-        if last is not None:
-            yield range(first, last + 1)
+    def _numbered(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """All frames, each with its number, or in an avi with the place of its packet."""
+        frames_per_tick = self._time_base * self._fps
+        for number, frame in enumerate(self._from_start()):
+            if self._paced and number < len(self._ticks):
+                yield (self._ticks[number] - self._start) * frames_per_tick, frame
+            else:
+                yield number, frame
 
 
 class _UntimedError(Exception):

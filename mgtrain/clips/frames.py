@@ -19,6 +19,7 @@ from mgtrain.clips.cut import Cut, VideoInfo, wanted_frames
 from mgtrain.clips.decode import MAX_PIXELS
 from mgtrain.clips.pictures import Pictures, clips_by, clips_of
 from mgtrain.clips.stages import stage
+from mgtrain.clips.storage import does_not_answer
 from mgtrain.data.frames import list_frames
 from mgtrain.errors import VideoError, cause_of
 
@@ -77,6 +78,8 @@ class FrameFolder(AbstractContextManager["FrameFolder"]):
                 self._picture(index, 1)
                 count += 1
         except VideoError as error:
+            if does_not_answer(error.__cause__):
+                raise
             self.damage = str(error).removeprefix(f"{self.path}/").partition(";")[0]
         return count
 

@@ -233,7 +233,7 @@ def _end_when_told() -> None:
 
 
 def _start_worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigwaitinfo"):  # which macOS lacks

@@ -1,6 +1,7 @@
 """From decoded frames to the pixels of a clip: convert the region that the clip shows, and resample it once."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 
 import av
@@ -92,6 +93,19 @@ def plane(data: VideoPlane, *shape: int) -> np.ndarray:
     """A view of a frame's plane without the padding of its rows: uint8 (height, width) or (height, width, 3)."""
     pixels: np.ndarray = np.ndarray(shape, np.uint8, memoryview(data), strides=(data.line_size, *shape[2:], 1))
     return pixels
+
+
+def upright(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Quarter turns anticlockwise that show a frame upright, and whether left and right must be swapped before.
+
+    Other angles occur only in damaged headers.
+    """
+    turn, mirrored = frame.rotation, False
+    with suppress(KeyError, ValueError):  # no matrix; other data of a kind that PyAV does not know
+        matrix = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]  # PyAV's stub lacks it
+        a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
+        mirrored = a * d < b * c
+    return ((turn + 180 * mirrored) // 90 % 4 if turn % 90 == 0 else 0), mirrored
 
 
 def box_around(boxes: Sequence[Box]) -> Box:

@@ -18,18 +18,18 @@ from mgtrain.clips.augment import rand_augment
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
 from mgtrain.clips.order import ClipRequest
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo
+from mgtrain.clips.prepared.origin import check_origin
 from mgtrain.clips.sources import Reader, open_source
+from mgtrain.clips.storage import does_not_answer
 from mgtrain.data.frames import holds_frames
 from mgtrain.data.videos import Videos, mirrored_labels
-from mgtrain.errors import DataError, VideoError, lack_of, short_of_memory
+from mgtrain.errors import DataError, VideoError, cause_of, lack_of, short_of_memory
 from mgtrain.grid import Grid
 from mgtrain.recipe import Augment, Data, Recipe
 from mgtrain.rng import Draw, generator
 
 REPLACEMENTS = 16  # videos to try in place of a broken one before giving up on the data set
-# Errors of a network file system, which no damaged file causes, and the seconds to wait before each new try.
-STORAGE = {errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
-PAUSES = (1.0, 10.0, 60.0)
+PAUSES = (1.0, 10.0, 60.0)  # seconds to wait for the storage of the videos before each new try
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Source:
                     f"{data.prepared}: lacks {len(missing)} of {len(videos)} videos, the first is "
                     f"{videos.name(int(missing[0]))}; run `mgtrain data prepare` with this recipe"
                 )
+            check_origin(self._prepared, videos, data.fps)
         elif len(videos) and data.fps is None and holds_frames(videos.file(0)):
             raise DataError(f"{videos.file(0)}: is a folder of frames, so set data.fps to the frames' rate per second")
 
@@ -91,11 +92,10 @@ class Source:
                     cuts = choose(file.info)
                     return list(file.read(cuts)), cuts, file.info.fps
             except VideoError as error:
-                number = getattr(error.__cause__, "errno", None)
-                if number not in STORAGE:
+                if error.__cause__ is None or not does_not_answer(error.__cause__):
                     raise
                 if (pause := next(pauses, None)) is None:
-                    why = f"the storage of the videos does not answer: {os.strerror(number)}"
+                    why = f"the storage of the videos does not answer: {cause_of(error.__cause__)}"
                     raise OSError(errno.EIO, why, self.videos.path(video)) from None
                 time.sleep(pause)
 

@@ -14,7 +14,7 @@ from mgtrain.data.formats.charades import read_charades
 from mgtrain.data.formats.folder import read_folder
 from mgtrain.data.formats.kinetics import read_kinetics
 from mgtrain.data.formats.listfile import read_list
-from mgtrain.data.formats.reading import check_exists, numbered_lines
+from mgtrain.data.formats.reading import check_exists, classes_file, numbered_lines
 from mgtrain.data.formats.something_something import read_something_something
 from mgtrain.data.formats.ucf_hmdb import read_hmdb51, read_ucf101
 from mgtrain.data.manifest import Checked
@@ -38,8 +38,9 @@ def open_videos(
 ) -> Videos:
     """Read the videos of a split from `source`, a file or folder in a format of `DATASETS`.
 
-    `source` is absolute or relative to `root`. `classes` defaults to the lines of a `classes.txt` next to `source` or
-    in the root, or else to the format's default. With `outside_root`, a list may have videos outside of the root.
+    `source` is absolute or relative to `root`. `classes` defaults to the lines of a `classes.txt` next to the file
+    `source`, in the folder `source` or in the root, or else to the format's default. With `outside_root`, a list may
+    have videos outside of the root.
     Raises `DataError` if the annotations cannot be read, or are not valid.
     """
     options = {"outside_root": True} if outside_root else {}
@@ -61,11 +62,9 @@ def open_videos(
 
 
 def listed_classes(root: str, source: str) -> list[str] | None:
-    """The lines of `classes.txt` next to `source` or in the root; None if there is no such file."""
-    for folder in (Path(root, source).parent, Path(root)):
-        if (folder / "classes.txt").is_file():
-            return [text for _, text in numbered_lines(folder / "classes.txt")]
-    return None
+    """The lines of the `classes.txt` of `source`; None if there is no such file."""
+    file = classes_file(root, source)
+    return None if file is None else [text for _, text in numbered_lines(file)]
 
 
 def open_splits(data: Data) -> dict[str, Videos]:

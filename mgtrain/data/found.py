@@ -78,7 +78,7 @@ def make_parts(splits: Mapping[str, Videos], index: Index, *, val: float, group_
     lists = make_split(videos, val=val, seed=seed, groups=groups.ids if groups else None)
     parts = {part: videos.only(rows) for part, rows in lists.items()}
     if groups is None:
-        return Parts(parts, "class only: the names show no sources; if videos share sources, give --group-by")
+        return Parts(parts, "class only: names show no sources, or too few; if videos share sources, give --group-by")
     return Parts(parts, str(groups), len(np.unique(groups.ids)))
 
 

@@ -26,7 +26,7 @@ SOURCE = re.compile(
     r"(?<![a-z])(person|subject|actor|seq|sequence|scene|session|source|game|match|group|g)[-_ ]?\d+(?![a-z0-9])",
     re.IGNORECASE,
 )
-PART = re.compile(r"(.+?)[-_. ]*(?:clip|part|seg|segment|shot|c|p)?[-_. ]*\(?\d+\)?", re.IGNORECASE)
+PART = re.compile(r"(.+?)[-_. ]*(?:clip|part|seg|segment|shot|c|p)?[-_. ]*\(?(?<!\d)\d+\)?", re.IGNORECASE)
 
 
 def make_split(

@@ -246,6 +246,8 @@ def mirrored_labels(classes: Sequence[str], pairs: Iterable[tuple[str | int, str
 def mirrored_pairs(classes: Sequence[str]) -> tuple[list[tuple[str, str]], bool]:
     """Pairs of classes that a flip swaps, by their names, and whether a class names a side but has no mirror image.
 
+    Names may be in camel case.
+
     >>> mirrored_pairs(["turn left", "turn right", "stop"])
     ([('turn left', 'turn right')], False)
     >>> mirrored_pairs(["look left", "stop"])
@@ -254,12 +256,13 @@ def mirrored_pairs(classes: Sequence[str]) -> tuple[list[tuple[str, str]], bool]
     pairs: list[tuple[str, str]] = []
     paired: set[str] = set()
     sided: set[str] = set()
-    known = {name.lower(): name for name in reversed(classes)}
+    words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) for name in classes}
+    known = {words[name].lower(): name for name in reversed(classes)}
     for one, other in SIDES:
         word, either = (re.compile(rf"(?<![a-z])({side})(?![a-z])", re.IGNORECASE) for side in (one, f"{one}|{other}"))
-        sided |= {*filter(either.search, classes)}
-        for name in filter(word.search, classes):
-            twin = known.get(word.sub(other, name).lower())
+        sided |= {name for name in classes if either.search(words[name])}
+        for name in classes:
+            twin = known.get(word.sub(other, words[name]).lower()) if word.search(words[name]) else None
             if twin and not {name, twin} & paired:
                 pairs.append((name, twin))
                 paired |= {name, twin}

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from mgtrain.clips.cut import VideoInfo, cut_views
 from mgtrain.clips.sources import open_source
+from mgtrain.clips.storage import raise_unanswered
 from mgtrain.console import ShowProgress, no_progress
 from mgtrain.data.manifest import STATUSES, Manifest, Record, checksum
 from mgtrain.data.stretch import file_of
@@ -68,7 +69,7 @@ def check(
 
 
 def check_video(root: str, path: str, clip: Clip, fps: float | None = None) -> Record:
-    """Read a whole video; returns its record."""
+    """Read a whole video; returns its record. Raises `LackError` if its storage does not answer."""
     facts = _file_facts(root, path)
     whole = os.path.join(root, path)
     try:
@@ -84,6 +85,7 @@ def check_video(root: str, path: str, clip: Clip, fps: float | None = None) -> R
         if status == "ok" and video.lacking:
             status, message = "short", video.lacking
     except (VideoError, OSError, MemoryError) as error:
+        raise_unanswered(whole, error)
         missing = isinstance(error.__cause__ or error, FileNotFoundError | NotADirectoryError)
         status = "missing" if missing else "corrupt"
         message = cause_of(error).removeprefix(f"{whole}: ").partition(";")[0] or "out of memory"

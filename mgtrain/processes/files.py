@@ -1,8 +1,12 @@
 """Files that are written whole or not at all, whether the disk is full or the process is killed."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LONGEST = 255 - len("..tmp")  # bytes of a name that may become part of that of a temporary file
 
 
 @contextmanager
@@ -12,7 +16,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Makes the folder. An `OSError` names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= LONGEST else hashlib.blake2b(name, digest_size=16).hexdigest()
+    temporary = path.with_name(f".{short}.tmp")
     try:
         yield temporary
         temporary.replace(path)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from videos import SIZE, decode, number_of, numbered_picture, write_video
 
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
-from mgtrain.clips.decode import VideoFile, shown
+from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.pictures import Clip, resample
+from mgtrain.clips.timeline import shown
 from mgtrain.errors import VideoError
 from mgtrain.grid import Grid
 from mgtrain.rng import Draw, generator
@@ -115,6 +116,7 @@ SOURCES = {
     "chroma in full": {"pix_fmt": "yuv444p"},
     "ten bits": {"pix_fmt": "yuv420p10le"},
     "turned": {"turn": 90},
+    "mirrored": {"mirror": "hflip"},
     "odd": {"codec": "mpeg4", "b_frames": 0, "size": (65, 51)},
 }
 
@@ -210,11 +212,13 @@ def test_odd_sizes(tmp_path: Path, size: tuple[int, int]):
     assert (abs(clip[1].astype(int) - 200) < 4).all()
 
 
+@pytest.mark.parametrize("mirror", ["", "hflip", "vflip"])
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_a_rotated_video_is_seen_upright(tmp_path: Path, turn: int):
+def test_a_rotated_or_mirrored_video_is_seen_upright(tmp_path: Path, turn: int, mirror: str):
     upright = numbered_picture(77)
-    stored = np.rot90(upright, -turn // 90)
-    path = write_video(tmp_path / "v.mp4", [stored] * 2, turn=turn)
+    seen = np.flip(upright, {"": (), "hflip": 1, "vflip": 0}[mirror])
+    stored = np.rot90(seen, -turn // 90)
+    path = write_video(tmp_path / "v.mp4", [stored] * 2, turn=turn, mirror=mirror)
     with VideoFile(path) as video:
         assert (video.info.width, video.info.height) == SIZE
         clip = video.read([whole(video.info, 0)])[0]
@@ -227,6 +231,23 @@ def test_a_rotation_by_no_quarter_turn_is_ignored(tmp_path: Path):
     with VideoFile(path) as video:
         assert (video.info.width, video.info.height) == SIZE
     assert numbers(path, 1) == [1]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_the_longest_of_several_video_streams_is_shown(tmp_path: Path, suffix: str):
+    path = tmp_path / f"v.{suffix}"
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        video = container.add_stream("libx264", rate=30, options={"threads": "1"})
+        cover.width, cover.height = video.width, video.height = SIZE
+        cover.pix_fmt, video.pix_fmt = "yuvj420p", "yuv420p"
+        container.mux([*cover.encode(av.VideoFrame.from_ndarray(numbered_picture(200))), *cover.encode()])
+        for number in range(60):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(numbered_picture(number))))
+        container.mux(video.encode())
+    with VideoFile(path) as file:
+        assert (file.info.frames, file.codec) == (60, "h264")
+    assert numbers(path, 0, 30, 59) == [0, 30, 59]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])

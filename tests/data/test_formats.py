@@ -11,7 +11,7 @@ import pytest
 
 from mgtrain.data import DATASETS, open_videos
 from mgtrain.data.formats.listfile import write_lists
-from mgtrain.data.videos import Videos, mirrored_labels
+from mgtrain.data.videos import Videos, mirrored_labels, mirrored_pairs
 from mgtrain.errors import DataError, UsageError
 
 
@@ -308,6 +308,20 @@ def test_a_folder_per_class(tmp_path: Path):
         open_videos("folder", str(tmp_path), "empty")
 
 
+def test_the_classes_of_folders_are_those_beside_them_or_in_the_root(tmp_path: Path):
+    (tmp_path / "classes.txt").write_text("walk\nrun\n")  # of another set
+    for name in ("sit", "jump"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "a.mp4").touch()
+    assert open_videos("folder", str(tmp_path / "set"), ".").classes == ("jump", "sit")
+    (tmp_path / "set" / "classes.txt").write_text("sit\njump\n")
+    assert open_videos("folder", str(tmp_path / "set"), ".").classes == ("sit", "jump")
+    assert open_videos("folder", str(tmp_path), "set").classes == ("sit", "jump")
+    (tmp_path / "set" / "classes.txt").unlink()
+    with pytest.raises(DataError, match=rf"'jump' is not one of the 2 classes in {tmp_path}/classes.txt; add it there"):
+        open_videos("folder", str(tmp_path), "set")
+
+
 LABELS = {"Putting something on something": "1", "Moving something up": "0", "Holding something": "2"}
 SOMETHING = [
     {"id": "78687", "label": "moving a cup up", "template": "Moving [something] up", "placeholders": ["a cup"]},
@@ -482,6 +496,20 @@ def test_a_flip_turns_labels_into_those_of_the_mirrored_classes():
         mirrored_labels(classes, [("left", "rigth")])
     with pytest.raises(DataError, match=r"^data.mirrored: 5 is not one of the 5 classes; use names or numbers 0 to 4$"):
         mirrored_labels(classes, [(5, "left")])
+
+
+@pytest.mark.parametrize(
+    ("classes", "pairs"),
+    [
+        (["SwipeLeft", "SwipeRight", "Stop"], [("SwipeLeft", "SwipeRight")]),
+        (["leftHand", "rightHand"], [("leftHand", "rightHand")]),
+        (["TurnClockwise", "TurnCounterclockwise"], [("TurnClockwise", "TurnCounterclockwise")]),
+        (["LookLeftThenUp", "look right then up"], [("LookLeftThenUp", "look right then up")]),
+        (["Leftovers", "UpRightness", "copyrights"], []),
+    ],
+)
+def test_sides_are_found_in_names_in_camel_case(classes: list[str], pairs: list[tuple[str, str]]):
+    assert mirrored_pairs(classes) == (pairs, False)
 
 
 def test_a_list_of_charades_lacks_the_times_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

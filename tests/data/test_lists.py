@@ -62,6 +62,10 @@ def test_a_header_may_name_classes(tmp_path: Path) -> None:
     assert entries(videos) == [("a.mp4", 1), ("b.mp4", 0)]
 
 
+def test_empty_cells_after_the_last_column_are_ignored(tmp_path: Path) -> None:
+    assert entries(read(tmp_path, "path,label\na.mp4,3,\nb.mp4,4, ,\n")) == [("a.mp4", 3), ("b.mp4", 4)]
+
+
 def test_a_video_and_a_class_may_have_the_names_of_columns(tmp_path: Path) -> None:
     assert entries(read(tmp_path, "path,label\nb.mp4,cat\n", ["cat", "label"])) == [("b.mp4", 0)]
     assert entries(read(tmp_path, "path 1\nlabel 0\n")) == [("path", 1), ("label", 0)]
@@ -83,6 +87,15 @@ def test_a_video_and_a_class_may_have_the_names_of_columns(tmp_path: Path) -> No
         ),
         ("a.mp4,0,left\n", ", or name the columns in a first line such as `path,label,name`"),
         ("path,label\na.mp4\n", ":2: 'a.mp4' does not end in a label"),
+        (
+            "path,label\nb.mp4,4\na.mp4,3,17\n",
+            ":3: 'a.mp4,3,17': has 3 cells, but the header 2; quote a path with separators (\"a,b.mp4\"), and separate "
+            'several labels by semicolons in quotes ("3;17")',
+        ),
+        ("path;label\na.mp4;3;17\n", ":2: 'a.mp4;3;17': has 3 cells, but the header 2"),
+        ("label\tfile\n0\ta.mp4\tb\n", ":2: '0\\ta.mp4\\tb': has 3 cells, but the header 2"),
+        ("path,start,end,label\na,b.mp4,1,9,3\n", ":2: 'a,b.mp4,1,9,3': has 5 cells, but the header 4"),
+        ("path,frames,label\na,9,30,3\n", ":2: 'a,9,30,3': has 4 cells, but the header 3"),
         ("path,label\n", "list.csv: lists no video"),
         (b"\xff\xfea\x00\x00", "list.csv:1: "),
     ],

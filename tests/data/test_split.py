@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from warm import Start
 
 from mgtrain.data import open_videos
-from mgtrain.data.split import joined, make_split, read_groups
+from mgtrain.data.split import groups_of_names, joined, make_split, read_groups
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
 
@@ -139,6 +139,17 @@ def test_videos_whose_names_show_one_source_stay_together(mgtrain: Start, tmp_pa
     both = mgtrain(tmp_path, "data", "split", "v", "--to", "m", "--val", "0.2", "--group-by", "x", "--groups", "g.csv")
     assert both.returncode == 2
     assert "--groups and --group-by: give one of them" in both.stderr
+
+
+@pytest.mark.parametrize("digits", [3, 6, 13])
+def test_numbers_alone_do_not_name_a_source(digits: int):
+    numbers = np.random.default_rng(0).choice(10**digits, 600, replace=False)
+    names = [f"c{n % 6}/{number:0{digits}}.mp4" for n, number in enumerate(numbers)]
+    assert groups_of_names(names, [n % 6 for n in range(600)]) is None
+    parts = [f"c{n % 6}/{n // 4}_{n % 4}.mp4" for n in range(600)]
+    found = groups_of_names(parts, [n % 6 for n in range(600)])
+    assert found is not None
+    assert (len(np.unique(found.ids)), found.example) == (150, "0_0.mp4 is of 0")
 
 
 def test_groups_are_read_by_path(tmp_path: Path):

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_loader import opened, trained_on
-from videos import number_of, numbered_picture, write_video
+from videos import number_of, numbered_picture, write_frames, write_video
 
 from mgtrain.clips.cut import Cut, VideoInfo, cut_random, cut_views
 from mgtrain.clips.decode import VideoFile
 from mgtrain.clips.prepared import PreparedSet, PreparedVideo, Settings, decoder_of, encode, level_path, stored_frame
 from mgtrain.clips.units import Source
 from mgtrain.data.synthetic import synthesize
+from mgtrain.data.videos import Videos
 from mgtrain.engine.fit import fit
 from mgtrain.errors import DataError, MissingCapabilityError, VideoError
 from mgtrain.grid import Grid
@@ -328,6 +329,26 @@ def test_broken_videos_are_recorded_and_tried_again(root: Path, out: Path):
     assert video(out, "gone.mp4").info.frames == 7
 
 
+def test_a_name_may_be_as_long_as_the_disk_allows(root: Path, out: Path):
+    fits, too_long = "x" * 247 + ".mp4", "y" * 250 + ".mp4"  # 255 bytes, with .mp4 added to the file of a level
+    for name in (fits, too_long):
+        write_video(root / "v.mp4", 3).rename(root / name)
+    done = prepared(root)
+    assert done.videos == 2
+    assert list(done.broken) == [too_long]
+    assert "File name too long; rename this video" in done.broken[too_long]
+    assert numbers(video(out, fits), 0, 2) == [0, 2]
+
+
+def test_two_frames_may_be_hours_apart(root: Path, out: Path):
+    write_video(root / "slides.mp4", 2, times=[0, 30 * 4800], b_frames=0)
+    assert prepared(root).broken == {}
+    with video(out, "slides.mp4") as file, VideoFile(root / "slides.mp4") as original:
+        assert file.info == original.info
+        assert file.info.fps < 1 / 2002
+        assert numbers(file, 0, 1) == numbers(original, 0, 1)
+
+
 def test_a_video_that_kills_its_process_costs_no_other(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("a.mp4", "bad.mp4", "c.mp4", "d.mp4"):
         write_video(root / name, 3)
@@ -396,6 +417,79 @@ def test_training_on_a_prepared_set_has_the_same_labels_and_nearly_the_same_pixe
             assert labels.equal(their_labels)
             assert clips.shape == their_clips.shape
             assert (clips.int() - their_clips.int()).abs().float().mean() < 8
+
+
+@pytest.fixture
+def three(root: Path, out: Path, tiny: Callable[..., Recipe]) -> Callable[..., Source]:
+    """A function that opens a prepared set of three videos for originals in a folder, by default where they were."""
+    for n in range(3):
+        write_video(root / f"{n}.mp4", 10 + n)
+    prepared(root)
+
+    def source(folder: Path = root, *overrides: str) -> Source:
+        videos = Videos.of(str(folder), [(f"{n}.mp4", 0) for n in range(3)], ("x",))
+        return Source(videos, tiny(f"data.prepared={out}", *overrides).data)
+
+    return source
+
+
+def test_a_set_is_of_its_originals_wherever_they_are(
+    three: Callable[..., Source], root: Path, out: Path, tmp_path: Path
+) -> None:
+    three()
+    assert json.loads((out / "prepared.json").read_text())["root"] == str(root)
+    for copy in (shutil.copy2, shutil.copyfile):  # with and without their times
+        three(Path(shutil.copytree(root, tmp_path / copy.__name__, copy_function=copy)))
+    shutil.rmtree(root)
+    three()
+    three(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("change", ["other root", "another video", "other time", "made by an older version"])
+def test_a_set_of_other_originals_is_refused(
+    three: Callable[..., Source], root: Path, out: Path, tmp_path: Path, change: str
+) -> None:
+    folder, name, what = root, "1.mp4", r"has \d+ bytes, but had \d+ when it was prepared in"
+    if change == "other root":
+        folder, name = tmp_path / "other", "0.mp4"
+        folder.mkdir()
+        for n in range(3):
+            write_video(folder / f"{n}.mp4", 20 + n)
+    elif change == "other time":
+        os.utime(root / name, ns=(0, 0))
+        what = "has changed"
+    else:
+        write_video(root / name, 20)
+    if change.startswith("made"):
+        facts = json.loads((out / "prepared.json").read_text())
+        del facts["root"]
+        (out / "prepared.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=rf"{folder / name}: {what}.*; run `mgtrain data prepare` with this recipe"):
+        three(folder)
+    if folder == root:
+        prepared(root)
+        three()
+    (out / "videos.jsonl").unlink()
+    three(folder)
+
+
+def test_a_set_of_frames_at_another_rate_is_refused(tiny: Callable[..., Recipe], root: Path, out: Path) -> None:
+    write_frames(root / "v", 12)
+    prepare(root, ["v"], out, SETTINGS, 1, fps=30)
+
+    def source(*overrides: str) -> Source:
+        return Source(Videos.of(str(root), [("v", 0)], ("x",)), tiny(f"data.prepared={out}", *overrides).data)
+
+    for fine in ((), ("data.fps=30",)):
+        assert source(*fine).read(0, lambda _: [])[2] == 30
+    with pytest.raises(DataError, match=rf"{out}: was prepared with data.fps=30, not 12; set data.fps=30, or run"):
+        source("data.fps=12")
+    prepare(root, ["v"], out, SETTINGS, 1, fps=12)
+    assert source("data.fps=12").read(0, lambda _: [])[2] == 12
+    write_frames(root / "v", 15)
+    os.utime(root / "v", ns=(0, 0))
+    with pytest.raises(DataError, match="v: has 15 frames, but had 12 when it was prepared in"):
+        source("data.fps=12")
 
 
 def test_a_set_that_lacks_videos_is_refused(tiny: Callable[..., Recipe], motions: Path, tmp_path: Path) -> None:

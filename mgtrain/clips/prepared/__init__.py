@@ -3,7 +3,7 @@
 The loader decodes only the frames of a clip, and small ones for a small short side. So coarse clips take less time to
 load than fine ones, as they do in the network.
 
-    prepared.json            the `Settings` that the set was prepared with
+    prepared.json            the `Settings` that the set was prepared with; older sets lack `root` and `data_fps`
     videos.jsonl             the manifest, a line for each video: its source, sizes in pixels and bytes, checksums
     offsets.bin              uint32: for each file, the offset of its first frame and of each frame's end
     index.npy                a row for each video, sorted by the hash of its path; memory-mapped
@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,6 +47,8 @@ class Settings:
     quality: int  # H.264's constant rate factor; smaller is better
     fps: float | None  # frame rate to which faster videos are reduced; None: keep all frames
     shards: int | None = None  # maximum bytes of a tar file; None: a file for each video and level
+    root: str | None = field(default=None, compare=False)  # folder of the originals when they were prepared
+    data_fps: float | None = field(default=None, compare=False)  # frame rate of folders of frames
 
 
 def row_type(settings: Settings) -> np.dtype:
@@ -85,8 +87,7 @@ def read_settings(folder: Path) -> Settings:
 def write_settings(folder: Path, settings: Settings) -> None:
     """Write the settings of a set."""
     facts = {"schema": SHARDED if settings.shards else SCHEMA, **asdict(settings)}
-    if not settings.shards:
-        del facts["shards"]
+    facts = {key: value for key, value in facts.items() if value is not None or key == "fps"}
     write_whole(folder / "prepared.json", f"{json.dumps(facts, indent=1)}\n".encode())
 
 

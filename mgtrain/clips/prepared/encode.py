@@ -1,5 +1,6 @@
 """Encode one video for a prepared set: every frame a key frame, a file for each level."""
 
+import errno
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import numpy as np
 from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.prepared import Settings, level_path, stored_frame
 from mgtrain.clips.sources import Reader, open_source
+from mgtrain.clips.storage import raise_unanswered
 from mgtrain.data.manifest import Record, checksum
 from mgtrain.data.stretch import file_of
 from mgtrain.errors import DataError, VideoError
@@ -29,6 +31,7 @@ def encode_video(
     """Write the files of a video; return its record and, for each level, the offsets of its frames.
 
     If it cannot be decoded, the record has its `error`, and there are no offsets. `fps` is that of folders of frames.
+    Raises `LackError` if the storage of the video does not answer.
     """
     try:
         source = (root / file_of(path)).stat()
@@ -40,10 +43,10 @@ def encode_video(
             offsets = _write(video, stored, dict(zip(files, sizes.values(), strict=True)), settings.quality)
             if len(offsets[0]) <= stored:
                 raise VideoError(f"{root / path}: only {len(offsets[0]) - 1} of {stored} frames can be decoded")
-    except OSError as error:
-        return {"path": path, "error": f"{root / path}: {error.strerror}"}, []
-    except VideoError as error:
-        return {"path": path, "error": str(error)}, []
+    except (OSError, VideoError) as error:
+        raise_unanswered(root / path, error)
+        cause = f"{root / path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        return {"path": path, "error": cause}, []
     levels = [
         {"level": level, "width": width, "height": height, "bytes": file.stat().st_size, "sha256": checksum(file)}
         for (level, (width, height)), file in zip(sizes.items(), files, strict=True)
@@ -71,9 +74,10 @@ def _write(video: Reader, stored: int, sizes: dict[Path, tuple[int, int]], quali
                             writer.add(upright)
             return [writer.finish() for writer in writers]
     except (OSError, av.FFmpegError) as error:
-        raise DataError(
-            f"{next(iter(sizes))}: cannot be written: {error.strerror}; run the same command again to resume"
-        ) from error
+        file = next(iter(sizes))
+        if error.errno == errno.ENAMETOOLONG:
+            raise VideoError(f"{file}: {error.strerror}; rename this video or remove it from the list") from error
+        raise DataError(f"{file}: cannot be written: {error.strerror}; run the same command again to resume") from error
 
 
 def level_sizes(info: VideoInfo, levels: Sequence[int]) -> dict[int, tuple[int, int]]:
@@ -102,7 +106,7 @@ class _Writer:
         self._temporary = stack.enter_context(replacing(path))
         self._container = av.open(str(self._temporary), "w", format="mp4")
         stack.callback(self._close)
-        self._rate = Fraction(rate).limit_denominator(1001)
+        self._rate = Fraction(max(rate, 1 / 1000)).limit_denominator(1001)
         options = {**ENCODER, "crf": str(quality)}
         self._stream = self._container.add_stream("libx264", rate=self._rate, options=options)
         self._stream.width, self._stream.height = size

@@ -73,6 +73,7 @@ class Dialect:
     separator: str | None  # None: white space
     header: bool = False  # the first line names the columns
     columns: tuple[int, int] | None = None  # of path and label; None: the label is the last field
+    names: int = 0  # columns that the header names
     stretch: Columns | None = None  # of the part of the video that a row is
     remark: str = ""  # what was recognized beyond `path label`
 
@@ -80,9 +81,17 @@ class Dialect:
         return _cells(line, self.separator or " ")
 
     def split(self, line: str) -> tuple[str, str]:
-        """The path and the label of a line; empty if the line has no such field."""
+        """The path and the label of a line; empty if the line has no such field.
+
+        Raises `ValueError` if it has more cells than the header, which leaves open what they mean.
+        """
         if self.columns:
             cells = self.fields(line)
+            if any(map(str.strip, cells[self.names :])):
+                raise ValueError(
+                    f'has {len(cells)} cells, but the header {self.names}; quote a path with separators ("a,b.mp4"), '
+                    'and separate several labels by semicolons in quotes ("3;17")'
+                )
             return _cell(cells, self.columns[0]), _cell(cells, self.columns[1])
         if '"' in line and len(cells := self.fields(line)) == 2:
             return cells[0].strip(), cells[1].strip()
@@ -101,8 +110,8 @@ def recognize(lines: Sequence[str], is_label: Callable[[str], bool]) -> Dialect:
         if path is not None and label is not None and (separator or len(names) == 2 or stretch):
             columns = (path, label) if separator or stretch else None
             remark = f"path from column {names[path]!r}, label from {names[label]!r}"
-            dialect = Dialect(separator, True, columns, remark=remark)
-            if stretch is None or (stretch.unit == "n" and is_video(dialect.split("".join(lines[1:2]))[0])):
+            dialect = Dialect(separator, True, columns, len(names), remark=remark)
+            if stretch is None or (stretch.unit == "n" and is_video(_cell(dialect.fields("".join(lines[1:2])), path))):
                 return dialect
             used = " and ".join(repr(names[n]) for n in stretch[1:] if n is not None)
             return replace(dialect, stretch=stretch, remark=f"{remark}, the part of the video from {used}")

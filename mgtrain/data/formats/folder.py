@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgtrain.data.formats.reading import SUFFIXES, check_exists, is_video
+from mgtrain.data.formats.reading import SUFFIXES, check_exists, classes_file, is_video
 from mgtrain.data.frames import holds_frames
 from mgtrain.data.videos import Videos
 from mgtrain.errors import DataError
@@ -33,7 +33,11 @@ def read_folder(root: str, source: str, classes: Sequence[str] | None) -> Videos
     names = classes or folders
     for name in folders:
         if name not in names:
-            raise DataError(f"{top / name}: {name!r} is not one of the {len(names)} classes; move the folder elsewhere")
+            listed = classes_file(root, source)
+            where, add = (f" in {listed}", "add it there, or ") if listed else ("", "")
+            raise DataError(
+                f"{top / name}: {name!r} is not one of the {len(names)} classes{where}; {add}move the folder elsewhere"
+            )
     entries = [
         (os.path.normpath(os.path.join(os.path.relpath(top, root), name, file)), label)
         for label, name in enumerate(names)

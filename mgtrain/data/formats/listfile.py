@@ -46,7 +46,12 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
         raise DataError(f"{listing}: is a list of Kinetics; set data.format=kinetics")
     dialect = recognize([line for _, line in lines[:SAMPLE]], is_label)
     lines = lines[dialect.header :]
-    fields = [dialect.split(line) for _, line in lines]
+    fields = []
+    for number, line in lines:
+        try:
+            fields.append(dialect.split(line))
+        except ValueError as error:
+            raise DataError(f"{listing}:{number}: {line!r}: {error}") from None
     remarks = [dialect.remark] if dialect.remark else []
     if with_slashes(root, [path for path, _ in fields]):
         remarks.append("backslashes read as slashes")

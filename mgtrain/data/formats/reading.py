@@ -33,6 +33,13 @@ def check_exists(path: Path, kind: str) -> None:
     raise DataError(f"{path}: no such {kind}; {contents}")
 
 
+def classes_file(root: str | os.PathLike[str], source: str) -> Path | None:
+    """The `classes.txt` beside a file `source`, or in a folder `source`, or else in the root; None if there is none."""
+    place = Path(root, source)
+    folders = (place if place.is_dir() else place.parent, Path(root))
+    return next((folder / "classes.txt" for folder in folders if (folder / "classes.txt").is_file()), None)
+
+
 def read_file(path: Path) -> bytes:
     """Read a regular file. Raises `DataError` for a folder, pipe or device."""
     check_exists(path, "file")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def prepare(
     for path in paths:
         if leaves_root(path):  # its prepared files would be outside of the folder, too
             raise DataError(f"{root / path}: is outside of {root}; set data.root to a folder that holds all videos")
-    _claim(folder, settings)
+    _claim(folder, replace(settings, root=os.path.abspath(root), data_fps=fps))
     manifest = PreparedManifest(folder)
     known, sharded = manifest.records, bool(settings.shards)
     todo = [path for path in paths if not _is_there(root, folder, path, fps, known.get(path), sharded)]
@@ -189,6 +189,9 @@ def _claim(folder: Path, settings: Settings) -> None:
                 f"{folder}: contains a set made with {words(there)}, not {words(settings)}; "
                 "choose another folder or the same settings"
             )
+        now = replace(settings, data_fps=settings.data_fps or there.data_fps)
+        if (now.root, now.data_fps) != (there.root, there.data_fps):
+            write_settings(folder, now)
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder}: contains other files; choose an empty or a new folder")
     else:
