@@ -76,6 +76,6 @@ def plan(
     if picture:
         from mgtrain.runs.report.figures import save_schedule
 
-        save_schedule(made.describe()["phases"], picture)
+        save_schedule(made, picture)
     if json_:
         out.print_json(data=found)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from mgtrain.clips.loader import recalibration_batches
 from mgtrain.data.videos import Videos
+from mgtrain.engine.checks import pass_clips
 from mgtrain.engine.step import autocast, to_input
+from mgtrain.grid import Shape
 from mgtrain.models.norm import GroupBatchNorm3d, group_slots, merge_group_stats, reset_group_stats, set_momentum
 from mgtrain.models.part import Part, set_part
 from mgtrain.processes.distributed import World
@@ -68,9 +70,13 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], r
             reset_group_stats(model)
         set_momentum(model, 1 / count, pool=True)  # a running mean over all batches
         share = len(clips)  # of as many clips as a base step has
-        set_part(model, Part(world.rank * share, share, share * world.size, groups, world.size, 0, world.gather))
-        with autocast(recipe, world):
-            model(to_input(clips, recipe))
+        total, grid = share * world.size, recipe.evaluation_shape
+        size = pass_clips(recipe, Shape(total, grid.frames, grid.crop), groups, world.size)
+        for first in range(0, share, size):
+            mine = clips[first : first + size]
+            set_part(model, Part(world.rank * share + first, len(mine), total, groups, world.size, 0, world.gather))
+            with autocast(recipe, world):
+                model(to_input(mine, recipe))
     set_momentum(model, None)
     merge_group_stats(model, world.gather)
     return count

@@ -87,31 +87,36 @@ def group_batchnorm(model: nn.Module) -> nn.Module:
     Raises `UsageError` if a layer, such as SyncBatchNorm, normalizes over clips and cannot be split into groups.
     """
     streams = iter(range(1, 1 << 30))  # ours, which has one dropout, is stream 0
+    replaced: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
     with next((parameter.device for parameter in model.parameters()), torch.device("cpu")):
         for parent_name, parent in list(model.named_modules()):
-            for name, layer in parent.named_children():
+            for name, layer in list(parent._modules.items()):
                 path = f"{parent_name}.{name}".removeprefix(".")
-                if type(layer) is nn.BatchNorm3d and layer.affine and layer.track_running_stats:
+                if layer in replaced:
+                    pass
+                elif type(layer) is nn.BatchNorm3d and layer.affine and layer.track_running_stats:
                     grouped = GroupBatchNorm3d(
                         layer.num_features, layer.eps, 0.1 if layer.momentum is None else layer.momentum
                     )
                     grouped.load_state_dict(layer.state_dict(), assign=True)
                     grouped.weight, grouped.bias = layer.weight, layer.bias  # perhaps frozen, or known to an optimizer
-                    setattr(parent, name, grouped.train(layer.training))
+                    replaced[layer] = grouped.train(layer.training)
                 elif isinstance(layer, nn.Dropout) and layer.p:
-                    setattr(parent, name, Dropout(layer.p, next(streams)))
+                    replaced[layer] = Dropout(layer.p, next(streams))
                 elif isinstance(layer, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d) and layer.p:
-                    setattr(parent, name, DropFeatures(layer.p, next(streams)))
+                    replaced[layer] = DropFeatures(layer.p, next(streams))
                 elif isinstance(layer, StochasticDepth) and layer.p:
                     if layer.mode != "row":
                         cause = "StochasticDepth of whole batches depends on the number of ranks; use mode 'row'"
                         raise UsageError(f"{path}: {cause}")
-                    setattr(parent, name, DropPath(layer.p, next(streams)))
+                    replaced[layer] = DropPath(layer.p, next(streams))
                 elif isinstance(layer, _BatchNorm) and not isinstance(layer, GroupBatchNorm3d):
                     raise UsageError(
                         f"{path}: {type(layer).__name__} normalizes over the clips of a rank; use BatchNorm3d with its "
                         "default options, which mgtrain splits into groups, or LayerNorm or GroupNorm"
                     )
+                if layer in replaced:
+                    setattr(parent, name, replaced[layer])
     return model
 
 

@@ -4,7 +4,7 @@ import io
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from mgtrain.grid import Shape
@@ -193,7 +193,9 @@ class MultigridSchedule(Section):
     fine_tune: bool = Field(
         True, description="train the last stage at the finest shape only; false: run a long cycle in it, too"
     )
-    fine_tune_short_cycle: bool = Field(True, description="keep the short cycle while fine-tuning in the last stage")
+    fine_tune_short_cycle: bool = Field(
+        True, description="with a long cycle: keep the short cycle while fine-tuning in the last stage"
+    )
     lr_scaling: Literal["long", "both", "none"] = Field(
         "long",
         description=(
@@ -206,6 +208,14 @@ class MultigridSchedule(Section):
         description="batch that sets the number of BatchNorm groups; long: the long cycle's, so that groups grow with "
         "the short cycle's batch, as in the authors' code; both: groups always have `batch.bn_clips` clips",
     )
+
+    @field_validator("long_cycle")
+    @classmethod
+    def _is_coarse_to_fine(cls, cycle: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        volumes = [frames * crop**2 for frames, crop in cycle]
+        if volumes != sorted(volumes):
+            raise ValueError("long_cycle must go from coarse to fine, because the last shape is that of fine-tuning")
+        return cycle
 
 
 Schedule = Annotated[BaselineSchedule | MultigridSchedule, Field(discriminator="name")]

@@ -114,6 +114,11 @@ class Plan(Sequence[Step]):
                 f"a run of {self.phases[-1].end_step:.3g} steps for {videos:,} videos; at most {MOST_STEPS:.0g} are "
                 "allowed: lower optim.stages or schedule.epoch_factor, or raise batch.clips"
             )
+        if recipe.optim.warmup_epochs * videos >= self.phases[-1].end_clip:
+            raise PlanError(
+                f"optim.warmup_epochs {recipe.optim.warmup_epochs:g} is not less than the run's "
+                f"{self.phases[-1].end_clip / videos:.3g} epochs; lower it, too, if you lower optim.stages"
+            )
         self._first_steps = [phase.first_step for phase in self.phases]
         self._warmup_target = self._lr_after_warmup()
 

@@ -13,6 +13,7 @@ from mgtrain.schedule import Plan, baseline_recipe, make_plan
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 COLUMNS = 72  # of a drawing
+RANGE = 1000  # of the learning rates in a drawing: smaller ones are drawn as its least
 
 
 def make_plans(recipe: Recipe, videos: int) -> dict[str, Plan]:
@@ -74,8 +75,9 @@ def schedule_drawing(plan: Plan) -> str:
     for name, values in rows.items():
         form = ".3g" if name == "lr" else "d"
         low, high = min(values), max(values)
-        span = math.log(high / low) if 0 < low < high else 1.0
-        heights = (round((len(BLOCKS) - 1) * math.log(value / low) / span) if low > 0 else 0 for value in values)
+        least = max(min((value for value in values if value > 0), default=1.0), high / RANGE)  # warm-up may start at 0
+        span = math.log(high / least) if least < high else 1.0
+        heights = (round((len(BLOCKS) - 1) * math.log(max(value, least) / least) / span) for value in values)
         bars = "".join(BLOCKS[height] for height in heights)
         lines.append(f"{name:7}{bars}  {low:{form}}" + (f" to {high:{form}}" if high > low else ""))
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.report.figures import save_schedule
 from mgtrain.schedule import baseline_recipe, make_plan
-from mgtrain.schedule.totals import steps_of_shapes
+from mgtrain.schedule.totals import schedule_drawing, steps_of_shapes
 
 
 @contextmanager
@@ -269,10 +269,17 @@ def test_the_schedule_is_printed_before_its_costs_are_estimated(
     assert "the baseline's 54" in shown.stdout
 
 
+def test_a_drawing_shows_learning_rates_that_start_at_nothing(tiny: Callable[..., Recipe]) -> None:
+    drawn = schedule_drawing(make_plan(tiny("optim.curve=cosine", "optim.warmup_lr=0", "optim.warmup_epochs=2"), 24))
+    (bars,) = (line.split()[1] for line in drawn.splitlines() if line.startswith("lr"))
+    assert bars[0] == "▁"
+    assert len(set(bars)) > 4, bars
+
+
 def test_a_schedule_is_drawn_into_files_of_three_kinds(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    phases = make_plan(tiny(), 24).describe()["phases"]
+    plan = make_plan(tiny("optim.curve=cosine", "optim.warmup_lr=0"), 24)
     for name, start in (("a/s.svg", b"<?xml"), ("s.png", b"\x89PNG"), ("s.pdf", b"%PDF")):
-        save_schedule(phases, tmp_path / name)
+        save_schedule(plan, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(UsageError, match=r"the file's name must end in \.svg"):
-        save_schedule(phases, tmp_path / "s.gif")
+        save_schedule(plan, tmp_path / "s.gif")

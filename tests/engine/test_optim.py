@@ -116,6 +116,24 @@ def test_a_network_without_blocks_has_no_layers_to_decay_over() -> None:
         make_optimizer(nn.Sequential(nn.Linear(2, 2)), ADAMW.model_copy(update={"layer_decay": 0.9}))
 
 
+def test_blocks_without_parameters_are_no_layers() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AvgPool3d(2)
+
+    model = Small()
+    before = layers(model)
+    model.pools = nn.Sequential(Pool(), Pool())
+    assert layers(model) == before
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(4), nn.InstanceNorm3d(4, affine=True), nn.GroupNorm(2, 4)])
+def test_scales_of_normalizations_do_not_decay(norm: nn.Module) -> None:
+    sgd = ADAMW.model_copy(update={"name": "sgd"})
+    assert not any(of_each(nn.Sequential(norm), sgd, "weight_decay").values())
+
+
 def test_a_gradient_is_scaled_as_a_whole_and_only_if_it_is_too_large() -> None:
     model = nn.Linear(2, 2)
     gradients = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, 4.0])]

@@ -80,6 +80,20 @@ def test_deeper_layers_see_each_group_normalized_by_itself(tiny: Callable[..., R
     torch.testing.assert_close(deep.running_var.double(), values.var(1, correction=0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_pass_has_no_more_clips_than_one_of_training(tiny: Callable[..., Recipe]) -> None:
+    words = (f"evaluation.recalibration_batches={BATCHES}", "batch.bn_clips=2", "model.dropout=0")
+    whole, passes = tiny(*words), tiny(*words, "hardware.micro_clips=2")
+    models = [fresh_model(recipe) for recipe in (whole, passes)]
+    seen: list[int] = []
+    models[1].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    for model, recipe in zip(models, (whole, passes), strict=True):
+        recalibrate_bn(model, batches(recipe), recipe, World())
+    assert set(seen) == {2}
+    ours, theirs = (dict(model.named_buffers()) for model in models)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
 def test_weights_do_not_change(recipe: Recipe) -> None:
     model = fresh_model(recipe)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

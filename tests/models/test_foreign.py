@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import video
+from torchvision.models import get_model_weights, video
 from torchvision.models.video import mvit
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
@@ -186,6 +186,14 @@ def test_normalization_keeps_its_own_constants_and_state() -> None:
     }
 
 
+def test_a_layer_in_two_places_stays_one_layer() -> None:
+    norm, mask = nn.BatchNorm3d(3), nn.Dropout(0.5)
+    model = group_batchnorm(nn.Sequential(norm, mask, nn.Sequential(norm, mask)))
+    assert isinstance(model[0], GroupBatchNorm3d)
+    assert isinstance(model[1], Dropout)
+    assert (model[2][0], model[2][1]) == (model[0], model[1])
+
+
 def test_frozen_layers_stay_frozen_and_parameters_the_same() -> None:
     layer = nn.BatchNorm3d(3).requires_grad_(False).eval()
     (ours,) = group_batchnorm(nn.Sequential(layer))
@@ -317,12 +325,18 @@ def test_whole_and_micro_batches_give_the_same_logits(name: str) -> None:
     assert not torch.allclose(model(x), whole)
 
 
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_inputs_are_normalized_as_for_torchvisions_weights(name: str, tiny: Callable[..., Recipe]) -> None:
+    clips = torch.randint(0, 256, (2, 3, 2, 4, 4), dtype=torch.uint8)
+    transform = get_model_weights(name).DEFAULT.transforms()
+    mean, std = torch.tensor(transform.mean), torch.tensor(transform.std)
+    ours = to_input(clips, tiny(f"model={{name: {name}}}"))
+    expected = (clips.movedim(1, -1) / 255 - mean) / std
+    torch.testing.assert_close(ours.movedim(1, -1), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_inputs_are_normalized_as_the_network_wants_them(tiny: Callable[..., Recipe]) -> None:
     clips = torch.randint(0, 256, (2, 3, 2, 4, 4), dtype=torch.uint8)
-    theirs = to_input(clips, tiny("model={name: r3d_18}"))
-    mean, std = torch.tensor([0.43216, 0.394666, 0.37645]), torch.tensor([0.22803, 0.22145, 0.216989])
-    expected = (clips.movedim(1, -1) / 255 - mean) / std
-    torch.testing.assert_close(theirs.movedim(1, -1), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(to_input(clips, tiny()), normalize(clips, torch.channels_last_3d))
     own = to_input(clips, tiny("model={name: own, module: x, network: y, mean: [0.5, 0.45, 0], std: [1, 0.225, 0.5]}"))
     torch.testing.assert_close(own[:, 0], clips[:, 0] / 255 - 0.5, rtol=1e-5, atol=1e-5)

@@ -265,6 +265,11 @@ def test_the_model_is_known_from_its_tensors(name: str) -> None:
     assert options == {"name": name, "width": 8, "depth": BLOCKS, "classes": 5, **extra}
 
 
+def test_the_published_slowfast_4x16_is_known_from_its_kernel() -> None:
+    model = build_model("slowfast_r50", classes=5, fusion_kernel=5, **SMALL)
+    assert model_options(read(common(model)))["alpha"] == 8, "the recipes of 4x16 have it, and no weight its size"
+
+
 class Runs:
     """What a hostile pickle holds: something to call when it is read."""
 

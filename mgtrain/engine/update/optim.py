@@ -18,7 +18,9 @@ from mgtrain.models.weights.naming import OWN, STAGES
 from mgtrain.recipe import Optim
 from mgtrain.schedule.plan import Step, lr
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NORMS = (
+    nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+)  # fmt: skip
 # Parts of the names of parameters that AdamW does not decay.
 TABLES = re.compile(r"(^|[._])(pos|positions?|positional|cls_token|class_token)([._]|$)")
 
@@ -91,6 +93,7 @@ def layers(model: nn.Module) -> tuple[dict[str, int], int]:
         return depths, len(STAGES)
     repeated = {id(block) for block in blocks(model)}
     prefixes = [f"{name}." for name, module in model.named_modules() if id(module) in repeated]
+    prefixes = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)]  # not those of pooling
     if not prefixes:
         raise UsageError("optim.layer_decay: the network repeats no block that could be a layer; set it to 1")
     found, seen = {}, 0

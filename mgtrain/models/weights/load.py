@@ -157,6 +157,8 @@ def model_options(weights: Weights, name: str | None = None) -> dict[str, Any]:
         if own[chosen] and chosen == "slowfast_r50":
             options["beta_inv"] = stem[0] // shapes["fast.stem.conv.weight"][0]
             options["fusion_kernel"] = shapes["laterals.stem.conv.weight"][2]
+            if options["fusion_kernel"] == 5:  # of the published 4x16; no weight has the size of `alpha`
+                options["alpha"] = 8
         TypeAdapter(ModelOptions).validate_python(options)
         return {**options, "classes": shapes["head.linear.weight"][0]}
     except (ValidationError, LookupError, ZeroDivisionError):

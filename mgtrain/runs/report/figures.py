@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -15,9 +16,12 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mgtrain.errors import UsageError
 from mgtrain.runs.history import History
+from mgtrain.schedule import Plan
+from mgtrain.schedule.totals import RANGE
 
 COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # contrast of 3:1 on white and on black
 INK = "#010203"  # placeholder for the page's text colour
+POINTS = 60  # of a phase, at which its learning rate is drawn
 LABELLED = 0.05  # share of all steps from which on a phase has room for its label
 PARTS = {  # of a phase's time: label, colour
     "compute": ("computing", "#4c86c6"),
@@ -101,17 +105,17 @@ def schedule(run: History, colour: str) -> Drawing:
         rows.append([*numbers, f"{phase['lr']:.4g}", f"{phase['end_epoch']:.2f}"])
     title = f"schedule of {run.name}"
     words = f"{title}: {len(phases)} phases, mini-batches of {rows[0][2]} to {rows[-1][2]}"
-    svg = drawn(f"schedule-{colour}", words, lambda axes: _draw_schedule(axes, phases, colour))
+    svg = drawn(f"schedule-{colour}", words, lambda axes: _draw_schedule(axes, run.plan, colour))
     return Drawing(title, svg, ["phase", "steps", "alternating mini-batches", "learning rate", "to epoch"], rows)
 
 
-def save_schedule(phases: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a plan's phases on white to an SVG, PNG or PDF file. Raises `UsageError` if it cannot be written."""
+def save_schedule(plan: Plan, path: Path) -> None:
+    """Draw a plan on white to an SVG, PNG or PDF file. Raises `UsageError` if it cannot be written."""
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
         raise UsageError(f"{path}: the file's name must end in .svg, .png or .pdf")
     with rc_context({**STYLE, "svg.hashsalt": "schedule"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        _draw_schedule(figure.add_subplot(), phases, COLOURS[0])
+        _draw_schedule(figure.add_subplot(), plan, COLOURS[0])
         save_figure(figure, path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
 
 
@@ -124,24 +128,26 @@ def save_figure(figure: Figure, path: Path, **options: Any) -> None:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; choose another place") from None
 
 
-def _draw_schedule(axes: Axes, phases: Sequence[dict[str, Any]], colour: str) -> None:
+def _draw_schedule(axes: Axes, plan: Plan, colour: str) -> None:
     """Draw the clips of each phase's mini-batches, with the range of the short cycle shaded, and the learning rate."""
-    rates = axes.twinx()
-    end = phases[-1]["first_step"] + phases[-1]["steps"]
-    for phase in phases:
-        first, last = phase["first_step"], phase["first_step"] + phase["steps"]
-        clips = [shape["clips"] for shape in phase["shapes"]]
+    rates, points = axes.twinx(), list[int]()
+    for phase in plan.phases:
+        first, last, cycle = phase.first_step, phase.end_step, len(phase.shapes)
+        turns = np.linspace(0, (last - 1 - first) // cycle, POINTS).astype(int)
+        points += [min(first + turn * cycle + cycle - 1, last - 1) for turn in turns.tolist()]
+        clips = [shape.clips for shape in phase.shapes]
         axes.fill_between([first, last], min(clips), max(clips), color=colour, alpha=0.35, linewidth=0)
         axes.hlines(clips[-1], first, last, color=colour)
-        rates.hlines(phase["lr"], first, last, color=INK, linestyles="dotted")
-        long_cycle = phase["shapes"][-1]
-        if last - first > LABELLED * end:
-            size = f"{long_cycle['frames']}x{long_cycle['crop']}²"
+        if last - first > LABELLED * len(plan):
+            size = f"{phase.shape.frames}x{phase.shape.crop}²"
             axes.annotate(size, ((first + last) / 2, clips[-1]), (0, -3), textcoords="offset points",
                           ha="center", va="top", fontsize=7)  # fmt: skip
     axes.set_yscale("log", base=2)
     axes.margins(y=0.12)
+    values = [plan[point].lr for point in points]
+    rates.plot(points, values, color=INK, linestyle="dotted")
     rates.set_yscale("log")
+    rates.set_ylim(bottom=max(min((value for value in values if value > 0), default=0), max(values) / RANGE) / 1.2)
     for scale in (axes.yaxis, rates.yaxis):
         scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         scale.set_minor_formatter(NullFormatter())
