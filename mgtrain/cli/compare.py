@@ -12,6 +12,10 @@ from mgtrain.console import note, out, show
 from mgtrain.errors import UsageError
 from mgtrain.runs.folder import find_run
 
+Margin = Annotated[
+    float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
+]
+
 
 def compare(
     baseline: Annotated[str, Argument(metavar="BASELINE", help="The baseline: a folder, or a name under runs/.")],
@@ -25,9 +29,7 @@ def compare(
             help="Exit with 6 if the gain is smaller: speedup=3,clock=2,steps=3,accuracy=-0.5 (points).",
         ),
     ] = None,
-    margin: Annotated[
-        float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
-    ] = 1.0,
+    margin: Margin = 1.0,
     json_: Json = False,
 ) -> None:
     """Compare the cost and accuracy of a run with its baseline. Several runs are averaged over seeds and folds.
@@ -49,15 +51,18 @@ def compare(
     elif wanted:
         raise UsageError("--fail-under: needs a baseline and exactly one run")
     else:
+        early = [run for run in found[1:] if not run.rows("evals.jsonl")]
+        found = [run for run in found if run not in early]
         result = compare_groups(grouped(found), margin)
-    show(json_, result, render(result) if len(found) == 2 else render_groups(result))
+        result["warnings"] += [f"{run.name} has not been evaluated yet and is not in the means" for run in early]
+    show(json_, result, render(result) if "verdict" in result else render_groups(result))
     if csv:
         write_csv(map(Outcome.of, found), csv)
     if html:
         from mgtrain.engine.examples import example_frames
         from mgtrain.runs.report import write_report
 
-        write_report(found, html, example_frames(found[-1]))
+        write_report(found, html, example_frames(found[-1]), margin)
     if wanted:
         demand(result, wanted)
 
@@ -66,17 +71,19 @@ def report(
     runs: Annotated[list[str], Argument(metavar="RUN...", help="Runs: folders or names under runs/, baseline first.")],
     to: Annotated[Path, Option(help="The HTML file to write.")] = Path("report.html"),
     frames: Annotated[bool, Option(help="Include pictures of the clips if the data is on this machine.")] = True,
+    margin: Margin = 1.0,
 ) -> None:
     """Write an HTML report about the cost and accuracy of runs.
 
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
+    check_finite(margin=margin)
     found = [find_run(run) for run in runs]
 
     from mgtrain.engine.examples import example_frames
     from mgtrain.runs.report import write_report
 
-    write_report(found, to, example_frames(found[-1]) if frames else [])
+    write_report(found, to, example_frames(found[-1]) if frames else [], margin)
     note(f"wrote {to}")
 
 
@@ -87,7 +94,7 @@ def watch(
     once: Annotated[bool, Option("--once", help="Print once and exit; the default without a terminal.")] = False,
     json_: Json = False,
 ) -> None:
-    """Show the progress of a run from another terminal, until the run ends.
+    """Show the progress of a run from another terminal, until the run ends or stops.
 
     Example:  mgtrain watch demo_multigrid --baseline demo_baseline
     """
@@ -103,7 +110,7 @@ def watch(
         out.print(render(view))
         return
     with Live(render(view), console=out, auto_refresh=False) as live:
-        while not view["finished"]:
+        while view["active"]:
             time.sleep(every)
             view = look(watched, rival)
             live.update(render(view), refresh=True)

@@ -30,7 +30,7 @@ def init(
     device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Write recipes for your own videos. They are split without leakage, and the recipes fit this machine.
+    """Write recipes that fit your videos and this machine. Clips of one source stay together if names show it.
 
     Examples:  mgtrain init --data clips --to work  |  mgtrain init --data clips --group-by 'person\\d+' --hours 8
     """

@@ -1,5 +1,6 @@
 """The command study."""
 
+import heapq
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,7 +91,11 @@ def _forecast(left: list[Run], total: int, jobs: int, seconds: float, device: st
             train, val = open_data(runs[0].recipe)
             here = forecast(runs[0].recipe, train, val, world, seconds, shown)["plan"]
             rows.append({"variant": variant, "runs": len(runs), "seconds_each": here["clock_seconds"]})
-    whole = sum(row["runs"] * row["seconds_each"] for row in rows) / jobs
+    each = {row["variant"]: row["seconds_each"] for row in rows}
+    ends = [0.0] * jobs  # of the runs so far, which start in order as soon as there is room
+    for run in left:
+        heapq.heapreplace(ends, ends[0] + each[run.variant])
+    whole = max(ends)
     show(
         json_,
         {"schema": "mgtrain.study_forecast/1", "variants": rows, "jobs": jobs, "seconds": whole},

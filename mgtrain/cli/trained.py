@@ -151,7 +151,8 @@ def export(
     Examples:  mgtrain export demo_multigrid --to motions.onnx  |  mgtrain export runs/mine --to pt2
     """
     path = checkpoint_path(checkpoint)
-    file = Path(to if "." in to else f"{path.parent.parent.name or path.stem}.{to}")
+    name = path.absolute().parent.parent.name if path.parent.name == "checkpoints" else path.stem  # the run's name
+    file = Path(to if "." in to else f"{name}.{to}")
 
     from mgtrain.engine.trained import load_trained
     from mgtrain.engine.trained.export import export as export_network

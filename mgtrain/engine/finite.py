@@ -4,6 +4,7 @@ All ranks skip the update of such a step, and its changes to BatchNorm's running
 """
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mgtrain.clips.order import Order, step_requests
 from mgtrain.data.videos import Videos
-from mgtrain.errors import NonFiniteError
+from mgtrain.errors import CheckpointError, NonFiniteError
 from mgtrain.models.norm import group_slots
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
@@ -20,6 +21,7 @@ from mgtrain.schedule import Step
 
 log = logging.getLogger(__name__)
 
+LEAST_SCALE = 2.0**-10  # of the loss in fp16; it halves with each step whose gradients are not finite
 NAMED = 3  # videos in a message; the run's folder has them all
 
 
@@ -67,7 +69,7 @@ def report_skipped(flags: list[tuple[Step, Tensor]], earlier: int, recipe: Recip
     for step in steps:
         files = [videos.name(request.video) for request in step_requests(step, order)]  # of all ranks
         facts.append({"step": step.index + 1, "lr": step.lr, "shape": str(step.shape), "videos": files})
-    run.write("non_finite.json", {"steps": facts})
+    note_skipped(run, facts)
     first, files = steps[0], facts[0]["videos"]
     others = f" and {len(files) - NAMED} more, see {run.path}/non_finite.json" if len(files) > NAMED else ""
     what = (
@@ -85,3 +87,21 @@ def report_skipped(flags: list[tuple[Step, Tensor]], earlier: int, recipe: Recip
         f"{what}; {why}{good}; set faults.non_finite to skip or rollback, or lower optim.lr or lengthen "
         "optim.warmup_epochs (with --allow-changes), then run again with --resume"
     )
+
+
+def check_scale(scaler: torch.amp.GradScaler, step: Step) -> None:
+    """Raise `NonFiniteError` if no loss scale makes fp16's gradients finite; waits for the device."""
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        raise NonFiniteError(
+            f"until step {step.index + 1}, no scale of the loss makes the gradients finite in fp16, so nothing was "
+            "trained since; use hardware.precision=bf16 or fp32, or lower optim.lr"
+        )
+
+
+def note_skipped(run: RunDir, facts: list[dict[str, Any]]) -> None:
+    """Add steps to `non_finite.json`, in place of those that a resumed run has repeated."""
+    earlier: list[dict[str, Any]] = []
+    if run.writes:
+        with suppress(CheckpointError, LookupError, TypeError):  # there is none yet, or it is damaged
+            earlier = [fact for fact in run.read("non_finite.json")["steps"] if fact["step"] < facts[0]["step"]]
+    run.write("non_finite.json", {"steps": earlier + facts})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgtrain.clips.loader import train_batches
 from mgtrain.engine.evaluate import evaluate
-from mgtrain.engine.finite import report_skipped
+from mgtrain.engine.finite import check_scale, report_skipped
 from mgtrain.engine.recalibrate import batches_needed, recalibrate, remembered
 from mgtrain.engine.record import Clock, Record
 from mgtrain.engine.resume import newest_checkpoint, restore, save
@@ -91,6 +91,8 @@ def fit(
             flags.append((step, result.bad))
             if logs:
                 record.step(step, result)
+            if logs or saves:
+                check_scale(learner.scaler, step)
             if (logs or saves) and (left_out := report_skipped(flags, state.left_out, recipe, train, run)):
                 state = replace(state, left_out=state.left_out + left_out)
                 if recipe.faults.non_finite == "rollback" and (path := newest_checkpoint(run, world)):

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
@@ -30,9 +30,9 @@ from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo
-from mgtrain.runs.compare import DEVICE_KEYS, devices
+from mgtrain.runs.compare import DEVICE_KEYS, changed, devices
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.history import History, accuracy, best_until, seconds_left, speedup_at_equal_accuracy
+from mgtrain.runs.history import History, accuracy, best_until, ranks_since, seconds_left, speedup_at_equal_accuracy
 from mgtrain.runs.scores import Predictions, Scores
 from mgtrain.schedule import Plan, Step
 
@@ -70,8 +70,13 @@ def describe_run(run: RunDir, recipe: Recipe, plan: Plan, flops: dict[Shape, int
             log.info(f"{name} videos: {videos.left_out_words}, according to {recipe.data.checked}")
 
 
-def environment(run: RunDir, recipe: Recipe, world: World, resumed: bool) -> dict[str, Any]:
-    """Versions, device and ranks for `env.json`; for a resumed run, those of all its parts."""
+def environment(
+    run: RunDir, recipe: Recipe, world: World, state: CheckpointInfo, changes: Sequence[str]
+) -> dict[str, Any]:
+    """Versions, device and ranks for `env.json`; for a run resumed from `state`, those of all its parts.
+
+    `changes` are those of its recipe or videos since that checkpoint.
+    """
     now = {
         "mgtrain": __version__,
         "torch": torch.__version__,
@@ -84,11 +89,22 @@ def environment(run: RunDir, recipe: Recipe, world: World, resumed: bool) -> dic
         "workers": worker_count(recipe, world),
         "git": _git_revision(),
     }
-    here, before = tuple(now[key] for key in DEVICE_KEYS), []
-    if resumed and run.writes:
-        with suppress(CheckpointError, LookupError, TypeError):  # it is missing or damaged
-            before = devices(run.read("env.json"))
-    return {**now, "devices": before if here in before[-1:] else [*before, here]}
+    parts: list[tuple[Any, ...]] = []  # (device, ranks, threads)
+    ranks: list[tuple[float, int]] = []  # (seconds of training before, ranks)
+    said: list[str] = []
+    if state.step and run.writes:
+        with suppress(CheckpointError, LookupError, TypeError, ValueError):  # it is missing or damaged
+            before = run.read("env.json")
+            parts, ranks, said = devices(before), ranks_since(before), changed(before)
+    here = tuple(now[key] for key in DEVICE_KEYS)
+    since = [part for part in ranks if part[0] < state.train_seconds]
+    news = [f"after step {state.step:,}: {change}" for change in changes]
+    return {
+        **now,
+        "devices": parts if here in parts[-1:] else [*parts, here],
+        "ranks_since": [*since, (state.train_seconds, world.size)],
+        "changed": [*said, *(new for new in news if new not in said)],
+    }
 
 
 def _git_revision() -> str | None:

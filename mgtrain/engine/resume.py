@@ -77,14 +77,14 @@ def newest_checkpoint(run: RunDir, world: World) -> Path | None:
 
 def resume_run(
     run: RunDir, fresh: CheckpointInfo, learner: Learner, recipe: Recipe, world: World, allow_changes: bool
-) -> CheckpointInfo:
-    """Restore the newest checkpoint and return its description; `fresh`, that of a new run, if there is none.
+) -> tuple[CheckpointInfo, list[str]]:
+    """Restore the newest checkpoint: its description, or `fresh`, that of a new run, and what has changed since.
 
     Raises `CheckpointError` if the recipe or the videos have changed, unless `allow_changes`.
     """
     path = newest_checkpoint(run, world)
     if path is None:
-        return fresh
+        return fresh, []
     saved = read_info(path)
     changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True).flat(), recipe.flat(), PLACES)
     videos = {"training": (saved.data, fresh.data), "validation": (saved.val_data, fresh.val_data)}
@@ -100,7 +100,7 @@ def resume_run(
         log.warning("changed since the checkpoint: %s", change)
     restore(path, learner)
     log.info("resumed after step %d from %s", saved.step, path)
-    return replace(saved, recipe=fresh.recipe, plan=fresh.plan, data=fresh.data, val_data=fresh.val_data)
+    return replace(saved, recipe=fresh.recipe, plan=fresh.plan, data=fresh.data, val_data=fresh.val_data), changes
 
 
 def finished(run: RunDir, recipe: Recipe) -> Scores | None:

@@ -80,8 +80,9 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     average = None if recipe.optim.ema is None else Average(model, recipe.optim.ema, recipe.batch.clips)
     learner = Learner(model, make_optimizer(model, recipe.optim), scaler, average)
     state = CheckpointInfo(0, recipe.to_yaml(), train.classes, plan.fingerprint(), train.identity, val.identity)
+    changes: list[str] = []
     if resume:
-        state = resume_run(run, state, learner, recipe, world, allow_changes)
+        state, changes = resume_run(run, state, learner, recipe, world, allow_changes)
         if state.step > len(plan):
             raise CheckpointError(
                 f"{run.path}: its newest checkpoint is after step {state.step:,}, and this recipe has {len(plan):,} "
@@ -90,17 +91,18 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
 
     # 3. Write the run's description, choose how convolutions are computed, and warm up every shape.
     describe_run(run, recipe, plan, flops, train, val)
-    run.write("env.json", environment(run, recipe, world, resumed=state.step > 0))
+    run.write("env.json", environment(run, recipe, world, state, changes))
     tune(model, run, recipe, plan, world)
     replica = replicate(model, world, all_used=recipe.model.name != "own")
     compiled = warm_up(replica, recipe, plan, state.step, world)
 
     # 4. Delete the log rows after the checkpoint, and open the boards.
     milestones = frozenset(plan.milestones(recipe.evaluation.times))
-    due = state.step in milestones and not state.evaluated
+    logged = state.evaluated and any(row["step"] == state.step for row in run.rows("evals.jsonl"))
+    due = world.from_main(state.step in milestones and not logged)
     if resume:  # a user waited for lost steps, too
-        logged = [row for name in ("steps.jsonl", "evals.jsonl") for row in run.rows(name)[-1:]]
-        waited = max((row.get("clock_seconds", 0.0) for row in logged), default=0.0)
+        last = [row for name in ("steps.jsonl", "evals.jsonl") for row in run.rows(name)[-1:]]
+        waited = max((row.get("clock_seconds", 0.0) for row in last), default=0.0)
         state = replace(state, clock_seconds=max(state.clock_seconds, waited))
     run.rewind(state.step, evaluated=not due)
     run.open_boards(recipe.logging)

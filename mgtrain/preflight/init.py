@@ -23,7 +23,7 @@ from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
 from mgtrain.data.videos import Videos, few, mirrored_pairs
 from mgtrain.engine.checks import check_shapes
-from mgtrain.errors import UsageError
+from mgtrain.errors import DataError, UsageError
 from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, HALF_PAYS, half_precision_gain, matrix_product
 from mgtrain.preflight.stats import Stats, make_stats
 from mgtrain.processes.cores import usable_cores
@@ -163,11 +163,16 @@ def make_project(
     for file in recipes.values():
         if file.exists():
             raise UsageError(f"{file}: exists already; choose another --name or --to")
+    for folder in map(os.path.abspath, (data, to)):
+        if not folder.isprintable():  # a recipe is a text file
+            raise UsageError(f"{folder}: has characters that a recipe cannot hold; rename the folder")
     index = make_index(videos, progress=progress)
     for finding in index.findings:
         report(str(finding), finding.warns)
     parts = make_parts(videos, index, val=val, group_by=group_by, seed=seed)
     train = parts.splits["train"]
+    if len(train.classes) < 2:
+        raise DataError(f"{data}: all videos are of the class {train.classes[0]!r}; add videos of another one")
     for text in remarks(data, videos, parts):
         report(text, True)
     if fps is None and os.path.isdir(train.file(0)):

@@ -30,7 +30,7 @@ from mgtrain.console import note
 from mgtrain.errors import MissingCapabilityError, RanksLostError, StoppedError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
 from mgtrain.processes.environment import LAUNCHER, is_launched, launcher, rank_of_environment, restarts
-from mgtrain.processes.signals import STOP_SIGNALS
+from mgtrain.processes.signals import leave_terminal, stop_signals
 from mgtrain.processes.watchdog import Watchdog
 
 Value = TypeVar("Value")
@@ -294,7 +294,7 @@ def default_procs(device: str | None) -> int:
 def launch(command: Sequence[str], procs: int) -> int:
     """Run a command in `procs` processes on this machine, as torchrun would; returns the first failure's exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them. After one fails, the others have `SECONDS_TO_END` to end;
+    The `stop_signals` are forwarded to all of them. After one fails, the others have `SECONDS_TO_END` to end;
     after a second SIGINT, which a rank in an exchange does not notice, all have a second.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # on a free port
@@ -315,10 +315,12 @@ def launch(command: Sequence[str], procs: int) -> int:
 
     def forward(number: int, _: object) -> None:
         interrupts.extend([number] if number == signal.SIGINT else [])
+        if number == signal.SIGHUP:
+            leave_terminal()
         for process in ranks:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         for rank in range(procs):
             own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

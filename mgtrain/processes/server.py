@@ -11,5 +11,5 @@ from contextlib import suppress
 if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
     with suppress(OSError):  # it leads a group already
         os.setsid()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

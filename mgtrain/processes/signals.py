@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -14,18 +15,23 @@ from types import FrameType
 from mgtrain.errors import StoppedError
 
 STOPPED = "stopped by a signal; continue with --resume"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask a run to stop; not SIGHUP under `nohup`, which ignores it."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StopRequest:
-    """Within the block, SIGTERM, SIGUSR1 and SIGINT do not end the process; `signal` names the first one received."""
+    """Within the block, the `stop_signals` do not end the process; `signal` names the first one received."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._interrupted = self._at_once = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,12 +57,24 @@ class StopRequest:
         if number == signal.SIGINT and self._interrupted:
             _say("interrupted twice, exiting without saving; --resume uses the newest checkpoint")
             os._exit(130)
+        if number == signal.SIGHUP:
+            leave_terminal()
         self._interrupted = self._interrupted or number == signal.SIGINT
         self.signal = self.signal or signal.Signals(number).name
         if self._at_once:
             _say(f"{self.signal}: stopping")
             self._stop_if_asked()
         _say(f"{self.signal}: stopping after the next step, saving")
+
+
+def leave_terminal() -> None:
+    """Discard what is printed from now on: the terminal is closed, so printing would fail before the run is saved."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def _say(message: str) -> None:

@@ -5,8 +5,10 @@ Aliases and tags are not allowed, so a recipe cannot run code or expand without 
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,7 +62,7 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] | None = (), sav
         origins[_apply_override(tree, override)] = f"override {override!r}"
     try:
         # Pydantic's strict mode accepts a list for a tuple in JSON only.
-        return Recipe.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
+        return Recipe.model_validate_json(as_json(tree), strict=True)
     except ValidationError as error:
         raise RecipeError(_explain(error, tree, name, origins)) from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -141,6 +143,17 @@ def parse_yaml(text: str, name: str, expected: str = "") -> Any:
     return tree
 
 
+def as_json(tree: Any) -> str:
+    """What `parse_yaml` returns as JSON. YAML takes a name such as 2026-11-29 for a date; here it is a name again."""
+
+    def name(value: object) -> str:
+        if type(value) is not date:
+            raise TypeError(f"YAML takes {str(value)!r} for a time; write it in quotes")
+        return value.isoformat()
+
+    return json.dumps(tree, ensure_ascii=False, default=name)
+
+
 def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
     """Set `section.key=value` in the tree; returns the keys."""
     dotted, equals, value = override.partition("=")
@@ -153,6 +166,8 @@ def _apply_override(tree: Any, override: str) -> tuple[str, ...]:
             raise RecipeError(f"override {override!r}: {key!r} is not a section")
         parent = parent[key]
     parsed = parse_yaml(f"value: {value}\n", f"override {override!r}")
+    if re.search(r"\s#", value) and "#" not in str(parsed["value"]):
+        raise RecipeError(f"override {override!r}: ' #' begins a comment; write {keys[-1]}='\"...\"' to keep it")
     if list(parsed) != ["value"]:
         raise RecipeError(f"override {override!r}: more than one value; write one override per key")
     parent[keys[-1]] = parsed["value"]

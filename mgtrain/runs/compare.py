@@ -47,6 +47,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
         for summary in (theirs, ours)
         if not summary.finished
     ]
+    warnings += [f"{history.name} changed {what}" for history in (baseline, run) for what in changed(history.env)]
     if other_device:
         warnings.append(f"times are not compared, because the runs used different devices: {'; '.join(other_device)}")
     if baseline.data != run.data:
@@ -98,6 +99,11 @@ def check_alike_scores(runs: Iterable[Summary]) -> None:
 def devices(env: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The values of `DEVICE_KEYS` that a run has had, in order: more than one if it was resumed elsewhere."""
     return [tuple(values) for values in env.get("devices", ())] or [tuple(env[key] for key in DEVICE_KEYS)]
+
+
+def changed(env: Mapping[str, Any]) -> list[str]:
+    """What changed while a run trained; its costs are computed as if it had always had its last recipe."""
+    return [str(what) for what in env.get("changed", ())]
 
 
 def accuracy_test(baseline: History, run: History) -> tuple[Interval, dict[str, Any]]:

@@ -112,6 +112,16 @@ class RunDir:
                         for folder in made:
                             folder.rmdir()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a process has locked the folder; True if the file system cannot tell."""
+        try:
+            with (self.path / ".lock").open(encoding="utf-8") as file:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
+        return False
+
     def _lock(self) -> TextIO | None:
         """The locked file; None if another process has locked it, or removed it meanwhile."""
         with self._writing():

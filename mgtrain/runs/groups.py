@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.text import Text
 from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import affects_results, recipe_differences
-from mgtrain.runs.compare import MARGIN, TIME_KEYS, check_alike_scores, devices, times, unfair_keys
+from mgtrain.runs.compare import MARGIN, TIME_KEYS, changed, check_alike_scores, devices, times, unfair_keys
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
@@ -23,7 +23,8 @@ from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
 NOT_ONLY_SCHEDULE = "does not only differ in schedule, but also in"
 COSTS = ("steps", "epochs", "multiply_adds", "train_seconds", "clock_seconds")
 COLUMNS = ("", "runs", "accuracy", "± sd", "95 %", "steps", "epochs", "training time", "gain", "by the clock", "gain")
-SEED_KEYS = ("seed", "data.train", "data.val")  # keys in which the runs of a group may differ: seed and fold
+FOLD_KEYS = ("data.train", "data.val")
+SEED_KEYS = ("seed", *FOLD_KEYS)  # keys in which the runs of a group may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,24 @@ class Outcome:
     summary: Summary
     recipe: Mapping[str, Any]  # dotted key -> value
     env: Mapping[str, Any]  # `env.json`
+    videos: Mapping[str, str] = field(default_factory=dict)  # fingerprints of "train" and "val"; empty if unknown
 
     @classmethod
     def of(cls, run: RunDir | History) -> Outcome:
         history = History.of(run)
         with guarded(history):
-            return cls(history.summary, history.recipe.flat(), history.env)
+            videos = {part: str(history.data[part]["fingerprint"]) for part in ("train", "val")}
+            return cls(history.summary, history.recipe.flat(), history.env, videos)
+
+    @property
+    def fold(self) -> tuple[Any, ...]:
+        """The lists of videos."""
+        return tuple(self.recipe[key] for key in FOLD_KEYS)
+
+    @property
+    def pair(self) -> tuple[Any, ...]:
+        """The seed and the fold."""
+        return self.recipe["seed"], *self.fold
 
 
 def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
@@ -61,14 +74,15 @@ def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
 def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARGIN) -> dict[str, Any]:
     """Compare groups with the first one: plain values of the schema mgtrain.groups/2.
 
-    Runs are paired by seed and fold if both groups have the same ones; with several folds, which differ more than seeds
-    do, also if only some have a partner, and the seeds of a fold count as one run. Otherwise Welch's t compares groups.
-    Unfinished runs are skipped with a warning; `UsageError` if the first group has none finished,
-    or if some runs have another kind of accuracy.
+    Runs are paired by seed if both groups have the same ones; otherwise Welch's t compares the groups. With several
+    folds, which differ more than seeds do, the seeds of a fold count as one run, and the folds are paired.
+    Unfinished runs are skipped with a warning; `UsageError` if the first group has none finished, or if some runs have
+    another kind of accuracy.
     """
     warnings, done = [], {}
     for name, members in groups.items():
         done[name] = [outcome for outcome in members if outcome.summary.finished]
+        warnings += [f"{outcome.summary.name} changed {what}" for outcome in members for what in changed(outcome.env)]
         for summary in (outcome.summary for outcome in members if not outcome.summary.finished):
             warnings.append(f"{summary.name} is unfinished ({summary.steps:,} steps) and not in the means")
     base_name = next(iter(groups))
@@ -80,6 +94,11 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
     same = len({device for outcome in outcomes for device in devices(outcome.env)}) == 1
     if not same:
         warnings.append("times are not compared, because the runs used different devices")
+    videos: dict[tuple[Any, ...], set[str]] = {}
+    for outcome in (outcome for outcome in outcomes if outcome.videos):
+        videos.setdefault(outcome.fold, set()).add(json.dumps(dict(outcome.videos), sort_keys=True))
+    if any(len(found) > 1 for found in videos.values()):
+        warnings.append("the runs have different training or validation videos, though their lists have the same names")
     rows = []
     for name, members in done.items():
         if not members:
@@ -107,41 +126,43 @@ def _against(
         warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
     if timed := [key for key in differences if key in TIME_KEYS]:
         warnings.append(f"{name}: differs in {', '.join(timed)}, which changes the times")
-    by_pair = [{tuple(o.recipe[key] for key in SEED_KEYS): o for o in outcomes} for outcomes in (base, members)]
-    several = len(by_pair[0]) < len(base) or len(by_pair[1]) < len(members)  # of the same seed and fold in a group
-    pairs = [] if several else [pair for pair in by_pair[0] if pair in by_pair[1]]
-    folds = len({pair[1:] for pair in pairs})
-    complete = len(pairs) == len(base) == len(members)
-    paired = len(pairs) > 1 and (complete or folds > 1)
+    folds = {outcome.fold for outcome in (*base, *members)}
+    by_fold = len(folds) > 1
+    units = [_units(outcomes, by_fold) for outcomes in (base, members)]
+    shared = [unit for unit in units[0] if unit in units[1]]
+    complete = all(len(of) == len(shared) for of in units)
+    repeated = len(units[0]) < len(base) or len(units[1]) < len(members)  # several runs of a fold, or of a seed
+    paired = len(shared) > 1 and (by_fold or (complete and not repeated))
     if paired and not complete:
-        warnings.append(
-            f"{name}: only {len(pairs)} runs have a partner of the same seed and fold; the others are ignored"
-        )
-    first, second = ([of[pair] for pair in pairs] for of in by_pair) if paired else (base, members)
-    by_fold = paired and folds > 1
-    values = _fold_means if by_fold else _values
+        warnings.append(f"{name}: only {len(shared)} folds are in both groups; the others are ignored")
 
-    change = (paired_means if paired else welch)(values(first, "accuracy"), values(second, "accuracy"))
+    def values(group: int, key: str) -> list[float]:
+        if not by_fold and not paired:
+            return _values((base, members)[group], key)
+        return [mean(_values(units[group][unit], key)).value for unit in (shared if paired else units[group])]
+
+    both = {outcome.pair for outcome in base} & {outcome.pair for outcome in members}
+    change = (paired_means if paired else welch)(values(0, "accuracy"), values(1, "accuracy"))
     compared = [key for key in COSTS if same or not key.endswith("seconds")]
     return {
-        "pairs": len(pairs) if paired else None,
-        "folds": folds if by_fold else None,
+        "pairs": len(both) if paired and len(both) == len(base) == len(members) else None,
+        "folds": (len(shared) if paired else len(folds)) if by_fold else None,
         "difference": asdict(change),
-        "speedups": {key: asdict(ratio(values(first, key), values(second, key), paired)) for key in compared},
+        "speedups": {key: asdict(ratio(values(0, key), values(1, key), paired)) for key in compared},
         "judged": judge(change.scaled(100), margin, "folds" if by_fold else "seeds"),
     }
 
 
+def _units(outcomes: Sequence[Outcome], by_fold: bool) -> dict[tuple[Any, ...], list[Outcome]]:
+    """The runs that count as one: those of each fold if there are several, because folds differ more than seeds."""
+    units: dict[tuple[Any, ...], list[Outcome]] = {}
+    for outcome in outcomes:
+        units.setdefault(outcome.fold if by_fold else outcome.pair, []).append(outcome)
+    return units
+
+
 def _values(outcomes: Sequence[Outcome], key: str) -> list[float]:
     return [getattr(outcome.summary, key) for outcome in outcomes]
-
-
-def _fold_means(outcomes: Sequence[Outcome], key: str) -> list[float]:
-    """The mean over the seeds of each fold: folds differ more than seeds, so seeds do not count as further runs."""
-    by_fold: dict[tuple[Any, ...], list[float]] = {}
-    for outcome, value in zip(outcomes, _values(outcomes, key), strict=True):
-        by_fold.setdefault(tuple(outcome.recipe[key] for key in SEED_KEYS[1:]), []).append(value)
-    return [sum(values) / len(values) for values in by_fold.values()]
 
 
 def render_groups(result: dict[str, Any]) -> Group:
@@ -202,7 +223,8 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         runs = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
         if group["pairs"]:
             runs = f"{group['pairs']} pairs of runs"
-            runs += f" in {group['folds']} folds" if group["folds"] not in (None, group["pairs"]) else ""
+        if group["folds"] not in (None, group["pairs"]):
+            runs += f" in {group['folds']} folds"
         metric = group["runs"][0]["metric"]
         lines.append(f"{group['name']} against {base['name']}: {time}; {metric}: {group['judged']}, {runs}")
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,7 +113,7 @@ class History:
             clips=clips,
             voxels=sum(shape.voxels for shape in shapes),
             multiply_adds=self.multiply_adds_until([last["step"]])[0],
-            gpu_hours=last["train_seconds"] * self.env["ranks"] / 3600,
+            gpu_hours=self.device_hours(last["train_seconds"]),
             eval_seconds=sum(row["eval_seconds"] for row in evals),
             evaluations=len(evals),
             metric=accuracy_name(last),
@@ -130,6 +130,13 @@ class History:
         sums = list(accumulate(shape.clips * per_clip[shape.frames, shape.crop] for shape in shapes))
         return [float(sums[end - 1]) for end in ends]
 
+    def device_hours(self, seconds: float) -> float:
+        """The sum of all ranks' hours after so many seconds of training."""
+        parts = ranks_since(self.env)
+        ends = [*(start for start, _ in parts[1:]), seconds]
+        worked = (ranks * max(0.0, min(end, seconds) - start) for (start, ranks), end in zip(parts, ends, strict=True))
+        return sum(worked) / 3600
+
     def curve(self) -> list[dict[str, Any]]:
         """The cost up to each evaluation, and its accuracy."""
         work = self.multiply_adds_until([row["step"] for row in self.evals])
@@ -137,7 +144,7 @@ class History:
             {
                 **{key: row[key] for key in ("step", "epoch", "train_seconds", "clock_seconds")},
                 "multiply_adds": done,
-                "gpu_hours": row["train_seconds"] * self.env["ranks"] / 3600,
+                "gpu_hours": self.device_hours(row["train_seconds"]),
                 "accuracy": accuracy(row),
             }
             for row, done in zip(self.evals, work, strict=True)
@@ -147,6 +154,11 @@ class History:
         """For each video, int8 (V,): 1 if the last evaluation was right, 0 if not, -1 if skipped; None if unknown."""
         last = self.evals[-1]
         return unpacked(last["right"], last["videos"], last["left_out"]) if "right" in last else None
+
+
+def ranks_since(env: Mapping[str, Any]) -> list[tuple[float, int]]:
+    """The ranks of each part of a run, with the seconds of training before it."""
+    return [(float(start), int(ranks)) for start, ranks in env.get("ranks_since", ())] or [(0.0, int(env["ranks"]))]
 
 
 @contextmanager
@@ -197,7 +209,7 @@ def seconds_left(plan: Plan, rows: Sequence[dict[str, Any]]) -> float:
     for before, after in pairwise(rows):
         if before["phase"] == after["phase"] and after["step"] > before["step"]:
             pace = (after["train_seconds"] - before["train_seconds"]) / (after["step"] - before["step"])
-            paces.setdefault(plan.phases[after["phase"]].shapes, []).append(pace)
+            paces.setdefault(plan[after["step"] - 1].phase.shapes, []).append(pace)
     overall = [rows[-1]["train_seconds"] / max(1, rows[-1]["step"])]
     left = 0.0
     for phase in plan.phases:

@@ -15,6 +15,7 @@ from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, accuracy, accuracy_name, best_until, class_accuracy, guarded, seconds_left
 
 QUIET_SECONDS = 600  # without a new log line until a note says so
+LOCK_DOUBT = 60  # seconds after a log line in which a run counts as active; a network file system may not share locks
 
 
 def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
         if not rows:
             raise UsageError(f"{run.path}: no step is logged yet; try again later")
         last = rows[-1]
-        phase = plan.phases[last["phase"]]
+        phase = plan[last["step"] - 1].phase
         done, cycle = last["step"] - phase.first_step, len(phase.shapes)
         turn = f", turn {(done - 1) % cycle + 1} of {cycle}" if cycle > 1 else ""
         evaluation = against = ""
@@ -35,6 +36,9 @@ def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
             mean = "" if classes is None else f", mean class {100 * classes:.1f} %"
             evaluation = f"{found}{mean} after step {now['step']:,}, best {100 * best:.1f} %"
             against = _against(evals, baseline) if baseline else ""
+        finished = bool(evals) and evals[-1]["step"] >= len(plan)
+        silent = time.time() - (run.path / "steps.jsonl").stat().st_mtime
+        active = not finished and (run.in_use or silent < LOCK_DOUBT)
         return {
             "name": run.name,
             "steps": last["step"],
@@ -43,10 +47,11 @@ def look(run: RunDir, baseline: RunDir | None = None) -> dict[str, Any]:
             f"step {done:,} of {phase.steps:,}",
             "row": last,
             "left": seconds_left(plan, rows),  # of training
-            "silent": time.time() - (run.path / "steps.jsonl").stat().st_mtime,  # seconds since the last log line
+            "silent": silent,  # seconds since the last log line
             "evaluation": evaluation,  # the last one; empty before the first
             "against": against,  # the baseline at the same time and step; empty without a baseline
-            "finished": last["step"] >= len(plan),
+            "finished": finished,  # and evaluated
+            "active": active,  # whether a process trains it
         }
 
 
@@ -56,6 +61,10 @@ def render(view: dict[str, Any]) -> Group:
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     clock = f", {duration(row['clock_seconds'])} by the clock" if "clock_seconds" in row else ""
     left = "finished" if view["finished"] else f"about {duration(view['left'])} left"
+    if not (view["finished"] or view["active"]):
+        left = "stopped; `mgtrain fit ... --resume` continues it"
+    elif not view["finished"] and view["steps"] >= view["total"]:
+        left = "the last evaluation is left"
     lines = [
         ("", view["phase"]),
         ("now", f"loss {loss}  top-1 {100 * row['top1']:.0f} %  lr {row['lr']:.3g}  epoch {row['epoch']:.1f}"),
@@ -63,8 +72,8 @@ def render(view: dict[str, Any]) -> Group:
         ("evaluated", view["evaluation"] or "not yet"),
         *([("baseline", view["against"])] if view["against"] else []),
     ]
-    if view["silent"] > QUIET_SECONDS and not view["finished"]:
-        lines.append(("", f"no log line for {duration(view['silent'])}: it is evaluating or has stopped (--resume)"))
+    if view["silent"] > QUIET_SECONDS and view["active"]:
+        lines.append(("", f"no log line for {duration(view['silent'])}: it is evaluating, or it hangs"))
     for key, words in lines:
         table.add_row(key, Text(words))
     bar = ProgressBar(total=view["total"], completed=view["steps"], width=60)

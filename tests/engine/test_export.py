@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def test_a_file_that_computes_something_else_is_not_kept(
     with pytest.raises(ThresholdError, match=r"network\.onnx: for clips .* logits differ from"):
         export(trained, tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_of_a_file_counts_as_a_difference(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: nn.Module, example: Any, free: Any, path: Path, notes: Any) -> Any:
+        path.write_bytes(b"half")
+        return lambda clips: model(clips) + (math.nan if len(clips) > 1 else 0.0)
+
+    monkeypatch.setitem(mgtrain.engine.trained.export.FORMATS, ".onnx", wrong)
+    assert export(trained, tmp_path / "network.onnx").free == (), "right for one clip only"
 
 
 def test_without_the_packages_of_onnx_the_way_to_them_is_said(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +29,7 @@ import mgtrain.engine.start
 import mgtrain.engine.step
 from mgtrain.clips.order import Order, step_requests
 from mgtrain.engine.checks import make_model
+from mgtrain.engine.finite import check_scale, note_skipped
 from mgtrain.engine.fit import fit
 from mgtrain.engine.step import StepResult, train_step
 from mgtrain.engine.update.optim import make_optimizer
@@ -111,6 +115,7 @@ def workers_of(process: int | None) -> list[int]:
     [
         (signal.SIGTERM, begin),
         (signal.SIGINT, begin),
+        (signal.SIGHUP, begin),
         pytest.param(signal.SIGUSR1, begin, marks=pytest.mark.slow),  # the quick test of two ranks sends it
         pytest.param(signal.SIGTERM, begin_really, marks=pytest.mark.slow),
     ],
@@ -170,6 +175,37 @@ def test_a_run_stops_where_nobody_reads_its_messages(monkeypatch: pytest.MonkeyP
         assert (asked.signal, ended) == ("SIGTERM", [])
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
+
+
+def test_a_run_whose_terminal_is_closed_saves(folder: Path) -> None:
+    controller, terminal = os.openpty()
+    command = [sys.executable, *FIT, *LONG, "hardware.workers=2"]
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    run = RunDir(folder / "runs/tiny")
+
+    def reached() -> bool:
+        while select.select([controller], [], [], 0)[0]:  # so that the run does not wait for its reader
+            os.read(controller, 4096)
+        return len(run.rows("steps.jsonl")) >= 2
+
+    wait_until(reached, "two steps")
+    os.close(controller)  # the system sends SIGHUP
+    assert process.wait(timeout=60) == 75
+    assert read_info(run.checkpoints()[-1]).step == run.rows("steps.jsonl")[-1]["step"]
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_one_rank_asked_to_stop_stops_all_at_one_step_and_they_go_on_bit_for_bit(folder: Path) -> None:
@@ -506,10 +542,24 @@ def test_a_run_killed_after_a_step_was_left_out_is_the_run_that_was_not(
     assert read_info(cut.checkpoints()[-1]).left_out == read_info(straight.checkpoints()[-1]).left_out == 1
 
 
+def test_fp16_gradients_that_no_scale_makes_finite_stop_the_run(tiny: Callable[..., Recipe]) -> None:
+    step = make_plan(tiny(), 24)[BAD]
+    for scale, enabled in ((8.0, True), (2.0**-20, False)):
+        check_scale(torch.amp.GradScaler("cpu", enabled=enabled, init_scale=scale), step)
+    with pytest.raises(NonFiniteError, match=f"until step {BAD + 1}, no scale of the loss makes the gradients finite"):
+        check_scale(torch.amp.GradScaler("cpu", init_scale=2.0**-20), step)
+
+
 def test_too_many_steps_left_out_stop_the_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = tiny("faults.non_finite=skip", "faults.non_finite_steps=1", "optim.lr=1e30", "optim.warmup_epochs=0")
+    run = RunDir(tmp_path / "run")
+    faults = ("faults.non_finite=skip", "faults.non_finite_steps=1")
+    recipe = tiny(*faults, "optim.lr=1e30", "optim.warmup_epochs=0", "logging.steps=1")
     with pytest.raises(NonFiniteError, match=r"2 such steps are more than faults\.non_finite_steps 1"):
-        fit(recipe, RunDir(tmp_path / "run"), World())
+        fit(recipe, run, World())
+    steps = [row["step"] for row in run.read("non_finite.json")["steps"]]
+    assert len(steps) == 2, "the file has the videos of all such steps, not only of the last report"
+    note_skipped(run, [{"step": steps[1], "lr": 0.0, "shape": "", "videos": []}])  # a resumed run repeats it
+    assert [row["step"] for row in run.read("non_finite.json")["steps"]] == steps
 
 
 def test_all_ranks_notice_what_one_of_them_has(folder: Path) -> None:

@@ -30,6 +30,7 @@ from mgtrain.errors import CheckpointError, DataError, NonFiniteError, PlanError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, changed_keys
 from mgtrain.runs.checkpoint import CheckpointInfo, read_info
+from mgtrain.runs.compare import compare
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.scores import Scores
 from mgtrain.schedule import make_plan
@@ -385,6 +386,32 @@ def test_a_run_may_go_on_in_half_precision(tiny: Callable[..., Recipe], tmp_path
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
     restore(run.checkpoint_path(3), replace(learner, scaler=scaler))
     assert scaler.get_scale() == 8.0
+
+
+def test_an_evaluation_that_is_lost_from_the_log_is_repeated(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    run = RunDir(Path(shutil.copytree(straight, tmp_path / "run")))
+    log = run.path / "evals.jsonl"
+    before = run.rows("evals.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # as after a copy that was cut short
+    fit(tiny(*EVERY_STEP), run, World(), resume=True)
+    after = run.rows("evals.jsonl")
+    assert [(row["step"], row["top1"]) for row in after] == [(row["step"], row["top1"]) for row in before]
+
+
+def test_a_run_that_goes_on_with_another_schedule_says_so(
+    tiny: Callable[..., Recipe], straight: Path, tmp_path: Path
+) -> None:
+    cut(straight, tmp_path / "cut", step=5)
+    run, recipe = RunDir(tmp_path / "cut"), tiny("schedule={name: baseline}", "optim.stages=[2, 1]")
+    for _ in range(2):  # the second one has nothing to do
+        fit(recipe, run, World(), resume=True, allow_changes=True)
+    said = run.read("env.json")["changed"]
+    assert [what.partition(":")[0] for what in said] == ["after step 5"] * len(said)
+    assert any("schedule.name multigrid -> baseline" in what for what in said)
+    warnings = compare(RunDir(straight), run)["warnings"]
+    assert any(what.startswith("cut changed after step 5: schedule.name") for what in warnings)
 
 
 def test_told_so_a_run_goes_on_with_another_recipe(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import mgtrain.clips.sources
 import mgtrain.engine.evaluate
@@ -27,6 +28,7 @@ from mgtrain.engine.trained.export import export
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, ThresholdError, UsageError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, parse_recipe
+from mgtrain.runs.checkpoint import _checksum
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.journal import Journal
 
@@ -51,6 +53,12 @@ def videos_of(trained: Trained) -> list[str]:
     return [videos.path(n) for n in range(len(videos))]
 
 
+def sign(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a checkpoint with the right checksum, which anybody can compute."""
+    checksum = _checksum(metadata["info"], tensors, tensors.__getitem__)
+    save_file(tensors, path, {**metadata, "sha256": checksum})
+
+
 def test_a_checkpoint_from_elsewhere_runs_no_module_that_is_not_trusted(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +67,7 @@ def test_a_checkpoint_from_elsewhere_runs_no_module_that_is_not_trusted(
     info = json.loads(metadata["info"])
     recipe = parse_recipe(info["recipe"], "a checkpoint", ["model={name: own, module: net, network: n}"])
     hostile = tmp_path / "hostile.safetensors"
-    save_file(load_file(checkpoint), hostile, {**metadata, "info": json.dumps({**info, "recipe": recipe.to_yaml()})})
+    sign(load_file(checkpoint), hostile, {**metadata, "info": json.dumps({**info, "recipe": recipe.to_yaml()})})
     (tmp_path / "net.py").write_text("import pathlib\npathlib.Path('ran').touch()\nMODELS = {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -89,7 +97,7 @@ def test_a_network_that_gives_nan_has_no_scores(checkpoint: Path, trained: Train
     with safe_open(checkpoint, "pt") as file:
         tensors, metadata = load_file(checkpoint), file.metadata()
     tensors["model.head.linear.bias"][1] = float("inf")
-    save_file(tensors, bad, metadata)
+    sign(tensors, bad, metadata)
     with pytest.raises(CheckpointError, match=r"holds NaN or infinity, such as head\.linear\.bias"):
         load_trained(bad, None, (), ALONE)
 
@@ -202,6 +210,14 @@ def test_weights_from_elsewhere_are_evaluated_as_they_are(
         load_trained(weights(), str(recipe), ["data.classes=5"], ALONE)
     with pytest.raises(CheckpointError, match=r"has 3 classes, but data\.classes is 4"):
         load_trained(weights("left", "right", "up"), str(recipe), (), ALONE)
+
+
+def test_a_damaged_checkpoint_is_not_used(checkpoint: Path, tmp_path: Path) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    content[-5] ^= 1  # one bit of a tensor
+    (tmp_path / "step_00000001.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged: its checksum does not match"):
+        load_trained(tmp_path / "step_00000001.safetensors", None, (), ALONE)
 
 
 def test_a_checkpoint_has_its_own_recipe(checkpoint: Path) -> None:

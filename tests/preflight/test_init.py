@@ -253,6 +253,21 @@ def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeyp
     assert "exists already" in str(again.exception)
 
 
+def test_init_refuses_what_no_recipe_can_hold(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.csv").write_text("".join(f"{file.name} 0\n" for file in sorted((clips / "bow").glob("*.mp4"))))
+    (tmp_path / "caf\udce9").symlink_to(clips)
+    for data, root, error, message in (
+        ("one.csv", clips / "bow", DataError, "one.csv: all videos are of the class '0'; add videos of another one"),
+        ("caf\udce9", None, UsageError, "has characters that a recipe cannot hold; rename the folder"),
+    ):
+        where = ["--root", str(root)] if root else []
+        result = CliRunner().invoke(app, ["init", "--data", data, *where, "--to", "work", "--hours", "0.01"])
+        assert isinstance(result.exception, error), result.output
+        assert message in str(result.exception)
+    assert not Path("work").exists()
+
+
 def test_init_names_classes_without_videos_and_files_without_an_ending(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

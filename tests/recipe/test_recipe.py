@@ -75,6 +75,7 @@ def test_overrides_change_single_keys() -> None:
         ("  name: slowfast_r50", "  name: slowfast", "my.yaml:9: model.name is 'slowfast'; did you mean 'slowfast_r50"),
         ("  name: slowfast_r50\n", "", "my.yaml:9: missing key 'model.name'"),
         ("short_side: [72, 90]", "short_side: [90, 72]", "my.yaml:7: clip: short_side [90, 72] must be ascending"),
+        ("[[0.5, 1.0]", "[[1.0, 1.0], [0.5, 1.0]", "my.yaml:18: schedule: long_cycle must go from coarse to fine"),
         ("[[0.5, 1.0]", "[[0.5, 1.5]", "my.yaml:18: schedule.long_cycle.0.1 is 1.5; it must be less than or equal"),
         ("name: multigrid", "name: [a", "my.yaml:18: not valid YAML: "),
         ("  root: videos", "  root: &a videos", "my.yaml:3: anchors and aliases are not allowed"),
@@ -118,6 +119,14 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(old: str, new: str, me
         ("crop=64", "override 'crop=64': unknown key 'crop'; did you mean 'clip.crop'?"),
         ("optim.lrr=1", "override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?"),
         ("optim.lr=[", "override 'optim.lr=[':2: not valid YAML"),
+        (
+            "data.root=my set #1",
+            "override 'data.root=my set #1': ' #' begins a comment; write root='\"...\"'",
+        ),
+        (
+            "data.root=2026-11-29 10:00:00",
+            "my.yaml:1: cannot be understood: YAML takes '2026-11-29 10:00:00' for a time",
+        ),
     ],
 )
 def test_wrong_overrides_are_named(override: str, message: str) -> None:
@@ -125,6 +134,12 @@ def test_wrong_overrides_are_named(override: str, message: str) -> None:
         parse_recipe("seed: 0\n" + TEXT, "my.yaml", [override])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_look_like_dates_and_comments_are_names() -> None:
+    words = ["data.train=2026-11-29", 'data.root="my set #1"', "data.val=a#b"]
+    data = parse_recipe("seed: 0\n" + TEXT, "my.yaml", words).data
+    assert (data.train, data.root, data.val) == ("2026-11-29", "my set #1", "a#b")
 
 
 def test_an_alias_bomb_is_refused() -> None:

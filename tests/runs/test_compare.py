@@ -17,6 +17,7 @@ from mgtrain.recipe import Recipe, recipe_differences
 from mgtrain.runs.compare import compare, demand, render
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import Outcome, compare_groups
+from mgtrain.runs.history import History
 from mgtrain.runs.scores import packed
 
 ENV = {"device": "A CPU", "ranks": 1, "threads": 2}
@@ -70,6 +71,12 @@ def printed(shown: RenderableType) -> str:
     console.print(shown)
     out: str = console.file.getvalue()  # type: ignore[attr-defined]
     return out
+
+
+def test_device_hours_are_those_of_all_parts(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = History(written_run(tmp_path, tiny(), ranks=1, ranks_since=[[0.0, 8], [30.0, 1]]))  # in all 35 s
+    assert run.summary.gpu_hours == pytest.approx((8 * 30 + 5) / 3600)
+    assert run.device_hours(25.0) == pytest.approx(8 * 25 / 3600)
 
 
 def text(result: dict[str, Any]) -> str:

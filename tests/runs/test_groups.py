@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import evaluation, printed, written
+from test_compare import DATA, evaluation, printed, written
 
 from mgtrain.errors import UsageError
 from mgtrain.recipe import Recipe
@@ -129,8 +129,36 @@ def test_folds_without_a_partner_are_left_out(tiny: Callable[..., Recipe], tmp_p
     fast = on_folds(tmp_path, tiny, "fast", top1={(0, 0): 0.31, (1, 0): 0.92})
     result = compare_groups(grouped([*slow, *fast]))
     (warning,) = result["warnings"]
-    assert warning == "fast_0_0: only 2 runs have a partner of the same seed and fold; the others are ignored"
+    assert warning == "fast_0_0: only 2 folds are in both groups; the others are ignored"
     assert result["groups"][1]["difference"]["value"] == pytest.approx(0.015)
+
+
+def test_folds_are_paired_even_if_their_seeds_differ(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    hard = {0: 0.3, 1: 0.9}  # folds differ much more than seeds and recipes
+    top1 = {(fold, seed): hard[fold] for fold in hard for seed in (0, 1)}
+    slow = on_folds(tmp_path, tiny, "slow", BASELINE, top1=top1)
+    others = {(fold, seed): hard[fold] + 0.02 + 0.01 * fold for fold in hard for seed in (3, 4, 5)}
+    result = compare_groups(grouped([*slow, *on_folds(tmp_path, tiny, "fast", top1=others)]))
+    group = result["groups"][1]
+    assert (group["pairs"], group["folds"], group["difference"]["count"]) == (None, 2, 2)
+    assert group["difference"]["sd"] == pytest.approx(0.01 / 2**0.5)
+    assert verdicts(result)[0].endswith(", 4 and 6 runs in 2 folds")
+
+
+def test_seeds_do_not_count_as_runs_where_the_groups_share_no_fold(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = on_folds(tmp_path, tiny, "slow", BASELINE, top1={(f, s): (0.3, 0.9)[f] for f in range(2) for s in range(5)})
+    fast = on_folds(tmp_path, tiny, "fast", top1={(f + 2, s): (0.4, 0.8)[f] for f in range(2) for s in range(5)})
+    group = compare_groups(grouped([*slow, *fast]))["groups"][1]
+    assert (group["pairs"], group["folds"], group["difference"]["count"]) == (None, 4, 2)
+
+
+def test_other_videos_under_the_same_name_are_noticed(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = many(tmp_path, tiny, "slow", (0.5, 0.6), BASELINE, seconds=120.0)
+    fast = many(tmp_path, tiny, "fast", (0.6, 0.7), seconds=40.0)
+    assert compare_groups(grouped([*slow, *fast]))["warnings"] == []
+    fast[1].write("data.json", {**DATA, "val": {"videos": 12, "fingerprint": "edited"}})
+    (warning,) = compare_groups(grouped([*slow, *fast]))["warnings"]
+    assert "different training or validation videos, though their lists have the same names" in warning
 
 
 def test_what_changes_the_times_is_said(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

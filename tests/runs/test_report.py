@@ -145,6 +145,8 @@ def test_seeds_are_judged_together(tiny: Callable[..., Recipe], runs: list[RunDi
     assert "2 pairs of runs" in said
     assert "equal accuracies do not show the spread" in page.text
     assert "pairs of runs" not in Page(render_report(runs)).text
+    assert "margin 50 points" in Page(render_report(both, margin=50.0)).text
+    assert "margin 1 point" not in Page(render_report(both, margin=50.0)).text
 
 
 def test_damaged_logs_are_one_line(runs: list[RunDir], tmp_path: Path) -> None:

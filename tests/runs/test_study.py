@@ -123,7 +123,10 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     assert "schedule.short_cycle=[0.5, 0.7071]" in changes_of(found, "short only", "baseline")
 
     # Another recipe under the same name is refused, and a damaged file.
-    file.write_text(STUDY.replace("times=2", "times=3"))  # how often to evaluate may change
+    for old, new in (("times=2", "times=3"), ("times=2", "times=2, hardware.workers=1")):  # these change the times
+        file.write_text(STUDY.replace(old, new))
+        assert mgtrain(folder, "study", file).returncode == 4
+    file.write_text(STUDY)
     assert "0 of 4 runs to train" in mgtrain(folder, "study", file).stderr
     # A result of an earlier version lacks keys that recipes have now: they had their defaults.
     result = folder / "results/study/baseline_0.json"
@@ -165,6 +168,9 @@ def test_a_dry_run_forecasts_and_trains_nothing(file: Path, mgtrain: Start) -> N
     found = json.loads(done.stdout)
     assert [(row["variant"], row["runs"]) for row in found["variants"]] == [("baseline", 2), ("short only", 2)]
     assert found["seconds"] == pytest.approx(sum(2 * row["seconds_each"] for row in found["variants"]) / 2)
+    alone = mgtrain(file.parent, "study", file, "--dry-run", "--measure", 0.05, "--json", "--jobs", 9)
+    found = json.loads(alone.stdout)  # nine jobs do not divide a run
+    assert found["seconds"] == max(row["seconds_each"] for row in found["variants"])
     assert not (file.parent / "runs").exists()
     wrong = mgtrain(file.parent, "study", file, "--only", "long only")
     assert wrong.returncode == 2
@@ -220,7 +226,8 @@ def test_jobs_have_cores_of_their_own(file: Path, tmp_path: Path) -> None:
     assert os.sched_getaffinity(0) == set(cores)
 
 
-def test_a_study_that_is_stopped_lets_its_runs_save(file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["asked", "terminal closed"])
+def test_a_study_that_is_stopped_lets_its_runs_save(file: Path, tmp_path: Path, number: int) -> None:
     waits = (
         "def save(*_):\n    print('saved')\n    sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)"
@@ -230,7 +237,7 @@ def test_a_study_that_is_stopped_lets_its_runs_save(file: Path, tmp_path: Path) 
     def stop_when_ready() -> None:
         while not output.is_file() or "ready" not in output.read_text():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=stop_when_ready)
     thread.start()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import groupby
@@ -22,7 +24,7 @@ from mgtrain.schedule import make_plan
 
 
 def logged(folder: Path, recipe: Recipe, steps: int, pace: float = 2.0) -> RunDir:
-    """A run that has logged so many steps of `pace` seconds, and evaluated at the end of its first phase."""
+    """A run that has logged so many steps of `pace` seconds, and evaluated after its first phase and its last step."""
     run, plan = RunDir(folder), make_plan(recipe, 24)
     run.write("recipe.yaml", recipe.to_yaml())
     run.write("plan.json", {"videos": 24})
@@ -31,7 +33,7 @@ def logged(folder: Path, recipe: Recipe, steps: int, pace: float = 2.0) -> RunDi
                "top1": 0.5, "train_seconds": pace * (step.index + 1), "data_seconds": step.index + 1.0,
                "clock_seconds": 70.0 + step.index}  # fmt: skip
         run.append("steps.jsonl", row)
-        if step.index + 1 == plan.phases[0].end_step:
+        if step.index + 1 in (plan.phases[0].end_step, len(plan)):
             run.append("evals.jsonl", {"step": step.index + 1, "top1": 0.4, "train_seconds": row["train_seconds"]})
     return run
 
@@ -62,6 +64,43 @@ def test_a_finished_run_has_nothing_left(tiny: Callable[..., Recipe], tmp_path: 
     assert "finished" in shown(RunDir(tmp_path / "run"))
 
 
+def silent(run: RunDir, seconds: float) -> RunDir:
+    """The run, whose last log line is so many seconds old."""
+    os.utime(run.path / "steps.jsonl", (time.time() - seconds,) * 2)
+    return run
+
+
+def test_a_run_is_not_finished_before_its_last_evaluation(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = logged(tmp_path / "run", tiny(), 17)
+    (run.path / "evals.jsonl").write_text(json.dumps(run.rows("evals.jsonl")[0]) + "\n")
+    assert look(run)["finished"] is False
+    assert "the last evaluation is left" in shown(run)
+
+
+def test_a_run_that_nobody_trains_is_stopped(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = silent(logged(tmp_path / "run", tiny(), 5), 120)
+    assert look(run)["active"] is False
+    assert "stopped; `mgtrain fit ... --resume` continues it" in shown(run)
+    holds = (
+        "import sys; from mgtrain.runs.folder import RunDir as R\nwith R(sys.argv[1]).locked(): print(flush=1), input()"
+    )
+    command = [sys.executable, "-c", holds, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert look(run)["active"] is True
+        process.communicate(b"\n")
+    assert look(run)["active"] is False
+    assert look(silent(run, 1))["active"] is True  # a network file system may not share locks
+
+
+def test_a_run_resumed_with_another_schedule_can_be_watched(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = logged(tmp_path / "run", tiny(), 12)
+    run.write("recipe.yaml", tiny("schedule={name: baseline}").to_yaml())  # which has fewer phases
+    assert run.rows("steps.jsonl")[-1]["phase"] >= len(make_plan(run.recipe(), 24).phases)
+    assert look(run)["left"] > 0
+
+
 def test_what_is_left_goes_at_the_pace_of_like_phases(tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny("optim.stages=[6, 6, 3]"), 24)
     slow, rows, seconds = plan.phases[0].shapes, [], 0.0
@@ -85,10 +124,12 @@ def test_the_baseline_at_the_same_time_and_step_is_told(tiny: Callable[..., Reci
     assert "slow: 30.0 % after the same time, not evaluated yet after the same steps" in shown(run, rival)
 
 
-def test_a_silent_run_is_said_to_be(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    run = logged(tmp_path / "run", tiny(), 5)
-    os.utime(run.path / "steps.jsonl", (time.time() - 3600,) * 2)
-    assert "no log line for 1:00 h: it is evaluating or has stopped (--resume)" in shown(run)
+def test_a_silent_run_is_said_to_be(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = silent(logged(tmp_path / "run", tiny(), 5), 3600)
+    monkeypatch.setattr(RunDir, "in_use", True)
+    assert "no log line for 1:00 h: it is evaluating, or it hangs" in shown(run)
 
 
 def test_nothing_to_see_and_damage_are_one_line(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from mgtrain.models.weights.load import freeze, is_ours, load_weights, read_clas
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
 from mgtrain.recipe.model import OwnOptions
-from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, read_info
+from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def load_trained(
         made = load_recipe(recipe, overrides)
         classes, step, recalibrated = read_classes(path), None, True
     else:
-        info = read_info(path)
+        info = verify(path)
         made = parse_recipe(info.recipe, str(path), overrides, saved=True)
         classes, step = tuple(info.classes), info.step
         recalibrated = info.recalibrated or made.evaluation.recalibration_batches == 0

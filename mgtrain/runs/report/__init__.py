@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mgtrain import __version__
 from mgtrain.errors import CheckpointError
 from mgtrain.processes.files import write_whole
-from mgtrain.runs.compare import COST_ROWS, compare, shown_cost, times
+from mgtrain.runs.compare import COST_ROWS, MARGIN, compare, shown_cost, times
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import compare_groups, grouped, verdicts
 from mgtrain.runs.history import History, guarded
@@ -20,18 +20,22 @@ from mgtrain.runs.scores import Scores
 MOST_CLASSES = 12  # in the table of classes whose accuracy changed most
 
 
-def write_report(runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = ()) -> None:
+def write_report(
+    runs: Sequence[RunDir], path: Path, frames: Sequence[dict[str, Any]] = (), margin: float = MARGIN
+) -> None:
     """Write a report, or raise `CheckpointError`. The first run is the baseline; `frames` are of `example_frames`."""
-    write_text(path, render_report(runs, frames))
+    write_text(path, render_report(runs, frames, margin))
 
 
-def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = ()) -> str:
+def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = (), margin: float = MARGIN) -> str:
     histories = [History(run) for run in runs]
     colours = [COLOURS[n % len(COLOURS)] for n in range(len(histories))]
-    comparisons = [compare(histories[0], history) for history in histories[1:]]
+    comparisons = [compare(histories[0], history, margin) for history in histories[1:]]
     groups = grouped(histories)
     several = any(len(members) > 1 for members in groups.values()) and len(groups) > 1
-    together = compare_groups(groups) if several and all(c["runs"][0]["finished"] for c in comparisons) else None
+    together = (
+        compare_groups(groups, margin) if several and all(c["runs"][0]["finished"] for c in comparisons) else None
+    )
     with guarded(*runs):
         context = {
             "version": __version__,

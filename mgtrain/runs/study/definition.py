@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mgtrain.errors import RecipeError
 from mgtrain.recipe import Recipe, Section, find_recipe, load_recipe
-from mgtrain.recipe.load import first_error, parse_yaml, read_text
+from mgtrain.recipe.load import as_json, first_error, parse_yaml, read_text
 
 Words = tuple[str, ...]
 
@@ -64,7 +63,7 @@ def load_study(file: Path) -> Study:
     shape = f"a study is a mapping with the keys {', '.join(Study.model_fields)}"
     tree = parse_yaml(read_text(file, "study"), str(file), shape)
     try:
-        return Study.model_validate_json(json.dumps(tree, ensure_ascii=False), strict=True)
+        return Study.model_validate_json(as_json(tree), strict=True)
     except ValidationError as error:
         first, keys, line = first_error(error, tree)
         fields = Study.model_fields if len(first["loc"]) == 1 else Variant.model_fields

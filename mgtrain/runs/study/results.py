@@ -14,7 +14,7 @@ from mgtrain.console import duration
 from mgtrain.errors import CheckpointError
 from mgtrain.recipe import Recipe, affects_results, changed_keys, recipe_differences
 from mgtrain.recipe.load import RETIRED
-from mgtrain.runs.compare import DEVICE_KEYS
+from mgtrain.runs.compare import DEVICE_KEYS, TIME_KEYS
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
 from mgtrain.runs.history import History, Summary, guarded
@@ -50,6 +50,7 @@ def keep_result(run: Run, folder: RunDir, file: Path) -> None:
         "curve": curve,
         "environment": dict(outcome.env),
         "recipe": dict(outcome.recipe),
+        "videos": dict(outcome.videos),
     }
     write_text(file, json.dumps(value, indent=1) + "\n")
 
@@ -62,7 +63,8 @@ def read_result(file: Path) -> Result:
             raise ValueError(f"its schema is {value['schema']}, not {SCHEMA}")
         if lacking := FACTS - value["environment"].keys():
             raise ValueError(f"its environment lacks {min(lacking)}")
-        outcome = Outcome(Summary(**value["summary"]), value["recipe"], value["environment"])
+        videos = value.get("videos", {})  # absent in results of earlier versions
+        outcome = Outcome(Summary(**value["summary"]), value["recipe"], value["environment"], dict(videos))
         return Result(value["variant"], outcome, value["curve"])
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a readable result ({error}); remove it to repeat the run") from None
@@ -73,7 +75,9 @@ def known_result(run: Run, file: Path) -> Result | None:
     if not file.is_file():
         return None
     result = read_result(file)
-    if changed := changed_keys(completed(result.outcome.recipe), run.recipe.flat(), PLACES):
+    before, now = completed(result.outcome.recipe), run.recipe.flat()
+    timed = {key: value for key, value in recipe_differences(before, now).items() if key in TIME_KEYS}
+    if changed := [*changed_keys(before, now, PLACES), *(f"{key} {a} -> {b}" for key, (a, b) in timed.items())]:
         raise CheckpointError(
             f"{file}: the study's recipe has changed since: {'; '.join(changed)}; "
             "remove the file to repeat the run, or rename the variant"
