@@ -6,7 +6,7 @@ The Python interface is the names in `__all__`; each is imported when it is firs
 >>> recipe = mgtrain.load_recipe("demo_multigrid", ["optim.lr=0.05"])
 >>> plan = mgtrain.make_plan(recipe, videos=160)
 >>> [str(step.shape) for step in plan][:3], f"{plan[30].lr:.3g}", plan[0].bn_groups
-(['128x4x32²', '64x4x45²', '64x4x45²'], '0.01', 8)
+(['128x4x32²', '64x4x45²', '64x4x45²'], '0.136', 8)
 
 `fit(recipe, RunDir("runs/mine"), World())` trains it and returns the final scores. `train_batches`, `at_step`
 and related functions bring multigrid into your own training loop. Errors that the user can fix are of the class

@@ -44,6 +44,7 @@ from mgtrain.schedule import Step, make_plan
 
 FIT = ("-m", "mgtrain", "fit", "tiny.yaml", "--device", "cpu")
 LONG = ("schedule={name: baseline}", "optim.stages=[2000]")
+OFTEN = ("evaluation.times=1", "logging.checkpoint_steps=1")
 BAD = 4  # the index of the step in which a fault is put
 
 
@@ -352,7 +353,7 @@ def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
         "    return step(*a)\nf.train_step = train_step"
     )
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    short = ("schedule={name: baseline}", "optim.stages=[1]", "evaluation.times=1", "logging.checkpoint_steps=1")
+    short = ("schedule={name: baseline}", "optim.stages=[1]", "optim.warmup_epochs=0", *OFTEN)
     command = [sys.executable, *torchrun, faulty(folder, code), *FIT[2:], *short]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -361,7 +362,7 @@ def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
 
 
 def test_ranks_whose_machines_count_restarts_differently_resume_together(folder: Path) -> None:
-    short = ("schedule={name: baseline}", "optim.stages=[1]", "evaluation.times=1", "logging.checkpoint_steps=1")
+    short = ("schedule={name: baseline}", "optim.stages=[1]", "optim.warmup_epochs=0", *OFTEN)
     dies = (
         "import os, mgtrain.engine.fit as f\nstep = f.train_step\n"
         "def train_step(*a):\n    if a[5].index == 3: os._exit(9)\n    return step(*a)\nf.train_step = train_step"

@@ -406,7 +406,8 @@ def test_a_run_starts_from_imported_weights(
     report = json.loads(capsys.readouterr().out)
     assert (report["schema"], report["share"], len(report["matched"])) == ("mgtrain.weights_import/1", 1, 87)
     assert report["model"] == {"name": "i3d_r50", "width": 8, "depth": [1, 1, 1, 1]}
-    changes = (f"init.weights={tmp_path / 'k400.safetensors'}", "init.freeze=backbone", "optim.stages=[1]")
+    short = ("optim.stages=[1]", "optim.warmup_epochs=0")
+    changes = (f"init.weights={tmp_path / 'k400.safetensors'}", "init.freeze=backbone", *short)
     caplog.set_level("INFO", logger="mgtrain")
     run = RunDir(tmp_path / "run")
     fit(tiny(*changes, "schedule.name=baseline"), run, World())
