@@ -13,7 +13,7 @@ from mgtrain.schedule import Plan, baseline_recipe, make_plan
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 COLUMNS = 72  # of a drawing
-RANGE = 1000  # of the learning rates in a drawing: smaller ones are drawn as its least
+RANGE = 100_000  # of the learning rates in a drawing: smaller ones are drawn as its least
 
 
 def make_plans(recipe: Recipe, videos: int) -> dict[str, Plan]:
