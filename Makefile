@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 .PHONY: help demo evidence test test-slow lint types docs wheel clean
 
 help:
-	@echo "make demo       train and compare a baseline and a multigrid run, two seeds each (10 minutes on two cores, set-up included)"
+	@echo "make demo       train and compare a baseline and a multigrid run, two seeds each (9 minutes on two cores, set-up included)"
 	@echo "make test       run the tests (under 6 minutes on two cores)"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style and formatting"
