@@ -89,9 +89,9 @@ class OwnOptions(Section):
 ModelOptions = Annotated[
     I3DOptions | I3DNonLocalOptions | SlowFastOptions | TorchvisionOptions | OwnOptions, Field(discriminator="name")
 ]
-# Mean and standard deviation of torchvision's published weights; those of all others are of Kinetics.
-KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-OTHERS = {
+# Means and standard deviations for which torchvision trained its weights; `TORCHVISION_USUAL` for those not listed.
+TORCHVISION_USUAL = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+TORCHVISION_OWN = {
     "swin3d_t": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "mvit_v2_s": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
 }
@@ -103,5 +103,5 @@ def pixel_statistics(options: ModelOptions) -> tuple[tuple[float, ...], tuple[fl
         case OwnOptions():
             return options.mean, options.std
         case TorchvisionOptions():
-            return OTHERS.get(options.name, KINETICS)
+            return TORCHVISION_OWN.get(options.name, TORCHVISION_USUAL)
     return (MEAN,) * 3, (STD,) * 3

@@ -634,7 +634,8 @@ def test_the_slurm_script_starts_the_ranks_and_puts_a_stopped_job_back(folder: P
     (stubs / "mgtrain").write_text(f'#!/bin/bash\nexec {sys.executable} -m mgtrain "$@"\n')
     (stubs / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo localhost || echo "$@" >> asked\n')
     (stubs / "srun").write_text(  # two tasks; the exit code is the larger one, as srun's
-        '#!/bin/bash\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); echo $! > task$i; done\n'
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
+        'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); echo $! > task$i; done\n'
         "code=0; for pid in ${pids[@]}; do wait $pid; c=$?; [ $c -gt $code ] && code=$c; done; exit $code\n"
     )
     for stub in stubs.iterdir():
