@@ -208,6 +208,7 @@ def check(
 
     Example:  mgtrain data check k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to k400.jsonl
     """
+    check_finite(seconds=seconds, memory=memory)
     loaded = load_recipe(recipe, overrides)
     data = loaded.data
     file = to or Path(data.checked or f"{data.root.rstrip(os.sep)}-checked.jsonl")
@@ -258,6 +259,7 @@ def prepare(
             help=("Write tar files of at most this size, such as 2GiB, instead of a file for each video and level."),
         ),
     ] = None,
+    seconds: Annotated[float, Option(min=0.1, help="Time limit for each video.")] = 3600.0,
     workers: Annotated[int | None, Option(min=1, help="Processes. Default: one for each core.")] = None,
     forecast: Annotated[
         bool, Option("--forecast", help="Prepare a few videos, estimate time and disk space for the others, and stop.")
@@ -270,7 +272,7 @@ def prepare(
 
     Example:  mgtrain data prepare k400_slowfast_8x8_r50_multigrid data.root=/data/k400 --to /scratch/k400
     """
-    check_finite(fps=fps)
+    check_finite(fps=fps, seconds=seconds)
     shard_bytes = parse_shards(shards) if shards else None
     data = load_recipe(recipe, overrides).data
     folder = to or Path(f"{data.root.rstrip(os.sep)}-prepared")
@@ -297,7 +299,10 @@ def prepare(
         return not forecast
 
     with progress() as shown:
-        done = make(Path(data.root), paths, folder, settings, count, fps=data.fps, forecast=announce, progress=shown)
+        done = make(
+            Path(data.root), paths, folder, settings, count,
+            seconds=seconds, fps=data.fps, forecast=announce, progress=shown,
+        )  # fmt: skip
     for cause in done.broken.values():
         note(f"skipped: {cause}")
     show(

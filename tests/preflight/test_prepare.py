@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +360,18 @@ def test_a_video_that_kills_its_process_costs_no_other(root: Path, out: Path, mo
     done = prepared(root)
     assert list(done.broken) == ["bad.mp4"]
     assert "crashes the decoder" in done.broken["bad.mp4"]
+    assert verify(out, 1) == {}
+
+
+def test_a_video_that_hangs_the_decoder_costs_no_other(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a.mp4", "bad.mp4", "c.mp4"):
+        write_video(root / name, 3)
+    monkeypatch.setattr(
+        encode, "open_source", lambda path, _: time.sleep(600) if path.name == "bad.mp4" else VideoFile(path)
+    )
+    done = prepared(root, seconds=3)
+    assert list(done.broken) == ["bad.mp4"]
+    assert "takes more than 3 s; raise --seconds" in done.broken["bad.mp4"]
     assert verify(out, 1) == {}
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from mgtrain.processes.distributed import (
     _refuse_shared_gpu,
     _share_of_cores,
     _wait_for,
+    connect,
     launch,
     replicate,
     unwrap,
@@ -380,6 +382,41 @@ def test_processes_that_have_ended_are_not_taken_for_ranks() -> None:
             late = threads.submit(join, 1)
             assert not wait([late], timeout=0.3).done
             assert [threads.submit(join, 0).result(30), late.result(30)] == ["b''", "b''"]
+
+
+@pytest.mark.parametrize(("local_rank", "told"), [(None, True), ("0", False)])
+def test_one_rank_beside_idle_gpus_is_told(
+    local_rank: str | None, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:  # torchrun sets it
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with connect() as world:
+        assert str(world.device) == "cuda:0"
+    assert ("one of 4 GPUs; to use all, unset it" in " ".join(capsys.readouterr().err.split())) is told
+
+
+@pytest.mark.parametrize(("watched_seconds", "minutes"), [(60, 30), (3600, 120), (float("inf"), 24 * 60)])
+def test_a_fast_rank_waits_as_long_as_the_watchdog_lets_a_slow_one_take(
+    watched_seconds: float, minutes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def init(_: str, *, timeout: timedelta, **__: object) -> None:
+        assert timeout == timedelta(minutes=minutes)
+        raise Reached
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr("mgtrain.processes.distributed._of_these_ranks", lambda store, *_: store)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(Reached), connect("cpu", watched_seconds):
+        pass
 
 
 def test_ranks_do_not_wait_for_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

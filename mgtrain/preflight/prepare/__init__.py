@@ -71,15 +71,16 @@ def prepare(
     settings: Settings,
     workers: int,
     *,
+    seconds: float = float("inf"),
     fps: float | None = None,
     forecast: Callable[[Forecast], bool] = lambda _: True,
     progress: ShowProgress = no_progress,
 ) -> Summary:
     """Prepare the videos at `paths`, relative to `root`, in `folder`; videos that are already there are kept.
 
-    `fps` is the rate of folders of frames. `forecast` is called once with the estimate for the remaining videos, and
-    returns whether to continue. Raises `DataError` if the folder holds a set with other settings or the disk is too
-    small, `MissingCapabilityError` if PyAV has no H.264 encoder.
+    `seconds` limits the time of a video. `fps` is the rate of folders of frames. `forecast` is called once with the
+    estimate for the remaining videos, and returns whether to continue. Raises `DataError` if the folder holds a set
+    with other settings or the disk is too small, `MissingCapabilityError` if PyAV has no H.264 encoder.
     """
     if "libx264" not in av.codecs_available:
         raise MissingCapabilityError("PyAV has no libx264 to write prepared videos; use its wheel: pip install av")
@@ -102,10 +103,9 @@ def prepare(
             shards = stack.enter_context(ShardWriter(folder, settings.shards, manifest.records.values()))
         if any("levels" in known.get(path, ()) for path in todo):  # the index points to files that will be replaced
             (folder / "index.npy").unlink(missing_ok=True)
-        for made, (path, done) in enumerate(isolated(encode, todo, workers), start=1):
+        for made, (path, done) in enumerate(isolated(encode, todo, workers, seconds=seconds), start=1):
             if isinstance(done, Lost):
-                cause = f"crashes the decoder ({done.cause}); replace this video or remove it from the list"
-                done = {"path": path, "error": f"{root / path}: {cause}"}, []
+                done = {"path": path, "error": f"{root / path}: {_lost(done)}"}, []
             if shards:
                 shards.add(done[0], loose)
             manifest.add_video(*done)
@@ -124,6 +124,12 @@ def prepare(
     broken = {record["path"]: record["error"] for record in records if "error" in record}
     used = {member.shard for member in members_of(records)} if sharded else ()
     return Summary(len(records), made, broken, *_bytes(records, settings), time.monotonic() - start, len(used))
+
+
+def _lost(done: Lost) -> str:
+    if done.kind == "timeout":
+        return f"{done.cause}; raise --seconds if it is a long video, or replace or remove it"
+    return f"crashes the decoder ({done.cause}); replace this video or remove it from the list"
 
 
 class PreparedManifest(Manifest):
