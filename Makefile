@@ -22,7 +22,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 demo: $(VENV)/installed
 	$(BIN)/mgtrain data synthesize data/motions
-	$(BIN)/mgtrain study studies/demo.yaml --seeds 2 --jobs 2 --results runs/demo/results
+	$(BIN)/mgtrain study studies/demo.yaml --seeds 2 --jobs $$(($$(nproc) > 1 ? 2 : 1)) --results runs/demo/results
 	@echo "open runs/demo/results/index.html"
 
 evidence: $(VENV)/installed

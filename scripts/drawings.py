@@ -8,6 +8,7 @@ checks that the modules they name exist.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from html import escape
 from math import log2, log10
@@ -260,5 +261,6 @@ def drawings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name, content in drawings().items():
         (ASSETS / name).write_text(content, encoding="utf-8")

@@ -8,6 +8,7 @@ with the program.
 
 from __future__ import annotations
 
+import argparse
 import re
 import textwrap
 import typing
@@ -87,5 +88,6 @@ def escaped(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name, page in (("recipe.md", recipe_page()), ("cli.md", command_page())):
         (PAGES / name).write_text(page, encoding="utf-8")

@@ -16,7 +16,7 @@ from mgtrain.data import open_splits, open_videos
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.index import make_index
 from mgtrain.data.manifest import STATUSES, USABLE
-from mgtrain.data.split import find_groups, joined, make_split, read_groups
+from mgtrain.data.split import NO_GROUPS, find_groups, joined, make_split, read_groups
 from mgtrain.data.videos import Videos, printable
 from mgtrain.errors import DataError, UsageError
 from mgtrain.processes.cores import usable_cores
@@ -117,7 +117,7 @@ def split(
     ] = None,
     all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
-    by: Annotated[str, Option(help="Column of the CSV that names the group.")] = "group",
+    by: Annotated[str | None, Option(help="Column of the CSV that names the group. Default: group.")] = None,
     group_by: GroupBy = None,
     seed: Seed = 0,
     json_: Json = False,
@@ -141,11 +141,12 @@ def split(
         videos = joined(splits.values() if all_ else [splits["train"]])
     if groups and group_by:
         raise UsageError("--groups and --group-by: give one of them")
-    guessed = None if groups else find_groups(videos, group_by)
-    if guessed:
-        note(f"split by {guessed}")
-    grouping = read_groups(groups, by, videos) if groups else guessed.ids if guessed else None
-    lists = make_split(videos, val=val, folds=folds, seed=seed, groups=grouping)
+    if by and not groups:
+        raise UsageError(f"--by {by}: names a column of a CSV; give the CSV with --groups")
+    found = read_groups(groups, by or "group", videos) if groups else find_groups(videos, group_by)
+    if found or not group_by:
+        note(f"split by {found or NO_GROUPS}")
+    lists = make_split(videos, val=val, folds=folds, seed=seed, groups=found.ids if found else None)
     files = [*map(str, write_lists(to, {name: (videos, rows) for name, rows in lists.items()}))]
     counts = {name: videos.only(rows).videos_per_class for name, rows in lists.items()}
     table = {name: {key: int(of[label]) for key, of in counts.items()} for label, name in enumerate(videos.classes)}

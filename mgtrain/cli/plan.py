@@ -9,9 +9,12 @@ from typer import Option
 from mgtrain.cli.options import Device, Json, Overrides, RecipeArgument, VideoCount, check_finite, connected
 from mgtrain.console import note, out, progress
 from mgtrain.data import count_training_videos
+from mgtrain.errors import UsageError
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import check_world
 from mgtrain.schedule.totals import compare_totals, make_plans, plan_table, render_total, schedule_drawing
+
+PICTURES = (".svg", ".png", ".pdf")
 
 
 def plan(
@@ -43,8 +46,12 @@ def plan(
     Examples:  mgtrain plan k400_slowfast_8x8_r50_multigrid --gpus 8 --memory 40  |  mgtrain plan mine.yaml --measure 2
     """
     check_finite(measure=measure, memory=memory)
+    if picture and picture.suffix.lower() not in PICTURES:
+        raise UsageError(f"{picture}: the file's name must end in .svg, .png or .pdf")
     loaded = load_recipe(recipe, overrides)
-    made, baseline = make_plans(loaded, videos or count_training_videos(loaded)).values()
+    memory = memory or loaded.hardware.memory_gib
+    plans = make_plans(loaded, videos or count_training_videos(loaded))
+    made, baseline = plans["plan"], plans["baseline"]
     if gpus:
         check_world(made, gpus)
     totals = compare_totals(made, baseline)
@@ -71,7 +78,7 @@ def plan(
         if (procs := default_procs(device)) > 1:
             note(f"measured for one process; `mgtrain fit` starts {procs} here, which share each step")
         with connected(device) as world, progress() as shown:
-            found["forecast"] = forecast.forecast(loaded, train, val, world, measure, shown)
+            found["forecast"] = forecast.forecast(loaded, plans, train, val, world, measure, shown)
         show(forecast.render(found["forecast"]))
     if picture:
         from mgtrain.runs.report.figures import save_schedule

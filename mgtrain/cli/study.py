@@ -1,6 +1,7 @@
 """The command study."""
 
 import heapq
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,11 @@ from mgtrain.errors import UsageError
 from mgtrain.runs.folder import RUNS, RunDir
 from mgtrain.runs.study.definition import Run, load_study, runs_of
 from mgtrain.runs.study.jobs import pinned, shares_of_cores, train_all
+from mgtrain.schedule.totals import make_plans
 
 
 def study(
-    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file, such as studies/demo.yaml.")],
+    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file with variants and seeds.")],
     jobs: Annotated[int, Option(min=1, max=1000, help="Runs at the same time, each pinned to a share of cores.")] = 1,
     runs: Annotated[Path | None, Option(help="Folder of the runs. Default: runs/<name of the study>.")] = None,
     results: Annotated[
@@ -36,10 +38,10 @@ def study(
 
     Every finished run writes a small JSON file and is not trained again. Variants take turns.
 
-    Examples:  mgtrain study studies/demo.yaml --dry-run  |  mgtrain study studies/demo.yaml --jobs 2
+    Examples:  mgtrain study mine.yaml --dry-run  |  mgtrain study mine.yaml --jobs 2
     """
-    from mgtrain.runs.groups import render_groups
-    from mgtrain.runs.study.results import keep_result, known_result, summed_up, write_study_page
+    from mgtrain.runs.groups import GROUPS, render_groups
+    from mgtrain.runs.study.results import check_results, keep_result, known_result, summed_up, write_study_page
 
     check_finite(measure=measure)
     asked = load_study(file)
@@ -48,14 +50,23 @@ def study(
     all_runs = runs_of(asked, file)
     folder, kept = runs or RUNS / file.stem, results or file.parent / "results" / file.stem
     files = {run.name: kept / f"{run.name}.json" for run in all_runs}
-    unknown = [run for run in all_runs if known_result(run, files[run.name]) is None]
+    check_results(all_runs, kept, folder)
     now = asked.seeds[:seeds]
-    left = [run for run in unknown if run.recipe.seed in now and (not only or run.variant in only)]
+    left = [
+        run
+        for run in all_runs
+        if run.recipe.seed in now and (not only or run.variant in only) and not files[run.name].is_file()
+    ]
     if dry_run:
         with pinned(shares_of_cores(jobs)[0] if jobs > 1 else ()):
             _forecast(left, len(all_runs), jobs, measure, device, json_)
         return
     note(f"{file}: {len(left)} of {len(all_runs)} runs to train, in {folder}; results in {kept}")
+    if not left:
+        note("nothing is trained, because all results are there; to train here, give another folder with --results")
+    kept.mkdir(parents=True, exist_ok=True)
+    if not os.access(kept, os.W_OK):
+        raise UsageError(f"{kept}: cannot be written; give another folder with --results")
     words = ["--device", device] if device else []
 
     def keep(run: Run) -> None:
@@ -71,6 +82,10 @@ def study(
         write_study_page(asked, file, found, kept / "index.html")
         show(json_, compared, render_groups(compared))
         note(f"wrote {kept / 'index.html'}")
+    else:
+        first = next(iter(asked.variants))
+        warnings = [f"nothing is compared: no result yet of {first}, with which the others are compared"]
+        show(json_, {"schema": GROUPS, "margin": asked.margin, "groups": [], "warnings": warnings}, *warnings)
     if failed:
         names = ", ".join(run.name for run, _ in failed)
         note(f"mgtrain: {len(failed)} of {len(left)} runs failed: {names}; see output.txt in their folders", "red")
@@ -89,7 +104,8 @@ def _forecast(left: list[Run], total: int, jobs: int, seconds: float, device: st
     with connected(device) as world, progress() as shown:
         for variant, runs in variants.items():
             train, val = open_data(runs[0].recipe)
-            here = forecast(runs[0].recipe, train, val, world, seconds, shown)["plan"]
+            plans = make_plans(runs[0].recipe, len(train))
+            here = forecast(runs[0].recipe, plans, train, val, world, seconds, shown)["plan"]
             rows.append({"variant": variant, "runs": len(runs), "seconds_each": here["clock_seconds"]})
     each = {row["variant"]: row["seconds_each"] for row in rows}
     ends = [0.0] * jobs  # of the runs so far, which start in order as soon as there is room

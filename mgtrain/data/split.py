@@ -21,6 +21,7 @@ from mgtrain.rng import Draw, generator
 TRIES = 16  # orders of the groups to try
 MOST_PLACED = 200_000  # groups to place in all tries together, which takes a few seconds
 LEAST_GROUPS = 5  # of each class, so that each part of a split gets its share of them
+NO_GROUPS = "class only: names show no sources, or too few; if videos share sources, give --group-by"
 LARGEST = 0.34  # share of all videos in one group; a larger group is not a source
 SOURCE = re.compile(
     r"(?<![a-z])(person|subject|actor|seq|sequence|scene|session|source|game|match|group|g)[-_ ]?\d+(?![a-z0-9])",
@@ -77,17 +78,21 @@ def joined(sets: Iterable[Videos]) -> Videos:
 def _parts(videos: Videos, shares: np.ndarray, seed: int, groups: np.ndarray | None) -> np.ndarray:
     """The part of each video: int64 (N,); part p gets `shares[p]` of each class."""
     labels = videos.single_labels
+    scarce = []
     for label in np.unique(labels):
         members = (labels == label).sum() if groups is None else len(np.unique(groups[labels == label]))
         if members < len(shares):
-            what, more = "videos", ""
-            if groups is not None:
-                what = "groups of videos"
-                more = ", or split without groups (--group-by none), which leaks between parts"
-            raise DataError(
-                f"{videos.root}: class {videos.classes[label]!r} has too few {what} for {len(shares)} parts, "
-                f"{members}; add videos, drop the class, or make fewer parts{more}"
-            )
+            scarce.append(f"{videos.classes[label]!r} ({members})")
+    if scarce:
+        what, more = "videos", ""
+        if groups is not None:
+            what = "groups of videos"
+            more = ", or split without groups (--group-by none), which leaks between parts"
+        classes = "class" if len(scarce) == 1 else "classes"
+        raise DataError(
+            f"{videos.root}: too few {what} for {len(shares)} parts in {classes} {few(scarce)}; add videos, or drop "
+            f"{'it' if len(scarce) == 1 else 'them'}{more}"
+        )
     return _deal(labels, shares, seed) if groups is None else _place(labels, groups, shares, seed, videos)
 
 
@@ -119,13 +124,18 @@ def _place(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int
     for attempt in range(max(1, min(TRIES, MOST_PLACED // len(members)))):
         draws = generator(seed, Draw.CHOICE, 1, attempt).permutation(len(members))
         counts = np.zeros_like(wanted)
+        left = np.bincount(np.concatenate([np.unique(labels) for labels in members]), minlength=len(sums))  # groups
         part_of = np.zeros(len(members), np.int64)
         for group in sorted(draws.tolist(), key=lambda g: -len(members[g])):
             classes, own = np.unique(members[group], return_counts=True)
             # How much the squared distance from the wanted counts grows, in each part.
             growth = ((2 * (counts[:, classes] - wanted[:, classes]) + own) * own / sums[classes]).sum(axis=1)
+            lacking = counts[:, classes] == 0
+            last = lacking.sum(axis=0) == left[classes]  # each group left of these classes must go to a part without
+            growth[(~lacking & last).any(axis=1)] = np.inf
             part = part_of[group] = int(np.argmin(growth / shares))  # a small part fills as fast as a large one
             counts[part, classes] += own
+            left[classes] -= 1
         distance = ((counts - wanted) ** 2 / np.maximum(1, sums)).sum()
         if distance < least and (counts[:, sums > 0] > 0).all():
             best, least = part_of, distance
@@ -207,10 +217,14 @@ def groups_by_pattern(names: Sequence[str], pattern: str) -> Groups:
     return _grouped(f"{pattern} in names", names, keys)
 
 
-def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
-    """The group of each video, numbered from 0: int64 (N,), from a CSV with the columns `path` and `column`."""
+def read_groups(path: Path, column: str, videos: Videos) -> Groups:
+    """The groups by a CSV with the columns `path` and `column`. Raises `DataError` if a video has none, or two."""
     rows = read_table(path, ("path", column), "name the columns in the first line, or choose one with --by")
-    group_of = {os.path.normpath(row["path"]): row[column] for _, row in rows if row["path"] and row[column]}
+    group_of: dict[str, str] = {}
+    for number, row in rows:
+        name, group = os.path.normpath(row["path"].strip()), row[column].strip()
+        if row["path"].strip() and group and group_of.setdefault(name, group) != group:
+            raise DataError(f"{path}:{number}: {name!r} is of group {group_of[name]!r} and of {group!r}; keep one")
     names = videos.names()
     groups = [group_of.get(name) or group_of.get(file_of(name), "") for name in names]
     lacking = [name for name, group in zip(names, groups, strict=True) if not group]
@@ -219,7 +233,7 @@ def read_groups(path: Path, column: str, videos: Videos) -> np.ndarray:
             f"{path}: no group for {len(lacking)} of {len(names)} videos: {few(lacking)}; "
             f"add a line with the path of each in {videos.root}"
         )
-    return _grouped(column, names, groups).ids
+    return _grouped(f"{column} in {path}", names, groups)
 
 
 def _grouped(rule: str, names: Sequence[str], keys: Sequence[str]) -> Groups:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import av
@@ -82,22 +83,32 @@ def synthesize(
                 return
         raise DataError(f"{root}: contains another synthetic set; remove it or choose another folder")
 
+    lists = {
+        root / f"{split}.csv": "".join(
+            f"{_place(split, name, n)} {label}\n" for label, name in enumerate(classes) for n in range(count)
+        )
+        for split, count in counts.items()
+    }
+    lists[root / "classes.txt"] = "".join(f"{name}\n" for name in classes)
+    for path, text in lists.items():
+        if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
+            raise DataError(f"{path}: exists with other contents, so this is another set; choose another folder")
     done, total = 0, sum(counts.values()) * len(classes)
     for s, (split, count) in enumerate(counts.items()):
-        folder = root / "videos" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for label, name in enumerate(classes):
-            for n in range(count):
-                rng = generator(seed, Draw.SYNTHETIC, s, ALL_MOTIONS.index(name), n)
-                path = folder / f"{name}_{n}.mp4"
-                _write(path, draw_motion(name, rng, frames=frames, size=size, difficulty=difficulty))
-                lines.append(f"{path.relative_to(root).as_posix()} {label}\n")
-                done += 1
-                progress("videos written", done, total)
-        write_whole(root / f"{split}.csv", "".join(lines).encode())
-    write_whole(root / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+        (root / "videos" / split).mkdir(parents=True, exist_ok=True)
+        for name, n in product(classes, range(count)):
+            rng = generator(seed, Draw.SYNTHETIC, s, ALL_MOTIONS.index(name), n)
+            path = root / _place(split, name, n)
+            _write(path, draw_motion(name, rng, frames=frames, size=size, difficulty=difficulty))
+            done += 1
+            progress("videos written", done, total)
+    for path, text in lists.items():
+        write_whole(path, text.encode())
     write_whole(record, f"{json.dumps(settings, indent=1)}\n".encode())
+
+
+def _place(split: str, name: str, n: int) -> str:
+    return f"videos/{split}/{name}_{n}.mp4"
 
 
 def draw_motion(

@@ -13,8 +13,10 @@ from mgtrain.clips.prepared import Settings
 from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import check_shapes
+from mgtrain.engine.machine.memory import fit_memory
 from mgtrain.grid import Shape
 from mgtrain.preflight.bench_step import step_seconds as measure_steps
+from mgtrain.preflight.bench_step import tuned_model
 from mgtrain.preflight.forecast import ShapeRate, hours, waiting_phases
 from mgtrain.preflight.loading import measure_loading
 from mgtrain.preflight.prepare import prepare
@@ -47,7 +49,10 @@ def bench_data(
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     if step_seconds is None:
         check_shapes(recipe, [recipe.base])
-        ((_, step_seconds),) = measure_steps(recipe, plans["baseline"], [plans["baseline"][0]], world)
+        baseline = plans["baseline"]
+        fitting = fit_memory(recipe, baseline, world)
+        model = tuned_model(fitting, baseline, world)
+        ((_, step_seconds),) = measure_steps(model, fitting, [baseline[0]], world)
     workers = worker_count(recipe, world)
     step, total = step_seconds, len(steps) * (1 if recipe.data.prepared else 2)
 
@@ -58,7 +63,7 @@ def bench_data(
             rows[shape] = {**row, "needed_clips_per_second": shape.clips / step}
             progress("measuring", done + len(rows), total)
         rates = {shape: ShapeRate.of(step, row, world) for shape, row in rows.items()}
-        times = {key: hours(plan, rates, None) for key, plan in plans.items()}
+        times = {key: hours(plan, rates, world, workers) for key, plan in plans.items()}
         spent = cost(plans["plan"], recipe.base, {shape: row["core_seconds_per_step"] for shape, row in rows.items()})
         return {"name": name, "shapes": [*rows.values()], "cost": spent, **times}
 

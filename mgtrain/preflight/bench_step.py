@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mgtrain.console import ShowProgress, table
-from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips
+from mgtrain.engine.checks import DTYPES, check_shapes, make_model, pass_clips, right_gradients
 from mgtrain.engine.machine.memory import fit_memory, peak, reset_peak
 from mgtrain.engine.machine.tuning import measure
 from mgtrain.engine.machine.warmup import seconds_of, set_up, wait_for_gpu
@@ -53,8 +53,7 @@ def bench_step(recipe: Recipe, plan: Plan, world: World, repeats: int, progress:
     firsts = plan.first_steps()
     flops = check_shapes(recipe, firsts)
     fastest = max(matrix_product(recipe, world), picture_convolution(recipe, world))
-    model = to_device(make_model(recipe), recipe, world)
-    choose(model, measure(recipe, plan, world))
+    model = tuned_model(recipe, plan, world)
     rows, of_volume = list[dict[str, Any]](), list[float]()
     for shape, step in firsts.items():
         reset_peak(world.device)
@@ -126,15 +125,21 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
     return {"clips": clips, "bn_groups": groups, **dict(zip(SPANS, medians, strict=True))}
 
 
-def step_seconds(recipe: Recipe, plan: Plan, steps: Iterable[Step], world: World) -> Iterator[tuple[Shape, float]]:
-    """The shape of each step and the seconds that a rank computes: the measured part, scaled up, and one update.
-
-    Convolutions use the same forms as in a run of the `plan`.
-    """
+def tuned_model(recipe: Recipe, plan: Plan, world: World) -> nn.Module:
+    """The network, whose convolutions use the same forms as in a run of the `plan`."""
     set_up(recipe, world.device)
-    recipe = fit_memory(recipe, plan, world)
     model = to_device(make_model(recipe), recipe, world)
     choose(model, measure(recipe, plan, world))
+    return model
+
+
+def step_seconds(
+    model: nn.Module, recipe: Recipe, steps: Iterable[Step], world: World
+) -> Iterator[tuple[Shape, float]]:
+    """The shape of each step and the seconds that a rank computes: the measured part, scaled up, and one update.
+
+    `model` is of `tuned_model`, and the recipe has micro-batches that fit.
+    """
     for step in steps:
         row = time_step(model, recipe, step, world, STEPS)
         share = step.shape.clips / row["clips"] / world.size
@@ -178,14 +183,19 @@ def picture_convolution(recipe: Recipe, world: World) -> float:
 
 
 def half_precision_gain(recipe: Recipe, videos: int, world: World) -> float | None:
-    """The speed of a base step in bf16 relative to float32; None on GPUs and on CPUs without bf16 instructions."""
-    if world.device.type != "cpu" or not has_bf16():
+    """The speed of a base step in bf16 relative to float32.
+
+    None on GPUs, on CPUs without bf16 instructions, and where torch computes wrong gradients for this network in bf16.
+    """
+    half = recipe.changed("hardware", precision="bf16")
+    if world.device.type != "cpu" or not has_bf16() or not right_gradients(half, world.device):
         return None
     seconds: list[float] = []
     for precision in ("fp32", "bf16"):
         in_it = baseline_recipe(recipe.changed("hardware", precision=precision))
         plan = make_plan(in_it, videos)
-        seconds += [found for _, found in step_seconds(in_it, plan, [plan[0]], world)]
+        in_it = fit_memory(in_it, plan, world)
+        seconds += [found for _, found in step_seconds(tuned_model(in_it, plan, world), in_it, [plan[0]], world)]
     return seconds[0] / seconds[1]
 
 

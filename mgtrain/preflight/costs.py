@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Group
 
-from mgtrain.console import size, table
+from mgtrain.console import table
 from mgtrain.engine.checks import check_shapes, pass_clips
 from mgtrain.engine.machine.memory import Memory
 from mgtrain.grid import Shape
@@ -65,7 +65,7 @@ def render(found: dict[str, Any], gib: float | None) -> Group:
             f"{row['steps']:,}",
             f"{row['multiply_adds'] / 1e9:,.0f} G",
             f"{row['frames']:,}",
-            size(row["memory_bytes"]),
+            f"{row['memory_bytes'] / 2**30:.1f} GiB",
             f"{row['pass_clips']:,}",
         )
         for row in found["shapes"]

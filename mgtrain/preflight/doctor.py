@@ -18,10 +18,10 @@ from torch import Tensor
 from mgtrain import __version__
 from mgtrain.clips.order import Order
 from mgtrain.clips.units import RandomClips
-from mgtrain.engine.checks import DTYPES, right_gradients
+from mgtrain.engine.checks import DTYPES, check_precision, check_shapes, right_gradients
 from mgtrain.engine.machine.warmup import seconds_of, set_up
 from mgtrain.engine.start import open_data
-from mgtrain.errors import MissingCapabilityError
+from mgtrain.errors import MgtrainError, MissingCapabilityError
 from mgtrain.models import fused
 from mgtrain.models.conv import Conv3d
 from mgtrain.models.norm import GroupBatchNorm3d
@@ -69,9 +69,13 @@ def examine(device: torch.device, recipe: Recipe | None = None) -> Iterator[Find
         set_up(recipe or load_recipe("demo_baseline"), device)
         yield tf32()
         yield groups(device)
-    yield from convolutions(device)
+    yield from convolutions(device, recipe or load_recipe("demo_baseline"))
     if recipe:
-        yield from data(recipe)
+        try:
+            yield from data(recipe, device)
+        except MgtrainError as error:
+            found, _, advice = str(error).partition("; ")
+            yield Finding("recipe", "missing", found, advice or "see above")
 
 
 def refuse_missing(findings: Iterable[Finding]) -> None:
@@ -179,8 +183,11 @@ def groups(device: torch.device) -> Finding:
     return judged("BatchNorm groups", f"fused, error {error:.1e}", advice, "missing")
 
 
-def convolutions(device: torch.device) -> Iterator[Finding]:
-    """The time of a 3-D convolution in each memory format and precision, and its error against double precision."""
+def convolutions(device: torch.device, recipe: Recipe) -> Iterator[Finding]:
+    """The time of a 3-D convolution in each memory format and precision, and its error against double precision.
+
+    Advises a precision only if the gradients of the recipe's network are right in it.
+    """
     usable: list[tuple[float, str, bool]] = []
     for precision in ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16"):
         for last, layout in ((True, torch.channels_last_3d), (False, torch.contiguous_format)):
@@ -195,25 +202,31 @@ def convolutions(device: torch.device) -> Iterator[Finding]:
     if usable:
         _, precision, last = min(usable)
         advice = f"fastest: hardware.precision={precision} hardware.channels_last={str(last).lower()}"
-        if not right_gradients(load_recipe("demo_baseline", [f"hardware.precision={precision}"]), device):
-            advice += ", but this build of torch computes wrong gradients of short clips with it: use fp32"
+        if not right_gradients(recipe.changed("hardware", precision=precision), device):
+            advice += f", but this build of torch computes wrong gradients of {recipe.model.name} with it: use fp32"
         level: Level = "good" if last else "could be better"
         yield Finding("layout", level, f"channels {'last' if last else 'first'}", advice)
     if gain := half_precision_gain(load_recipe("demo_baseline"), DEMO_VIDEOS, World(device=device)):
         yield Finding("half precision", "good", f"a step of demo_baseline is {gain:.2f}x as fast in bf16 as in fp32")
 
 
-def data(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the recipe's videos exist, and how fast one core loads clips from them."""
+def data(recipe: Recipe, device: torch.device) -> Iterator[Finding]:
+    """Whether the recipe's videos exist and its network accepts their clips, and how fast one core loads them."""
     train, val = open_data(recipe)
     yield Finding("data", "good", f"{len(train):,} training and {len(val):,} validation videos")
-    requests = Order.of(train, recipe).requests(count(), make_plan(recipe, len(train))[0].grid)
+    plan = make_plan(recipe, len(train))
+    check_precision(recipe, device)
+    check_shapes(recipe, plan.shapes())
+    requests = Order.of(train, recipe).requests(count(), plan[0].grid)
     core = cut_on_one_core(RandomClips(train, recipe), requests, seconds=2)
     rate = core.clips / core.seconds
-    advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""
-    yield Finding("loading", "good", f"{rate:.0f} clips/s on one core at the coarsest shape", advice)
+    if not core.given_up:
+        advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""
+        yield Finding("loading", "good", f"{rate:.0f} clips/s on one core at {plan[0].shape}", advice)
     if core.bad:
-        yield judged("videos", f"{core.bad} of {core.clips} cannot be decoded", "find them with mgtrain data check")
+        many = core.given_up or len(core.bad) > recipe.data.max_bad_fraction * len(train)
+        found = f"{len(core.bad)} of the first {core.clips + len(core.bad)} cannot be decoded, such as {min(core.bad)}"
+        yield judged("videos", found, "find them with mgtrain data check", "missing" if many else "could be better")
 
 
 def _probe(device: torch.device, precision: str, layout: torch.memory_format) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """Estimate the time of a run on this machine from short measurements: `mgtrain plan --measure`.
 
-The time of a step is the maximum of computing it and loading its clips; if both share a CPU, at least the time that its
-cores need for both. The loader catches up within a short cycle, so a phase is estimated from the mean step of a cycle.
+The time of a step is the maximum of computing it and loading its clips, or without loader processes their sum; if both
+share a CPU, at least the time that its cores need for both. The loader catches up within a short cycle, so a phase is
+estimated from the mean step of a cycle.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mgtrain.clips.loader import view_batches, worker_count
 from mgtrain.console import ShowProgress, duration
 from mgtrain.data.videos import Videos
-from mgtrain.engine.checks import check_shapes, make_model
+from mgtrain.engine.checks import check_shapes
 from mgtrain.engine.evaluate import predict
+from mgtrain.engine.machine.memory import fit_memory
 from mgtrain.engine.machine.warmup import wait_for_gpu
-from mgtrain.engine.recalibrate import batches_needed
-from mgtrain.engine.step import to_device
+from mgtrain.engine.recalibrate import batches_needed, remembered
 from mgtrain.errors import DataError
 from mgtrain.grid import Shape
-from mgtrain.preflight.bench_step import HALF_PAYS, half_precision_gain, step_seconds
+from mgtrain.models.norm import group_slots
+from mgtrain.preflight.bench_step import HALF_PAYS, half_precision_gain, step_seconds, tuned_model
 from mgtrain.preflight.costs import multiply_adds
 from mgtrain.preflight.loading import measure_loading
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
@@ -31,7 +34,6 @@ from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.compare import times
 from mgtrain.schedule import Plan
-from mgtrain.schedule.totals import make_plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,18 @@ class ShapeRate:
         return cls(compute, load, loading["core_seconds_per_step"] / world.size)
 
 
-def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], cores: int | None) -> dict[str, Any]:
-    """Estimate a plan's training time in seconds; `cores` are shared by computing and loading, None if not shared."""
+def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], world: World, workers: int) -> dict[str, Any]:
+    """Estimate a plan's training time in seconds with so many loader processes per rank."""
     phases, total, compute = [], 0.0, 0.0
     for phase in plan.phases:
         cycle = [rates[shape] for shape in phase.shapes[: phase.steps]]
         computing = sum(rate.compute for rate in cycle) / len(cycle)
         loading = sum(rate.load for rate in cycle) / len(cycle)
-        work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
-        step = max(computing, loading, work / cores if cores else 0.0)
-        waits = loading > computing
+        step = max(computing, loading) if workers else computing + loading
+        if world.device.type == "cpu":  # computing and loading share the rank's cores
+            work = computing * torch.get_num_threads() + sum(rate.load_cores for rate in cycle) / len(cycle)
+            step = max(step, work / world.cores)
+        waits = loading > (computing if workers else 0)
         phases.append({"index": phase.index, "step": step, "compute": computing, "load": loading, "waits": waits})
         total += phase.steps * step
         compute += phase.steps * computing
@@ -70,9 +74,8 @@ def waiting_phases(estimate: dict[str, Any]) -> str:
     return ", ".join(str(phase["index"] + 1) for phase in estimate["phases"] if phase["waits"])
 
 
-def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: float) -> float:
+def evaluated_per_second(model: nn.Module, recipe: Recipe, val: Videos, world: World, seconds: float) -> float:
     """Videos per second of an evaluation, including loading, measured for about `seconds` after the first batch."""
-    model = to_device(make_model(recipe), recipe, world)
     done, marks = 0, [(0, time.perf_counter())]  # videos evaluated so far, and the time
     for numbers, _ in predict(model, view_batches(val, range(len(val)), recipe, 1, 1, world), 1, recipe, world):
         wait_for_gpu(world.device)
@@ -87,40 +90,46 @@ def evaluated_per_second(recipe: Recipe, val: Videos, world: World, seconds: flo
     return (done - before) / (marks[-1][1] - start)
 
 
-def evaluation_seconds(recipe: Recipe, plan: Plan, val_videos: int, rate: float) -> float:
+def evaluation_seconds(model: nn.Module, recipe: Recipe, plan: Plan, val_videos: int, rate: float) -> float:
     """Seconds of a run's evaluations; recalibrating on a clip is assumed to take the time of evaluating a video."""
     ends = plan.milestones(recipe.evaluation.times)
-    recalibrating = sum(batches_needed(recipe, plan, step) for step in ends) * recipe.batch.clips
-    return (len(ends) * val_videos + recalibrating) / rate
+    batches = sum(batches_needed(recipe, plan, step, remembered(model)) for step in ends) if group_slots(model) else 0
+    return (len(ends) * val_videos + batches * recipe.batch.clips) / rate
 
 
 def forecast(
-    recipe: Recipe, videos: Videos, val: Videos, world: World, seconds: float, progress: ShowProgress
+    recipe: Recipe,
+    plans: Mapping[str, Plan],
+    videos: Videos,
+    val: Videos,
+    world: World,
+    seconds: float,
+    progress: ShowProgress,
 ) -> dict[str, Any]:
-    """Estimate the time of the plan and of its baseline; the loading of each shape is measured for `seconds`.
+    """Estimate the time of the `plan` and of its `baseline`; the loading of each shape is measured for `seconds`.
 
     Returns plain values of the schema mgtrain.forecast/2.
     """
     busy = busy_cores() or 0.0
-    plans = make_plans(recipe, len(videos))
     steps = plans["plan"].first_steps() | plans["baseline"].first_steps()
     flops = check_shapes(recipe, steps)
     rates: dict[Shape, ShapeRate] = {}
-    for shape, compute in step_seconds(recipe, plans["plan"], steps.values(), world):
+    fitting = fit_memory(recipe, plans["plan"], world)
+    model = tuned_model(fitting, plans["plan"], world)
+    for shape, compute in step_seconds(model, fitting, steps.values(), world):
         loading = measure_loading(recipe, videos, world, shape, steps[shape].grid, seconds)
         rates[shape] = ShapeRate.of(compute, loading, world)
         progress("measuring", len(rates), len(steps))
-    # On a CPU, computing and loading share the rank's cores.
-    cores = world.cores if world.device.type == "cpu" else None
-    rate = evaluated_per_second(recipe, val, world, seconds)
+    rate, workers = evaluated_per_second(model, recipe, val, world, seconds), worker_count(recipe, world)
     runs: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
-        training, evaluating = hours(plan, rates, cores), evaluation_seconds(recipe, plan, len(val), rate)
+        training = hours(plan, rates, world, workers)
+        evaluating = evaluation_seconds(model, recipe, plan, len(val), rate)
         clock = {"evaluation_seconds": evaluating, "clock_seconds": training["seconds"] + evaluating}
         runs[name] = {**training, **clock, "multiply_adds": multiply_adds(plan, flops)}
     return {
         "schema": "mgtrain.forecast/2",
-        "workers": worker_count(recipe, world),
+        "workers": workers,
         "busy_cores": busy,
         "prepared": recipe.data.prepared is not None,
         "shapes": [{"shape": asdict(shape), "multiply_adds": flops[shape], **asdict(rates[shape])} for shape in rates],
@@ -158,7 +167,8 @@ def render(result: dict[str, Any]) -> str:
     if (gain := result["bf16_gain"] or 0) >= HALF_PAYS:
         lines.append(f"a step is {gain:.2f}x as fast in hardware.precision=bf16 on this CPU")
     if waiting := waiting_phases(plan):
-        remedy = "use more loader processes (hardware.workers)" if result["prepared"] else "use `mgtrain data prepare`"
+        more = result["prepared"] or not result["workers"]
+        remedy = "use more loader processes (hardware.workers)" if more else "use `mgtrain data prepare`"
         lines.append(
             f"phases {waiting} wait for the {result['workers']} loader processes; without waiting training would take "
             f"{times(result['speedup_without_waiting'])}: {remedy}"

@@ -1,15 +1,17 @@
 """Propose the first recipes for your own videos, as large as the data, the machine and the given time allow.
 
-The baseline's training time is estimated from the network's multiply-adds and the speed of a matrix product on this
-machine, with an error of up to a factor of two; `mgtrain plan --measure` times real steps.
+The baseline's training time is estimated from the network's multiply-adds, the speed of a matrix product on this
+machine and that of loading a few clips, with an error of up to a factor of two; `mgtrain plan --measure` times real
+steps. The size depends on the time for computing only, because `mgtrain data prepare` makes loading fast.
 """
 
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -17,16 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from mgtrain.clips.loader import worker_count
+from mgtrain.clips.order import Order
+from mgtrain.clips.units import RandomClips
 from mgtrain.console import ShowProgress, duration
 from mgtrain.data.formats.listfile import write_lists
+from mgtrain.data.formats.reading import is_video
 from mgtrain.data.found import Parts, make_parts
 from mgtrain.data.index import make_index
 from mgtrain.data.videos import Videos, few, mirrored_pairs
 from mgtrain.engine.checks import check_shapes
 from mgtrain.errors import DataError, UsageError
 from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, HALF_PAYS, half_precision_gain, matrix_product
+from mgtrain.preflight.loading import cut_on_one_core
 from mgtrain.preflight.stats import Stats, make_stats
-from mgtrain.processes.cores import usable_cores
+from mgtrain.processes.cores import busy_cores, crowded, usable_cores
 from mgtrain.processes.distributed import World, connect, default_procs
 from mgtrain.processes.files import write_whole
 from mgtrain.recipe import Clip, Recipe, parse_recipe
@@ -40,6 +47,10 @@ CLIPS = 8  # of a step on one device
 LEAST_EPOCHS = 15
 WARMUP_STEPS = 360  # of the baseline; of multigrid they are about 34
 MOST_EPOCHS = 200  # warn about too few videos if there are more
+MEASURE_SECONDS = 2.0  # of loading
+WAITS = 1.25  # training time with loading relative to that without, from which on `mgtrain data prepare` is advised
+NO_VIDEOS = (".csv", ".jpeg", ".jpg", ".json", ".md", ".png", ".safetensors", ".txt", ".xml", ".yaml")  # suffixes
+SLOW = 24  # frames per second below which clips are cut at the videos' own rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,7 @@ class Found:
     seconds: np.ndarray  # float64 (n,), durations of a sample of the training videos
     short_sides: np.ndarray  # float64 (n,), pixels, of the same videos
     fps: float | None = None  # of folders of frames
+    rate: float = 30.0  # the median frame rate of the videos
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +105,7 @@ class Proposal:
 
     texts: dict[str, str]  # YAML of `baseline` and `multigrid`
     recipe: Recipe  # the baseline
-    seconds: float
+    seconds: float  # of computing
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,7 @@ class Project:
     parts: Parts
     stats: Stats  # of a sample of the training videos
     proposal: Proposal
+    seconds: float  # estimated training time of the baseline, with loading
     recipes: dict[str, Path]  # `baseline` and `multigrid`
     written: list[Path]  # lists, classes.txt and recipes
 
@@ -113,7 +126,7 @@ class Project:
             "schema": "mgtrain.init/1", "root": train.root, "files": [str(file) for file in self.written],
             "videos": {part: len(of) for part, of in self.parts.splits.items()},
             "classes": len(train.classes), "split_by": self.parts.rule, "groups": self.parts.groups,
-            "baseline_seconds": self.proposal.seconds,
+            "baseline_seconds": self.seconds, "computing_seconds": self.proposal.seconds,
         }  # fmt: skip
 
     def render(self) -> str:
@@ -126,8 +139,11 @@ class Project:
             f"videos    {len(train):,} to train, {len(val):,} to validate, of {len(train.classes)} classes",
             f"split by  {self.parts.rule}",
             f"baseline  {recipe.model.name}, clips of {recipe.clip.frames} frames of {recipe.clip.crop}², "
-            f"{sum(recipe.optim.stages):g} epochs: about {self.proposal.seconds / 3600:.1f} h of training here",
+            f"{sum(recipe.optim.stages):g} epochs: about {self.seconds / 3600:.1f} h of training here",
             f"wrote     {', '.join(map(str, self.written))}",
+            *([f"before    mgtrain data prepare {check} --to prepared, because loading clips of these videos takes "
+               f"{100 * (1 - self.proposal.seconds / self.seconds):.0f} % of that time; then train with "
+               "data.prepared=prepared"] if self.seconds > WAITS * self.proposal.seconds else []),
             *([f"before    mgtrain weights import --from {weights}"] if recipe.init.weights else []),
             *([f"before    mgtrain data check {check} --to checked.jsonl, because {broken} videos of a sample cannot "
                "be opened; then train with data.checked=checked.jsonl"] if broken else []),
@@ -164,8 +180,10 @@ def make_project(
         if file.exists():
             raise UsageError(f"{file}: exists already; choose another --name or --to")
     for folder in map(os.path.abspath, (data, to)):
-        if not folder.isprintable():  # a recipe is a text file
+        if re.search(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", folder):  # a recipe is a text file
             raise UsageError(f"{folder}: has characters that a recipe cannot hold; rename the folder")
+    if wrong := next((folder for folder in (to, *to.parents) if folder.exists() and not folder.is_dir()), None):
+        raise UsageError(f"--to {to}: {wrong} is not a folder; choose another one")
     index = make_index(videos, progress=progress)
     for finding in index.findings:
         report(str(finding), finding.warns)
@@ -175,52 +193,82 @@ def make_project(
         raise DataError(f"{data}: all videos are of the class {train.classes[0]!r}; add videos of another one")
     for text in remarks(data, videos, parts):
         report(text, True)
-    if fps is None and os.path.isdir(train.file(0)):
-        raise UsageError(f"{train.file(0)}: is a folder of frames; give --fps, their rate per second")
+    if os.path.isdir(train.file(0)) is not (fps is not None):
+        if fps is None:
+            raise UsageError(f"{train.file(0)}: is a folder of frames; give --fps, their rate per second")
+        raise UsageError(
+            f"--fps {fps:g}: is the rate of folders of frames, but {train.file(0)} is a file; leave it out"
+        )
     workers = min(16, usable_cores())
     any_clip = Clip(frames=1, stride=1, crop=8, short_side=(8, 8))
     stats = make_stats(train, any_clip, sample=SAMPLE, seed=seed, workers=workers, fps=fps, progress=progress)
     for cause in stats.broken:
         report(cause, True)
     files = {part: os.path.abspath(to / f"{part}.csv") for part in parts.splits}
-    found = Found(train, parts.splits["val"], files, stats.columns["seconds"], stats.columns["short_side"], fps)
+    columns, busy = stats.columns, busy_cores() or 0.0
+    found = Found(
+        train, parts.splits["val"], files, columns["seconds"], columns["short_side"], fps,
+        float(np.median(columns["fps"])),
+    )  # fmt: skip
     with connect(device) as world:
         proposal = propose(found, world, default_procs(device), hours, network)
-    epochs = sum(proposal.recipe.optim.stages)
-    if epochs > MOST_EPOCHS:
+        seconds = with_loading(proposal, train, world, default_procs(device))
+    if crowded(busy):
         report(
-            f"only {len(train)} training videos, so the recipes need {epochs:,g} epochs; add videos, or start from "
-            "trained weights with init.weights",
+            f"other processes use {busy:.1f} of {usable_cores()} cores, so the recipes may be too small and their "
+            "times too long; run init again later",
             True,
         )
-    limit = 3600 * (hours or HOURS[world.device.type])
-    if proposal.seconds > limit:
+    epochs = sum(proposal.recipe.optim.stages)
+    kind = world.device.type
+    if epochs > MOST_EPOCHS:
+        tune = ", or fine-tune with --network swin3d_t" if network is None and kind == "cuda" else ""
         report(
-            f"even the smallest recipe takes about {duration(proposal.seconds)}, more than {duration(limit)}; use "
-            "fewer videos or more GPUs, or give more --hours",
+            f"only {len(train)} training videos, so the recipes need {epochs:,g} epochs; add videos{tune}",
+            True,
+        )
+    limit = 3600 * (hours or HOURS[kind])
+    if proposal.seconds > limit:
+        fewer = "use fewer videos, more GPUs" if epochs <= LEAST_EPOCHS else "lower optim.stages"
+        report(
+            f"even the smallest recipe takes about {duration(proposal.seconds)}, more than {duration(limit)}; {fewer}"
+            f"{', use a GPU' if kind == 'cpu' else ''} or give more --hours",
             True,
         )
     written = write_lists(to, {part: (of, range(len(of))) for part, of in parts.splits.items()})
     for kind, file in recipes.items():
         write_whole(file, proposal.texts[kind].encode())
-    return Project(parts, stats, proposal, recipes, [*written, *recipes.values()])
+    return Project(parts, stats, proposal, seconds, recipes, [*written, *recipes.values()])
+
+
+def with_loading(proposal: Proposal, train: Videos, world: World, gpus: int) -> float:
+    """Estimated seconds of the baseline's training, with loading, of which a few clips are measured on one core."""
+    recipe = proposal.recipe
+    plan = make_plan(recipe, len(train))
+    requests = Order.of(train, recipe).requests(count(), plan[0].grid)
+    core = cut_on_one_core(RandomClips(train, recipe), requests, MEASURE_SECONDS)
+    loading = plan.totals().clips / gpus * core.seconds / core.clips  # core-seconds of each device
+    seconds = max(proposal.seconds, loading / max(1, worker_count(recipe, world)))
+    if world.device.type == "cpu":  # computing and loading share the cores
+        seconds = max(seconds, proposal.seconds + loading / usable_cores())
+    return seconds
 
 
 def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[str]:
-    """Findings about the lists, classes without videos and files without a suffix."""
+    """Findings about the lists, classes without videos and files that do not end as videos do."""
     for listed in videos.values():
         yield from listed.remarks
     for part, of in parts.splits.items():
         if empty := [name for name, count in zip(of.classes, of.videos_per_class, strict=True) if not count]:
             yield f"{part}: no video of {_some(empty)}; add videos, or remove the class's folder or label"
-    bare = [
+    others = [
         os.path.join(within, file)
         for within, _, files in os.walk(data)
         for file in files
-        if not os.path.splitext(file)[1] and not file.startswith(".")
+        if not is_video(file) and not file.startswith(".") and os.path.splitext(file)[1].lower() not in NO_VIDEOS
     ]
-    if bare:
-        yield f"ignored files without a suffix: {_some(bare)}; if they are videos, add a suffix such as .mp4"
+    if others:
+        yield f"ignored files: {_some(others)}; if they are videos, give them a suffix such as .mp4"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -259,8 +307,9 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: s
     train, clips = found.train, CLIPS * gpus
     epochs = max(LEAST_EPOCHS, math.ceil(size.steps * clips / len(train)))
     stages = [round(epochs * end) - round(epochs * start) for start, end in pairwise(STAGE_ENDS)]
+    rate = round(found.rate, 3) if found.rate < SLOW else 30
     # A clip is not longer than the first quartile of the videos.
-    stride = max(1, min(size.stride, int(np.quantile(found.seconds, 0.25) * 30 / size.frames)))
+    stride = max(1, min(size.stride, int(np.quantile(found.seconds, 0.25) * rate / size.frames)))
     crop = max(48, min(size.crop, int(np.quantile(found.short_sides, 0.25)) // 16 * 16))
     low, high = (crop, crop * 5 / 4) if kind == "cpu" else (crop * 8 / 7, crop * 10 / 7)
     # A sixth of the epochs, and in a short run, up to a third.
@@ -269,7 +318,8 @@ def _write(name: str, size: Size, found: Found, kind: str, gpus: int, network: s
     pairs, breaks = mirrored_pairs(train.classes)
     flip = "0.0                        # a class name contains left or right" if breaks else "0.5"
     precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    rate = f"\n  fps: {found.fps:g}" if found.fps else ""
+    of_frames = f"\n  fps: {found.fps:g}" if found.fps else ""
+    slow = "" if rate == 30 else f"\n  fps: {rate:g}                        # as the videos have"
     same = f"\n  mirrored: {json.dumps(pairs, ensure_ascii=False)}" if pairs else ""
     optim = f"""\
   lr: {lr:.4g}
@@ -306,11 +356,11 @@ data:
   train: {lists["train"]}
   val: {lists["val"]}
   classes: {len(train.classes)}
-  videos: {len(train)}{rate}{same}
+  videos: {len(train)}{of_frames}{same}
 
 clip:                            # the median video is {np.median(found.seconds):.1f} s long
   frames: {size.frames}
-  stride: {stride}                      # a clip spans {size.frames * stride / 30:.1f} s
+  stride: {stride}                      # a clip spans {size.frames * stride / rate:.1f} s{slow}
   crop: {crop}
   short_side: [{round(low)}, {round(high)}]
   flip: {flip}

@@ -31,24 +31,27 @@ class OneCore:
     seconds: float  # wall-clock time
     cpu_seconds: float
     stages: Stages
-    bad: int  # videos that cannot be decoded
+    bad: frozenset[str]  # paths of videos that cannot be decoded
     given_up: bool  # no video can be decoded
 
 
 def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], seconds: float) -> OneCore:
     """Load at least 4 clips, for about `seconds`, after one warm-up clip."""
     dataset[[next(requests)]]
-    clips, bad, given_up, threads = 0, 0, False, torch.get_num_threads()
+    clips, bad, given_up, threads = 0, set[str](), False, torch.get_num_threads()
     start, cpu_start = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)  # as loader processes do: idle threads keep their cores busy
     try:
         with Stages() as stages:
             while not given_up and (clips < 4 or time.perf_counter() - start < seconds):
                 loaded = dataset[[next(requests)]]
-                clips, bad, given_up = clips + 1, bad + len(loaded.bad), loaded.given_up
+                clips, given_up = clips + 1, loaded.given_up
+                bad |= {path for path, _ in loaded.bad}
     finally:
         torch.set_num_threads(threads)
-    return OneCore(clips, time.perf_counter() - start, time.process_time() - cpu_start, stages, bad, given_up)
+    return OneCore(
+        clips, time.perf_counter() - start, time.process_time() - cpu_start, stages, frozenset(bad), given_up
+    )
 
 
 def measure_loading(
@@ -61,7 +64,10 @@ def measure_loading(
     dataset, requests = RandomClips(videos, recipe), Order.of(videos, recipe).requests(count(), grid)
     core = cut_on_one_core(dataset, requests, seconds)
     if core.given_up:
-        raise DataError(f"{videos.root}: none of the videos can be read; correct data.root or the annotations")
+        raise DataError(
+            f"{videos.root}: {len(core.bad)} videos in a row cannot be decoded, such as {min(core.bad)}; find all with "
+            "`mgtrain data check`"
+        )
     milliseconds = {stage: 1000 * core.stages.seconds[stage] / core.clips for stage in STAGES}
     milliseconds["rest"] = 1000 * core.seconds / core.clips - sum(milliseconds.values())  # cutting, copying, Python
 

@@ -20,6 +20,7 @@ from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
 
+GROUPS = "mgtrain.groups/2"  # schema
 NOT_ONLY_SCHEDULE = "does not only differ in schedule, but also in"
 COSTS = ("steps", "epochs", "multiply_adds", "train_seconds", "clock_seconds")
 COLUMNS = ("", "runs", "accuracy", "± sd", "95 %", "steps", "epochs", "training time", "gain", "by the clock", "gain")
@@ -42,16 +43,6 @@ class Outcome:
         with guarded(history):
             videos = {part: str(history.data[part]["fingerprint"]) for part in ("train", "val")}
             return cls(history.summary, history.recipe.flat(), history.env, videos)
-
-    @property
-    def fold(self) -> tuple[Any, ...]:
-        """The lists of videos."""
-        return tuple(self.recipe[key] for key in FOLD_KEYS)
-
-    @property
-    def pair(self) -> tuple[Any, ...]:
-        """The seed and the fold."""
-        return self.recipe["seed"], *self.fold
 
 
 def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
@@ -80,6 +71,9 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
     another kind of accuracy.
     """
     warnings, done = [], {}
+    # A study's folds may be folders. Runs of other machines, which have other folders, are other groups.
+    folders = any(len({outcome.recipe["data.root"] for outcome in members}) > 1 for members in groups.values())
+    fold_keys = (*FOLD_KEYS, "data.root") if folders else FOLD_KEYS
     for name, members in groups.items():
         done[name] = [outcome for outcome in members if outcome.summary.finished]
         warnings += [f"{outcome.summary.name} changed {what}" for outcome in members for what in changed(outcome.env)]
@@ -96,7 +90,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
         warnings.append("times are not compared, because the runs used different devices")
     videos: dict[tuple[Any, ...], set[str]] = {}
     for outcome in (outcome for outcome in outcomes if outcome.videos):
-        videos.setdefault(outcome.fold, set()).add(json.dumps(dict(outcome.videos), sort_keys=True))
+        videos.setdefault(_fold(outcome, fold_keys), set()).add(json.dumps(dict(outcome.videos), sort_keys=True))
     if any(len(found) > 1 for found in videos.values()):
         warnings.append("the runs have different training or validation videos, though their lists have the same names")
     rows = []
@@ -105,20 +99,31 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
             continue
         if len(members) == 1:
             warnings.append(f"{name}: one run does not show the spread between seeds; train more seeds")
-        elif mean(_values(members, "accuracy")).sd == 0:
-            warnings.append(f"{name}: {len(members)} equal accuracies do not show the spread; train more seeds")
+        folds = [*_units(members, fold_keys, by_fold=True).values()]
+        units = folds if len(folds) > 1 else [[outcome] for outcome in members]
+        spread = {key: mean([mean(_values(unit, key)).value for unit in units]) for key in ("accuracy", *COSTS)}
+        if len(members) > 1 and spread["accuracy"].sd == 0:
+            warnings.append(f"{name}: {len(units)} equal accuracies do not show the spread; train more seeds")
         row: dict[str, Any] = {
             "name": name,
             "runs": [asdict(outcome.summary) for outcome in members],
             "seeds": [outcome.recipe["seed"] for outcome in members],
-            **{key: asdict(mean(_values(members, key))) for key in ("accuracy", *COSTS)},
+            **{key: asdict(value) for key, value in spread.items()},
         }
-        rows.append(row | (_against(base, members, name, same, margin, warnings) if name != base_name else {}))
-    return {"schema": "mgtrain.groups/2", "margin": margin, "groups": rows, "warnings": warnings}
+        if name != base_name:
+            row |= _against(base, members, fold_keys, name, same, margin, warnings)
+        rows.append(row)
+    return {"schema": GROUPS, "margin": margin, "groups": rows, "warnings": warnings}
 
 
 def _against(
-    base: Sequence[Outcome], members: Sequence[Outcome], name: str, same: bool, margin: float, warnings: list[str]
+    base: Sequence[Outcome],
+    members: Sequence[Outcome],
+    fold_keys: Sequence[str],
+    name: str,
+    same: bool,
+    margin: float,
+    warnings: list[str],
 ) -> dict[str, Any]:
     """Compare a group with the first one, paired if possible; adds to `warnings`."""
     differences = recipe_differences(base[0].recipe, members[0].recipe)
@@ -126,22 +131,23 @@ def _against(
         warnings.append(f"{name}: {NOT_ONLY_SCHEDULE} {', '.join(unfair)}")
     if timed := [key for key in differences if key in TIME_KEYS]:
         warnings.append(f"{name}: differs in {', '.join(timed)}, which changes the times")
-    folds = {outcome.fold for outcome in (*base, *members)}
+    folds = {_fold(outcome, fold_keys) for outcome in (*base, *members)}
     by_fold = len(folds) > 1
-    units = [_units(outcomes, by_fold) for outcomes in (base, members)]
+    units = [_units(outcomes, fold_keys, by_fold) for outcomes in (base, members)]
     shared = [unit for unit in units[0] if unit in units[1]]
     complete = all(len(of) == len(shared) for of in units)
     repeated = len(units[0]) < len(base) or len(units[1]) < len(members)  # several runs of a fold, or of a seed
-    paired = len(shared) > 1 and (by_fold or (complete and not repeated))
+    paired = bool(shared) if by_fold else len(shared) > 1 and complete and not repeated
     if paired and not complete:
-        warnings.append(f"{name}: only {len(shared)} folds are in both groups; the others are ignored")
+        which = "1 fold is" if len(shared) == 1 else f"{len(shared)} folds are"
+        warnings.append(f"{name}: only {which} in both groups; the others are ignored")
 
     def values(group: int, key: str) -> list[float]:
         if not by_fold and not paired:
             return _values((base, members)[group], key)
         return [mean(_values(units[group][unit], key)).value for unit in (shared if paired else units[group])]
 
-    both = {outcome.pair for outcome in base} & {outcome.pair for outcome in members}
+    both = {*_units(base, fold_keys, by_fold=False)} & {*_units(members, fold_keys, by_fold=False)}
     change = (paired_means if paired else welch)(values(0, "accuracy"), values(1, "accuracy"))
     compared = [key for key in COSTS if same or not key.endswith("seconds")]
     return {
@@ -153,12 +159,18 @@ def _against(
     }
 
 
-def _units(outcomes: Sequence[Outcome], by_fold: bool) -> dict[tuple[Any, ...], list[Outcome]]:
+def _units(outcomes: Sequence[Outcome], fold_keys: Sequence[str], by_fold: bool) -> dict[Any, list[Outcome]]:
     """The runs that count as one: those of each fold if there are several, because folds differ more than seeds."""
-    units: dict[tuple[Any, ...], list[Outcome]] = {}
+    units: dict[Any, list[Outcome]] = {}
     for outcome in outcomes:
-        units.setdefault(outcome.fold if by_fold else outcome.pair, []).append(outcome)
+        fold = _fold(outcome, fold_keys)
+        units.setdefault(fold if by_fold else (outcome.recipe["seed"], *fold), []).append(outcome)
     return units
+
+
+def _fold(outcome: Outcome, fold_keys: Sequence[str]) -> tuple[Any, ...]:
+    """The lists of videos, and their folder if it is one of `fold_keys`."""
+    return tuple(outcome.recipe[key] for key in fold_keys)
 
 
 def _values(outcomes: Sequence[Outcome], key: str) -> list[float]:

@@ -73,6 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("eval tiny --views 0x1", 2, "--views 0x1: write clips in time x crops"),
         ("eval tiny --device cpu data.val=none.csv", 3, "none.csv: no such file"),
         ("data check tiny.yaml --memory inf", 2, "--memory inf: must be a finite number"),
+        ("plan tiny.yaml --picture s.gif", 2, "s.gif: the file's name must end in .svg, .png or .pdf"),
         ("compare tiny none", 2, "none: not a run directory, because it has no recipe.yaml; runs here: begun, tiny"),
         ("compare tiny", 2, "Missing argument 'RUN...'"),
         ("predict tiny -5KQ66BBWC4.mp4", 2, "write ./-5KQ66BBWC4.mp4, or -- before the names, for a file whose name"),

@@ -174,6 +174,18 @@ def test_labels_from_one_are_named_with_what_to_do(tmp_path: Path) -> None:
     assert videos.remarks == ()
 
 
+def test_labels_that_are_names_and_labels_that_count_are_not_mixed(tmp_path: Path) -> None:
+    classes = ["1", "2", "3"]
+    assert read(tmp_path, "a 1\nb 3\nc 2\n", classes).single_labels.tolist() == [0, 2, 1]
+    with pytest.raises(
+        DataError, match=r"list.csv: label 1 is the name of a class, but 0 is none, so it may be the nu"
+    ):
+        read(tmp_path, "a 1\nb 2\nc 0\n", classes)
+    videos = read(tmp_path, "a 1\nb 3\nc 2\n", classes)
+    write_lists(tmp_path / "lists", {"train": (videos, range(3))})
+    assert (tmp_path / "lists/train.csv").read_text() == "a 1\nb 3\nc 2\n"
+
+
 def test_labels_from_one_explain_a_wrong_number_of_classes(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("a.mp4 1\nb.mp4 2\nc.mp4 3\nd.mp4 4\n")
     data = tiny(f"data.root={tmp_path}").data

@@ -87,13 +87,25 @@ def test_uneven_groups_come_near_to_the_share():
     assert all(abs(n - share) <= 4 for n, share in zip(held_out, (25, 15, 10), strict=True))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_two_sources_of_a_class_are_enough_for_two_parts(seed: int):
+    videos = labelled(8, 8, 6)
+    groups = np.array([0, 1] * 4 + [2, 3] * 4 + [4] * 2 + [5] * 4)
+    parts = make_split(videos, val=0.2, seed=seed, groups=groups)
+    for rows in parts.values():
+        assert np.unique(videos.single_labels[rows]).tolist() == [0, 1, 2]
+    assert not set(groups[parts["train"]]) & set(groups[parts["val"]])
+
+
 def test_what_cannot_be_shared_out_is_refused():
-    with pytest.raises(DataError, match="class 'class 1' has too few videos for 2 parts, 1; add videos, drop the"):
+    with pytest.raises(DataError, match=r"too few videos for 2 parts in class 'class 1' \(1\); add videos, or drop it"):
         make_split(labelled(5, 1), val=0.2)
-    with pytest.raises(DataError, match="class 'class 0' has too few videos for 6 parts, 5"):
+    with pytest.raises(DataError, match=r"too few videos for 6 parts in class 'class 0' \(5\)"):
         make_split(labelled(5, 8), folds=6)
-    with pytest.raises(DataError, match="class 'class 0' has too few groups of videos for 2 parts, 1"):
+    with pytest.raises(DataError, match=r"too few groups of videos for 2 parts in class 'class 0' \(1\)"):
         make_split(labelled(5, 8), val=0.2, groups=np.array([0] * 5 + [1] * 4 + [2] * 4))
+    with pytest.raises(DataError, match=r"in classes 'class 1' \(1\), 'class 2' \(1\); add videos, or drop them"):
+        make_split(labelled(5, 1, 1), val=0.2)
     # Each class is in two groups, but each two classes share one: no way to have all three in both parts.
     three = labelled(2, 2, 2)
     with pytest.raises(DataError, match="found no way to put every class into each of 2 parts with these groups"):
@@ -136,6 +148,8 @@ def test_videos_whose_names_show_one_source_stay_together(mgtrain: Start, tmp_pa
         assert val
         assert not train & val
     assert mgtrain(tmp_path, "data", "split", "v", "--to", "l", "--val", "0.2", "--group-by", "none").stderr == ""
+    lone = mgtrain(tmp_path, "data", "split", "v", "--to", "m", "--val", "0.2", "--by", "person")
+    assert (lone.returncode, "give the CSV with --groups" in lone.stderr) == (2, True)
     both = mgtrain(tmp_path, "data", "split", "v", "--to", "m", "--val", "0.2", "--group-by", "x", "--groups", "g.csv")
     assert both.returncode == 2
     assert "--groups and --group-by: give one of them" in both.stderr
@@ -158,7 +172,14 @@ def test_groups_are_read_by_path(tmp_path: Path):
     file.write_text(
         "path,label,scene\n1/1.mp4,1,car park\n./0/0.mp4,0,lawn\n0/1.mp4,0,lawn\n1/0.mp4,1,car park\nx,0,y\n"
     )
-    assert read_groups(file, "scene", videos).tolist() == [1, 1, 0, 0]
+    found = read_groups(file, "scene", videos)
+    assert (found.ids.tolist(), str(found)[: len("scene in")]) == ([1, 1, 0, 0], "scene in")
+    file.write_text("path,scene\n 1/1.mp4,car park\n0/0.mp4,lawn \n0/1.mp4,lawn\n1/0.mp4, car park\n")
+    assert read_groups(file, "scene", videos).ids.tolist() == [1, 1, 0, 0]
+    file.write_text(f"{file.read_text()}./0/0.mp4,car park\n")
+    with pytest.raises(DataError, match=r"groups.csv:6: '0/0.mp4' is of group 'lawn' and of 'car park'; keep one"):
+        read_groups(file, "scene", videos)
+    file.write_text("path,label,scene\n1/1.mp4,1,car park\n")
     with pytest.raises(
         DataError, match=r"groups.csv:1: no column 'group' among 'path', 'label', 'scene'; .* with --by$"
     ):
@@ -176,7 +197,7 @@ def test_a_recipes_videos_are_split_into_lists_that_it_can_use(mgtrain: Start, t
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     words = ("data", "split", "tiny.yaml", "--all", "--folds", 3, "--to", "folds", "--json")
     done = mgtrain(tmp_path, *words)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.startswith("split by class only: names show no sources")) == (0, True)
     result = json.loads(done.stdout)
     assert list(result) == ["schema", "root", "files", "videos", "videos_per_class"]
     assert result["schema"] == "mgtrain.data_split/1"

@@ -135,6 +135,13 @@ def test_a_complete_set_is_kept_and_another_one_refused(made: Path):
         synthesize(made, **same, difficulty=HARD)
 
 
+def test_lists_of_other_videos_are_not_overwritten(tmp_path: Path):
+    (tmp_path / "train.csv").write_text("mine.mp4 0\n")
+    with pytest.raises(DataError, match=r"train.csv: exists with other contents, so this is another set; choose"):
+        synthesize(tmp_path, videos_per_class={"train": 1, "val": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+
+
 def test_an_interrupted_set_is_finished(made: Path):
     (made / "synthetic.json").unlink()
     (made / "videos/val/left_0.mp4").write_bytes(b"half")

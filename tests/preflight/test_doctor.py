@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,13 +45,46 @@ def test_what_is_bad_ends_in_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("precision", "says", "close"), [("tf32", "on: ", True), ("ieee", "off: ", False)])
-def test_tf32_is_named_and_is_no_fault(precision: str, says: str, close: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_named_and_is_no_fault(
+    precision: str, says: str, close: bool, monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., Recipe]
+) -> None:
     monkeypatch.setattr(doctor, "_in_tf32", lambda: precision == "tf32")
     monkeypatch.setattr(doctor, "_probe", lambda *_: (0.001, 2.5e-3))  # the error of cuDNN in TF32
     monkeypatch.setattr(doctor, "right_gradients", lambda *_: True)
     assert doctor.tf32().found.startswith(says)
-    found = {finding.what: finding.level for finding in doctor.convolutions(torch.device("cuda"))}
+    found = {finding.what: finding.level for finding in doctor.convolutions(torch.device("cuda"), tiny())}
     assert (found["conv3d fp32, channels last"] == "good") is close
+
+
+def test_bad_videos_and_recipes_are_findings(tiny: Callable[..., Recipe], motions: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("".join(f"cut{n}.mp4 {n % 2}\n" for n in range(30)) + "whole.mp4 0\n")
+    for name in ("classes.txt", "val.csv"):
+        shutil.copy(motions / name, tmp_path)
+    shutil.copytree(motions / "videos", tmp_path / "videos")
+    whole = (motions / (motions / "train.csv").read_text().split()[0]).read_bytes()
+    (tmp_path / "whole.mp4").write_bytes(whole)
+    for n in range(30):
+        (tmp_path / f"cut{n}.mp4").write_bytes(whole[:500])
+    recipe = tiny(f"data.root={tmp_path}")
+    (found,) = (finding for finding in examine(torch.device("cpu"), recipe) if finding.what == "videos")
+    assert (found.level, found.advice) == ("missing", "find them with mgtrain data check")
+    bad, tried = map(int, re.findall(r"[0-9]+", found.found)[:2])
+    assert 4 < bad <= tried
+    absent = [*examine(torch.device("cpu"), tiny("data.root=nowhere"))][-1]
+    assert (absent.what, absent.level, absent.found) == ("recipe", "missing", "nowhere: no such folder of videos")
+
+
+def test_no_precision_is_advised_whose_gradients_are_wrong(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_probe", lambda _, precision, __: (1.0 if precision == "bf16" else 2.0, 0.0))
+    asked: list[Recipe] = []
+    monkeypatch.setattr(doctor, "right_gradients", lambda recipe, _: asked.append(recipe))
+    found = {
+        finding.what: finding for finding in doctor.convolutions(torch.device("cpu"), tiny("model.name=i3d_nln_r50"))
+    }
+    assert found["layout"].advice.endswith("computes wrong gradients of i3d_nln_r50 with it: use fp32")
+    assert (asked[0].model.name, asked[0].hardware.precision) == ("i3d_nln_r50", "bf16")
 
 
 def test_a_convolution_that_is_right_is_close_to_double_precision() -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from mgtrain.cli import app
 from mgtrain.data import open_videos
 from mgtrain.data.videos import Videos
+from mgtrain.engine.checks import make_model
 from mgtrain.errors import DataError
 from mgtrain.preflight.costs import multiply_adds
 from mgtrain.preflight.forecast import ShapeRate, evaluated_per_second, evaluation_seconds, hours, render
@@ -21,20 +23,25 @@ from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
 
+GPU = World(device=torch.device("cuda"))  # which shares no cores with the loader
+
 
 def test_a_step_takes_as_long_as_the_slower_of_computing_and_loading(tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny(), 24)
     fast, slow = ShapeRate(1.0, 0.25, 0.5), ShapeRate(1.0, 3.0, 0.5)
-    computing = hours(plan, dict.fromkeys(plan.shapes(), fast), None)
+    computing = hours(plan, dict.fromkeys(plan.shapes(), fast), GPU, 1)
     assert (computing["seconds"], computing["compute"]) == (len(plan), len(plan))
     assert not any(phase["waits"] for phase in computing["phases"])
-    loading = hours(plan, dict.fromkeys(plan.shapes(), slow), None)
+    loading = hours(plan, dict.fromkeys(plan.shapes(), slow), GPU, 1)
     assert (loading["seconds"], loading["compute"]) == (3 * len(plan), len(plan))
     assert all(phase["waits"] for phase in loading["phases"])
     assert multiply_adds(plan, dict.fromkeys(plan.shapes(), 2)) == 2 * plan.totals().clips
     # On a CPU the two share the cores: all of one core, and half a core-second of loading for each step.
-    together = hours(plan, dict.fromkeys(plan.shapes(), fast), cores=torch.get_num_threads())
+    together = hours(plan, dict.fromkeys(plan.shapes(), fast), World(cores=torch.get_num_threads()), 1)
     assert together["seconds"] == pytest.approx(len(plan) * (1 + 0.5 / torch.get_num_threads()))
+    alone = hours(plan, dict.fromkeys(plan.shapes(), fast), GPU, workers=0)  # the training process loads, too
+    assert alone["seconds"] == 1.25 * len(plan)
+    assert all(phase["waits"] for phase in alone["phases"])
 
 
 def test_within_a_short_cycle_the_loader_catches_up(tiny: Callable[..., Recipe]) -> None:
@@ -42,12 +49,12 @@ def test_within_a_short_cycle_the_loader_catches_up(tiny: Callable[..., Recipe])
     shapes = plan.phases[-1].shapes
     rates = {shape: ShapeRate(1.0, 0.1, 0.0) for shape in plan.shapes()}
     rates[shapes[0]] = ShapeRate(1.0, 2.7, 0.0)  # 2.9 s of loading in a cycle of three steps, 3 s of computing
-    assert not hours(plan, rates, None)["phases"][-1]["waits"]
+    assert not hours(plan, rates, GPU, 1)["phases"][-1]["waits"]
 
 
 def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny(), 24)
-    run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), None)
+    run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), GPU, 3)
     run |= {"multiply_adds": 2, "evaluation_seconds": 90.0, "clock_seconds": 124.0}
     shape = {"clips": 64, "frames": 2, "crop": 16}
     row = {"shape": shape, "multiply_adds": 2, "compute": 1.0, "load": 2.0, "load_cores": 0.5}
@@ -66,6 +73,7 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
     ):
         assert words in text
     assert "hardware.workers" in render({**result, "prepared": True})
+    assert "hardware.workers" in render({**result, "workers": 0})
     assert not any("bf16" in render({**result, "bf16_gain": gain}) for gain in (None, 1.2))
     assert "other processes" not in text
     assert "other processes use 1.5 of" in render({**result, "busy_cores": 1.5})
@@ -74,8 +82,10 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
 def test_evaluations_and_recalibration_take_their_time(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny("evaluation.times=4")  # 12 validation videos, 4 evaluations, each on 2 batches of 4 clips
     plan, baseline = make_plan(recipe, 24), make_plan(tiny("schedule={name: baseline}"), 24)
-    assert evaluation_seconds(recipe, plan, 12, rate=2.0) == 4 * (12 + 8) / 2
-    assert evaluation_seconds(recipe, baseline, 12, rate=2.0) == 4 * 12 / 2
+    model = make_model(recipe)
+    assert evaluation_seconds(model, recipe, plan, 12, rate=2.0) == 4 * (12 + 8) / 2
+    assert evaluation_seconds(model, recipe, baseline, 12, rate=2.0) == 4 * 12 / 2
+    assert evaluation_seconds(nn.Linear(2, 2), recipe, plan, 12, rate=2.0) == 4 * 12 / 2  # without BatchNorm
 
 
 def test_one_batch_of_videos_is_measured_even_if_one_is_broken(
@@ -84,9 +94,9 @@ def test_one_batch_of_videos_is_measured_even_if_one_is_broken(
     recipe = tiny("batch.clips=24", "data.max_bad_fraction=0.5")
     val = open_videos("list", str(motions), "val.csv")
     bad = Videos.of(str(motions), [(val.name(0), 0), ("train.csv", 1)], val.classes)
-    assert evaluated_per_second(recipe, bad, World(), 0.1) > 0
+    assert evaluated_per_second(make_model(recipe), recipe, bad, World(), 0.1) > 0
     with pytest.raises(DataError, match="no validation video can be decoded"):
-        evaluated_per_second(tiny("data.max_bad_fraction=1"), bad.only(np.array([1])), World(), 0.1)
+        evaluated_per_second(make_model(recipe), tiny("data.max_bad_fraction=1"), bad.only(np.array([1])), World(), 0.1)
 
 
 def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +105,10 @@ def test_the_plan_is_measured(tiny_text: str, tmp_path: Path, monkeypatch: pytes
     result = CliRunner().invoke(app, ["plan", "tiny.yaml", "--measure", "0.05", "--json", "--no-costs"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    many = CliRunner().invoke(app, ["plan", "tiny.yaml", "--measure", "0.05", "--json", "--videos", "2400"])
+    forecast = json.loads(many.stdout)["forecast"]["plan"]  # of as many videos as the plan
+    mean = sum(phase["step"] for phase in forecast["phases"]) / len(forecast["phases"])
+    assert forecast["seconds"] > 0.5 * mean * json.loads(many.stdout)["totals"]["steps"]
     assert found["schema"] == "mgtrain.plan/1"
     here = found["forecast"]
     assert here["speedup"] == pytest.approx(here["baseline"]["seconds"] / here["plan"]["seconds"])

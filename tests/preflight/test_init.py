@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,24 @@ def test_every_layout_is_found(clips: Path, tmp_path: Path) -> None:
     for part in ("train", "valid"):
         shutil.copy(listing, lists / f"{part}.txt")
     assert {part: len(of) for part, of in find_videos(lists, clips).items()} == {"train": 2, "val": 2}
+    (lists / "train.txt").rename(lists / "train.csv")  # beside valid.txt
+    assert {part: len(of) for part, of in find_videos(lists, clips).items()} == {"train": 2, "val": 2}
+    with pytest.raises(UsageError, match=r"--root /nope: is for the paths of lists, and .* has none; leave it out"):
+        find_videos(clips, Path("/nope"))
+
+
+def test_layouts_that_are_easily_misread_are_refused(clips: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "flat" / part).mkdir(parents=True)
+        shutil.copy(clips / "bow/person1_take0.mp4", tmp_path / "flat" / part)
+    with pytest.raises(
+        DataError, match="flat: train and val hold videos, not a folder for each class; sort the videos"
+    ):
+        find_videos(tmp_path / "flat")
+    shutil.copytree(clips, tmp_path / "half")
+    (tmp_path / "half/train.csv").write_text("bow/person1_take0.mp4 0\n")
+    with pytest.raises(DataError, match=r"half/train.csv: has no list of validation videos beside it; add .*val.csv"):
+        find_videos(tmp_path / "half")
 
 
 @pytest.mark.parametrize("made", [(), ("a.mp4",), ("only/a.mp4",), ("train/x/a.mp4", "train/y/b.mp4")])
@@ -133,6 +152,8 @@ def test_a_given_split_is_kept_and_loses_what_validation_has_too(clips: Path, tm
     assert [parts.splits["train"].name(n) for n in range(2)] == [line.rpartition(" ")[0] for line in lists["train"][1:]]
     assert len(parts.splits["val"]) == 2
     assert parts.groups is None
+    with pytest.raises(UsageError, match="--group-by person: the videos are already split; leave it out, or"):
+        make_parts(found, make_index(found), val=0.5, group_by="person", seed=0)
 
 
 def test_classes_that_a_flip_turns_into_one_another() -> None:
@@ -154,6 +175,7 @@ def _found(seconds: float = 4.0, short_side: float = 240.0, videos: int = 96) ->
 def no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU on which half precision gains nothing, whatever this one is."""
     monkeypatch.setattr("mgtrain.preflight.init.half_precision_gain", lambda *_: None)
+    monkeypatch.setattr("mgtrain.preflight.init.MEASURE_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize(("gain", "precision"), [(None, "fp32"), (1.2, "fp32"), (1.6, "bf16")])
@@ -247,10 +269,37 @@ def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeyp
     assert {part: len(of) for part, of in open_splits(recipe.data).items()} == said["videos"]
     assert "only 29 training videos, so the recipes need " in result.stderr
     assert "even the smallest recipe takes about " in result.stderr
-    assert ", more than 36.0 s; use fewer videos or more GPUs, or give more --hours" in result.stderr
+    assert ", more than 36.0 s; lower optim.stages, use a GPU or give more --hours" in result.stderr
+    assert said["baseline_seconds"] > said["computing_seconds"] > 0
+    for more, message in (
+        (["--fps", "5"], "--fps 5: is the rate of folders of frames, but "),
+        (["--to", "work/train.csv/x"], "--to work/train.csv/x: work/train.csv is not a folder; choose another one"),
+    ):
+        refused = CliRunner().invoke(app, [*words, "--name", "another", *more])
+        assert isinstance(refused.exception, UsageError)
+        assert message in str(refused.exception)
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, UsageError)
     assert "exists already" in str(again.exception)
+
+
+def test_init_says_how_long_loading_takes_and_when_the_machine_is_busy(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e14)  # computing takes no time
+    monkeypatch.setattr("mgtrain.preflight.init.busy_cores", lambda: 9.0)
+    result = CliRunner().invoke(app, ["init", "--data", str(clips), "--to", str(tmp_path), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "before    mgtrain data prepare " in result.stdout
+    assert "% of that time; then train with data.prepared=prepared" in " ".join(result.stdout.split())
+    assert "other processes use 9.0 of" in result.stderr
+
+
+def test_clips_of_slow_videos_do_not_repeat_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e11)
+    for rate, written, stride in ((2.0, 2, 1), (12.5, 12.5, 3), (25.0, 30, 4), (60.0, 30, 4)):
+        clip = propose(replace(_found(seconds=5.0), rate=rate), World(), 1, None).recipe.clip
+        assert (clip.fps, clip.stride) == (written, stride)
 
 
 def test_init_refuses_what_no_recipe_can_hold(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,4 +327,4 @@ def test_init_names_classes_without_videos_and_files_without_an_ending(
     result = CliRunner().invoke(app, ["init", "--data", "clips", "--to", "work", "--hours", "0.01"])
     assert result.exit_code == 0, result.output
     assert "train: no video of 1 (jump); add videos, or remove the class's folder or label" in result.stderr
-    assert "ignored files without a suffix: 1 (clips/bow/person9); if they are videos, add a suffix" in result.stderr
+    assert "ignored files: 1 (clips/bow/person9); if they are videos, give them a suffix such as .mp4" in result.stderr

@@ -133,6 +133,33 @@ def test_folds_without_a_partner_are_left_out(tiny: Callable[..., Recipe], tmp_p
     assert result["groups"][1]["difference"]["value"] == pytest.approx(0.015)
 
 
+def test_one_common_fold_is_a_pair(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    slow = on_folds(tmp_path, tiny, "slow", BASELINE, top1={(0, 0): 0.6, (1, 0): 0.9})
+    fast = on_folds(tmp_path, tiny, "fast", top1={(0, 0): 0.65})
+    result = compare_groups(grouped([*slow, *fast]))
+    assert "fast_0_0: only 1 fold is in both groups; the others are ignored" in result["warnings"]
+    found = result["groups"][1]["difference"]
+    assert (found["value"], found["low"]) == (pytest.approx(0.05), None)  # not 0.65 - 0.75
+
+
+def test_the_interval_of_a_group_counts_folds_not_seeds(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    top1 = {(fold, seed): (0.6, 0.9)[fold] for fold in range(2) for seed in range(10)}
+    (group,) = compare_groups(grouped(on_folds(tmp_path, tiny, "fast", top1=top1)))["groups"]
+    assert (group["accuracy"]["value"], group["accuracy"]["count"]) == (pytest.approx(0.75), 2)
+    assert group["accuracy"]["high"] - group["accuracy"]["low"] > 3.8  # with one degree of freedom
+
+
+def test_the_folds_of_a_study_may_be_folders(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    outcomes: dict[str, list[Outcome]] = {"slow": [], "fast": []}
+    for name, words, gain in (("slow", [BASELINE], 0.0), ("fast", [], 0.002)):
+        for fold, top1 in (("a", 0.3), ("b", 0.6), ("c", 0.9)):
+            last = evaluation(54 if words else 17, top1 + gain, 9.0)
+            run = written(tmp_path / f"{name}_{fold}", tiny(*words, f"data.root={fold}"), [last])
+            outcomes[name].append(Outcome.of(run))
+    group = compare_groups(outcomes)["groups"][1]
+    assert (group["folds"], group["difference"]["sd"]) == (3, pytest.approx(0, abs=1e-9))
+
+
 def test_folds_are_paired_even_if_their_seeds_differ(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     hard = {0: 0.3, 1: 0.9}  # folds differ much more than seeds and recipes
     top1 = {(fold, seed): hard[fold] for fold in hard for seed in (0, 1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 from warm import Start
 
-from mgtrain.errors import CheckpointError, RecipeError, StoppedError
+from mgtrain.errors import CheckpointError, RecipeError, StoppedError, UsageError
+from mgtrain.recipe.load import parse_recipe
 from mgtrain.runs.study.definition import Run, load_study, runs_of
 from mgtrain.runs.study.jobs import pinned, shares_of_cores, train_all
 from mgtrain.runs.study.results import changes_of, known_result, read_result
@@ -47,8 +49,9 @@ def test_variants_take_turns_within_a_seed_and_fold(file: Path) -> None:
     runs = runs_in(file)
     assert [run.name for run in runs[:4]] == ["baseline_a_0", "short_only_a_0", "baseline_b_0", "short_only_b_0"]
     assert (runs[3].recipe.data.val, runs[3].recipe.seed, runs[3].recipe.schedule.name) == ("b.csv", 0, "multigrid")
-    assert runs[0].words[-1] == "seed=0"
-    assert runs[0].words[0] == str(file.parent / "tiny.yaml")
+    file.write_text(f"{STUDY}folds: {{A: [data.val=a.csv], B: [data.val=a.csv]}}\n")
+    with pytest.raises(RecipeError, match="baseline_a_0 and baseline_b_0 are the same run"):
+        runs_in(file)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,16 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     assert "baseline_0.json: the study's recipe has changed since: optim.stages [1.0, 1.0]" in (
         refused.stderr.replace("\n", " ")
     )
+    assert f"; to train again, remove the file and {Path('runs/study/baseline_0')}; or" in refused.stderr.replace(
+        "\n", " "
+    )
+    assert "(as for short_only_0, " in refused.stderr.replace("\n", " ")
+    file.write_text(STUDY)
+    videos = json.loads(result.read_text()) | {"videos": {"train": "0" * 16, "val": "0" * 16}}
+    result.write_text(json.dumps(videos))
+    other_videos = mgtrain(folder, "study", file)
+    assert other_videos.returncode == 4
+    assert "baseline_0.json: the study's videos have changed since; to train" in other_videos.stderr.replace("\n", " ")
     (run, *_) = runs_in(file)
     (folder / "bad.json").write_text('{"schema": "mgtrain.result/1", "variant": 1}')
     with pytest.raises(CheckpointError, match="not a readable result"):
@@ -160,6 +173,14 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     (folder / "bad.json").write_text(json.dumps(old))
     with pytest.raises(CheckpointError, match="its environment lacks torch"):
         known_result(run, folder / "bad.json")
+    whole = json.loads((folder / "results/study/short_only_4.json").read_text())
+    for part, value in (
+        ("curve", None), ("curve", [{}]), ("recipe", None), ("summary", whole["summary"] | {"accuracy": None}),
+        ("summary", whole["summary"] | {"train_seconds": 0}), ("environment", whole["environment"] | {"devices": 5}),
+    ):  # fmt: skip
+        (folder / "bad.json").write_text(json.dumps(whole | {part: value}))
+        with pytest.raises(CheckpointError, match="not a readable result"):
+            read_result(folder / "bad.json")
 
 
 def test_a_dry_run_forecasts_and_trains_nothing(file: Path, mgtrain: Start) -> None:
@@ -168,9 +189,6 @@ def test_a_dry_run_forecasts_and_trains_nothing(file: Path, mgtrain: Start) -> N
     found = json.loads(done.stdout)
     assert [(row["variant"], row["runs"]) for row in found["variants"]] == [("baseline", 2), ("short only", 2)]
     assert found["seconds"] == pytest.approx(sum(2 * row["seconds_each"] for row in found["variants"]) / 2)
-    alone = mgtrain(file.parent, "study", file, "--dry-run", "--measure", 0.05, "--json", "--jobs", 9)
-    found = json.loads(alone.stdout)  # nine jobs do not divide a run
-    assert found["seconds"] == max(row["seconds_each"] for row in found["variants"])
     assert not (file.parent / "runs").exists()
     wrong = mgtrain(file.parent, "study", file, "--only", "long only")
     assert wrong.returncode == 2
@@ -184,7 +202,7 @@ def program(text: str) -> list[str]:
 
 def test_runs_that_fail_do_not_keep_others_from_running(file: Path, tmp_path: Path) -> None:
     finished: list[str] = []
-    command = program("sys.exit(3 if 'seed=0' in sys.argv and 'schedule={name: baseline}' in sys.argv else 0)")
+    command = program("sys.exit(3 if sys.argv[2].endswith('recipes/baseline_0.yaml') else 0)")
     failed = train_all(runs_in(file), tmp_path / "runs", command, 2, [], lambda run: finished.append(run.name))
     assert [(run.name, code) for run, code in failed] == [("baseline_0", 3)]
     assert sorted(finished) == ["baseline_4", "short_only_0", "short_only_4"]
@@ -192,7 +210,7 @@ def test_runs_that_fail_do_not_keep_others_from_running(file: Path, tmp_path: Pa
 
 def test_runs_stop_where_their_study_fails(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = (
-        "ready = 'seed=0' in sys.argv and 'schedule={name: baseline}' in sys.argv\n"
+        "ready = sys.argv[2].endswith('recipes/baseline_0.yaml')\n"
         "out = sys.argv[sys.argv.index('--name') + 1]\n"
         "assert os.path.isabs(out), out\nother = os.path.join(os.path.dirname(out), 'short_only_0', 'output.txt')\n"
         "def save(*_):\n    print('saved')\n    sys.exit(75)\n"
@@ -210,11 +228,57 @@ def test_runs_stop_where_their_study_fails(file: Path, tmp_path: Path, monkeypat
     assert (tmp_path / "runs/short_only_0/output.txt").read_text().split() == ["ready", "saved"]
 
 
+def test_runs_train_what_the_study_said_at_its_start(file: Path, tmp_path: Path) -> None:
+    runs = runs_in(file)
+    (tmp_path / "tiny.yaml").write_text("edited meanwhile")
+    train_all(runs, tmp_path / "runs", program("print(open(sys.argv[2]).read())"), 1, [], lambda run: None)
+    for run in runs:
+        assert parse_recipe((tmp_path / "runs" / run.name / "output.txt").read_text(), "recipe") == run.recipe
+
+
+def test_runs_stop_and_save_if_their_study_is_killed(file: Path, tmp_path: Path) -> None:
+    waits = (
+        "def save(*_):\n    print('saved', flush=True)\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    study = (
+        "import sys; from pathlib import Path\n"
+        "from mgtrain.runs.study.definition import load_study, runs_of\n"
+        "from mgtrain.runs.study.jobs import train_all\n"
+        f"file = Path({str(file)!r})\n"
+        f"train_all(runs_of(load_study(file), file), Path('runs'), {program(waits)!r}, 1, [], print)"
+    )
+    output = tmp_path / "runs/baseline_0/output.txt"
+    with subprocess.Popen([sys.executable, "-c", study], cwd=tmp_path) as process:
+        while not output.is_file() or "ready" not in output.read_text():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.kill()
+    deadline = time.monotonic() + 30
+    while "saved" not in output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_study_without_its_first_variant_says_so(file: Path, mgtrain: Start) -> None:
+    (file.parent / "not_a_folder").write_text("")
+    refused = mgtrain(file.parent, "study", file, "--results", "not_a_folder")
+    assert refused.returncode == 2
+    assert not (file.parent / "runs/study/baseline_0").exists()
+    done = mgtrain(file.parent, "study", file, "--only", "short only", "--seeds", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["groups"], found["warnings"]) == (
+        [], ["nothing is compared: no result yet of baseline, with which the others are compared"]
+    )  # fmt: skip
+
+
 def test_jobs_have_cores_of_their_own(file: Path, tmp_path: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))
     assert shares_of_cores(len(cores)) == [[core] for core in cores]
     assert shares_of_cores(1) == [cores]
-    assert len(shares_of_cores(3 * len(cores))) == 3 * len(cores)
+    with pytest.raises(UsageError, match="runs that share a core cannot be compared in time; use --jobs"):
+        shares_of_cores(len(cores) + 1)
     jobs = len(cores)
     say = "print(*os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'])"
     train_all(runs_in(file)[:jobs], tmp_path / "runs", program(say), jobs, [], lambda run: None)

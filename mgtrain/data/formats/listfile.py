@@ -87,6 +87,7 @@ def read_list(root: str, source: str, classes: Sequence[str] | None, outside_roo
         if known != label:
             raise DataError(f"{where}: {path!r} has label {label}, but {known} in line {first}; keep one")
         rows.append((path, label))
+    _check_numbers(meaning, numbers, listing)
     if not rows:
         raise DataError(f"{listing}: lists no video; write one `path label` per line")
     if not classes:
@@ -129,6 +130,20 @@ def _labels_of(text: str, numbers: Mapping[str, int]) -> list[int] | None:
     if not all(part in numbers or NUMBER_OF_CLASS.fullmatch(part) for part in parts):
         return None
     return [numbers[part] if part in numbers else int(float(part)) for part in parts]
+
+
+def _check_numbers(labels: Iterable[str], numbers: Mapping[str, int], listing: Path) -> None:
+    """If all classes are named by numbers, raise `DataError` unless all labels are names, or all count from 0."""
+    if not all(map(NUMBER_OF_CLASS.fullmatch, numbers)):
+        return
+    parts = {part.strip() for text in labels for part in text.split(";")} - {NO_LABEL}
+    name = min((part for part in parts if part in numbers and numbers[part] != int(float(part))), default=None)
+    number = min((part for part in parts if part not in numbers), default=None)
+    if name and number:
+        raise DataError(
+            f"{listing}: label {name} is the name of a class, but {number} is none, so it may be the number of class "
+            f"{[*numbers][int(float(number))]!r}; write the names of all classes, or rename the classes to words"
+        )
 
 
 def _parse_label(
@@ -194,8 +209,9 @@ def write_lists(folder: Path, lists: Mapping[str, tuple[Videos, Iterable[int]]])
 def _text(videos: Videos, rows: Iterable[int]) -> str:
     """Lines from which `read_list` reads the same videos."""
     place = {name: number for number, name in enumerate(videos.classes)}
-    # Write a class's name if its number is the name of another class.
-    words = [name if place.get(str(n), n) != n else str(n) for n, name in enumerate(videos.classes)]
+    # Write a class's name if all are numbers, or if its number is the name of another class.
+    numbered = all(map(NUMBER_OF_CLASS.fullmatch, videos.classes))
+    words = [name if numbered or place.get(str(n), n) != n else str(n) for n, name in enumerate(videos.classes)]
     lines = []
     for row in rows:
         name = videos.name(row)

@@ -11,8 +11,8 @@ from mgtrain.errors import DataError
 
 MOST_BYTES = 1 << 32  # of an annotation file
 SUFFIXES = (
-    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm",
-    ".wmv",
+    ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+    ".ts", ".vob", ".webm", ".wmv",
 )  # fmt: skip
 
 

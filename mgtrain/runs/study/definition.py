@@ -52,7 +52,6 @@ class Study(Section):
 class Run:
     variant: str
     name: str  # of its folder and its result
-    words: tuple[str, ...]  # for `mgtrain fit`: the recipe and all overrides
     recipe: Recipe
 
 
@@ -84,7 +83,7 @@ def runs_of(study: Study, file: Path) -> list[Run]:
         recipe = str(beside if beside.is_file() else find_recipe(recipe))
         words = (*study.overrides, *variant.overrides, *fold_words, f"seed={seed}")
         parts = [plain(name), *([plain(fold)] if fold else []), str(seed)]
-        made.append(Run(name, "_".join(parts), (recipe, *words), load_recipe(recipe, words)))
+        made.append(Run(name, "_".join(parts), load_recipe(recipe, words)))
     if len({run.recipe.data.multi_label for run in made}) > 1:
         raise RecipeError(
             f"{file}: runs with and without data.multi_label have other scores; put them into two studies"
@@ -92,6 +91,11 @@ def runs_of(study: Study, file: Path) -> list[Run]:
     names = [run.name for run in made]
     if twice := next((run for run in names if names.count(run) > 1), None):
         raise RecipeError(f"{file}: two runs are called {twice}; rename a variant or a fold")
+    for name in study.variants:
+        seen: dict[str, str] = {}
+        for run in (run for run in made if run.variant == name):
+            if (same := seen.setdefault(run.recipe.model_dump_json(), run.name)) != run.name:
+                raise RecipeError(f"{file}: {same} and {run.name} are the same run; give their folds different videos")
     return made
 
 

@@ -1,6 +1,8 @@
 """Run a study's runs as separate processes, several at a time, each on its own cores."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,20 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mgtrain.console import note
-from mgtrain.errors import StoppedError
+from mgtrain.errors import StoppedError, UsageError
 from mgtrain.processes.cores import which_cores
+from mgtrain.processes.files import write_whole
 from mgtrain.processes.signals import StopRequest
 from mgtrain.runs.study.definition import Run
 
 POLL_SECONDS = 0.2
 STOPPED = (75, 130, -15)  # exit codes of runs that a signal stopped
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LIBC = ctypes.CDLL(None)
 
 
 def shares_of_cores(jobs: int) -> list[list[int]]:
-    """The usable cores in equal shares, one per job; more jobs than cores share cores."""
+    """The usable cores in equal shares, one per job. Raises `UsageError` if there are more jobs than cores."""
     cores = sorted(which_cores())
-    each = max(1, len(cores) // jobs)
-    return [[cores[(slot * each + n) % len(cores)] for n in range(each)] for slot in range(jobs)]
+    if jobs > len(cores):
+        raise UsageError(
+            f"--jobs {jobs}: this machine has {len(cores)} usable cores, and runs that share a core cannot be compared "
+            f"in time; use --jobs {len(cores)} or fewer"
+        )
+    each = len(cores) // jobs
+    return [cores[slot * each : (slot + 1) * each] for slot in range(jobs)]
 
 
 def train_all(
@@ -38,6 +48,8 @@ def train_all(
     finished run. `StoppedError`: a signal stopped the study, and the runs have saved a checkpoint.
     """
     shares, left, failed, told = shares_of_cores(jobs), list(runs), list[tuple[Run, int]](), False
+    for run in runs:  # so that they train what the study says now, though somebody edits the files meanwhile
+        write_whole(_recipe(folder, run), run.recipe.to_yaml().encode())
     active: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}  # by the index of its share of cores
     with StopRequest() as asked:
         try:
@@ -79,13 +91,22 @@ def _start(
     """Start a run, pinned to its cores if it shares the machine with others."""
     here = folder / run.name
     here.mkdir(parents=True, exist_ok=True)
-    words = [*command, "fit", *run.words, "--name", f"{here.absolute()}", "--resume", *options]
+    words = [*command, "fit", str(_recipe(folder, run)), "--name", f"{here.absolute()}", "--resume", *options]
     threads = {"OMP_NUM_THREADS": str(len(cores))} if jobs > 1 else {}
     with (here / "output.txt").open("ab") as output, pinned(cores if jobs > 1 else ()):
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | threads,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_stop_with_parent,
         )  # fmt: skip
+
+
+def _recipe(folder: Path, run: Run) -> Path:
+    return folder / "recipes" / f"{run.name}.yaml"
+
+
+def _stop_with_parent() -> None:
+    """Let the run save and stop if its study is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -1,20 +1,22 @@
 """The results of a study's runs: a small JSON file for each, and a page that compares them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mgtrain import __version__
 from mgtrain.console import duration
-from mgtrain.errors import CheckpointError
-from mgtrain.recipe import Recipe, affects_results, changed_keys, recipe_differences
+from mgtrain.data import open_splits
+from mgtrain.data.videos import few
+from mgtrain.errors import CheckpointError, DataError
+from mgtrain.recipe import Data, Recipe, affects_results, changed_keys, recipe_differences
 from mgtrain.recipe.load import RETIRED
-from mgtrain.runs.compare import DEVICE_KEYS, TIME_KEYS
+from mgtrain.runs.compare import DEVICE_KEYS, TIME_KEYS, devices
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
 from mgtrain.runs.history import History, Summary, guarded
@@ -34,15 +36,18 @@ class Result:
     curve: Sequence[Mapping[str, float]]  # step, seconds and accuracy of each evaluation
 
 
+CURVE = TypeAdapter(list[dict[str, float]])
+CURVE_KEYS = ("step", "train_seconds", "clock_seconds", "multiply_adds", "accuracy")
+SUMMARY = TypeAdapter(Summary)
+FLAT = TypeAdapter(dict[str, Any])
+
+
 def keep_result(run: Run, folder: RunDir, file: Path) -> None:
     """Write a finished run's result."""
     history = History(folder)
     with guarded(history):
         outcome = Outcome.of(history)
-        curve = [
-            {key: round(row[key], 4) for key in ("step", "train_seconds", "clock_seconds", "multiply_adds", "accuracy")}
-            for row in history.curve()
-        ]
+        curve = [{key: round(row[key], 4) for key in CURVE_KEYS} for row in history.curve()]
     value = {
         "schema": SCHEMA,
         "variant": run.variant,
@@ -63,26 +68,71 @@ def read_result(file: Path) -> Result:
             raise ValueError(f"its schema is {value['schema']}, not {SCHEMA}")
         if lacking := FACTS - value["environment"].keys():
             raise ValueError(f"its environment lacks {min(lacking)}")
-        videos = value.get("videos", {})  # absent in results of earlier versions
-        outcome = Outcome(Summary(**value["summary"]), value["recipe"], value["environment"], dict(videos))
-        return Result(value["variant"], outcome, value["curve"])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a readable result ({error}); remove it to repeat the run") from None
+        summary = SUMMARY.validate_python(value["summary"])
+        if not min(summary.steps, summary.train_seconds, summary.clock_seconds) > 0:
+            raise ValueError("its run took no time")
+        devices(value["environment"])
+        videos = {part: str(found) for part, found in value.get("videos", {}).items()}  # earlier versions have none
+        outcome = Outcome(summary, FLAT.validate_python(value["recipe"]), value["environment"], videos)
+        curve = [{key: row[key] for key in CURVE_KEYS} for row in CURVE.validate_python(value["curve"])]
+        return Result(str(value["variant"]), outcome, curve)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        what = str(error).replace("\n", " ")
+        raise CheckpointError(f"{file}: not a readable result ({what}); remove it to repeat the run") from None
 
 
 def known_result(run: Run, file: Path) -> Result | None:
-    """The result of a run, or None. Raises `CheckpointError` if the study's recipe has changed since."""
+    """The result of a run, or None. Raises `CheckpointError` if it is damaged, or of another recipe."""
     if not file.is_file():
         return None
     result = read_result(file)
+    if changed := _recipe_changes(run, result):
+        raise CheckpointError(f"{file}: {changed}")
+    now = run.recipe.flat()
+    here = {**result.outcome.recipe, **{key: now[key] for key in PLACES}}
+    # The variant may have been renamed in case or punctuation.
+    return replace(result, variant=run.variant, outcome=replace(result.outcome, recipe=here))
+
+
+def check_results(runs: Iterable[Run], kept: Path, folder: Path) -> None:
+    """Raise `CheckpointError` if a result in `kept` is damaged, or of another recipe or other videos than its run's.
+
+    Videos that are not here cannot be compared. `folder` has the runs.
+    """
+    changed: dict[str, str] = {}
+    videos: dict[str, Mapping[str, str]] = {}  # fingerprints of each distinct section `data`
+    for run in runs:
+        if not (file := kept / f"{run.name}.json").is_file():
+            continue
+        result, data = read_result(file), run.recipe.data.model_dump_json()
+        if data not in videos:
+            videos[data] = _fingerprints(run.recipe.data)
+        if what := _recipe_changes(run, result):
+            changed[run.name] = what
+        elif videos[data] and result.outcome.videos and videos[data] != result.outcome.videos:
+            changed[run.name] = "the study's videos have changed since"
+    if changed:
+        (name, what), *others = changed.items()
+        more = f" (as for {few([*dict(others)])})" if others else ""
+        raise CheckpointError(
+            f"{kept / name}.json: {what}{more}; to train again, remove the file and {folder / name}; or rename the "
+            "variant"
+        )
+
+
+def _recipe_changes(run: Run, result: Result) -> str:
     before, now = completed(result.outcome.recipe), run.recipe.flat()
     timed = {key: value for key, value in recipe_differences(before, now).items() if key in TIME_KEYS}
-    if changed := [*changed_keys(before, now, PLACES), *(f"{key} {a} -> {b}" for key, (a, b) in timed.items())]:
-        raise CheckpointError(
-            f"{file}: the study's recipe has changed since: {'; '.join(changed)}; "
-            "remove the file to repeat the run, or rename the variant"
-        )
-    return replace(result, variant=run.variant)  # which may have been renamed in case or punctuation
+    changed = [*changed_keys(before, now, PLACES), *(f"{key} {a} -> {b}" for key, (a, b) in timed.items())]
+    return f"the study's recipe has changed since: {'; '.join(changed)}" if changed else ""
+
+
+def _fingerprints(data: Data) -> Mapping[str, str]:
+    """Those of the videos of each split; none if the videos are not here."""
+    try:
+        return {split: videos.fingerprint for split, videos in open_splits(data).items()}
+    except DataError:
+        return {}
 
 
 def completed(flat: Mapping[str, Any]) -> Mapping[str, Any]:
