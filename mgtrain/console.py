@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
@@ -164,7 +164,8 @@ def table(
     """A table under a row of names; the first `left` columns are aligned left, the others right."""
     made = Table(box=None, pad_edge=False, padding=(0, gap - gap // 2, 0, gap // 2), header_style="bold")
     for n, name in enumerate(names):
-        made.add_column(name, justify="left" if n < left else "right", no_wrap=not wrap)
+        overflow: OverflowMethod = "fold" if wrap else "ellipsis"
+        made.add_column(name, justify="left" if n < left else "right", no_wrap=not wrap, overflow=overflow)
     for row in rows:
         made.add_row(*row)
     return made

@@ -10,7 +10,9 @@ from typer import Argument, Option
 from mgtrain.cli.options import Json, check_finite
 from mgtrain.console import note, out, show
 from mgtrain.errors import UsageError
-from mgtrain.runs.folder import find_run
+from mgtrain.runs.folder import RunDir, find_run
+
+THRESHOLDS = ("speedup", "clock", "steps", "accuracy", "top1")
 
 Margin = Annotated[
     float, Option(min=0, max=100, help="Points by which an accuracy may fall without counting as lower.")
@@ -45,7 +47,7 @@ def compare(
 
     check_finite(margin=margin)
     wanted = parse_thresholds(fail_under)
-    found = [find_run(name) for name in (baseline, *runs)]
+    found = find_runs([baseline, *runs])
     if len(found) == 2:
         result = compare_runs(found[0], found[1], margin)
     elif wanted:
@@ -78,7 +80,7 @@ def report(
     Example:  mgtrain report demo_baseline demo_multigrid --to demo.html
     """
     check_finite(margin=margin)
-    found = [find_run(run) for run in runs]
+    found = find_runs(runs)
 
     from mgtrain.engine.examples import example_frames
     from mgtrain.runs.report import write_report
@@ -116,11 +118,22 @@ def watch(
             live.update(render(view), refresh=True)
 
 
+def find_runs(names: list[str]) -> list[RunDir]:
+    """The runs of these names; in groups, each may be there once."""
+    found = [find_run(name) for name in names]
+    for n, run in enumerate(found if len(found) > 2 else ()):
+        if run.path.resolve() in [other.path.resolve() for other in found[:n]]:
+            raise UsageError(f"{names[n]}: is named twice, but counts as one run; name each run once")
+    return found
+
+
 def parse_thresholds(text: str | None) -> dict[str, float]:
     """`speedup=3,top1=-0.5` as numbers by name."""
     wanted = {}
     for part in text.split(",") if text else ():
         key, _, value = part.partition("=")
+        if key.strip() not in THRESHOLDS:
+            raise UsageError(f"--fail-under {key.strip()}: allowed are {', '.join(THRESHOLDS)}")
         try:
             wanted[key.strip()] = float(value)
         except ValueError:

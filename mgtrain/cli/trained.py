@@ -56,6 +56,8 @@ def evaluate(
     path = checkpoint_path(checkpoint)
     if table is not None and not table.parent.is_dir():
         raise UsageError(f"--csv {table}: no such folder {table.parent}; create it")
+    if table is not None and table.is_dir():
+        raise UsageError(f"--csv {table}: is a folder; name a file in it")
     if start_ranks(procs, device):
         return
 
@@ -131,7 +133,9 @@ def predict(
     text = (answer.render(trained.classes, top) for answer in answers)
     show(json_, {**facts, "videos": found, "failed": failed}, *text)
     if failed:
-        raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used: {'; '.join(failed.values())}")
+        for cause in failed.values() if every else ():  # without `every`, each is a warning already
+            warn(cause)
+        raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used, as said above")
 
 
 def export(
@@ -153,6 +157,8 @@ def export(
     path = checkpoint_path(checkpoint)
     name = path.absolute().parent.parent.name if path.parent.name == "checkpoints" else path.stem  # the run's name
     file = Path(to if "." in to else f"{name}.{to}")
+    if file.exists() and file.samefile(path):
+        raise UsageError(f"{file}: is the checkpoint itself; give another file with --to")
 
     from mgtrain.engine.trained import load_trained
     from mgtrain.engine.trained.export import export as export_network

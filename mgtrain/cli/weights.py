@@ -53,6 +53,10 @@ def import_weights(
     """
     if (file is None) == (from_ is None):
         raise UsageError("give either a FILE or --from torchvision:NAME")
+    if to and to.is_dir():
+        raise UsageError(f"--to {to}: is a folder; name a .safetensors file in it")
+    if to and file and to.exists() and file.exists() and to.samefile(file):
+        raise UsageError(f"--to {to}: is the file to convert; give another one")
 
     import torch
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torchvision
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from mgtrain import __version__
 from mgtrain.clips.loader import worker_count
@@ -30,7 +31,7 @@ from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.runs.checkpoint import CheckpointInfo
-from mgtrain.runs.compare import DEVICE_KEYS, changed, devices
+from mgtrain.runs.compare import DEVICE_KEYS, changed, devices, times
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, accuracy, best_until, ranks_since, seconds_left, speedup_at_equal_accuracy
 from mgtrain.runs.scores import Predictions, Scores
@@ -195,12 +196,13 @@ class Record:
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=20),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True)),  # cut off before others
             TimeElapsedColumn(),
             TextColumn("{task.fields[eta]}"),
             console=err,
             disable=not (world.main and err.is_terminal),
             transient=True,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=len(plan), completed=start, phase="", facts="", eta="")
 
@@ -290,7 +292,7 @@ class Record:
         speedup = speedup_at_equal_accuracy(rival, History(self._run).evals)
         if speedup is not None:
             values["compare/speedup"] = speedup
-            gained = f", {speedup:.2f}x faster than {name} at equal accuracy"
+            gained = f", {times(speedup)} training time than {name} at equal accuracy"
         return values, beside, gained
 
 

@@ -57,7 +57,7 @@ def grouped(runs: Iterable[RunDir | History]) -> dict[str, list[Outcome]]:
         found.setdefault(json.dumps(kept, sort_keys=True), []).append(outcome)
     named: dict[str, list[Outcome]] = {}
     for members in found.values():
-        name = members[0].summary.name
+        name = next((member for member in members if member.summary.finished), members[0]).summary.name
         named[f"{name} ({len(named) + 1})" if name in named else name] = members  # runs in different folders
     return named
 

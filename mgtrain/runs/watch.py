@@ -77,7 +77,8 @@ def render(view: dict[str, Any]) -> Group:
     for key, words in lines:
         table.add_row(key, Text(words))
     bar = ProgressBar(total=view["total"], completed=view["steps"], width=60)
-    return Group(Text(f"{view['name']}: step {view['steps']:,} of {view['total']:,}", style="bold"), bar, table)
+    title = Text(f"{view['name']}: step {view['steps']:,} of {view['total']:,}", style="bold")
+    return Group(title, bar, Text(""), table)  # a bar does not end its line
 
 
 def _against(evals: Sequence[dict[str, Any]], baseline: RunDir) -> str:

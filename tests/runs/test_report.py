@@ -143,6 +143,9 @@ def test_seeds_are_judged_together(tiny: Callable[..., Recipe], runs: list[RunDi
     (said,) = verdicts(compare_groups(grouped(both)))
     assert said in page.text
     assert "2 pairs of runs" in said
+    assert "The recipes of <b>slow and fast differ in" in page.text
+    assert "not only differ in schedule" not in page.text  # seeds differ on purpose
+    assert "Most frequent mistakes of <b>slow" in page.text
     assert "equal accuracies do not show the spread" in page.text
     assert "pairs of runs" not in Page(render_report(runs)).text
     assert "margin 50 points" in Page(render_report(both, margin=50.0)).text
@@ -167,6 +170,8 @@ def test_the_command_writes_the_file(runs: list[RunDir], tmp_path: Path, mgtrain
     assert result.returncode == 6
     assert "steps is 3.18, less than 4" in result.stderr
     assert (tmp_path / "c.html").exists()
-    for text in ("x", "speedup=nan", "speedup=x"):
+    twice = mgtrain(tmp_path, "compare", runs[0].path, runs[1].path, runs[1].path)
+    assert (twice.returncode, "is named twice, but counts as one run" in twice.stderr) == (2, True)
+    for text in ("x", "speedup=nan", "speedup=x", "sped=1"):
         with pytest.raises(UsageError, match="--fail-under"):
             parse_thresholds(text)

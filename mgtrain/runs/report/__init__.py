@@ -1,6 +1,6 @@
 """A report of runs as one self-contained HTML file: costs, accuracy, figures, and how to reproduce them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mgtrain import __version__
 from mgtrain.errors import CheckpointError
 from mgtrain.processes.files import write_whole
+from mgtrain.recipe import recipe_differences
 from mgtrain.runs.compare import COST_ROWS, MARGIN, compare, shown_cost, times
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.groups import compare_groups, grouped, verdicts
+from mgtrain.runs.groups import SEED_KEYS, Outcome, compare_groups, grouped, verdicts
 from mgtrain.runs.history import History, guarded
 from mgtrain.runs.report.figures import COLOURS, curves, schedule, time_split
 from mgtrain.runs.scores import Scores
@@ -43,6 +44,7 @@ def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = (),
             "colours": colours,
             "comparisons": comparisons,
             "together": {"verdicts": verdicts(together), "warnings": together["warnings"]} if together else None,
+            "differences": _differences(histories[0], groups if together else {}, comparisons),
             "rows": _table(histories, comparisons),
             "curves": curves(histories, colours),
             "figures": [
@@ -50,7 +52,7 @@ def render_report(runs: Sequence[RunDir], frames: Sequence[dict[str, Any]] = (),
                 for run, colour in zip(histories, colours, strict=True)
                 for figure in (schedule(run, colour), time_split(run, _split(run), colour))
             ],
-            "classes": [_changes(histories[0], run) for run in histories[1:]],
+            "classes": [_changes(histories[0], run) for run in histories],
             "frames": frames,
         }
     return render_page("report.html.j2", **context)
@@ -90,6 +92,22 @@ def _split(run: History) -> list[dict[str, Any]]:
     return found
 
 
+def _differences(
+    baseline: History, groups: Mapping[str, Sequence[Outcome]], comparisons: Sequence[dict[str, Any]]
+) -> dict[str, Mapping[str, tuple[Any, Any]]]:
+    """The keys in which each other recipe differs from the baseline's: of groups, by their first run."""
+    if not groups:
+        return {comparison["runs"][1]["name"]: comparison["recipe_differences"] for comparison in comparisons}
+    return {
+        members[0].summary.name: {
+            key: values
+            for key, values in recipe_differences(baseline.recipe.flat(), members[0].recipe).items()
+            if key not in SEED_KEYS
+        }
+        for members in groups.values()
+    }
+
+
 def _table(runs: Sequence[History], comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the table of costs and results, with gains over the baseline."""
     summaries = [run.summary for run in runs]
@@ -119,7 +137,7 @@ def _changes(baseline: History, run: History) -> dict[str, Any]:
         {"name": name, "before": a, "after": b, "videos": videos}
         for name, a, b, videos in zip(classes, before, after, last["counts"], strict=True)
         if a is not None and b is not None
-    ] if classes == baseline.data["classes"] else []  # fmt: skip
+    ] if run is not baseline and classes == baseline.data["classes"] else []  # fmt: skip
     rows.sort(key=lambda row: -abs(row["after"] - row["before"]))
     mistakes = [
         {"class": classes[label], "predicted": classes[predicted], "videos": count}

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from mgtrain.schedule import Plan
 from mgtrain.schedule.totals import RANGE
 
 COLOURS = ("#4c86c6", "#d9772b", "#4f9a56", "#b0568f", "#8a7b3c", "#5a6fb0")  # contrast of 3:1 on white and on black
+STYLES = ("-", "--", ":")
+LONGEST = 60  # letters of a name in a legend
 INK = "#010203"  # placeholder for the page's text colour
 POINTS = 60  # of a phase, at which its learning rate is drawn
 LABELLED = 0.05  # share of all steps from which on a phase has room for its label
@@ -54,7 +57,9 @@ def drawn(name: str, description: str, draw: Callable[[Axes], None], size: tuple
         axes.patch.set_alpha(0)
         draw(axes)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():  # of glyphs that matplotlib's font lacks: the browser has others
+            warnings.simplefilter("ignore", UserWarning)
+            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -80,9 +85,11 @@ def curves(runs: Sequence[History], colours: Sequence[str]) -> list[Drawing]:
         ]
 
         def draw(axes: Axes, lines: Any = lines, label: str = label) -> None:
-            for name, colour, points in lines:
+            for n, (name, colour, points) in enumerate(lines):
                 shown = re.sub("^_", "\u200b_", name)  # matplotlib hides labels that begin with _
-                axes.plot(*zip(*points, strict=True), color=colour, label=shown, marker="o", markersize=3)
+                shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
+                style = STYLES[n // len(COLOURS) % len(STYLES)]  # where colours repeat
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=shown, marker="o", markersize=3)
             axes.set_xlabel(label)
             axes.set_ylabel(f"{metric}, %")
             axes.grid(alpha=0.2)
