@@ -127,14 +127,17 @@ def predict(
         alone = ["hardware.workers=0"] if len(videos) < FEW_VIDEOS else []
         trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust)
         _caution(trained, path)
-        answers, failed = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
-    found = [answer.describe(trained.classes, top) for answer in answers]
+        found, failed = [], {}
+        for video, answer in predict_videos(trained, [str(video) for video in videos], world, (times, crops), every):
+            if isinstance(answer, str):
+                failed[video] = answer
+                continue
+            found.append(answer.describe(trained.classes, top))
+            if not json_:
+                out.print(answer.render(trained.classes, top))
     facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
-    text = (answer.render(trained.classes, top) for answer in answers)
-    show(json_, {**facts, "videos": found, "failed": failed}, *text)
+    show(json_, {**facts, "videos": found, "failed": failed})
     if failed:
-        for cause in failed.values() if every else ():  # without `every`, each is a warning already
-            warn(cause)
         raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used, as said above")
 
 

@@ -23,7 +23,7 @@ from mgtrain.cli.trained import _caution
 from mgtrain.clips.decode import VideoFile
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.fit import fit
-from mgtrain.engine.trained import Trained, evaluation_videos, load_trained, predict_videos
+from mgtrain.engine.trained import Answer, Trained, evaluation_videos, load_trained, predict_videos
 from mgtrain.engine.trained.export import export
 from mgtrain.errors import CheckpointError, DataError, NonFiniteError, ThresholdError, UsageError
 from mgtrain.processes.distributed import World
@@ -87,9 +87,9 @@ def test_a_network_that_gives_nan_has_no_scores(checkpoint: Path, trained: Train
     with pytest.raises(NonFiniteError, match=r"of 12 of 12 videos are not finite, such as those of .*mp4"):
         evaluate(trained.model, videos, trained.recipe, ALONE)
     with pytest.raises(NonFiniteError, match="of 1 of 1 videos"):
-        predict_videos(trained, [videos.path(0)], ALONE, (1, 1))
+        predicted(trained, [videos.path(0)])
     with pytest.raises(NonFiniteError, match=r"\.mp4, 0\.0 s; use an earlier"):
-        predict_videos(trained, [videos.path(0)], ALONE, (1, 1), every=1)
+        predicted(trained, [videos.path(0)], every=1)
     with pytest.raises(NonFiniteError, match=r"logits of clips .* are not finite"):
         export(trained, tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
@@ -142,9 +142,27 @@ def test_an_interrupted_evaluation_goes_on(trained: Trained, tmp_path: Path, mon
     assert np.array_equal(resumed.probabilities, straight.probabilities)
 
 
+def predicted(
+    trained: Trained, paths: list[str], views: tuple[int, int] = (1, 1), every: float | None = None
+) -> tuple[list[Answer], dict[str, str]]:
+    """The answers, and the causes of the videos without one."""
+    found = [*predict_videos(trained, paths, ALONE, views, every)]
+    answers = [answer for _, answer in found if not isinstance(answer, str)]
+    return answers, {path: cause for path, cause in found if isinstance(cause, str)}
+
+
+def test_answers_come_as_soon_as_they_are_known(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = videos_of(trained)[:2]
+    answers = predict_videos(trained, [first, second], ALONE, (1, 1), every=1)
+    assert next(answers)[0] == first
+    monkeypatch.setattr("mgtrain.engine.trained.open_source", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # only the second is lost
+        next(answers)
+
+
 def test_predicting_is_evaluating_without_labels(trained: Trained) -> None:
     scored = evaluate(trained.model, evaluation_videos(trained), trained.recipe, ALONE, (2, 3))
-    answers, failed = predict_videos(trained, videos_of(trained), ALONE, (2, 3))
+    answers, failed = predicted(trained, videos_of(trained), (2, 3))
     assert not failed
     assert [answer.video for answer in answers] == videos_of(trained)
     assert np.array_equal(np.stack([answer.probabilities for answer in answers]), scored.probabilities)
@@ -158,11 +176,11 @@ def test_predicting_is_evaluating_without_labels(trained: Trained) -> None:
 
 def test_a_long_video_is_looked_through(trained: Trained) -> None:
     path = videos_of(trained)[0]  # 24 frames, 30 a second; a clip spans 16 frames
-    (answer,), _ = predict_videos(trained, [path], ALONE, (1, 1), every=0.1)
+    (answer,), _ = predicted(trained, [path], every=0.1)
     assert [(round(w.start * 30), round(w.end * 30)) for w in answer.windows] == [(0, 16), (3, 19), (6, 22), (8, 24)]
     assert np.allclose(answer.probabilities, np.mean([w.probabilities for w in answer.windows], axis=0))
-    (middle,), _ = predict_videos(trained, [path], ALONE, (1, 1))
-    (by_fours,), _ = predict_videos(trained, [path], ALONE, (1, 1), every=4 / 30)  # starts at 0, 4, 8; the middle is 4
+    (middle,), _ = predicted(trained, [path])
+    (by_fours,), _ = predicted(trained, [path], every=4 / 30)  # starts at 0, 4, 8; the middle is 4
     assert np.allclose(by_fours.windows[1].probabilities, middle.probabilities, atol=1e-6)
     assert "to     0.5 s: " in answer.render(trained.classes, top=2)
 
@@ -173,7 +191,7 @@ def test_videos_that_cannot_be_decoded_are_told_and_the_others_answered(
 ) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     good = videos_of(trained)[0]
-    answers, failed = predict_videos(trained, [str(tmp_path / "bad.mp4"), good], ALONE, (1, 1), every)
+    answers, failed = predicted(trained, [str(tmp_path / "bad.mp4"), good], every=every)
     assert [answer.video for answer in answers] == [good]
     assert list(failed) == [str(tmp_path / "bad.mp4")]
 

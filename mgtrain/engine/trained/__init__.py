@@ -1,6 +1,7 @@
 """Trained networks: load a checkpoint or another project's weights, predict, and export."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, load_recipe, parse_recipe
 from mgtrain.recipe.model import OwnOptions
 from mgtrain.runs.checkpoint import is_checkpoint, load_average, load_model, verify
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,8 @@ def evaluation_videos(trained: Trained) -> Videos:
 
 def predict_videos(
     trained: Trained, paths: Sequence[str], world: World, views: tuple[int, int], every: float | None = None
-) -> tuple[list[Answer], dict[str, str]]:
-    """The predictions for the videos that can be decoded, in order, and path -> cause for the others.
+) -> Iterator[tuple[str, Answer | str]]:
+    """Each path with the prediction for its video or, if it cannot be decoded, the cause; as soon as they are known.
 
     Each video has `views` (times, crops) as in an evaluation or, with `every`, a clip every so many seconds.
     """
@@ -181,20 +184,18 @@ def predict_videos(
         videos = Videos.of("", [(path, 0) for path in paths], trained.classes)
         bad = BadVideos(len(videos), 1)
         batches = view_batches(videos, range(len(videos)), recipe, times, crops, world, bad)
-        answers = [
-            Answer(paths[number], row.cpu().numpy())
-            for numbers, rows in predict(trained.model, batches, times * crops, recipe, world)
-            for number, row in zip(numbers.tolist(), rows, strict=True)
-        ]
-        refuse_non_finite(np.array([answer.probabilities for answer in answers]), [answer.video for answer in answers])
-        return answers, bad.causes
-    answers, failed = [], {}
+        for numbers, rows in predict(trained.model, batches, times * crops, recipe, world):
+            names, found = [paths[number] for number in numbers.tolist()], rows.cpu().numpy()
+            refuse_non_finite(found, names)
+            yield from zip(names, map(Answer, names, found), strict=True)
+        yield from bad.causes.items()
+        return
     for path in paths:
         try:
-            answers.append(_predict_windows(trained, path, world, every))
+            yield path, _predict_windows(trained, path, world, every)
         except VideoError as error:
-            failed[path] = str(error)
-    return answers, failed
+            log.warning("video left out: %s", error)
+            yield path, str(error)
 
 
 def _predict_windows(trained: Trained, path: str, world: World, every: float) -> Answer:
