@@ -63,7 +63,7 @@ def study(
         return
     note(f"{file}: {len(left)} of {len(all_runs)} runs to train, in {folder}; results in {kept}")
     if not left:
-        note("nothing is trained, because all results are there; to train here, give another folder with --results")
+        note("nothing is trained, because all results are there; give another folder with --results to train here")
     kept.mkdir(parents=True, exist_ok=True)
     if not os.access(kept, os.W_OK):
         raise UsageError(f"{kept}: cannot be written; give another folder with --results")

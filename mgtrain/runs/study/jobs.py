@@ -101,7 +101,7 @@ def _start(
 
 
 def _recipe(folder: Path, run: Run) -> Path:
-    return folder / "recipes" / f"{run.name}.yaml"
+    return folder / ".recipes" / f"{run.name}.yaml"
 
 
 def _stop_with_parent() -> None:
