@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from mgtrain.recipe import Recipe, parse_recipe
 from mgtrain.runs.folder import RunDir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in them, too: under `nohup` they would ignore it
 torch.set_num_threads(1)
 
 # The learning rate is low, because a high one makes rounding grow a hundredfold in a few steps.
