@@ -188,7 +188,8 @@ def test_a_dry_run_forecasts_and_trains_nothing(file: Path, mgtrain: Start) -> N
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [(row["variant"], row["runs"]) for row in found["variants"]] == [("baseline", 2), ("short only", 2)]
-    assert found["seconds"] == pytest.approx(sum(2 * row["seconds_each"] for row in found["variants"]) / 2)
+    each = [row["seconds_each"] for row in found["variants"]]
+    assert sum(each) * 0.999 < found["seconds"] < sum(each) + max(each)  # two runs of each, two at a time
     assert not (file.parent / "runs").exists()
     wrong = mgtrain(file.parent, "study", file, "--only", "long only")
     assert wrong.returncode == 2
