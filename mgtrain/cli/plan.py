@@ -49,7 +49,6 @@ def plan(
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"{picture}: the file's name must end in .svg, .png or .pdf")
     loaded = load_recipe(recipe, overrides)
-    memory = memory or loaded.hardware.memory_gib
     plans = make_plans(loaded, videos or count_training_videos(loaded))
     made, baseline = plans["plan"], plans["baseline"]
     if gpus:
@@ -67,8 +66,9 @@ def plan(
     if costs or memory or (costs is None and not json_):
         from mgtrain.preflight import costs as estimates
 
-        found["costs"] = estimates.costs(loaded, made, baseline, gpus or 1, memory)
-        show(estimates.render(found["costs"], memory))
+        gib = memory or loaded.hardware.memory_gib
+        found["costs"] = estimates.costs(loaded, made, baseline, gpus or 1, gib)
+        show(estimates.render(found["costs"], gib))
     if measure:
         from mgtrain.engine.start import open_data
         from mgtrain.preflight import forecast

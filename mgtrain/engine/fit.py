@@ -84,7 +84,7 @@ def fit(
                     training.replica, learner.optimizer, learner.scaler, clips, labels, step, recipe, world
                 )
             if learner.average is not None:
-                learner.average.update(step, result.bad)
+                learner.average.update(step, result.skipped)
             done = step.index + 1
             logs = done % recipe.logging.steps == 0 or done in milestones
             saves = done % recipe.logging.checkpoint_steps == 0 or done in milestones or stops

@@ -28,6 +28,7 @@ class StepResult:
     loss: Tensor  # () mean over the clips
     correct: Tensor  # () share of clips with a correct prediction (see `hits`)
     bad: Tensor  # () 1 if the loss or a gradient was not finite on any rank, so that the update was skipped
+    skipped: Tensor  # () 1 also if a gradient was too large for the scale of the loss in fp16, which then halves
 
 
 def train_step(
@@ -63,16 +64,17 @@ def train_step(
     assert statistics is not None, "a step without clips"
     now = statistics.now()
     scaled, most = scaler.is_enabled(), recipe.optim.clip_norm
-    if scaled and most is not None:
+    if scaled:
         scaler.unscale_(optimizer)
-    norm = clipped(model, most) if most is not None or not scaled else None
+    norm = clipped(model, most)
     bad = not_finite(loss_sum, None if scaled else norm, now, world)
     statistics.restore_if(bad, now)
     if not scaled:  # an enabled scaler tells the optimizer itself
         optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
-    return StepResult(loss_sum, correct, bad)
+    skipped = torch.maximum(bad, (~norm.isfinite()).float()) if scaled else bad
+    return StepResult(loss_sum, correct, bad, skipped)
 
 
 def clipped(model: nn.Module, most: float | None) -> Tensor:

@@ -138,7 +138,8 @@ class Evaluation(Section):
         ge=0,
         le=10**9,
         description="limit of the batches that recalibrate BatchNorm's statistics before an evaluation, if recent "
-        "steps had other shapes; another limit is 1/7 of the steps since the last evaluation, at the end of all steps; "
+        "steps had other shapes; another limit is 1/7 of the steps since the last evaluation, at the end of all steps, "
+        "but at least 5; "
         "0: use running averages",
     )
 

@@ -154,7 +154,7 @@ def demand(result: dict[str, Any], wanted: Mapping[str, float]) -> None:
     for key, least in wanted.items():
         if found[key] is None:
             raise ThresholdError(f"{key} is not known, because the runs used different devices")
-        if found[key] < least:
+        if round(found[key], 9) < least:  # 0.5 points of 200 videos are not quite so as a difference of floats
             raise ThresholdError(f"{key} is {found[key]:.2f}, less than {least:g}")
 
 

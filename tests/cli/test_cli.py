@@ -17,8 +17,14 @@ from warm import Start
 
 from mgtrain import __version__
 from mgtrain.cli import app
+from mgtrain.engine.evaluate import evaluate
+from mgtrain.engine.recalibrate import recalibrate
+from mgtrain.engine.start import open_data
+from mgtrain.engine.trained import evaluation_videos, load_trained
 from mgtrain.errors import UsageError
+from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, shipped_recipes
+from mgtrain.runs.checkpoint import read_info
 from mgtrain.runs.folder import RunDir
 
 
@@ -341,3 +347,17 @@ def test_ranks_that_are_half_described_are_refused(
     result = CliRunner().invoke(app, ["fit", "tiny.yaml", "--name", "another", "--procs", "2", "--device", "cpu"])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+
+
+def test_a_checkpoint_between_evaluations_is_recalibrated_before_it_is_evaluated(
+    mgtrain: Start, straight: Path, tmp_path: Path
+) -> None:
+    path = RunDir(straight).checkpoint_path(16)
+    assert not read_info(path).recalibrated
+    done = mgtrain(tmp_path, "eval", path, "--views", "1x1", "--device", "cpu", "--json")
+    trained = load_trained(path, None, (), World())
+    raw = evaluate(trained.model, evaluation_videos(trained), trained.recipe, World()).scores().loss
+    trained.model.train()
+    recalibrate(trained.model, open_data(trained.recipe)[0], 2, trained.recipe, World())
+    expected = evaluate(trained.model, evaluation_videos(trained), trained.recipe, World()).scores().loss
+    assert json.loads(done.stdout)["loss"] == pytest.approx(expected, rel=1e-6) != pytest.approx(raw, rel=1e-4)

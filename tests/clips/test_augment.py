@@ -182,3 +182,19 @@ def test_all_rows_go_to_the_device_together() -> None:
     for name, rows in sent(given, torch.device("cpu")).items():
         assert np.array_equal(rows.numpy(), given[name].astype(np.float32))
     assert sent({}, torch.device("meta")) == {}
+
+
+def test_a_larger_magnitude_changes_more() -> None:
+    from mgtrain.clips.augment import rand_augment
+
+    clip = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    weak, strong = (
+        np.mean(
+            [
+                np.abs(rand_augment(clip, Augment(rand_augment=1, magnitude=m), 0, n) - clip.astype(int)).mean()
+                for n in range(40)
+            ]
+        )
+        for m in (1, 30)
+    )
+    assert weak < 0.8 * strong

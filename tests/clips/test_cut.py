@@ -12,6 +12,7 @@ from mgtrain.clips.cut import (
     VideoInfo,
     cut_random,
     cut_views,
+    cut_windows,
     frame_indices,
     latest_start,
     resized,
@@ -197,3 +198,10 @@ def test_a_short_side_below_the_crop_is_the_crop():
     grid = Grid(frames=1, crop=128, stride=(1, 1), short_side=(64, 100))
     cut = cut_random(grid, KINETICS, generator(0, Draw.CUT, 0))
     assert cut.region[2:] == (256, 256)
+
+
+@pytest.mark.parametrize("fps", [15.0, 30.0, 60.0])
+def test_views_and_windows_last_equally_long_at_any_frame_rate(fps: float) -> None:
+    grid, info = Grid(8, 112, (4, 4), (128, 128)), VideoInfo(1000, fps, 340, 256)
+    for cut in [*cut_views(grid, info, 2, 1), *cut_windows(grid, info, every=3)]:
+        assert (cut.frames[-1] - cut.frames[0] + 1) / fps == pytest.approx(32 / 30)

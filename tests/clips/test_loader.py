@@ -15,7 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgtrain.clips.loader import UNITS_PER_WORKER, BadVideos, recalibration_batches, train_batches, view_batches
+import mgtrain.clips.units as units
+from mgtrain.clips.loader import (
+    UNITS_PER_WORKER,
+    BadVideos,
+    recalibration_batches,
+    train_batches,
+    view_batches,
+    worker_count,
+)
 from mgtrain.clips.order import ClipRequest, Order, step_requests
 from mgtrain.clips.units import REPLACEMENTS, Loaded, RandomClips, Source, evaluation_grid
 from mgtrain.data import open_videos
@@ -355,3 +363,44 @@ def test_recalibration_sees_random_clips_of_the_evaluation_grid(tiny: Callable[.
     ]
     assert_same(list(batches(World())), ours)
     assert_same(joined([list(batches(World(rank, 4))) for rank in range(4)]), ours)
+
+
+def test_each_clip_is_cut_as_the_recipe_says(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    for name in ("cut_random", "cut_views"):
+        cut = getattr(units, name)
+        monkeypatch.setattr(units, name, lambda *given, cut=cut, **said: (asked.append(said), cut(*given, **said))[1])
+    recipe = tiny("clip.fps=15", "clip.flip=0", "clip.inverse_uniform=true", "clip.sampling=segments")
+    RandomClips(opened(recipe), recipe)[[*Order(0, 24).requests([0], Grid(4, 32, (2, 2), (32, 40)))]]
+    views(recipe, 1, 1, World(), BadVideos(12, 0))
+    of_views = {"fps": 15, "segments": True}
+    assert (asked[0], asked[-1]) == ({**of_views, "flip": 0, "inverse_uniform": True}, of_views)
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_sure_flips_swap_all_labels_or_none(tiny: Callable[..., Recipe], flip: int) -> None:
+    recipe = tiny("schedule.name=baseline", f"clip.flip={flip}", "data.mirrored=[[left, right]]")
+    (_, labels), *_ = trained_on(recipe, start=8)
+    videos = opened(recipe)
+    expected = torch.tensor([videos.label(Order.of(videos, recipe).at(n)) for n in range(32, 36)])
+    assert torch.equal(labels, torch.tensor([1, 0, 2, 3])[expected] if flip else expected)
+
+
+def test_a_clip_has_the_labels_of_its_own_seconds_mirrored_if_it_is(tiny: Callable[..., Recipe], motions: Path) -> None:
+    # 24 frames, 30 a second; clips span 16: none shows both the first and the last tenth of a second.
+    grid, spans = Grid(8, 32, (2, 2), (32, 40)), [(0.0, 0.1), (0.7, 0.8)]
+    videos = Videos.of(str(motions), [("videos/train/left_0.mp4", [0, 1])], ("a", "b", "c"), spans=spans)
+    seen = []
+    for flip in (0, 1):
+        recipe = tiny("data.multi_label=true", "data.classes=3", f"clip.flip={flip}", "data.mirrored=[[1, 2]]")
+        seen.append(RandomClips(videos, recipe)[[*Order(0, 1).requests(range(30), grid)]].labels)
+    assert {tuple(row) for row in seen[0].tolist()} == {(1, 0, 0), (0, 1, 0), (0, 0, 0)}
+    assert torch.equal(seen[1], seen[0][:, [0, 2, 1]])
+
+
+def test_the_loader_has_a_rank_s_cores_or_half_of_them_on_a_cpu(tiny: Callable[..., Recipe]) -> None:
+    def workers(kind: str, cores: int, given: str = "null") -> int:
+        return worker_count(tiny(f"hardware.workers={given}"), World(device=torch.device(kind), cores=cores))
+
+    assert [workers("cpu", 1), workers("cpu", 8), workers("cuda", 8), workers("cuda", 99)] == [1, 4, 8, 16]
+    assert workers("cuda", 99, "0") == 0

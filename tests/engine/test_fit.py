@@ -522,3 +522,51 @@ def test_the_same_video_is_shown_at_every_shape(tiny: Callable[..., Recipe], mot
         assert strip.dtype == torch.uint8
         assert strip.shape == (shape.crop, shape.crop * min(4, shape.frames), 3)
         assert strip.float().std() > 5  # pixels, not normalized ones
+
+
+def test_resuming_with_other_validation_videos_is_refused(
+    tiny: Callable[..., Recipe], motions: Path, straight: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(motions, tmp_path / "data"))
+    lines = (root / "val.csv").read_text().splitlines()
+    (root / "val.csv").write_text("\n".join(lines[:-1]))
+    cut(straight, tmp_path / "cut", step=5)
+    with pytest.raises(CheckpointError, match=r"since: validation videos 12 \(\w{16}\) -> 11 \(\w{16}\); undo"):
+        run_to_end(tiny(f"data.root={root}"), tmp_path / "cut", resume=True)
+
+
+def test_a_run_recalibrates_on_training_videos(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(mgtrain.engine.fit, "recalibrate", lambda model, videos, *rest: asked.append(videos.identity))
+    recipe = tiny("optim.stages=[1, 1]", "evaluation.times=1", "evaluation.recalibration_batches=1")
+    fit(recipe, RunDir(tmp_path / "run"), World())
+    assert asked == [open_data(recipe)[0].identity]
+
+
+def test_times_of_a_resumed_run_go_on(tiny: Callable[..., Recipe], straight: Path, tmp_path: Path) -> None:
+    cut(straight, tmp_path / "cut", step=16)
+    run_to_end(tiny(*EVERY_STEP), tmp_path / "cut", resume=True)
+    before, after = RunDir(straight).rows("steps.jsonl")[15], RunDir(tmp_path / "cut").rows("steps.jsonl")[16]
+    assert 0 < before["data_seconds"] < after["data_seconds"] < after["train_seconds"]
+    assert after["epoch"] == 13.5
+
+
+def test_evaluations_and_checkpoints_are_not_training_and_waiting_for_data_is(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("evaluate", "save"):
+        work = getattr(mgtrain.engine.fit, name)
+        monkeypatch.setattr(mgtrain.engine.fit, name, lambda *given, work=work: (time.sleep(0.4), work(*given))[1])
+    batches = mgtrain.engine.fit.train_batches
+    monkeypatch.setattr(
+        mgtrain.engine.fit, "train_batches", lambda *given: ((time.sleep(0.05), batch)[1] for batch in batches(*given))
+    )
+    run = RunDir(tmp_path / "run")
+    fit(tiny("optim.stages=[1, 1]", "evaluation.times=1", "evaluation.recalibration_batches=0"), run, World())
+    (row,), first = run.rows("evals.jsonl"), run.rows("steps.jsonl")[0]
+    before = first["clock_seconds"] - first["train_seconds"]  # start-up
+    assert row["clock_seconds"] - row["train_seconds"] - before >= 0.8
+    assert row["eval_seconds"] >= 0.4
+    assert 0.05 * row["step"] <= row["data_seconds"] < row["train_seconds"]

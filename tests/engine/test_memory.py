@@ -251,6 +251,9 @@ def test_plan_tells_costs_draws_and_limits(tiny_text: str, tmp_path: Path, monke
     assert said["costs"]["multiply_adds"] < said["costs"]["baseline_multiply_adds"]
     assert said["costs"]["gpus"] == 1
     assert "costs" not in json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", "--json"]).stdout)
+    limit = "hardware.memory_gib=0.5"  # of the recipe: costs are of what `fit` runs, but nobody has asked for them
+    assert "costs" not in json.loads(CliRunner().invoke(app, ["plan", "tiny.yaml", limit, "--json"]).stdout)
+    assert f"chooses with {limit}" in " ".join(CliRunner().invoke(app, ["plan", "tiny.yaml", limit]).stdout.split())
 
 
 def test_the_schedule_is_printed_before_its_costs_are_estimated(
@@ -281,3 +284,30 @@ def test_a_schedule_is_drawn_into_files_of_three_kinds(tiny: Callable[..., Recip
     for name, start in (("a/s.svg", b"<?xml"), ("s.png", b"\x89PNG"), ("s.pdf", b"%PDF")):
         save_schedule(plan, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_state_is_weights_gradients_and_what_the_optimizer_keeps(tiny: Callable[..., Recipe]) -> None:
+    weights = 4 * sum(p.numel() for p in make_model(tiny()).parameters())
+    for words, copies in (((), 3), (("optim.name=adamw",), 4), (("optim.name=adamw", "optim.ema=0.9"), 6)):
+        assert Memory(tiny(*words), []).state == copies * weights
+
+
+def test_half_precision_keeps_half_of_the_activations(tiny: Callable[..., Recipe]) -> None:
+    shape = Shape(2, 8, 64)
+    whole, half = (Memory(tiny(f"hardware.precision={p}"), [shape]).per_clip(shape) for p in ("fp32", "bf16"))
+    assert half < 0.6 * whole
+
+
+def test_a_gpu_keeps_to_a_limit_below_its_free_memory(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny("batch.clips=16")
+    plan = make_plan(recipe, 24)
+    most = Memory(recipe, plan.shapes()).most(plan, 1)[0] / USABLE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(2 * most), 1 << 40))
+    world = World(device=torch.device("cuda"))
+    assert fit_memory(recipe, plan, world) == recipe
+    assert (
+        fit_memory(recipe.changed("hardware", memory_gib=0.7 * most / 2**30), plan, world).hardware.micro_clips
+        is not None
+    )

@@ -89,3 +89,18 @@ def test_each_step_mixes_anew_and_keeps_the_layout(tiny: Callable[..., Recipe]) 
     clips, _ = mixed(recipe)
     assert not torch.equal(clips, mixed(recipe, step=1)[0])
     assert clips.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_shares_are_drawn_by_the_alpha_of_each() -> None:
+    whole = Part(0, 4000, 4000, 1)
+    for alphas in ((100.0, 0.0), (0.0, 100.0), (100.0, 0.01), (0.01, 100.0)):
+        rows = mix_rows(whole, 64, generator(0, Draw.MIX, 0), *alphas)[::2]
+        for boxed, alpha in ((0, alphas[0]), (1, alphas[1])):
+            share = rows[rows[:, 0] == boxed, 1]
+            assert len(share) == 0 or (share.std() < 0.06) == (alpha == 100)
+
+
+def test_a_box_has_the_area_that_the_share_leaves() -> None:
+    rows = mix_rows(Part(0, 4000, 4000, 1), 1000, generator(0, Draw.MIX, 0), 0.0, 50.0)[::2]
+    sides = rows[:, 4:] - rows[:, 2:4]
+    assert sides.prod(1) / 1e6 == pytest.approx(1 - rows[:, 1], abs=0.005)

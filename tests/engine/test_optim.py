@@ -235,3 +235,15 @@ def test_a_step_left_out_leaves_adamw_and_the_average_as_they_were(
     assert all(torch.equal(states[5][name], tensor) for name, tensor in states[4].items())
     assert not any(torch.equal(states[6][name], tensor) for name, tensor in states[5].items() if "ema." in name)
     assert {states[6][name].item() for name in states[6] if name.startswith("optimizer.step.")} == {5.0}
+
+
+def test_the_optimizer_has_the_settings_of_the_recipe() -> None:
+    sgd = Optim(lr=0.1, stages=(1.0,), momentum=0.8, nesterov=False)
+    adamw = Optim(name="adamw", lr=0.1, stages=(1.0,), betas=(0.8, 0.95), eps=1e-4)
+    for optim, keys in (
+        (sgd, ("momentum", "nesterov")),
+        (sgd.model_copy(update={"nesterov": True}), ("nesterov",)),
+        (adamw, ("betas", "eps")),
+    ):
+        for key in keys:
+            assert set(of_each(Small(), optim, key).values()) == {getattr(optim, key)}

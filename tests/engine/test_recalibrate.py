@@ -170,3 +170,14 @@ def test_a_run_recalibrates_as_often_as_is_needed(
         fit(recipe, RunDir(tmp_path / schedule), World())
         assert asked == expected
         asked.clear()
+
+
+def test_an_average_is_always_recalibrated(tiny: Callable[..., Recipe]) -> None:
+    words = ("evaluation.recalibration_batches=200", "schedule={name: baseline}")
+    assert set(counts(tiny(*words), 240).values()) == {0}
+    assert 0 not in counts(tiny(*words, "optim.ema=0.9"), 240).values()
+
+
+def test_steps_of_fewer_frames_need_recalibration_whatever_their_crop(tiny: Callable[..., Recipe]) -> None:
+    schedule = "schedule={name: multigrid, long_cycle: [[0.5, 1.0]], short_cycle: [], fine_tune: false}"
+    assert 0 not in counts(tiny(schedule, "evaluation.recalibration_batches=200"), 240).values()

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mgtrain.clips.loader import BadVideos, train_batches
+from mgtrain.clips.order import Order
+from mgtrain.clips.units import RandomClips
 from mgtrain.data import open_videos
 from mgtrain.engine.checks import check_micro_batches, make_model, micro_limit
+from mgtrain.engine.start import first_model, open_data
 from mgtrain.engine.step import StepResult, augmented, hits, loss_sum_of, parts, to_device, to_input, train_step
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.errors import PlanError
 from mgtrain.grid import Shape
-from mgtrain.models.norm import GroupBatchNorm3d, merge_group_stats
+from mgtrain.models.norm import GroupBatchNorm3d, group_slots, merge_group_stats
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Optim, Recipe
 from mgtrain.schedule import Plan, Step, make_plan
@@ -323,3 +326,65 @@ def test_a_micro_batch_that_parts_pairs_to_be_mixed_is_refused(tiny: Callable[..
         check_micro_batches(recipe, tiny_plan(recipe), ranks=1)
     assert re.match(r"hardware.micro_clips 4 makes micro-batches of \d+ clips in phase \d, but ", str(caught.value))
     assert "use another hardware.micro_clips or an even batch.bn_clips" in str(caught.value)
+
+
+def test_clipping_with_a_loss_scale_is_of_the_unscaled_gradient(tiny: Callable[..., Recipe]) -> None:
+    from mgtrain.engine.step import train_step
+    from mgtrain.engine.update.optim import make_optimizer
+
+    recipe, found = tiny("optim.clip_norm=0.01"), []
+    step = make_plan(recipe, 24)[16]
+    shape = step.shape
+    clips = torch.randint(0, 256, (shape.clips, 3, shape.frames, shape.crop, shape.crop), dtype=torch.uint8)
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = make_model(recipe)
+        optimizer, scaler = make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=enabled)
+        train_step(model, optimizer, scaler, clips, torch.arange(shape.clips) % 4, step, recipe, World())
+        found.append([optimizer.state[p]["momentum_buffer"] for p in model.parameters()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-7)
+    assert any(buffer.any() for buffer in found[0])
+
+
+def test_another_seed_has_other_weights_clips_and_masks(tiny: Callable[..., Recipe]) -> None:
+    found = []
+    for seed in (3, 4):
+        recipe = tiny(f"seed={seed}")
+        train, _ = open_data(recipe)
+        step = make_plan(recipe, len(train))[0]
+        same = [*Order(0, len(train)).requests([0], step.grid)]  # the same video, at the same position
+        weights = first_model(recipe, World()).stem.conv.weight
+        found.append(
+            (weights, RandomClips(train, recipe)[same].clips, torch.tensor(next(parts(step, recipe, World())).seed))
+        )
+    assert not any(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_step_in_micro_batches_that_is_left_out_leaves_all_groups_as_they_were(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny("batch.bn_clips=2", "hardware.micro_clips=3", "model.dropout=0")
+    plan, model = make_plan(recipe, 24), make_model(recipe)
+    step, optimizer, scaler = plan[0], make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", enabled=False)
+    assert len(list(parts(step, recipe, World()))) > 1
+    shape = step.shape
+    clips = torch.randint(0, 256, (shape.clips, 3, shape.frames, shape.crop, shape.crop), dtype=torch.uint8)
+    labels, bias = torch.zeros(shape.clips, dtype=torch.int64), model.head.linear.bias
+    train_step(model, optimizer, scaler, clips, labels, step, recipe, World())
+    before = [t.clone() for t in group_slots(model)]
+    bias.data[0] = float("inf")
+    assert train_step(model, optimizer, scaler, clips.flip(0), labels, step, recipe, World()).bad == 1
+    assert all(map(torch.equal, before, group_slots(model)))
+
+
+def test_an_update_that_overflows_the_loss_scale_is_skipped_but_not_counted_as_bad(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    step = make_plan(recipe, 24)[16]
+    shape = step.shape
+    clips = torch.randint(0, 256, (shape.clips, 3, shape.frames, shape.crop, shape.crop), dtype=torch.uint8)
+    for factor, skipped in ((1.0, 0), (float("inf"), 1)):
+        model = make_model(recipe)
+        optimizer, scaler = make_optimizer(model, recipe.optim), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        before = model.head.linear.weight.detach().clone()  # type: ignore[union-attr]
+        model.head.linear.weight.register_hook(lambda gradient, factor=factor: gradient * factor)  # type: ignore[union-attr]
+        done = train_step(model, optimizer, scaler, clips, torch.arange(shape.clips) % 4, step, recipe, World())
+        assert (done.bad, done.skipped) == (0, skipped)
+        assert torch.equal(before, model.head.linear.weight) is bool(skipped)  # type: ignore[union-attr]

@@ -455,3 +455,12 @@ def test_a_module_that_cannot_be_imported_is_said_to_be(own: Path, tiny: Callabl
         recipe = tiny(f"model={{name: own, module: {module}, network: x}}")
         with pytest.raises(UsageError, match=message):
             check_shapes(recipe, [recipe.base])
+
+
+def test_each_layer_draws_a_mask_of_its_own() -> None:
+    from mgtrain.models.foreign import group_batchnorm
+    from mgtrain.models.part import set_part
+
+    model, x = group_batchnorm(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5))), torch.ones(8, 100)
+    set_part(model, Part(0, 8, 8, 8, seed=5))
+    assert 0.4 < (model[0](x) == model[1](x)).double().mean() < 0.6

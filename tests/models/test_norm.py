@@ -516,3 +516,32 @@ def test_a_cpu_normalizes_rows_whose_layout_is_sure(clips: int, groups: int) -> 
         y.backward(torch.ones_like(y))
     assert set(layouts.seen) == {(2, True)}
     assert len(layouts.seen) >= 3 * groups
+
+
+def test_slots_of_a_new_phase_start_from_the_merged_statistics_of_the_last() -> None:
+    made = GroupBatchNorm3d(3).double().train()
+    made.part = Part(0, 8, 8, 4)
+    made(torch.randn(8, 3, 2, 3, 3).double())
+    means, variances = made.group_mean.clone(), made.group_var.clone()
+    set_momentum(made, 0.0)
+    made.part = Part(0, 8, 8, 2)
+    made(torch.randn(8, 3, 2, 3, 3).double())
+    torch.testing.assert_close(made.group_mean, means.mean(0).expand(2, 3))
+    torch.testing.assert_close(made.group_var, (variances.mean(0) + means.var(0, correction=0)).expand(2, 3))
+
+
+def test_ranks_start_a_phase_from_the_statistics_of_all() -> None:
+    made = GroupBatchNorm3d(1).train()
+    made.part = Part(0, 4, 8, 2, ranks=2, gather=lambda x, n: torch.stack([x.detach(), x.detach() + 2]))
+    made(torch.randn(4, 1, 2, 3, 3))
+    mine = made.group_mean.clone()
+    set_momentum(made, 0.0)
+    made.begin(Part(0, 4, 8, 4, ranks=2, gather=made.part.gather))
+    torch.testing.assert_close(made.group_mean, (mine + 1).expand(2, 1))
+
+
+def test_a_momentum_of_ones_own_is_restored() -> None:
+    norm = GroupBatchNorm3d(3, momentum=0.01)
+    set_momentum(norm, 0.5, pool=True)
+    set_momentum(norm, None)
+    assert (norm.momentum, norm.pool) == (0.01, False)

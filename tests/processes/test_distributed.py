@@ -490,3 +490,7 @@ def test_a_machine_with_other_files_is_refused(tiny: Callable[..., Recipe], monk
         checked(tiny("logging.steps=20"), tiny())
     with pytest.raises(DataError, match=r"rank 0: videos \['24 .*'12 .* -> \['12 .*; plan \w+ -> \w+; give all"):
         checked(tiny("data.train=val.csv"), tiny())
+
+
+def test_two_ranks_in_micro_batches_train_as_one_does(both: Callable[..., tuple[RunDir, RunDir]]) -> None:
+    both(*GENTLE, "batch.clips=16", "hardware.micro_clips=5", "optim.stages=[2, 1]", "evaluation.times=1")

@@ -343,6 +343,12 @@ def test_what_was_gained_can_be_demanded(baseline: RunDir, run: RunDir) -> None:
         demand(result, {"speedup": 3.5})
     with pytest.raises(ThresholdError, match=r"^accuracy is 25\.00, less than 25\.1$"):
         demand(result, {"accuracy": 25.1})
+    with pytest.raises(ThresholdError, match=r"^clock is 2\.93, less than 3$"):
+        demand(result, {"clock": 3.0})
+    lost = {**result, "accuracy_difference": 199 / 200 - 1.0}  # -0.005000000000000004
+    demand(lost, {"accuracy": -0.5})
+    with pytest.raises(ThresholdError, match=r"^accuracy is -0\.50, less than -0\.499$"):
+        demand(lost, {"accuracy": -0.499})
     rows = (run.path / "evals.jsonl").read_text().splitlines(keepends=True)
     (run.path / "evals.jsonl").write_text("".join(rows[:1]))
     early = compare(baseline, run)
@@ -353,3 +359,11 @@ def test_what_was_gained_can_be_demanded(baseline: RunDir, run: RunDir) -> None:
     run.write("env.json", {**run.read("env.json"), "threads": 64})
     with pytest.raises(ThresholdError, match="speedup is not known, because the runs used different devices"):
         demand(compare(baseline, run), {"speedup": 1})
+
+
+def test_the_accuracy_of_a_run_is_its_last_not_its_best(tiny: Callable[..., Recipe], baseline, tmp_path: Path) -> None:
+    fell = written(tmp_path / "fell", tiny(), [evaluation(11, 0.75, 25.0), evaluation(17, 0.25, 35.0)])
+    result = compare(baseline, fell)
+    assert (result["runs"][1]["accuracy"], result["runs"][1]["best_accuracy"]) == (0.25, 0.75)
+    assert result["accuracy_difference"] == pytest.approx(-0.25)
+    assert "top-1 25.0 % against 50.0 %" in result["verdict"]

@@ -11,6 +11,7 @@ from test_compare import DATA, evaluation, printed, written
 
 from mgtrain.errors import UsageError
 from mgtrain.recipe import Recipe
+from mgtrain.runs.compare import compare
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.groups import Outcome, compare_groups, grouped, render_groups, verdicts, write_csv
 
@@ -264,3 +265,9 @@ def test_a_table_has_a_line_for_each_run(tiny: Callable[..., Recipe], tmp_path: 
     assert len(rows) == 4
     assert rows[0].startswith("name,finished,steps,")
     assert rows[1].endswith(",0")
+
+
+def test_runs_on_unequal_numbers_of_videos(tiny, tmp_path: Path) -> None:
+    slow = written(tmp_path / "slow", tiny(BASELINE), [evaluation(54, 0.5, 120.0, 80)])
+    fast = written(tmp_path / "fast", tiny(), [evaluation(17, 0.8, 30.0, 70)])
+    assert compare(slow, fast)["accuracy_difference"] == pytest.approx(0.3)

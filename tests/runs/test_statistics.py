@@ -98,3 +98,10 @@ def test_unpaired_groups_both_need_so_many_seeds() -> None:
     spread = math.sqrt((statistics.variance(few) + statistics.variance(many)) / size)
     assert stats.t.ppf(0.975, size - 1) * spread <= max(found.value + 1, -found.value)
     assert "more seed may decide" in judge(Interval(0.5, -1.1, 2.1, 1.29, 5), 1.0)
+
+
+def test_the_gain_of_unpaired_groups_has_welchs_interval() -> None:
+    slow, fast = [100.0, 130.0, 90.0], [30.0, 36.0, 31.0]
+    expected = stats.ttest_ind(np.log(slow), np.log(fast), equal_var=False).confidence_interval()
+    found = ratio(slow, fast, paired=False)
+    assert (found.low, found.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))

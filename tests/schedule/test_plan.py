@@ -353,3 +353,27 @@ def test_the_kinds_of_steps_that_are_left_are_those_of_the_steps(start: int, tin
     assert {kind: count for kind, (_, count) in found.items()} == Counter((s.shape, s.bn_groups) for s in walked)
     for kind, (step, _) in found.items():
         assert step == next(one for one in walked if (one.shape, one.bn_groups) == kind)
+
+
+def test_a_cosine_may_grow_as_the_root_of_the_batch_and_warms_up_to_its_own_curve() -> None:
+    words = ("optim.curve=cosine", "optim.scaling=sqrt", "optim.warmup_epochs=34")
+    plan, unwarmed = (
+        make_plan(multigrid(*words), 24_000),
+        make_plan(multigrid(*words[:2], "optim.warmup_epochs=0"), 24_000),
+    )
+    assert unwarmed[0].lr == pytest.approx(0.1 * 8**0.5)
+    end = next(step for step in plan.steps() if step.epoch >= 34)
+    assert end.lr == unwarmed[end.index].lr < unwarmed[0].lr
+    last = plan[end.index - 1]
+    assert last.lr == pytest.approx(0.01 + (end.lr - 0.01) * last.epoch / 34, rel=1e-4)
+
+
+def test_the_root_holds_for_the_short_cycle_too() -> None:
+    plan = make_plan(multigrid("schedule.lr_scaling=both", "optim.scaling=sqrt", "optim.warmup_epochs=0"), 240_000)
+    assert [plan[n].lr for n in range(3)] == pytest.approx([0.1 * 16**0.5, 0.1 * 8**0.5, 0.1 * 8**0.5])
+
+
+def test_ranks_must_share_the_batches_of_recalibration() -> None:
+    coarse = make_plan(multigrid("schedule.long_cycle=[[0.25, 1.0]]", "schedule.short_cycle=[]"), 1_000)
+    with pytest.raises(PlanError, match="recalibration has batches of 64 clips, which 128 GPUs cannot share"):
+        check_world(coarse, 128)

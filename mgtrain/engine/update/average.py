@@ -39,9 +39,9 @@ class Average:
         self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: Step, bad: Tensor) -> None:
-        """Add the weights after `step`, unless its update was skipped: `bad` is 1 then, on the device."""
-        share = (1 - kept(self._decay, self._base_clips, step)) * (1 - bad)
+    def update(self, step: Step, skipped: Tensor) -> None:
+        """Add the weights after `step`, unless its update was `skipped`, which is 1 then, on the device."""
+        share = (1 - kept(self._decay, self._base_clips, step)) * (1 - skipped)
         averages = [*self.weights.values()]
         changes = torch._foreach_sub([*self._parameters.values()], averages)
         torch._foreach_mul_(changes, share)
