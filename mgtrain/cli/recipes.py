@@ -1,5 +1,6 @@
 """The commands that list, show and copy recipes."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,15 +45,16 @@ def show_recipe(name: Name) -> None:
 def copy_recipe(
     name: Name,
     target: Annotated[
-        Path | None, Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.")
-    ] = None,
+        str,
+        Argument(help="A file or an existing folder. Default: NAME.yaml in the current folder.", show_default=False),
+    ] = ".",
 ) -> None:
     """Copy a shipped recipe to a file of your own.
 
     Example:  mgtrain recipes copy k400_slowfast_8x8_r50_multigrid my.yaml
     """
     source = find_recipe(name)
-    file = (target or Path()) / source.name if target is None or target.is_dir() else target
+    file = Path(target, source.name) if target.endswith(("/", os.sep)) or Path(target).is_dir() else Path(target)
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(source.read_text(encoding="utf-8"))

@@ -128,15 +128,19 @@ def predict(
         trained = load_trained(path, recipe, [*alone, *(changes or ()), "data.prepared=null"], world, trust)
         _caution(trained, path)
         found, failed = [], {}
-        for video, answer in predict_videos(trained, [str(video) for video in videos], world, (times, crops), every):
-            if isinstance(answer, str):
-                failed[video] = answer
-                continue
-            found.append(answer.describe(trained.classes, top))
-            if not json_:
-                out.print(answer.render(trained.classes, top))
-    facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
-    show(json_, {**facts, "videos": found, "failed": failed})
+        answers = predict_videos(trained, [str(video) for video in videos], world, (times, crops), every)
+        try:
+            for video, answer in answers:
+                if isinstance(answer, str):
+                    failed[video] = answer
+                    continue
+                found.append(answer.describe(trained.classes, top))
+                if not json_:
+                    out.print(answer.render(trained.classes, top))
+        finally:  # Ctrl-C keeps the answers so far
+            if found or failed:
+                facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
+                show(json_, {**facts, "videos": found, "failed": failed})
     if failed:
         raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used, as said above")
 

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mgtrain.cli import app
 from mgtrain.engine.evaluate import evaluate
 from mgtrain.engine.recalibrate import recalibrate
 from mgtrain.engine.start import open_data
-from mgtrain.engine.trained import evaluation_videos, load_trained
+from mgtrain.engine.trained import evaluation_videos, load_trained, predict_videos
 from mgtrain.errors import UsageError
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe, shipped_recipes
@@ -178,7 +178,9 @@ def test_recipes_copy_writes_a_file_once(mgtrain: Start, tmp_path: Path) -> None
         assert again.returncode == 2
         assert f"{file}: exists already; give another file, or delete this one" in again.stderr
         assert (tmp_path / file).read_text() == "mine"
-    assert mgtrain(tmp_path, "recipes", "copy", "demo_baseline", "nowhere/my.yaml").returncode == 2
+    for target in ("nowhere/my.yaml", "nowhere/"):
+        assert mgtrain(tmp_path, "recipes", "copy", "demo_baseline", target).returncode == 2
+        assert not (tmp_path / "nowhere").exists()
 
 
 def test_recipes_list_names_every_shipped_recipe(mgtrain: Start, tmp_path: Path) -> None:
@@ -311,6 +313,21 @@ def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Pa
     assert " s: " in done.stdout
     assert f"{tmp_path / 'bad.mp4'}: " in done.stderr
     assert "1 of 2 videos cannot be used, as said above" in done.stderr
+
+
+def test_predict_as_json_keeps_the_answers_before_a_ctrl_c(
+    here: Path, motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Iterator[Any]:
+        yield next(predict_videos(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mgtrain.engine.trained.predict_videos", interrupted)
+    video = str(motions / "videos/val/left_0.mp4")
+    words = ["predict", str(here / "runs/tiny"), video, video, "--views", "1x1", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code != 0
+    assert [answer["video"] for answer in json.loads(done.stdout)["videos"]] == [video]
 
 
 def test_compare_as_json_and_for_a_reader(mgtrain: Start, here: Path) -> None:
