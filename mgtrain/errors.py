@@ -68,6 +68,8 @@ class MissingCapabilityError(MgtrainError, exit_code=69):
 
 # What an exception of Python, torch, FFmpeg or the system says of a lack, and what to say of it: the first that fits.
 LACKS = {
+    r"CUDA (error: )?out of memory|CUDNN_STATUS_ALLOC_FAILED":
+        "out of the GPU's memory; end other programs on it, or set hardware.memory_gib to less than it has free",
     r"shared memory|\bshm\b|</torch_|[Bb]us error":
         "out of shared memory; enlarge /dev/shm (docker run --shm-size=8g), or lower hardware.workers",
     r"Too many open files|received 0 items of ancdata":

@@ -168,9 +168,7 @@ def waits(check: Check) -> Iterator[Row]:
         where = ""
         for step in list(trainer.plan.first_steps().values())[::3]:  # of 8, 4 and 1 groups
             batch = trainer.batch(step)
-            for _ in range(
-                2
-            ):  # may wait: torch queries the device, and DDP arranges gradients anew after its first step
+            for _ in range(2):  # may wait: torch queries the device, and DDP arranges gradients after its first step
                 trainer.step(step, batch)
             try:
                 with waiting_refused(check):
@@ -179,6 +177,7 @@ def waits(check: Check) -> Iterator[Row]:
                 if "synchronizing" not in str(error):
                     raise
                 where = str(error)
+                break  # with ranks, this step's gradients are left unexchanged
         yield row(name, None if not check.gpu else not where, waits=where or "none")
 
 
@@ -202,7 +201,8 @@ def shapes(check: Check) -> Iterator[Row]:
     for shape, step in sorted(firsts.items(), key=lambda item: item[0] != trainer.recipe.base):  # others need its time
         batch = trainer.batch(step)
         first = seconds_of(lambda s=step, b=batch: trainer.step(s, b), 1, check.world.device)[0]
-        trainer.step(step, batch)
+        for _ in range(10 if check.world.size > 1 and step.shape == trainer.recipe.base else 1):
+            trainer.step(step, batch)  # DDP times the first ten of a process, and waits for that
         wait(check)
         start = time.perf_counter()
         for _ in range(repeats):

@@ -14,7 +14,7 @@ from mgtrain.data.videos import Videos, mirrored_labels
 from mgtrain.engine.checks import check_alike, check_micro_batches, check_precision, check_shapes, make_model
 from mgtrain.engine.machine.memory import fit_memory, lack_explained
 from mgtrain.engine.machine.tuning import tune
-from mgtrain.engine.machine.warmup import Run, set_up, warm_up
+from mgtrain.engine.machine.warmup import Run, set_up, settle, warm_up
 from mgtrain.engine.record import describe_run, environment, show_run, show_step
 from mgtrain.engine.resume import Learner, resume_run
 from mgtrain.engine.step import to_device
@@ -94,6 +94,7 @@ def start(recipe: Recipe, run: RunDir, world: World, resume: bool, allow_changes
     run.write("env.json", environment(run, recipe, world, state, changes))
     tune(model, run, recipe, plan, world)
     replica = replicate(model, world, all_used=recipe.model.name != "own")
+    settle(replica, recipe, world)
     compiled = warm_up(replica, recipe, plan, state.step, world)
 
     # 4. Delete the log rows after the checkpoint, and open the boards.

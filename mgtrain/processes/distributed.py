@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mgtrain.console import note
+from mgtrain.console import note, warn
 from mgtrain.errors import MissingCapabilityError, RanksLostError, StoppedError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
-from mgtrain.processes.environment import LAUNCHER, is_launched, launcher, rank_of_environment, restarts
+from mgtrain.processes.environment import LAUNCHER, has_gpus, is_launched, launcher, rank_of_environment, restarts
 from mgtrain.processes.signals import leave_terminal, stop_signals
 from mgtrain.processes.watchdog import Watchdog
 
@@ -70,7 +71,7 @@ class World:
         if ranks == 1:
             return tensor[None]
         gathered = tensor.new_empty(ranks, *tensor.shape)
-        all_gather(gathered, tensor[None], group=_block(ranks, self.size))
+        all_gather(gathered, tensor[None], group=_block(ranks, self.size, self.watchdog.seconds))
         return gathered
 
     def from_main(self, value: Value) -> Value:
@@ -115,9 +116,14 @@ class Agreement:
 
 
 @lru_cache
-def _block(ranks: int, size: int) -> dist.ProcessGroup | None:
+def _block(ranks: int, size: int, timeout_seconds: float) -> dist.ProcessGroup | None:
     """The process group of this rank's block of `ranks` consecutive ranks; all ranks must call this together."""
-    return None if ranks == size else dist.new_subgroups(ranks)[0]
+    return None if ranks == size else dist.new_subgroups(ranks, timeout=_longest_exchange(timeout_seconds))[0]
+
+
+def _longest_exchange(timeout_seconds: float) -> timedelta:
+    """The timeout of an exchange: the watchdog, which has `timeout_seconds`, reports a hang before."""
+    return timedelta(minutes=max(JOIN_MINUTES, min(timeout_seconds / 30, 60 * MOST_HOURS)))
 
 
 @contextmanager
@@ -143,6 +149,8 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             )
     else:
         keep_freed_memory()
+        if device is None and rank_of_environment() == 0 and has_gpus():
+            warn("torch does not see this machine's NVIDIA GPUs, so this runs on the CPU; `mgtrain doctor` says more")
     size = int(os.environ.get("WORLD_SIZE", 1))
     watchdog = Watchdog(timeout_seconds, rank_of_environment(), launcher())
     with watchdog.on_watch():
@@ -157,9 +165,8 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             store = _of_these_ranks(store, rank, size)
             if chosen.type == "cuda":
                 _refuse_shared_gpu(store, chosen)
-            # The watchdog reports a hang before an exchange gives up.
-            longest = timedelta(seconds=min(2 * timeout_seconds, 3600 * MOST_HOURS))
-            dist.init_process_group(backend, timeout=max(timeout, longest), store=store, rank=rank, world_size=size)
+            longest = _longest_exchange(timeout_seconds)
+            dist.init_process_group(backend, timeout=longest, store=store, rank=rank, world_size=size)
             watchdog.beat()
             everyone: list[Any] = [None] * size
             dist.all_gather_object(everyone, (platform.node(), which_cores(), chosen.type))
@@ -368,11 +375,14 @@ def replicate(model: nn.Module, world: World, all_used: bool = True) -> nn.Modul
     # Meaningless: the strides of 1 x 1 x 1 kernels are valid in both memory formats.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # and all are used
+    # Copy gradients into a bucket with one kernel, not with one for each; torch before 2.14 cannot.
+    known = signature(DistributedDataParallel).parameters
+    batched: dict[str, Any] = {"batched_grad_copy": True} if "batched_grad_copy" in known else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` will be renamed
         replica = DistributedDataParallel(
             model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True,
-            find_unused_parameters=not all_used,
+            find_unused_parameters=not all_used, **batched,
         )  # fmt: skip
     replica._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]  # which waits for the GPU
     return replica

@@ -1,8 +1,9 @@
-"""torchrun's environment variables, read without importing torch."""
+"""What torchrun's variables and the driver of GPUs say, without importing torch."""
 
 import os
 
 LAUNCHER = "MGTRAIN_LAUNCHER"  # the process id of mgtrain's own launcher
+NVIDIA = "/proc/driver/nvidia/gpus"  # the driver's list of its GPUs
 
 
 def launcher() -> int | None:
@@ -29,3 +30,8 @@ def restarts() -> int:
 def may_restart() -> bool:
     """Whether torchrun restarts the ranks after a failure; on a new machine they cannot tell that it has."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def has_gpus() -> bool:
+    """Whether the machine has NVIDIA GPUs, unless `CUDA_VISIBLE_DEVICES` hides them."""
+    return os.path.isdir(NVIDIA) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")

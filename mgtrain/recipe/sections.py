@@ -234,8 +234,9 @@ class Hardware(Section):
     memory_gib: Positive | None = Field(
         None,
         description=(
-            "memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step "
-            "fits. On a GPU, its free memory is a limit, too, and the only one if null"
+            "memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step is "
+            "estimated to fit. A GPU's free memory is a limit, too, and the only one if null; torch allocates no "
+            "more of it than this limit"
         ),
     )
     recompute: bool = Field(
@@ -267,7 +268,13 @@ class Hardware(Section):
             "loader processes per rank; null: a rank's share of the cores, or half of it on a CPU, at most 16"
         ),
     )
-    channels_last: bool = Field(True, description="use the channels-last memory format for clips and weights")
+    channels_last: bool = Field(
+        True,
+        description=(
+            "use the channels-last memory format for clips and weights; without it, half precision is slow on GPUs "
+            "with cuDNN 9.8 to 9.14"
+        ),
+    )
 
 
 class Logging(Section):

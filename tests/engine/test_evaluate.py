@@ -23,6 +23,7 @@ from mgtrain.engine.step import to_device, to_input
 from mgtrain.errors import DataError
 from mgtrain.models.norm import GroupBatchNorm3d
 from mgtrain.processes.distributed import World
+from mgtrain.processes.watchdog import Watchdog
 from mgtrain.recipe import Recipe
 from mgtrain.runs.scores import Predictions, Scores
 
@@ -99,6 +100,19 @@ def test_broken_videos_of_all_ranks_count(tiny: Callable[..., Recipe], monkeypat
     lacking(3)
     with pytest.raises(DataError, match=r"3 of 12 videos cannot be decoded, more than data.max_bad_fraction 0\.2"):
         evaluate(make_model(recipe), val, recipe, World())
+
+
+def test_a_rank_that_waits_for_slower_ones_is_not_watched(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, watchdog, seen = tiny(), Watchdog(900.0), []
+    watchdog.beat()
+    gather = World.gather
+    monkeypatch.setattr(World, "gather", lambda *given: seen.append(watchdog._last) or gather(*given))
+    val = open_videos("list", recipe.data.root, "val.csv")
+    evaluate(make_model(recipe), val, recipe, World(watchdog=watchdog))
+    assert seen[-2:] == [float("inf")] * 2  # the numbers of the videos, and their probabilities
+    assert watchdog._last < float("inf")
 
 
 class Fixed(nn.Module):

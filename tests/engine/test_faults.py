@@ -635,12 +635,12 @@ def test_the_slurm_script_starts_the_ranks_and_puts_a_stopped_job_back(folder: P
     (stubs / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo localhost || echo "$@" >> asked\n')
     (stubs / "srun").write_text(  # two tasks; the exit code is the larger one, as srun's
         "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
-        'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); echo $! > task$i; done\n'
+        'for i in 0 1; do SLURM_NTASKS=2 SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); echo $! > task$i; done\n'
         "code=0; for pid in ${pids[@]}; do wait $pid; c=$?; [ $c -gt $code ] && code=$c; done; exit $code\n"
     )
     for stub in stubs.iterdir():
         stub.chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "7"}
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "7"}
     job = subprocess.Popen(
         ["bash", str(script), "tiny.yaml", "--device", "cpu", *LONG],
         cwd=folder, env=os.environ | slurm | {"PATH": f"{stubs}:{os.environ['PATH']}"},

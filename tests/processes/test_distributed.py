@@ -42,6 +42,7 @@ from mgtrain.processes.distributed import (
     unwrap,
 )
 from mgtrain.processes.environment import launcher
+from mgtrain.processes.watchdog import Watchdog
 from mgtrain.recipe import Recipe
 from mgtrain.runs.folder import RunDir
 from mgtrain.schedule import make_plan
@@ -257,6 +258,25 @@ def test_two_ranks_cut_and_resumed_are_two_ranks_straight_through(
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
+def test_four_ranks_cut_and_resumed_are_four_ranks_straight_through(
+    mgtrain: Start, tiny_text: str, tmp_path: Path
+) -> None:
+    # Sums of more than two numbers depend on their order, which depends on how DDP arranges its buckets.
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tiny.yaml").write_text(tiny_text)
+    words = (*FIT, "--procs", 4, *EVERY_STEP, "optim.stages=[1, 0.5]", "optim.warmup_epochs=0", "evaluation.times=1")
+    assert mgtrain(tmp_path / "straight", *words).returncode == 0
+    straight = RunDir(tmp_path / "straight/runs/tiny")
+    resumed = cut(straight, tmp_path / "resumed", step=2)
+    done = mgtrain(tmp_path / "resumed", *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(straight)) > 3
+    assert losses(resumed) == losses(straight)
+    ours, theirs = (load_file(run.checkpoints()[-1]) for run in (resumed, straight))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_a_run_may_go_on_with_another_number_of_ranks(
     tiny: Callable[..., Recipe], pair: RunDir, alone: RunDir, tmp_path: Path
 ) -> None:
@@ -400,6 +420,29 @@ def test_one_rank_beside_idle_gpus_is_told(
     assert ("one of 4 GPUs; to use all, unset it" in " ".join(capsys.readouterr().err.split())) is told
 
 
+@pytest.mark.parametrize(
+    ("device", "visible", "told"), [(None, None, True), (None, "0,1", True), (None, "", False), ("cpu", None, False)]
+)
+def test_a_gpu_that_torch_does_not_see_is_told(
+    device: str | None,
+    visible: str | None,
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for driver in (tmp_path / "none", tmp_path):
+        monkeypatch.setattr("mgtrain.processes.environment.NVIDIA", str(driver))
+        with connect(device) as world:
+            assert world.device.type == "cpu"
+        said = "torch does not see this machine's NVIDIA GPUs" in capsys.readouterr().err
+        assert said is (told and driver.is_dir())
+
+
 @pytest.mark.parametrize(("watched_seconds", "minutes"), [(60, 30), (3600, 120), (float("inf"), 24 * 60)])
 def test_a_fast_rank_waits_as_long_as_the_watchdog_lets_a_slow_one_take(
     watched_seconds: float, minutes: int, monkeypatch: pytest.MonkeyPatch
@@ -417,6 +460,11 @@ def test_a_fast_rank_waits_as_long_as_the_watchdog_lets_a_slow_one_take(
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     with pytest.raises(Reached), connect("cpu", watched_seconds):
         pass
+    groups: list[timedelta] = []  # which torch gives 30 minutes otherwise
+    monkeypatch.setattr(torch.distributed, "new_subgroups", lambda _, timeout: groups.append(timeout) or [None])
+    monkeypatch.setattr("mgtrain.processes.distributed.all_gather", lambda *_, **__: None)
+    World(0, 4, watchdog=Watchdog(watched_seconds)).gather(torch.zeros(1), 2)
+    assert groups == [timedelta(minutes=minutes)]
 
 
 def test_ranks_do_not_wait_for_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ OF_A_WORKER = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Tra
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory; "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "out of memory; "),
         (RuntimeError("std::bad_alloc"), "out of memory; "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of the GPU's memory; end other "),
+        (RuntimeError("CUDA error: out of memory"), "out of the GPU's memory; "),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.mp4"), "too many open files; "),
         (OSError(errno.ENFILE, os.strerror(errno.ENFILE)), "too many open files; "),
         (RuntimeError("received 0 items of ancdata"), "too many open files; "),

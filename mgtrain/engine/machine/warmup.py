@@ -33,9 +33,12 @@ Run = Callable[[Step], AbstractContextManager[object]]
 
 
 def set_up(recipe: Recipe, device: torch.device) -> None:
-    """On a GPU, apply the recipe's `hardware.tf32` and `hardware.deterministic` to this process."""
+    """On a GPU, apply the recipe's `hardware.memory_gib`, `tf32` and `deterministic` to this process."""
     if device.type != "cuda":
         return
+    total = torch.cuda.mem_get_info(device)[1] / 2**30
+    limit = recipe.hardware.memory_gib or total  # of all that torch allocates, cuDNN's search included
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     # Not by their new names, `fp32_precision`: torch.compile of torch 2.9 reads the old ones, and refuses a mixture.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = recipe.hardware.tf32
     deterministic = recipe.hardware.deterministic
@@ -45,6 +48,23 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic, warn_only=True)  # not all operations have such a kernel
+
+
+def settle(replica: nn.Module, recipe: Recipe, world: World) -> None:
+    """Let DDP arrange its buckets of gradients, as it does once after a process's first backward pass.
+
+    They decide the order in which three or more ranks' gradients are added up, so without this, the first step of a
+    resumed run would round otherwise than that step of a run that was not stopped.
+    """
+    if world.size == 1:
+        return
+    base = recipe.base
+    clip = torch.zeros(1, 3, base.frames, base.crop, base.crop, device=world.device)
+    replica.eval()  # no statistic changes
+    with autocast(recipe, world):
+        logits = replica(clip.to(memory_format=memory_format(recipe)))
+    logits.float().sum().backward()
+    replica.zero_grad(set_to_none=True)
 
 
 def warm_up(replica: nn.Module, recipe: Recipe, plan: Plan, start: int, world: World) -> Run:
@@ -90,10 +110,11 @@ def _compiled(
     chosen, spent, gain, per_group = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
     for kind in sorted(left, key=lambda kind: -left[kind][1] * eager[kind]):
         (shape, groups), (step, steps) = kind, left[kind]
-        whole = pass_clips(recipe, shape, groups, world.size) == shape.clips // world.size
-        unrolled = 1 if world.device.type == "cuda" else max(1, groups // world.size)  # groups in the graph
+        share = shape.clips // world.size
+        whole = pass_clips(recipe, shape, groups, world.size) == share >= shape.clips // groups
+        unrolled = 1 if world.device.type == "cuda" else groups // world.size  # groups in the graph
         if not whole or not pays(steps, eager[kind], gain, per_group * unrolled):
-            continue  # each micro-batch of several would be compiled separately
+            continue  # one of several micro-batches, or a BatchNorm group over several GPUs, would be compiled
         begun, now, failed = time.perf_counter(), 0.0, False
         try:
             with compiled(unwrap(replica), recipe):
