@@ -4,7 +4,6 @@ Names of classes, videos and runs come from others, so nothing here is read as m
 """
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,21 +59,6 @@ class HarmlessFormatter(logging.Formatter):
         return harmless(super().format(record))
 
 
-class RunLog(logging.FileHandler):
-    """A log file in a folder that is created later; earlier lines are kept until then."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__(file, encoding="utf-8", delay=True)
-        self._early: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._early.append(record)
-        if os.path.isdir(os.path.dirname(self.baseFilename)):
-            for waiting in self._early:
-                super().emit(waiting)
-            self._early.clear()
-
-
 ShowProgress = Callable[[str, int, int], None]  # takes what is being done, how many are done, and of how many
 
 out = HarmlessConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -100,8 +84,8 @@ def warn(text: str) -> None:
     note(f"warning: {text}", "yellow")
 
 
-def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
-    """Log to stderr (only warnings except on the main rank), and to a file when its folder exists."""
+def start_logging(file: Path | None, rank: int = 0) -> None:
+    """Log to stderr, and on rank 0 to a file while its folder exists; other ranks show only warnings."""
     log = logging.getLogger("mgtrain")
     for old in log.handlers[:]:
         log.removeHandler(old)
@@ -111,11 +95,12 @@ def start_logging(file: Path | None, main: bool, rank: int = 0) -> None:
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if err.is_terminal:
         handler = RichHandler(console=err, show_path=False, show_time=False, show_level=False, markup=False)
-    handler.setFormatter(HarmlessFormatter("%(message)s" if main else f"rank {rank}: %(message)s"))
-    handler.setLevel(logging.INFO if main else logging.WARNING)
+    handler.setFormatter(HarmlessFormatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
+    handler.setLevel(logging.WARNING if rank else logging.INFO)
     log.addHandler(handler)
-    if main and file is not None:
-        to_file = RunLog(file)
+    if file is not None and not rank:
+        to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
+        to_file.addFilter(lambda _: file.parent.is_dir())  # a failed start removes the folder
         to_file.setFormatter(HarmlessFormatter("%(asctime)s %(message)s"))
         log.addHandler(to_file)
 
@@ -143,19 +128,6 @@ def progress() -> Iterator[ShowProgress]:
 
 def no_progress(what: str, done: int, total: int) -> None:
     """A `ShowProgress` that shows nothing."""
-
-
-def size(count: float) -> str:
-    """Bytes for a reader.
-
-    >>> size(900), size(23_400_000), size(1.5e12)
-    ('900 B', '23.4 MB', '1.5 TB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def table(

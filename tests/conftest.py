@@ -131,7 +131,7 @@ def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     loading = doctor.cut_on_one_core
     monkeypatch.setattr(doctor, "PROBE", (1, 8, 4, 28, 28))
     monkeypatch.setattr(doctor, "half_precision_gain", lambda *_: 1.5)
-    monkeypatch.setattr(doctor, "cut_on_one_core", lambda clips, requests, seconds: loading(clips, requests, 0.05))
+    monkeypatch.setattr(doctor, "cut_on_one_core", lambda *what, seconds: loading(*what, 0.05))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Argument
@@ -15,9 +15,6 @@ from mgtrain.console import show
 from mgtrain.errors import CheckpointError
 from mgtrain.recipe import parse_recipe
 from mgtrain.runs.folder import find_run
-
-if TYPE_CHECKING:
-    pass
 
 ckpt_app = typer.Typer(name="ckpt", help="Inspect and verify checkpoints.", no_args_is_help=True)
 

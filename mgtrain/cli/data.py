@@ -1,17 +1,18 @@
 """The commands about data sets: synthesize, index, split, stats, check, prepare, verify."""
 
 import os
-import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.filesize import decimal
 from typer import Argument, Option
 
 from mgtrain.cli.options import GroupBy, Json, Overrides, RecipeArgument, Seed, check_finite, check_share
-from mgtrain.console import counts_table, duration, note, out, progress, show, size, warn
+from mgtrain.console import counts_table, duration, note, out, progress, show, warn
 from mgtrain.data import open_splits, open_videos
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.index import make_index
@@ -289,13 +290,13 @@ def prepare(
     def by_level(sizes: tuple[int, ...], originals: int) -> str:
         """The size of all levels and of each, in bytes and relative to the originals."""
         levels = zip(settings.levels, sizes, strict=True)
-        parts = (f"{size(n)} or {n / max(1, originals):.2f}x at {level}" for level, n in levels)
-        return f"{size(sum(sizes))} ({', '.join(parts)})"
+        parts = (f"{decimal(n)} or {n / max(1, originals):.2f}x at {level}" for level, n in levels)
+        return f"{decimal(sum(sizes))} ({', '.join(parts)})"
 
     def announce(expected: Forecast) -> bool:
         note(
             f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
-            f"{size(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes"
+            f"{decimal(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes"
         )
         return not forecast
 
@@ -361,11 +362,10 @@ def parse_shards(text: str) -> int:
     >>> parse_shards("1.5 GiB"), parse_shards("200MB")
     (1610612736, 200000000)
     """
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([kmgt])(i?)b", text.strip(), re.IGNORECASE | re.ASCII)
-    if not match:
-        raise UsageError(f"--shards {text}: write a size with its unit, such as 2GiB or 500MB")
-    number, unit, binary = match.groups()
-    count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower()))
+    try:
+        count = TypeAdapter(ByteSize).validate_python(text.strip())
+    except ValidationError:
+        raise UsageError(f"--shards {text}: write a size with its unit, such as 2GiB or 500MB") from None
     if count < LEAST_SHARD:
-        raise UsageError(f"--shards {text}: must be at least {size(LEAST_SHARD)}, such as 2GiB")
+        raise UsageError(f"--shards {text}: must be at least {decimal(LEAST_SHARD)}, such as 2GiB")
     return count

@@ -83,7 +83,7 @@ def fit(
         return
     patience = min(SECONDS_TO_UNLOCK, loaded.faults.timeout_seconds / 2) if resume and is_launched() else None
     with connected(device, loaded.faults.timeout_seconds) as world, run.locked(patience):
-        start_logging(folder / "log.txt", world.main, world.rank)
+        start_logging(folder / "log.txt", world.rank)
         _check_shared(run, world)
         resume = world.any(resume)  # torchrun counts restarts on each machine by itself
         if not resume and world.from_main(run.started):

@@ -60,7 +60,7 @@ def connected(device: str | None, timeout_seconds: float = math.inf) -> Iterator
     from mgtrain.processes.distributed import connect
 
     with connect(device, timeout_seconds) as world:
-        start_logging(None, world.main, world.rank)
+        start_logging(None, world.rank)
         yield world
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -13,9 +13,6 @@ from mgtrain.cli.options import Json
 from mgtrain.console import note, show
 from mgtrain.data.formats.reading import numbered_lines
 from mgtrain.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 weights_app = typer.Typer(name="weights", help="Convert weights of other projects.", no_args_is_help=True)
 

@@ -19,7 +19,7 @@ from mgtrain.models import build_model
 from mgtrain.models.conv import Conv3d
 from mgtrain.models.recompute import recompute
 from mgtrain.processes.distributed import World
-from mgtrain.recipe import Recipe, parse_recipe, recipe_differences
+from mgtrain.recipe import Recipe, recipe_differences
 from mgtrain.schedule import Plan
 
 MAY_DIFFER = (*PLACES, "data.prepared", "data.checked", "init.weights", "hardware.workers")  # between ranks
@@ -60,8 +60,8 @@ def check_alike(recipe: Recipe, plan: Plan, splits: Sequence[Videos], world: Wor
     """Raise `DataError` if this rank's machine has another recipe, other videos or another version than rank 0's."""
     identities = [videos.identity for videos in splits]
     mine = {"mgtrain": __version__, "torch": torch.__version__, "videos": identities, "plan": plan.fingerprint()}
-    text, theirs = world.from_main((recipe.to_yaml(), mine))
-    of_recipes = recipe_differences(parse_recipe(text, "rank 0", saved=True).flat(), recipe.flat())
+    flat, theirs = world.from_main((recipe.flat(), mine))
+    of_recipes = recipe_differences(flat, recipe.flat())
     differences = [f"{key} {a} -> {b}" for key, (a, b) in of_recipes.items() if key not in MAY_DIFFER]
     differences += [f"{key} {theirs[key]} -> {value}" for key, value in mine.items() if value != theirs[key]]
     if differences:

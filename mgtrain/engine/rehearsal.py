@@ -5,10 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 
 from mgtrain.clips.loader import train_batches
-from mgtrain.console import size, table
+from mgtrain.console import table
 from mgtrain.engine.finite import report_skipped
 from mgtrain.engine.machine.memory import Memory, peak, reset_peak
 from mgtrain.engine.start import start
@@ -67,8 +68,8 @@ def render(found: dict[str, Any]) -> Table:
             f"{row['steps']:,}",
             f"{row['data_seconds']:.2f} s",
             f"{row['step_seconds']:.2f} s",
-            size(row["estimated_bytes"]),
-            size(row["peak_bytes"]),
+            decimal(row["estimated_bytes"]),
+            decimal(row["peak_bytes"]),
         )
         for row in found["shapes"]
     )

@@ -86,7 +86,7 @@ def resume_run(
     if path is None:
         return fresh, []
     saved = read_info(path)
-    changes = changed_keys(parse_recipe(saved.recipe, str(path), saved=True).flat(), recipe.flat(), PLACES)
+    changes = _changes(saved, path, recipe)
     videos = {"training": (saved.data, fresh.data), "validation": (saved.val_data, fresh.val_data)}
     changes += [f"{name} videos {before} -> {now}" for name, (before, now) in videos.items() if before != now]
     if saved.plan != fresh.plan and not changes:
@@ -111,5 +111,8 @@ def finished(run: RunDir, recipe: Recipe) -> Scores | None:
     info, last = read_info(path), rows[-1]
     if not info.step == last["step"] == run.read("plan.json").get("steps") or not info.evaluated:
         return None
-    changed = changed_keys(parse_recipe(info.recipe, str(path), saved=True).flat(), recipe.flat(), PLACES)
-    return None if changed else Scores.of(last)
+    return None if _changes(info, path, recipe) else Scores.of(last)
+
+
+def _changes(saved: CheckpointInfo, path: Path, recipe: Recipe) -> list[str]:
+    return changed_keys(parse_recipe(saved.recipe, str(path), saved=True).flat(), recipe.flat(), PLACES)

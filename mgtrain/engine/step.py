@@ -79,10 +79,9 @@ def train_step(
 
 def clipped(model: nn.Module, most: float | None) -> Tensor:
     """The norm of the global batch's gradient, float32 (), which is scaled down to the norm `most` if it is larger."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if most is not None:
-        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
+        nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
     return norm
 
 

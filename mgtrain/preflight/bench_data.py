@@ -17,7 +17,7 @@ from mgtrain.engine.machine.memory import fit_memory
 from mgtrain.grid import Shape
 from mgtrain.preflight.bench_step import step_seconds as measure_steps
 from mgtrain.preflight.bench_step import tuned_model
-from mgtrain.preflight.forecast import ShapeRate, hours, waiting_phases
+from mgtrain.preflight.forecast import ShapeRate, training_time, waiting_phases
 from mgtrain.preflight.loading import measure_loading
 from mgtrain.preflight.prepare import prepare
 from mgtrain.processes.distributed import World
@@ -63,7 +63,7 @@ def bench_data(
             rows[shape] = {**row, "needed_clips_per_second": shape.clips / step}
             progress("measuring", done + len(rows), total)
         rates = {shape: ShapeRate.of(step, row, world) for shape, row in rows.items()}
-        times = {key: hours(plan, rates, world, workers) for key, plan in plans.items()}
+        times = {key: training_time(plan, rates, world, workers) for key, plan in plans.items()}
         spent = cost(plans["plan"], recipe.base, {shape: row["core_seconds_per_step"] for shape, row in rows.items()})
         return {"name": name, "shapes": [*rows.values()], "cost": spent, **times}
 

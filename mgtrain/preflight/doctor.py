@@ -7,7 +7,6 @@ import shutil
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 import av
@@ -16,8 +15,6 @@ import torchvision
 from torch import Tensor
 
 from mgtrain import __version__
-from mgtrain.clips.order import Order
-from mgtrain.clips.units import RandomClips
 from mgtrain.engine.checks import DTYPES, check_precision, check_shapes, right_gradients
 from mgtrain.engine.machine.warmup import seconds_of, set_up
 from mgtrain.engine.start import open_data
@@ -217,8 +214,7 @@ def data(recipe: Recipe, device: torch.device) -> Iterator[Finding]:
     plan = make_plan(recipe, len(train))
     check_precision(recipe, device)
     check_shapes(recipe, plan.shapes())
-    requests = Order.of(train, recipe).requests(count(), plan[0].grid)
-    core = cut_on_one_core(RandomClips(train, recipe), requests, seconds=2)
+    core = cut_on_one_core(recipe, train, plan[0].grid, seconds=2)
     rate = core.clips / core.seconds
     if not core.given_up:
         advice = "`mgtrain data prepare` makes it several times faster" if not recipe.data.prepared else ""

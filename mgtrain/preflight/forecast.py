@@ -51,7 +51,7 @@ class ShapeRate:
         return cls(compute, load, loading["core_seconds_per_step"] / world.size)
 
 
-def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], world: World, workers: int) -> dict[str, Any]:
+def training_time(plan: Plan, rates: Mapping[Shape, ShapeRate], world: World, workers: int) -> dict[str, Any]:
     """Estimate a plan's training time in seconds with so many loader processes per rank."""
     phases, total, compute = [], 0.0, 0.0
     for phase in plan.phases:
@@ -70,7 +70,7 @@ def hours(plan: Plan, rates: Mapping[Shape, ShapeRate], world: World, workers: i
 
 
 def waiting_phases(estimate: dict[str, Any]) -> str:
-    """The numbers of the phases that wait for data, in an estimate of `hours`."""
+    """The numbers of the phases that wait for data, in an estimate of `training_time`."""
     return ", ".join(str(phase["index"] + 1) for phase in estimate["phases"] if phase["waits"])
 
 
@@ -123,7 +123,7 @@ def forecast(
     rate, workers = evaluated_per_second(model, recipe, val, world, seconds), worker_count(recipe, world)
     runs: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
-        training = hours(plan, rates, world, workers)
+        training = training_time(plan, rates, world, workers)
         evaluating = evaluation_seconds(model, recipe, plan, len(val), rate)
         clock = {"evaluation_seconds": evaluating, "clock_seconds": training["seconds"] + evaluating}
         runs[name] = {**training, **clock, "multiply_adds": multiply_adds(plan, flops)}

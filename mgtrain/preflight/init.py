@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,8 +20,6 @@ import numpy as np
 import torch
 
 from mgtrain.clips.loader import worker_count
-from mgtrain.clips.order import Order
-from mgtrain.clips.units import RandomClips
 from mgtrain.console import ShowProgress, duration
 from mgtrain.data.formats.listfile import write_lists
 from mgtrain.data.formats.reading import is_video
@@ -31,6 +29,7 @@ from mgtrain.data.videos import Videos, few, mirrored_pairs
 from mgtrain.engine.checks import check_shapes
 from mgtrain.errors import DataError, UsageError
 from mgtrain.preflight.bench_step import FORWARD_AND_BACKWARD, HALF_PAYS, half_precision_gain, matrix_product
+from mgtrain.preflight.forecast import ShapeRate, training_time
 from mgtrain.preflight.loading import cut_on_one_core
 from mgtrain.preflight.stats import Stats, make_stats
 from mgtrain.processes.cores import busy_cores, crowded, usable_cores
@@ -245,13 +244,11 @@ def with_loading(proposal: Proposal, train: Videos, world: World, gpus: int) -> 
     """Estimated seconds of the baseline's training, with loading, of which a few clips are measured on one core."""
     recipe = proposal.recipe
     plan = make_plan(recipe, len(train))
-    requests = Order.of(train, recipe).requests(count(), plan[0].grid)
-    core = cut_on_one_core(RandomClips(train, recipe), requests, MEASURE_SECONDS)
-    loading = plan.totals().clips / gpus * core.seconds / core.clips  # core-seconds of each device
-    seconds = max(proposal.seconds, loading / max(1, worker_count(recipe, world)))
-    if world.device.type == "cpu":  # computing and loading share the cores
-        seconds = max(seconds, proposal.seconds + loading / usable_cores())
-    return seconds
+    core = cut_on_one_core(recipe, train, plan[0].grid, MEASURE_SECONDS)
+    loading = plan.totals().clips / gpus * core.seconds / core.clips / len(plan)  # core-seconds of a step and device
+    workers = worker_count(recipe, world)
+    rate = ShapeRate(proposal.seconds / len(plan), loading / max(1, workers), loading)
+    return float(training_time(plan, dict.fromkeys(plan.shapes(), rate), world, workers)["seconds"])
 
 
 def remarks(data: Path, videos: Mapping[str, Videos], parts: Parts) -> Iterator[str]:

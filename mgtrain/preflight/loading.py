@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from mgtrain.clips.loader import UNITS_PER_WORKER, batches_of, worker_count
-from mgtrain.clips.order import ClipRequest, Order
+from mgtrain.clips.order import Order
 from mgtrain.clips.stages import Stages
 from mgtrain.clips.units import RandomClips
 from mgtrain.data.videos import Videos
@@ -35,8 +34,9 @@ class OneCore:
     given_up: bool  # no video can be decoded
 
 
-def cut_on_one_core(dataset: RandomClips, requests: Iterator[ClipRequest], seconds: float) -> OneCore:
+def cut_on_one_core(recipe: Recipe, videos: Videos, grid: Grid, seconds: float) -> OneCore:
     """Load at least 4 clips, for about `seconds`, after one warm-up clip."""
+    dataset, requests = RandomClips(videos, recipe), Order.of(videos, recipe).requests(count(), grid)
     dataset[[next(requests)]]
     clips, bad, given_up, threads = 0, set[str](), False, torch.get_num_threads()
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -61,8 +61,7 @@ def measure_loading(
 
     Raises `DataError` if no video can be read.
     """
-    dataset, requests = RandomClips(videos, recipe), Order.of(videos, recipe).requests(count(), grid)
-    core = cut_on_one_core(dataset, requests, seconds)
+    core = cut_on_one_core(recipe, videos, grid, seconds)
     if core.given_up:
         raise DataError(
             f"{videos.root}: {len(core.bad)} videos in a row cannot be decoded, such as {min(core.bad)}; find all with "
@@ -71,6 +70,7 @@ def measure_loading(
     milliseconds = {stage: 1000 * core.stages.seconds[stage] / core.clips for stage in STAGES}
     milliseconds["rest"] = 1000 * core.seconds / core.clips - sum(milliseconds.values())  # cutting, copying, Python
 
+    dataset, requests = RandomClips(videos, recipe), Order.of(videos, recipe).requests(count(core.clips + 1), grid)
     # Batches are small enough that several arrive within the time; the first three start the workers.
     pieces = UNITS_PER_WORKER * max(1, worker_count(recipe, world))
     batch = min(shape.clips, pieces * math.ceil(core.clips / core.seconds * seconds / 8))

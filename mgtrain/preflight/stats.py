@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from mgtrain.clips.cut import VideoInfo
 from mgtrain.clips.sources import open_source
-from mgtrain.console import ShowProgress, duration, no_progress, size
+from mgtrain.console import ShowProgress, duration, no_progress
 from mgtrain.data.videos import EXAMPLES, Videos, printable
 from mgtrain.errors import DataError, VideoError
 from mgtrain.processes.isolated import Lost, isolated
@@ -146,7 +147,7 @@ def render(stats: Stats) -> str:
         f"videos      {facts['videos']:,}{sampled}{missing}",
         f"classes     {facts['classes']:,}, with {per_class['min']:,} ({per_class['rarest']}) to {per_class['max']:,} "
         f"({per_class['commonest']}) videos, median {per_class['median']:,g}{empty}",
-        f"total       {about}{duration(facts['hours'] * 3600)}, {about}{size(facts['bytes'])}",
+        f"total       {about}{duration(facts['hours'] * 3600)}, {about}{decimal(facts['bytes'])}",
         f"sizes       {facts['sizes']['different']:,} different; {named(facts['sizes']['commonest'])}",
         f"codecs      {named(facts['codecs'])}",
         "",

@@ -92,6 +92,8 @@ def test_a_run_writes_down_what_it_is_and_did(straight: Path) -> None:
     assert [row["counts"] for row in evals] == [[3, 3, 3, 3]] * 6
     assert [row["mean_class"] for row in evals] == [pytest.approx(np.mean(row["correct"]) / 3) for row in evals]
     plan = make_plan(run.recipe(), 24)
+    clips = np.cumsum([step.shape.clips for step in plan])
+    assert [row["epoch"] for row in evals] == [pytest.approx(clips[end - 1] / 24) for end in PHASE_ENDS]
     assert [row["lr"] for row in run.rows("steps.jsonl")] == [step.lr for step in plan]
     seconds = [row["train_seconds"] for row in run.rows("steps.jsonl")]
     assert seconds == sorted(seconds)

@@ -275,6 +275,7 @@ def step_of(recipe: Recipe, phase: int, turn: int = 0) -> Step:
         (1, 0, 4, [16, 16]),
         # 32 clips of 1/4 of the volume in 2 groups of 16
         (4, 3, 1, [16, 16]),
+        (6, 3, 1, [16, 16]),  # 24 clips would cut a group
         (8, 3, 1, [32]),
         (4, 3, 2, [16]),
         (2, 3, 4, [8]),  # a rank's share of a group that spans two ranks

@@ -18,7 +18,7 @@ from mgtrain.data.videos import Videos
 from mgtrain.engine.checks import make_model
 from mgtrain.errors import DataError
 from mgtrain.preflight.costs import multiply_adds
-from mgtrain.preflight.forecast import ShapeRate, evaluated_per_second, evaluation_seconds, hours, render
+from mgtrain.preflight.forecast import ShapeRate, evaluated_per_second, evaluation_seconds, render, training_time
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import Recipe
 from mgtrain.schedule import make_plan
@@ -29,17 +29,17 @@ GPU = World(device=torch.device("cuda"))  # which shares no cores with the loade
 def test_a_step_takes_as_long_as_the_slower_of_computing_and_loading(tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny(), 24)
     fast, slow = ShapeRate(1.0, 0.25, 0.5), ShapeRate(1.0, 3.0, 0.5)
-    computing = hours(plan, dict.fromkeys(plan.shapes(), fast), GPU, 1)
+    computing = training_time(plan, dict.fromkeys(plan.shapes(), fast), GPU, 1)
     assert (computing["seconds"], computing["compute"]) == (len(plan), len(plan))
     assert not any(phase["waits"] for phase in computing["phases"])
-    loading = hours(plan, dict.fromkeys(plan.shapes(), slow), GPU, 1)
+    loading = training_time(plan, dict.fromkeys(plan.shapes(), slow), GPU, 1)
     assert (loading["seconds"], loading["compute"]) == (3 * len(plan), len(plan))
     assert all(phase["waits"] for phase in loading["phases"])
     assert multiply_adds(plan, dict.fromkeys(plan.shapes(), 2)) == 2 * plan.totals().clips
     # On a CPU the two share the cores: all of one core, and half a core-second of loading for each step.
-    together = hours(plan, dict.fromkeys(plan.shapes(), fast), World(cores=torch.get_num_threads()), 1)
+    together = training_time(plan, dict.fromkeys(plan.shapes(), fast), World(cores=torch.get_num_threads()), 1)
     assert together["seconds"] == pytest.approx(len(plan) * (1 + 0.5 / torch.get_num_threads()))
-    alone = hours(plan, dict.fromkeys(plan.shapes(), fast), GPU, workers=0)  # the training process loads, too
+    alone = training_time(plan, dict.fromkeys(plan.shapes(), fast), GPU, workers=0)  # the training process loads, too
     assert alone["seconds"] == 1.25 * len(plan)
     assert all(phase["waits"] for phase in alone["phases"])
 
@@ -49,12 +49,12 @@ def test_within_a_short_cycle_the_loader_catches_up(tiny: Callable[..., Recipe])
     shapes = plan.phases[-1].shapes
     rates = {shape: ShapeRate(1.0, 0.1, 0.0) for shape in plan.shapes()}
     rates[shapes[0]] = ShapeRate(1.0, 2.7, 0.0)  # 2.9 s of loading in a cycle of three steps, 3 s of computing
-    assert not hours(plan, rates, GPU, 1)["phases"][-1]["waits"]
+    assert not training_time(plan, rates, GPU, 1)["phases"][-1]["waits"]
 
 
 def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -> None:
     plan = make_plan(tiny(), 24)
-    run = hours(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), GPU, 3)
+    run = training_time(plan, dict.fromkeys(plan.shapes(), ShapeRate(1.0, 2.0, 0.5)), GPU, 3)
     run |= {"multiply_adds": 2, "evaluation_seconds": 90.0, "clock_seconds": 124.0}
     shape = {"clips": 64, "frames": 2, "crop": 16}
     row = {"shape": shape, "multiply_adds": 2, "compute": 1.0, "load": 2.0, "load_cores": 0.5}

@@ -231,12 +231,14 @@ def test_an_unfinished_run_is_said_to_be_one(tiny: Callable[..., Recipe], baseli
 
 
 def test_other_data_and_other_recipes_are_said(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
-    run = written_run(tmp_path, tiny("optim.lr=0.1", "hardware.workers=3", "hardware.precision=bf16"))
+    run = written_run(
+        tmp_path, tiny("optim.lr=0.1", "hardware.workers=3", "hardware.tf32=false", "hardware.precision=bf16")
+    )
     run.write("data.json", {**DATA, "val": {"videos": 12, "fingerprint": "w"}})
     assert compare(baseline, run)["warnings"] == [
         "the runs have different training or validation videos",
         "the recipes do not only differ in schedule, but also in optim.lr, hardware.precision",
-        "the recipes differ in hardware.workers, which changes the times",
+        "the recipes differ in hardware.tf32, hardware.workers, which changes the times",
     ]
 
 

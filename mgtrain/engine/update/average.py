@@ -1,4 +1,4 @@
-"""A moving average of the weights (EMA), which is evaluated and exported in their place."""
+"""The moving average of the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -287,8 +287,6 @@ def verify(folder: Path, workers: int, progress: ShowProgress = no_progress) -> 
                 found[str(file)] = f"has {file.stat().st_size} bytes instead of {level['bytes']}"
             elif checksum(file) != level["sha256"]:
                 found[str(file)] = "has a wrong checksum, so it is damaged"
-            elif level["level"] not in settings.levels:
-                found[str(file)] = "has a level that the set does not have"
         return found
 
     by_shard: dict[Path, list[Member]] = {}
