@@ -1,4 +1,4 @@
-"""mgtrain trains video classifiers several times faster with the multigrid method (Wu et al., CVPR 2020).
+"""mgtrain trains video classifiers in a fraction of the time with the multigrid method (Wu et al., CVPR 2020).
 
 The Python interface is the names in `__all__`; each is imported when it is first used, so `import mgtrain` is quick.
 

@@ -38,7 +38,7 @@ INTERRUPTED = 130  # exit code
 
 app = typer.Typer(
     name="mgtrain",
-    help="Train video classifiers several times faster with the multigrid method (Wu et al., CVPR 2020).",
+    help="Train video classifiers in a fraction of the time with the multigrid method (Wu et al., CVPR 2020).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

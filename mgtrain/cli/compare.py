@@ -51,7 +51,7 @@ def compare(
     if len(found) == 2:
         result = compare_runs(found[0], found[1], margin)
     elif wanted:
-        raise UsageError("--fail-under: needs a baseline and exactly one run")
+        raise UsageError(f"--fail-under: compares one run with its baseline, and {len(found)} runs are named; name two")
     else:
         early = [run for run in found[1:] if not run.rows("evals.jsonl")]
         found = [run for run in found if run not in early]

@@ -38,14 +38,16 @@ def synthesize(
     val: Annotated[int, Option(min=1, help="Validation videos of each class.")] = 40,
     classes: Annotated[int, Option(min=2, max=18, help="Motions: 8 simple, 4 diagonal, 6 that return.")] = 8,
     distractors: Annotated[int, Option(min=0, max=100, help="Distracting discs in each video.")] = 3,
-    noise: Annotated[float, Option(min=0, max=255, help="Noise of each pixel: standard deviation of 255.")] = 14.0,
+    noise: Annotated[
+        float, Option(min=0, max=255, help="Noise of each pixel: standard deviation (of 0 to 255).")
+    ] = 14.0,
     camera: Annotated[float, Option(min=0, max=100, help="Shaking of the camera: standard deviation, px.")] = 1.1,
     pace: Annotated[float, Option(min=0, max=1, help="Variation of a video's speed, relative to its mean.")] = 0.35,
     frames: Annotated[int, Option(min=8, max=10_000, help="Frames of each video.")] = 48,
     size: Annotated[str, Option(metavar="WxH", help="Width and height, even numbers of pixels.")] = "112x84",
     seed: Seed = 0,
 ) -> None:
-    """Make a small data set of videos whose classes differ only by motion. Options make it easier or harder to see.
+    """Make a small data set of videos whose classes differ only by motion, which options make harder to see.
 
     Examples:  mgtrain data synthesize data/motions
     |  mgtrain data synthesize data/easy --distractors 1 --noise 2 --camera 0.3 --pace 0.1
@@ -114,7 +116,7 @@ def split(
     to: ToFolder,
     val: Annotated[float | None, Option(help="Share of the videos for validation, such as 0.2.")] = None,
     folds: Annotated[
-        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates one split.")
+        int | None, Option(min=2, max=1000, help="Make this many folds instead; each validates on a part of its own.")
     ] = None,
     all_: Annotated[bool, Option("--all", help="Split the training and validation videos together.")] = False,
     groups: Annotated[Path | None, Option(help="CSV with a column `path`; videos of one group stay together.")] = None,
@@ -295,8 +297,8 @@ def prepare(
 
     def announce(expected: Forecast) -> bool:
         note(
-            f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)}, the originals have "
-            f"{decimal(expected.originals)}; {duration(expected.seconds)} from now on with {count} processes"
+            f"{expected.videos:,} videos: about {by_level(expected.bytes, expected.originals)} (the originals: "
+            f"{decimal(expected.originals)}); takes about {duration(expected.seconds)} with {count} processes"
         )
         return not forecast
 
@@ -310,7 +312,7 @@ def prepare(
     show(
         json_,
         {"schema": "mgtrain.prepare/1", "folder": str(folder), **asdict(done)},
-        f"{folder}: {done.videos:,} of {len(set(paths)):,} videos prepared, {len(done.broken)} of them broken; "
+        f"{folder}: {done.videos:,} of {len(set(paths)):,} videos done, {len(done.broken)} of them left out as broken; "
         f"{by_level(done.bytes, done.originals)}, {sum(done.bytes) / max(1, done.originals):.2f}x the originals; "
         f"{f'{done.shards:,} shards; ' if settings.shards else ''}{duration(done.seconds)}",
     )

@@ -24,7 +24,7 @@ def plan(
     gpus: Annotated[int | None, Option(min=1, help="Check that this many GPUs can share every step.")] = None,
     measure: Annotated[
         float | None,
-        Option(min=0.01, metavar="SECONDS", help="Time steps and loading on this machine, for so long per shape."),
+        Option(min=0.01, metavar="SECONDS", help="Measure steps and loading on this machine, each shape for so long."),
     ] = None,
     costs: Annotated[
         bool | None,

@@ -84,7 +84,7 @@ def study(
         note(f"wrote {kept / 'index.html'}")
     else:
         first = next(iter(asked.variants))
-        warnings = [f"nothing is compared: no result yet of {first}, with which the others are compared"]
+        warnings = [f"nothing to compare yet: {first}, with which the others are compared, has no result"]
         show(json_, {"schema": GROUPS, "margin": asked.margin, "groups": [], "warnings": warnings}, *warnings)
     if failed:
         names = ", ".join(run.name for run, _ in failed)

@@ -142,7 +142,7 @@ def predict(
                 facts = {"schema": "mgtrain.predict/1", "checkpoint": str(path), "views": None if every else views}
                 show(json_, {**facts, "videos": found, "failed": failed})
     if failed:
-        raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used, as said above")
+        raise DataError(f"{len(failed)} of {len(videos)} videos cannot be used; see the lines above")
 
 
 def export(
@@ -211,6 +211,6 @@ def _caution(trained: Trained, path: Path) -> None:
 
     if not trained.recalibrated and group_slots(trained.model):
         warn(
-            f"{path}: from between two evaluations, so its BatchNorm statistics may be those of coarse shapes; let the "
-            "run go on to an evaluation, or name an evaluated checkpoint (see `mgtrain ckpt inspect`)"
+            f"{path}: was saved between two evaluations, so its BatchNorm statistics may be those of coarse shapes; "
+            "resume the run until it evaluates, or name an evaluated checkpoint (see `mgtrain ckpt inspect`)"
         )

@@ -60,7 +60,7 @@ class BadVideos:
             raise DataError(
                 f"{len(self.causes)} of {self.videos} videos cannot be decoded, more than data.max_bad_fraction "
                 f"{self.max_fraction:g} allows; fix the paths or files named in the log (the last: "
-                f"{next(reversed(self.causes.values()))}), leave them out with `mgtrain data check`, or raise it"
+                f"{next(reversed(self.causes.values()))}), skip them (`mgtrain data check`, data.checked), or raise it"
             )
 
 

@@ -55,7 +55,7 @@ def evaluate(
     if lost > most_lost * len(videos):  # the loader of each rank counts its own only
         raise DataError(
             f"{lost} of {len(videos)} videos cannot be decoded, more than data.max_bad_fraction {most_lost:g} allows; "
-            "leave them out with `mgtrain data check`, or raise it"
+            "skip them (`mgtrain data check`, data.checked), or raise it"
         )
     if not len(numbers):
         raise DataError(f"none of {len(videos)} videos can be decoded; see what is wrong with `mgtrain data check`")

@@ -93,8 +93,8 @@ def check_scale(scaler: torch.amp.GradScaler, step: Step) -> None:
     """Raise `NonFiniteError` if no loss scale makes fp16's gradients finite; waits for the device."""
     if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
         raise NonFiniteError(
-            f"until step {step.index + 1}, no scale of the loss makes the gradients finite in fp16, so nothing was "
-            "trained since; use hardware.precision=bf16 or fp32, or lower optim.lr"
+            f"at step {step.index + 1}, no scale of the loss makes fp16's gradients finite, so recent steps changed "
+            "no weights; use hardware.precision=bf16 or fp32, or lower optim.lr"
         )
 
 

@@ -102,7 +102,7 @@ def fit(
                 state = saved(replace(state, step=done, evaluated=False, recalibrated=False))
             if stops and done < len(plan):
                 raise StoppedError(
-                    f"stopped by a signal after step {done} of {len(plan)}, saved; continue with --resume"
+                    f"stopped by a signal after step {done} of {len(plan)}; all is saved; continue with --resume"
                 )
             if done in milestones:
                 scores, state = evaluated(step)

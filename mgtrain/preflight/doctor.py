@@ -139,7 +139,7 @@ def codecs() -> Iterator[Finding]:
     advice = "use PyAV's wheels: pip install --force-reinstall av" if missing else ""
     yield judged("decoders", found, advice, "missing" if NEEDED_DECODER in missing else "could be better")
     encodes = _has_codec(ENCODER, "w")
-    advice = "" if encodes else "for `data prepare`: pip install av from a wheel"
+    advice = "" if encodes else "for `data prepare`: pip install --force-reinstall --only-binary av av"
     yield judged("encoder", ENCODER if encodes else f"no {ENCODER}", advice)
 
 

@@ -228,10 +228,11 @@ def make_project(
         )
     limit = 3600 * (hours or HOURS[kind])
     if proposal.seconds > limit:
-        fewer = "use fewer videos, more GPUs" if epochs <= LEAST_EPOCHS else "lower optim.stages"
+        machine = "a GPU" if kind == "cpu" else "more GPUs"
+        fewer = f"use fewer videos or {machine}" if epochs <= LEAST_EPOCHS else f"lower optim.stages, use {machine}"
         report(
-            f"even the smallest recipe takes about {duration(proposal.seconds)}, more than {duration(limit)}; {fewer}"
-            f"{', use a GPU' if kind == 'cpu' else ''} or give more --hours",
+            f"even the smallest recipe takes about {duration(proposal.seconds)}, more than {duration(limit)}; {fewer} "
+            "or give more --hours",
             True,
         )
     written = write_lists(to, {part: (of, range(len(of))) for part, of in parts.splits.items()})

@@ -268,7 +268,7 @@ def _own_gpu(local_rank: int) -> int:
         return local_rank
     if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         return 0
-    raise MissingCapabilityError(f"{local_rank + 1} processes on {gpus} GPUs; start one process per GPU")
+    raise MissingCapabilityError(f"{local_rank + 1} processes, but {gpus} GPUs here; start one process per GPU")
 
 
 def _refuse_shared_gpu(store: Any, device: torch.device) -> None:

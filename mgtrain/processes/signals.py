@@ -64,7 +64,7 @@ class StopRequest:
         if self._at_once:
             _say(f"{self.signal}: stopping")
             self._stop_if_asked()
-        _say(f"{self.signal}: stopping after the next step, saving")
+        _say(f"{self.signal}: will save and stop after the next step")
 
 
 def leave_terminal() -> None:

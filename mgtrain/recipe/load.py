@@ -123,11 +123,11 @@ def parse_yaml(text: str, name: str, expected: str = "") -> Any:
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             where = f"{name}:{event.start_mark.line + 1}"
             if depth > MOST_DEPTH:  # the parser takes minutes for thousands of brackets
-                raise RecipeError(f"{where}: nested more than {MOST_DEPTH} deep")
+                raise RecipeError(f"{where}: nested more than {MOST_DEPTH} deep; no key of a recipe is")
             if getattr(event, "anchor", None) is not None:
-                raise RecipeError(f"{where}: anchors and aliases are not allowed in a recipe")
+                raise RecipeError(f"{where}: anchors and aliases are not allowed in a recipe; write the values out")
             if getattr(event, "tag", None) is not None:
-                raise RecipeError(f"{where}: tags ({event.tag}) are not allowed in a recipe")
+                raise RecipeError(f"{where}: tags ({event.tag}) are not allowed in a recipe; remove it")
         tree = yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -48,7 +48,7 @@ class Data(Section):
         description="how often clips of a class are trained on; none: as often as it has videos; sqrt: as the square "
         "root of its number of videos; full: all classes equally. Epochs keep their length",
     )
-    max_bad_fraction: Fraction = Field(0.01, description="stop if more than this fraction of videos cannot be decoded")
+    max_bad_fraction: Fraction = Field(0.01, description="share of videos that may be broken; above it, a run stops")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Data":
@@ -137,10 +137,9 @@ class Evaluation(Section):
         200,
         ge=0,
         le=10**9,
-        description="limit of the batches that recalibrate BatchNorm's statistics before an evaluation, if recent "
-        "steps had other shapes; another limit is 1/7 of the steps since the last evaluation, at the end of all steps, "
-        "but at least 5; "
-        "0: use running averages",
+        description="most batches that recalibrate BatchNorm's statistics before an evaluation, if recent steps had "
+        "other shapes. Fewer are used early: 1/7 of the steps since the last evaluation (after the last step, of all "
+        "steps), but at least 5. 0: use the running averages",
     )
 
     @model_validator(mode="after")
@@ -235,8 +234,8 @@ class Hardware(Section):
         None,
         description=(
             "memory limit of one device, GiB; lowers micro_clips, then sets recompute, until every step is "
-            "estimated to fit. A GPU's free memory is a limit, too, and the only one if null; torch allocates no "
-            "more of it than this limit"
+            "estimated to fit. A GPU's free memory is a limit, too, and the only one if null; with a "
+            "value, torch allocates no more than that"
         ),
     )
     recompute: bool = Field(
@@ -295,7 +294,7 @@ class Logging(Section):
 
 
 class Faults(Section):
-    """How a run responds to faults. A run without faults does not depend on it."""
+    """How a run responds to faults. The keys change nothing in a run without faults."""
 
     non_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop",

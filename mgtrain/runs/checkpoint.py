@@ -119,7 +119,9 @@ def read_info(path: Path) -> CheckpointInfo:
         what = ".".join(map(str, first["loc"])) or "info"
         raise CheckpointError(f"{path}: its header is damaged: {what}: {first['msg']}") from None
     if unknown := json.loads(facts).keys() - asdict(info).keys():
-        raise CheckpointError(f"{path}: has the unknown entry {min(unknown)!r}, of another version of mgtrain")
+        raise CheckpointError(
+            f"{path}: has the unknown entry {min(unknown)!r}, of another version of mgtrain; use that one"
+        )
     return info
 
 
@@ -128,7 +130,7 @@ def verify(path: Path) -> CheckpointInfo:
     header = _header(path)
     with safe_open(path, framework="pt") as file:
         if _checksum(header.get("info", ""), file.keys(), file.get_tensor) != header.get("sha256"):
-            raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")
+            raise CheckpointError(f"{path}: damaged: its checksum does not match its contents; use an earlier one")
     return read_info(path)
 
 
@@ -141,7 +143,9 @@ def newest_whole(checkpoints: Sequence[Path]) -> Path | None:
         except CheckpointError as error:
             log.warning("skipping a checkpoint: %s", error)
     if checkpoints:
-        raise CheckpointError(f"{checkpoints[0].parent}: all of its {len(checkpoints)} checkpoints are damaged")
+        raise CheckpointError(
+            f"{checkpoints[0].parent}: all {len(checkpoints)} checkpoints are damaged; start a new run"
+        )
     return None
 
 
@@ -155,7 +159,9 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Load the model's weights and buffers. Raises `CheckpointError` if they do not fit it or are not finite."""
     own, stored, groups = model.state_dict(), _stored(path, "model."), _stored(path, "groups.")
     if odd := sorted(stored.keys() ^ own.keys()):
-        raise CheckpointError(f"{path}: is of another model: {len(odd)} tensors differ, such as {odd[0]!r}")
+        raise CheckpointError(
+            f"{path}: is of another model: {len(odd)} tensors differ, such as {odd[0]!r}; use its own recipe"
+        )
     for name, tensor in own.items():
         value = stored[name]
         if value.shape != tensor.shape:

@@ -312,7 +312,7 @@ def test_predict_names_what_is_in_videos(mgtrain: Start, here: Path, motions: Pa
     assert done.stdout.startswith(f"{videos[0]}: ")
     assert " s: " in done.stdout
     assert f"{tmp_path / 'bad.mp4'}: " in done.stderr
-    assert "1 of 2 videos cannot be used, as said above" in done.stderr
+    assert "1 of 2 videos cannot be used; see the lines above" in done.stderr
 
 
 def test_predict_as_json_keeps_the_answers_before_a_ctrl_c(

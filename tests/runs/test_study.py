@@ -270,7 +270,7 @@ def test_a_study_without_its_first_variant_says_so(file: Path, mgtrain: Start) -
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["groups"], found["warnings"]) == (
-        [], ["nothing is compared: no result yet of baseline, with which the others are compared"]
+        [], ["nothing to compare yet: baseline, with which the others are compared, has no result"]
     )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def locate(root: str, listing: Path, rows: Sequence[Row], classes: Sequence[str]
     if not found:
         places = ", ".join(str(Path(root, folder)) for folder in rows[0].folders)
         raise DataError(
-            f"{listing}: none of its {len(missing)} videos exists; looked for {missing[0]}.* and the others in {places}"
+            f"{listing}: none of its {len(missing)} videos exists; looked in {places}, for example for "
+            f"{missing[0]}.*; set data.root to the folder of the videos"
         )
     return Videos.of(root, found, classes, len(missing), missing, spans or None)
 

@@ -78,7 +78,7 @@ class Memory:
                     return changed
         raise PlanError(
             f"one BatchNorm group of clips of {shape.frames}x{shape.crop}² needs {needed / USABLE / 2**30:.3g} GiB of "
-            f"memory, but there are {gib:.3g}; lower batch.bn_clips, clip.crop or clip.frames, or use more GPUs"
+            f"memory, but {gib:.3g} GiB can be used; lower batch.bn_clips, clip.crop or clip.frames, or use more GPUs"
         )
 
 
