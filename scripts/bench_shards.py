@@ -8,9 +8,9 @@ shards, on the disk of `--folder`, and reads videos in random order from both al
 * opens: open the file, or find the member, and read the bytes of one frame; nothing is decoded.
 * clips: open, read and decode 8 frames of a crop of 112 pixels, as a loader process does.
 
-Each is measured with cached data, per second of CPU time, and by the clock after the system was told to drop the sets'
-pages from its cache (`posix_fadvise`), so that they are read from the disk. Names and inodes stay cached, which favours
-files; as root on a machine of your own, `--drop-caches` drops these, too. Rates are medians over rounds.
+Each is measured with cached data, per second of CPU time, and of wall-clock time after the system was told to drop
+the sets' pages from its cache (`posix_fadvise`), so that they are read from the disk. Names and inodes stay cached,
+which favours files; as root on a machine of your own, `--drop-caches` drops these, too. Rates are medians over rounds.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ STUDIES, ASSETS = ROOT / "studies", ROOT / "docs/assets"
 MARKS = "<!-- {}: scripts/evidence.py writes these lines -->\n", "<!-- end of {} -->\n"
 INK = {"light": "#1b1f24", "dark": "#e6edf3"}
 AXES = {
-    "clock_seconds": ("minutes by the clock", 60),
+    "clock_seconds": ("minutes of wall-clock time", 60),
     "train_seconds": ("minutes of training", 60),
     "multiply_adds": ("tera-multiply-adds, forward", 1e12),
     "step": ("steps", 1),
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--against", choices=AXES, default="train_seconds", help="x-axis of the README's picture")
     against = parser.parse_args().against
-    rows = [["study", "compared", "top-1, points", "less training time", "less by the clock", "accuracy"]]
+    rows = [["study", "compared", "top-1, points", "less training time", "less wall-clock time", "accuracy"]]
     sections, waiting = [], []
     for file in sorted(STUDIES.glob("*.yaml"), key=lambda file: (file.stem != "demo", file.stem)):
         study, results = load_study(file), found(file)

@@ -115,6 +115,9 @@ def _forecast(left: list[Run], total: int, jobs: int, seconds: float, device: st
     show(
         json_,
         {"schema": "mgtrain.study_forecast/1", "variants": rows, "jobs": jobs, "seconds": whole},
-        *(f"{row['variant']:30} {row['runs']:3} runs of {duration(row['seconds_each'])} by the clock" for row in rows),
+        *(
+            f"{row['variant']:30} {row['runs']:3} runs of {duration(row['seconds_each'])} of wall-clock time"
+            for row in rows
+        ),
         f"{len(left)} of {total} runs to train, {jobs} at a time: about {duration(whole)}",
     )

@@ -276,7 +276,7 @@ class Record:
             f"step {step.index + 1}/{len(plan)}, epoch {row['epoch']:.1f}, phase {phase.index + 1}/{len(plan.phases)} "
             f"({phase.name}), lr {step.lr:.3g}: {found}, {duration(row['train_seconds'])} of training "
             f"({100 * row['data_seconds'] / row['train_seconds']:.0f} % waiting for data), "
-            f"{duration(row['clock_seconds'])} by the clock{speedup}"
+            f"{duration(row['clock_seconds'])} of wall-clock time{speedup}"
         )
 
     def _compared(self, row: dict[str, Any]) -> tuple[dict[str, float], str, str]:

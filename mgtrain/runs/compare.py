@@ -58,7 +58,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
         warnings.append(f"the recipes differ in {', '.join(timed)}, which changes the times")
     if old := [history.name for history in (baseline, run) if not history.knows_clock]:
         warnings.append(
-            f"{' and '.join(old)}: from an earlier version, so the time by the clock excludes start-up and checkpoints"
+            f"{' and '.join(old)}: from an earlier version, so the wall-clock time excludes start-up and checkpoints"
         )
 
     speedups: dict[str, float | None] = {
@@ -169,7 +169,7 @@ COST_ROWS = (  # the rows of each table of costs: label, key of `Summary`, forma
     ("device-hours", "gpu_hours", "{:.3g}"),
     ("evaluations", "evaluations", "{:,}"),
     ("  time of evaluations", "eval_seconds", "time"),
-    ("time by the clock", "clock_seconds", "time"),
+    ("wall-clock time", "clock_seconds", "time"),
 )
 
 
@@ -218,7 +218,7 @@ def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
     gains, videos = result["speedups"], f"{ours.videos:,} videos"
     time = ""
     if gains["train_seconds"]:
-        time = f"{times(gains['train_seconds'])} training time, {times(gains['clock_seconds'])} time by the clock, "
+        time = f"{times(gains['train_seconds'])} training time, {times(gains['clock_seconds'])} wall-clock time, "
     if result["same_videos"] is not None:
         videos = f"the same {result['same_videos']:,} videos"
     so_far = "" if theirs.finished and ours.finished else "so far (unfinished): "

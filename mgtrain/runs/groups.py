@@ -23,7 +23,19 @@ from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
 GROUPS = "mgtrain.groups/2"  # schema
 NOT_ONLY_SCHEDULE = "does not only differ in schedule, but also in"
 COSTS = ("steps", "epochs", "multiply_adds", "train_seconds", "clock_seconds")
-COLUMNS = ("", "runs", "accuracy", "± sd", "95 %", "steps", "epochs", "training time", "gain", "by the clock", "gain")
+COLUMNS = (
+    "",
+    "runs",
+    "accuracy",
+    "± sd",
+    "95 %",
+    "steps",
+    "epochs",
+    "training time",
+    "gain",
+    "wall-clock time",
+    "gain",
+)
 FOLD_KEYS = ("data.train", "data.val")
 SEED_KEYS = ("seed", *FOLD_KEYS)  # keys in which the runs of a group may differ
 
@@ -230,7 +242,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
                 times(gain["value"], ends=None if gain["low"] is None else (gain["low"], gain["high"]))
                 for gain in (gains["train_seconds"], gains["clock_seconds"])
             )
-            time = f"{training} training time, {clock} by the clock, {time}"
+            time = f"{training} training time, {clock} wall-clock time, {time}"
         sizes = len(base["runs"]), len(group["runs"])
         runs = "one run each" if sizes == (1, 1) else f"{sizes[0]} and {sizes[1]} runs"
         if group["pairs"]:

@@ -59,7 +59,7 @@ def render(view: dict[str, Any]) -> Group:
     row, table = view["row"], Table.grid(padding=(0, 2))
     waiting = 100 * row["data_seconds"] / max(row["train_seconds"], 1e-9)
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-    clock = f", {duration(row['clock_seconds'])} by the clock" if "clock_seconds" in row else ""
+    clock = f", {duration(row['clock_seconds'])} of wall-clock time" if "clock_seconds" in row else ""
     left = "finished" if view["finished"] else f"about {duration(view['left'])} left"
     if not (view["finished"] or view["active"]):
         left = "stopped; `mgtrain fit ... --resume` continues it"

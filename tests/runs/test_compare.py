@@ -128,7 +128,7 @@ def test_speedups_are_the_baselines_over_the_runs(baseline: RunDir, run: RunDir)
 
 def test_the_verdict_names_both_gains_accuracy_and_interval(baseline: RunDir, run: RunDir) -> None:
     assert compare(baseline, run)["verdict"] == (
-        "fast against slow: 3.43x less training time, 2.93x less time by the clock, 3.18x fewer steps; top-1 75.0 % "
+        "fast against slow: 3.43x less training time, 2.93x less wall-clock time, 3.18x fewer steps; top-1 75.0 % "
         "against 50.0 %, cannot tell from one seed each (difference +25.0, 95 % from -12.5 to +54.4, margin 1 point), "
         "one run each on 12 videos"
     )
@@ -192,7 +192,7 @@ def test_a_run_of_an_earlier_version_can_be_compared(
     assert result["runs"][1]["clock_seconds"] == 35 + 2 * 2
     assert result["warnings"] == [
         "the recipes differ in evaluation.times, which changes the times",
-        "old: from an earlier version, so the time by the clock excludes start-up and checkpoints",
+        "old: from an earlier version, so the wall-clock time excludes start-up and checkpoints",
     ]
 
 

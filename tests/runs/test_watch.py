@@ -46,7 +46,8 @@ def test_a_run_under_way_says_where_it_is_and_what_is_left(tiny: Callable[..., R
     text = shown(logged(tmp_path / "run", tiny(), 5))
     expected = (
         "run: step 5 of 17", "phase 2 of 6 (", "turn 2 of 3, step 2 of 3", "loss 1.250", "10.0 s of training",
-        "50 % waiting for data, 1:14 min by the clock; about 24.0 s left", "top-1 40.0 % after step 3, best 40.0 %",
+        "50 % waiting for data, 1:14 min of wall-clock time; about 24.0 s left",
+        "top-1 40.0 % after step 3, best 40.0 %",
     )  # fmt: skip
     for words in expected:
         assert words in text, words

@@ -73,7 +73,7 @@ def curves(runs: Sequence[History], colours: Sequence[str]) -> list[Drawing]:
     known = [(run.name, colour, run.curve()) for run, colour in zip(runs, colours, strict=True)]
     for key, label, unit in (
         ("train_seconds", "minutes of training", 60),
-        ("clock_seconds", "minutes by the clock", 60),
+        ("clock_seconds", "minutes of wall-clock time", 60),
         ("step", "steps", 1),
         ("epoch", "epochs", 1),
         ("multiply_adds", "tera-multiply-adds, forward", 1e12),

@@ -205,11 +205,11 @@ def write_study_page(study: Study, file: Path, results: Sequence[Result], path: 
     compared = summed_up(study, results)
     variants = [group["name"] for group in compared["groups"]]
     colours = {variant: COLOURS[n % len(COLOURS)] for n, variant in enumerate(variants)}
-    title = "accuracy against time by the clock, a line for each run"
+    title = "accuracy against wall-clock time, a line for each run"
 
     def draw(axes: Axes) -> None:
         draw_curves(axes, results, colours, "clock_seconds", 60)
-        axes.set_xlabel("minutes by the clock")
+        axes.set_xlabel("minutes of wall-clock time")
 
     page = render_page(
         "study.html.j2",
