@@ -20,6 +20,7 @@ from mgtrain.data.split import groups_by_pattern, groups_of_names
 from mgtrain.data.videos import Videos, mirrored_pairs
 from mgtrain.errors import DataError, UsageError
 from mgtrain.preflight.init import SIZES, Found, propose
+from mgtrain.processes.cores import usable_cores
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import load_recipe, parse_recipe, recipe_differences
 from mgtrain.schedule import make_plan
@@ -257,6 +258,7 @@ def test_a_transformer_has_fewer_epochs_in_less_time(monkeypatch: pytest.MonkeyP
 def test_init_writes_lists_and_recipes_once(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mgtrain.preflight.init.matrix_product", lambda recipe, world: 1e9)  # operations per second
+    monkeypatch.setattr(torch, "get_num_threads", usable_cores)  # so loading takes cores from computing
     words = ["init", "--data", str(clips), "--to", "work", "--name", "mine", "--hours", "0.01", "--json"]
     words += ["--device", "cpu"]
     result = CliRunner().invoke(app, words)

@@ -360,7 +360,7 @@ def test_a_rank_takes_its_own_gpu_or_the_only_one_that_it_is_shown(
     if shown is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     if expected is None:
-        with pytest.raises(MissingCapabilityError, match=f"{local_rank + 1} processes on {gpus} GPUs"):
+        with pytest.raises(MissingCapabilityError, match=f"{local_rank + 1} processes, but {gpus} GPUs here"):
             _own_gpu(local_rank)
     else:
         assert _own_gpu(local_rank) == expected
