@@ -46,14 +46,15 @@ def test_every_result_is_a_run_of_its_study_as_it_is_now() -> None:
     found = runpy.run_path(str(ROOT / "scripts/evidence.py"))["found"]
     for folder in (ROOT / "studies/results").iterdir():
         study = ROOT / "studies" / f"{folder.name}.yaml"
-        known, names = found(study), {run.name for run in runs_in(study)}
+        known = [result.outcome.summary for result in found(study)]
+        names, variants = {run.name for run in runs_in(study)}, load_study(study).variants
         for file in folder.rglob("*.json"):
             result = read_result(file)
-            assert result.variant in load_study(study).variants
+            assert result.variant in variants
             assert file.stem in names
             assert result.outcome.summary.finished
             assert result.outcome.env["git"]
-            assert result.outcome.summary in [one.outcome.summary for one in known]
+            assert result.outcome.summary in known
 
 
 def test_a_page_of_a_part_of_the_runs_says_that_the_conclusion_is_of_all_of_them(tmp_path: Path) -> None:

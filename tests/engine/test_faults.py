@@ -136,6 +136,7 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_go_on(
     assert saved == run.rows("steps.jsonl")[-1]["step"]
 
 
+@pytest.mark.slow  # the next test signals all processes, too
 def test_a_signal_to_the_process_group_lets_a_run_with_loader_processes_save(folder: Path) -> None:
     process = begin_really(folder, *LONG, "hardware.workers=2")
     run = RunDir(folder / "runs/tiny")
