@@ -122,8 +122,8 @@ def _block(ranks: int, size: int, timeout_seconds: float) -> dist.ProcessGroup |
 
 
 def _longest_exchange(timeout_seconds: float) -> timedelta:
-    """The timeout of an exchange: the watchdog, which has `timeout_seconds`, reports a hang before."""
-    return timedelta(minutes=max(JOIN_MINUTES, min(timeout_seconds / 30, 60 * MOST_HOURS)))
+    """The timeout of an exchange, after that of the watchdog (`timeout_seconds`), which says more of a hang."""
+    return timedelta(seconds=max(60 * JOIN_MINUTES, min(2 * timeout_seconds, 3600 * MOST_HOURS)))
 
 
 @contextmanager

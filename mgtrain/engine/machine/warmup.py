@@ -110,10 +110,9 @@ def _compiled(
     chosen, spent, gain, per_group = set(), 0.0, FIRST_GAIN, FIRST_SECONDS
     for kind in sorted(left, key=lambda kind: -left[kind][1] * eager[kind]):
         (shape, groups), (step, steps) = kind, left[kind]
-        share = shape.clips // world.size
-        whole = pass_clips(recipe, shape, groups, world.size) == share >= shape.clips // groups
+        whole = pass_clips(recipe, shape, groups, world.size) == shape.clips // world.size
         unrolled = 1 if world.device.type == "cuda" else groups // world.size  # groups in the graph
-        if not whole or not pays(steps, eager[kind], gain, per_group * unrolled):
+        if not whole or groups < world.size or not pays(steps, eager[kind], gain, per_group * unrolled):
             continue  # one of several micro-batches, or a BatchNorm group over several GPUs, would be compiled
         begun, now, failed = time.perf_counter(), 0.0, False
         try:
