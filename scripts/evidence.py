@@ -70,18 +70,19 @@ def found(file: Path) -> list[Result]:
 
 
 def glance(study: Study, name: str, compared: dict[str, Any]) -> list[list[str]]:
-    """A row for each comparison of a study with its first variant."""
+    """A row for each comparison of a study with its first variant; † if its code was another one."""
     base, *others = compared["groups"]
     anchor = re.sub(r"[^\w -]", "", study.question).lower().replace(" ", "-")
     rows = []
     for group in others:
         change = group["difference"]
+        mark = "" if group["commits"] == base["commits"] else " †"
         ends = "" if change["low"] is None else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
         rows.append([
             f"[{name}](#{anchor})",
             f"{group['name']} against {base['name']}",
             f"{100 * change['value']:+.1f}{ends}",
-            *(gain(group, key) for key in ("train_seconds", "clock_seconds")),
+            *(gain(group, key) + mark for key in ("train_seconds", "clock_seconds")),
             re.split(r": | \(", group["judged"])[0],
         ])  # fmt: skip
     return rows

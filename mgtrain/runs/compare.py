@@ -17,6 +17,7 @@ from mgtrain.runs.statistics import Interval, Z, judge, mcnemar, paired_shares, 
 
 MARGIN = 1.0  # points of accuracy by which a run may be lower and still count as not lower
 DEVICE_KEYS = ("device", "ranks", "threads")  # runs with the same values have comparable times
+VERSION_KEYS = ("mgtrain", "torch")
 TIMES = ("train_seconds", "clock_seconds", "gpu_hours")
 # Keys that change times but no result beyond rounding, and that a run does not set by itself, as it does memory's.
 TIME_KEYS = (
@@ -50,6 +51,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     warnings += [f"{history.name} changed {what}" for history in (baseline, run) for what in changed(history.env)]
     if other_device:
         warnings.append(f"times are not compared, because the runs used different devices: {'; '.join(other_device)}")
+    warnings += other_versions((baseline.env, run.env))
     if baseline.data != run.data:
         warnings.append("the runs have different training or validation videos")
     if unfair := unfair_keys(differences):
@@ -61,8 +63,9 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
             f"{' and '.join(old)}: from an earlier version, so the wall-clock time excludes start-up and checkpoints"
         )
 
+    done = theirs.finished and ours.finished  # otherwise the ratio of their costs says nothing
     speedups: dict[str, float | None] = {
-        key: None if other_device and key in TIMES else getattr(theirs, key) / getattr(ours, key)
+        key: getattr(theirs, key) / getattr(ours, key) if done and not (other_device and key in TIMES) else None
         for key in ("steps", "epochs", "clips", "voxels", "multiply_adds", *TIMES)
     }
     speedups["at_equal_accuracy"] = None if other_device else speedup_at_equal_accuracy(baseline.evals, run.evals)
@@ -104,6 +107,12 @@ def devices(env: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 def changed(env: Mapping[str, Any]) -> list[str]:
     """What changed while a run trained; its costs are computed as if it had always had its last recipe."""
     return [str(what) for what in env.get("changed", ())]
+
+
+def other_versions(environments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A warning if runs were trained with different versions, from their `env.json`."""
+    versions = sorted({", ".join(f"{key} {env[key]}" for key in VERSION_KEYS) for env in environments})
+    return [f"different versions may change the times: {'; '.join(versions)}"] if len(versions) > 1 else []
 
 
 def accuracy_test(baseline: History, run: History) -> tuple[Interval, dict[str, Any]]:
@@ -184,7 +193,8 @@ def shown_cost(summary: Mapping[str, Any], key: str, form: str) -> str:
 def render(result: dict[str, Any]) -> Group:
     """The comparison for the terminal: warnings, table, differences of the recipes, verdict."""
     theirs, ours = result["runs"]
-    gains = {key: "different devices" if x is None else times(x) for key, x in result["speedups"].items()}
+    why = "different devices" if theirs["finished"] and ours["finished"] else "unfinished"
+    gains = {key: why if x is None else times(x) for key, x in result["speedups"].items()}
     rows = [
         (label, shown_cost(theirs, key, form), shown_cost(ours, key, form), gains.get(key, ""))
         for label, key, form in COST_ROWS
@@ -200,7 +210,7 @@ def render(result: dict[str, Any]) -> Group:
         rows.append(("  videos that only this run gets right", first, second, f"p = {result['mcnemar']:.2g}"))
     best = result["baseline_best"]
     seconds = "not reached" if best["seconds"] is None else duration(best["seconds"])
-    factor = result["speedups"]["train_seconds"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
+    factor = result["speedups"]["at_equal_accuracy"] and best["seconds"] and best["baseline_seconds"] / best["seconds"]
     label = f"time to {100 * best['accuracy']:.1f} % {ours['metric']}"
     rows.append((label, duration(best["baseline_seconds"]), seconds, times(factor) if factor else ""))
 
@@ -216,17 +226,24 @@ def render(result: dict[str, Any]) -> Group:
 
 def _verdict(theirs: Summary, ours: Summary, result: dict[str, Any]) -> str:
     gains, videos = result["speedups"], f"{ours.videos:,} videos"
-    time = ""
+    cost = ""
     if gains["train_seconds"]:
-        time = f"{times(gains['train_seconds'])} training time, {times(gains['clock_seconds'])} wall-clock time, "
+        cost = f"{times(gains['train_seconds'])} training time, {times(gains['clock_seconds'])} wall-clock time, "
+    if gains["steps"]:
+        cost += f"{step_words(gains['steps'])}; "
     if result["same_videos"] is not None:
         videos = f"the same {result['same_videos']:,} videos"
     so_far = "" if theirs.finished and ours.finished else "so far (unfinished): "
     return (
-        f"{so_far}{ours.name} against {theirs.name}: {time}{times(gains['steps'], 'fewer')} steps; "
+        f"{so_far}{ours.name} against {theirs.name}: {cost}"
         f"{ours.metric} {100 * ours.accuracy:.1f} % against {100 * theirs.accuracy:.1f} %, {result['judged']}, "
-        f"one run each on {videos}"
+        f"one run each on {videos}; other seeds may differ"
     )
+
+
+def step_words(ratio: float) -> str:
+    """A ratio of numbers of steps in words."""
+    return "as many steps" if ratio == 1 else f"{times(ratio, 'fewer')} steps"
 
 
 def times(ratio: float, less: str = "less", ends: tuple[float, float] | None = None) -> str:

@@ -15,7 +15,17 @@ from rich.text import Text
 from mgtrain.console import duration, table
 from mgtrain.errors import CheckpointError, UsageError
 from mgtrain.recipe import affects_results, recipe_differences
-from mgtrain.runs.compare import MARGIN, TIME_KEYS, changed, check_alike_scores, devices, times, unfair_keys
+from mgtrain.runs.compare import (
+    MARGIN,
+    TIME_KEYS,
+    changed,
+    check_alike_scores,
+    devices,
+    other_versions,
+    step_words,
+    times,
+    unfair_keys,
+)
 from mgtrain.runs.folder import RunDir
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.statistics import judge, mean, paired_means, ratio, welch
@@ -100,6 +110,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
     same = len({device for outcome in outcomes for device in devices(outcome.env)}) == 1
     if not same:
         warnings.append("times are not compared, because the runs used different devices")
+    warnings += other_versions(outcome.env for outcome in outcomes)
     videos: dict[tuple[Any, ...], set[str]] = {}
     for outcome in (outcome for outcome in outcomes if outcome.videos):
         videos.setdefault(_fold(outcome, fold_keys), set()).add(json.dumps(dict(outcome.videos), sort_keys=True))
@@ -236,7 +247,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     lines = []
     for group in others:
         gains = group["speedups"]
-        time = f"{times(gains['steps']['value'], 'fewer')} steps"
+        time = step_words(gains["steps"]["value"])
         if "train_seconds" in gains:
             training, clock = (
                 times(gain["value"], ends=None if gain["low"] is None else (gain["low"], gain["high"]))

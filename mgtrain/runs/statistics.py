@@ -108,8 +108,10 @@ def mcnemar(first: int, second: int) -> float:
     return min(1.0, 2 * float(special.bdtr(min(first, second), first + second, 0.5)))
 
 
-def mean(values: Sequence[float]) -> Interval:
-    """The mean over seeds with Student's t; no interval for fewer than two values, or equal ones.
+def mean(values: Sequence[float], parts: Sequence[float] = ()) -> Interval:
+    """The mean over seeds with Student's t; no interval for fewer than two values, or ones equal but for rounding.
+
+    `parts` are the numbers whose differences the values are, which tell how large their rounding errors may be.
 
     >>> found = mean([1.0, 2.0, 3.0])
     >>> found.value, found.sd, f"{found.low:.3f} {found.high:.3f}"
@@ -119,7 +121,7 @@ def mean(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return Interval(centre)
     sd = statistics.stdev(values)
-    if _vanishes(sd, values):
+    if _vanishes(sd, parts or values):
         return Interval(centre, None, None, 0.0, len(values))
     half = quantile_t(len(values) - 1) * sd / math.sqrt(len(values))
     return Interval(centre, centre - half, centre + half, sd, len(values))
@@ -127,7 +129,7 @@ def mean(values: Sequence[float]) -> Interval:
 
 def paired_means(first: Sequence[float], second: Sequence[float]) -> Interval:
     """The mean of the differences `second` - `first` of pairs, such as the same seed."""
-    return mean([b - a for a, b in zip(first, second, strict=True)])
+    return mean([b - a for a, b in zip(first, second, strict=True)], [*first, *second])
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -170,7 +172,7 @@ def _vanishes(sd: float, values: Sequence[float]) -> bool:
 def judge(difference: Interval, margin: float, unit: str = "seeds") -> str:
     """The verdict whether an accuracy is lower than another, from their difference and a margin in points.
 
-    `unit` is what its interval counts: seeds, or folds.
+    `unit` is what its interval counts: seeds, or folds, of which there cannot be more.
 
     >>> judge(Interval(1.2, -0.4, 2.8), margin=1)
     'not lower (difference +1.2, 95 % from -0.4 to +2.8, margin 1 point)'
@@ -184,17 +186,20 @@ def judge(difference: Interval, margin: float, unit: str = "seeds") -> str:
     points = f"margin {margin:g} point{'' if margin == 1 else 's'}"
     if difference.low is None or difference.high is None:
         why = f"one {unit.rstrip('s')} shows" if difference.count == 1 else f"{difference.count} equal differences show"
-        return f"cannot tell: {why} no spread, train more {unit} (difference {difference.value:+.1f}, {points})"
+        do = "train more seeds" if unit == "seeds" else "more videos or seeds may decide"
+        return f"cannot tell: {why} no spread, {do} (difference {difference.value:+.1f}, {points})"
     if difference.low >= -margin:
         answer = "not lower" if difference.high >= 0 else "lower, but by less than the margin"
     elif difference.high < 0:
         answer = "lower"
     elif difference.sd is None:
         answer = "cannot tell from one seed each"
+    elif unit == "folds":
+        answer = "cannot tell: more videos or seeds may decide"
     else:
         more = more_seeds(difference, margin)
         answer = f"cannot tell: {f'about {more}' if more else f'more than {MOST_SEEDS}'} more "
-        answer += f"{unit.rstrip('s') if more == 1 else unit} may decide"
+        answer += f"{'seed' if more == 1 else 'seeds'} may decide"
     ends = f"95 % from {difference.low:+.1f} to {difference.high:+.1f}"
     return f"{answer} (difference {difference.value:+.1f}, {ends}, {points})"
 

@@ -20,7 +20,7 @@ from mgtrain.runs.groups import Outcome, compare_groups
 from mgtrain.runs.history import History
 from mgtrain.runs.scores import packed
 
-ENV = {"device": "A CPU", "ranks": 1, "threads": 2}
+ENV = {"device": "A CPU", "ranks": 1, "threads": 2, "mgtrain": "0.1.0", "torch": "2.14.1"}
 DATA = {"train": {"videos": 24, "fingerprint": "t"}, "val": {"videos": 12, "fingerprint": "v"}}
 # Multiply-adds of a clip of each shape of the tiny recipes, made up.
 PER_CLIP = {(2, 16): 1, (2, 23): 2, (4, 16): 2, (4, 23): 4, (4, 32): 8, (8, 16): 4, (8, 23): 8, (8, 32): 16}
@@ -130,7 +130,7 @@ def test_the_verdict_names_both_gains_accuracy_and_interval(baseline: RunDir, ru
     assert compare(baseline, run)["verdict"] == (
         "fast against slow: 3.43x less training time, 2.93x less wall-clock time, 3.18x fewer steps; top-1 75.0 % "
         "against 50.0 %, cannot tell from one seed each (difference +25.0, 95 % from -12.5 to +54.4, margin 1 point), "
-        "one run each on 12 videos"
+        "one run each on 12 videos; other seeds may differ"
     )
 
 
@@ -161,7 +161,7 @@ def test_runs_on_the_same_videos_get_the_paired_interval(tiny: Callable[..., Rec
     assert found["only_one_right"] == [2, 11]
     assert found["accuracy_difference"] == pytest.approx(9 / 49)
     assert found["accuracy_interval"][0] < 9 / 49 < found["accuracy_interval"][1]
-    assert found["verdict"].endswith("one run each on the same 49 videos")
+    assert found["verdict"].endswith("one run each on the same 49 videos; other seeds may differ")
     # Other videos, or no bits, as in runs of earlier versions: unpaired.
     run.write("data.json", {**DATA, "val": {"videos": 50, "fingerprint": "w"}})
     apart = compare(baseline, run)
@@ -223,11 +223,24 @@ def test_an_unfinished_run_is_said_to_be_one(tiny: Callable[..., Recipe], baseli
     run = written(tmp_path / "fast", tiny(), [evaluation(11, 0.25, 25.0)])
     result = compare(baseline, run)
     assert not result["runs"][1]["finished"]
+    late = written(tmp_path / "late", tiny(), [evaluation(16, 0.25, 25.0)])  # of 17 steps
+    assert not History(late).summary.finished
     assert result["warnings"] == ["fast is unfinished: its numbers are those after 11 steps"]
     assert result["runs"][1]["clips"] == 128 + 64 + 48 + 28
     assert result["baseline_best"]["seconds"] is None
     assert "not reached" in text(result)
     assert result["speedups"]["at_equal_accuracy"] == 80 / 25  # at 25 %, which both have reached
+    # Half a run costs half as much: that is no gain.
+    assert {value for key, value in result["speedups"].items() if key != "at_equal_accuracy"} == {None}
+    assert result["verdict"].startswith("so far (unfinished): fast against slow: top-1 25.0 % against 50.0 %, ")
+    assert "4.80x" not in text(result)
+    assert "unfinished" in text(result).split("training time")[1].splitlines()[0]
+
+
+def test_other_versions_are_named(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
+    run = written_run(tmp_path, tiny(), torch="2.9.0")
+    versions = "mgtrain 0.1.0, torch 2.14.1; mgtrain 0.1.0, torch 2.9.0"
+    assert compare(baseline, run)["warnings"] == [f"different versions may change the times: {versions}"]
 
 
 def test_other_data_and_other_recipes_are_said(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:

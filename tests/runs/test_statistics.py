@@ -33,6 +33,13 @@ def test_means_are_students_and_welchs() -> None:
     assert (paired_means(a[:3], b).low, paired_means(a[:3], b).high) == pytest.approx((ends.low, ends.high))
 
 
+def test_rounding_is_no_spread() -> None:
+    first, second = [(18 / 20 + 16 / 20) / 2, 0.9], [(17 / 20 + 17 / 20) / 2, 0.9]
+    assert second[0] - first[0] != 0  # by rounding, on any machine
+    assert paired_means(first, second).low is None
+    assert paired_means([18 / 20, 0.9], second).low is not None
+
+
 def test_a_ratio_is_geometric_and_does_not_depend_on_its_direction() -> None:
     slow, fast = [100.0, 130.0, 90.0], [30.0, 36.0, 31.0]
     for paired in (True, False):
@@ -72,6 +79,9 @@ def test_the_verdict_follows_from_the_interval_and_the_margin() -> None:
         assert said.startswith((answer + " (", answer + " "))
     assert judge(Interval(-1.5, -1.9, -1.1, 1.0, 5), 2.0).startswith("lower, but by less than the margin")
     assert judge(Interval(0.5), 1.0).startswith("cannot tell: one seed shows")
+    unclear = Interval(-0.5, -2.0, 1.0, sd=1.0, count=5)
+    assert judge(unclear, 1.0, "folds").startswith("cannot tell: more videos or seeds may decide (")
+    assert judge(Interval(0.5), 1.0, "folds").startswith("cannot tell: one fold shows no spread, more videos or seeds")
 
 
 def test_so_many_more_seeds_would_decide() -> None:

@@ -19,7 +19,7 @@ from mgtrain.errors import CheckpointError, RecipeError, StoppedError, UsageErro
 from mgtrain.recipe.load import parse_recipe
 from mgtrain.runs.study.definition import Run, load_study, runs_of
 from mgtrain.runs.study.jobs import pinned, shares_of_cores, train_all
-from mgtrain.runs.study.results import changes_of, known_result, read_result
+from mgtrain.runs.study.results import changes_of, known_result, read_result, summed_up
 
 STUDY = """\
 question: Is it as good?
@@ -124,6 +124,15 @@ def test_a_study_runs_to_its_end_and_no_run_is_made_twice(file: Path, mgtrain: S
     assert kept.outcome.summary.finished
     found = [read_result(path) for path in sorted((folder / "results/study").glob("*.json"))]
     assert "schedule.short_cycle=[0.5, 0.7071]" in changes_of(found, "short only", "baseline")
+
+    # What is missing, and whether times may come from other code, is said.
+    study = load_study(file)
+    assert summed_up(study, found)["warnings"] == []
+    (lost,) = (warning for warning in summed_up(study, found[:-1])["warnings"] if "no result" in warning)
+    assert lost == "short only: no result of 1 run (seed 4); if one failed, the comparison hides that"
+    there = replace(found[-1].outcome, env={**found[-1].outcome.env, "git": "0123"})
+    (moved,) = summed_up(study, [*found[:-1], replace(found[-1], outcome=there)])["warnings"]
+    assert moved.startswith("short only: trained at another commit (0123, unknown) than baseline (unknown), which")
 
     # Another recipe under the same name is refused, and a damaged file.
     for old, new in (("times=2", "times=3"), ("times=2", "times=2, hardware.workers=1")):  # these change the times

@@ -18,7 +18,15 @@ from mgtrain.recipe import Data, Recipe, affects_results, changed_keys, recipe_d
 from mgtrain.recipe.load import RETIRED
 from mgtrain.runs.compare import DEVICE_KEYS, TIME_KEYS, devices
 from mgtrain.runs.folder import RunDir
-from mgtrain.runs.groups import COLUMNS, NOT_ONLY_SCHEDULE, Outcome, compare_groups, table_rows, verdicts
+from mgtrain.runs.groups import (
+    COLUMNS,
+    FOLD_KEYS,
+    NOT_ONLY_SCHEDULE,
+    Outcome,
+    compare_groups,
+    table_rows,
+    verdicts,
+)
 from mgtrain.runs.history import History, Summary, guarded
 from mgtrain.runs.report import render_page, write_text
 from mgtrain.runs.report.figures import COLOURS, drawn
@@ -159,7 +167,35 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
         compared["warnings"].insert(0, f"no result yet: {', '.join(lacking)}")
     # The variants of a study differ on purpose.
     compared["warnings"] = [warning for warning in compared["warnings"] if NOT_ONLY_SCHEDULE not in warning]
+    compared["warnings"] += lacking_runs(groups)
+    for group in compared["groups"]:
+        group["commits"] = _commits(groups[group["name"]])
+    base, *others = compared["groups"]
+    for at in sorted({group["commits"] for group in others} - {base["commits"]}):
+        names = "; ".join(group["name"] for group in others if group["commits"] == at)
+        compared["warnings"].append(
+            f"{names}: trained at another commit ({at}) than {base['name']} ({base['commits']}), which may change the "
+            "times"
+        )
     return compared
+
+
+def _commits(outcomes: Sequence[Outcome]) -> str:
+    return ", ".join(sorted({str(outcome.env["git"] or "unknown") for outcome in outcomes}))
+
+
+def lacking_runs(groups: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """A warning for each variant that lacks results of seeds which others have: its runs may have failed."""
+    keys = ("seed", *FOLD_KEYS, "data.root")
+    runs = {name: {tuple(outcome.recipe[key] for key in keys) for outcome in found} for name, found in groups.items()}
+    wanted = sorted(set().union(*runs.values()))
+    warnings = []
+    for name, found in runs.items():
+        if found and (lacking := [run for run in wanted if run not in found]):
+            seeds = ", ".join(map(str, dict.fromkeys(seed for seed, *_ in lacking)))
+            what = f"{len(lacking)} runs" if len(lacking) > 1 else "1 run"
+            warnings.append(f"{name}: no result of {what} (seed {seeds}); if one failed, the comparison hides that")
+    return warnings
 
 
 def changes_of(results: Sequence[Result], name: str, base: str) -> str:
@@ -182,7 +218,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, list[str]]:
         "processes and threads of a run": [" x ".join(pair.split()) for pair in each("ranks", "threads")],
         "PyTorch": each("torch"),
         "mgtrain": each("mgtrain"),
-        "commits": sorted({str(e["git"] or "unknown") for e in env}),
+        "commits": [_commits([result.outcome for result in results])],
         "runs": [f"{len(results)} runs, {duration(seconds)} in all"],
     }
 
