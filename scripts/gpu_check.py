@@ -33,6 +33,7 @@ simplejson, portalocker, tabulate, termcolor, parameterized, pyyaml, tqdm and py
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import signal
@@ -52,6 +53,7 @@ from gpu_sections import Check, Row, compiling, first_steps, machine, normalizat
 from mgtrain.processes.distributed import World, connect
 
 SECONDS_OF_HANGING = 180.0  # after which the watchdog ends ranks, because with several one may wait for another
+SECONDS_OF_PATIENCE = 45.0  # after a section's deadline, until a process that does not react is ended
 DIGITS = 4  # to show
 
 
@@ -156,7 +158,11 @@ def run(check: Check, wanted: Iterable[int] | None, report: Report) -> None:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             report.add(number, {"name": "failed", "good": False, "error": said, "at": where})
         report.add(number, {"name": "took", "seconds": time.monotonic() - start})
-        clean_up()
+        try:
+            clean_up()
+        except RuntimeError as error:  # of a kernel: this process cannot use the GPU any more
+            report.add(number, {"name": "GPU lost", "good": False, "error": " ".join(str(error).split())[:500]})
+            return
 
 
 def in_time(rows: Iterator[Row], seconds: float, world: World) -> Iterator[Row]:
@@ -171,16 +177,21 @@ def in_time(rows: Iterator[Row], seconds: float, world: World) -> Iterator[Row]:
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the main thread after so many seconds within the block, whatever Python code is running."""
+    """Raise `OutOfTime` in the main thread after so many seconds within the block, whatever Python code is running.
+
+    Where that does not help, because a call of the GPU's driver does not return, end the process; rows are written.
+    """
 
     def ring(*_: object) -> None:
         raise OutOfTime
 
     before: Callable[..., Any] | int | None = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + SECONDS_OF_PATIENCE, file=sys.__stderr__, exit=True)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

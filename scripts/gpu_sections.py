@@ -128,7 +128,7 @@ def row(name: str, good: bool | None = None, **found: Any) -> Row:
 def first_steps(check: Check) -> Iterator[Row]:
     """The first steps on this GPU: Triton compiles its kernels, and cuDNN is loaded"""
     for name, recipe in {
-        "tiny, fp32": check.small(), "tiny, bf16": check.small("hardware.precision=bf16"), "SlowFast": check.recipe(),
+        "SlowFast": check.recipe(), "tiny, fp32": check.small(), "tiny, bf16": check.small("hardware.precision=bf16"),
     }.items():  # fmt: skip
         start = time.perf_counter()
         trainer = Trainer(recipe, check.world, search=False)

@@ -188,6 +188,24 @@ def test_a_section_that_fails_or_takes_too_long_leaves_its_rows_and_the_others(
     assert [one["name"] for one in rows if one.get("good") is False] == ["cut", "failed", "cut"]
 
 
+def test_a_call_that_does_not_return_ends_the_check_and_a_lost_gpu_its_sections(
+    sections: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(gpu_check.faulthandler, "dump_traceback_later", lambda *a, **b: asked.append((a, b)))
+    monkeypatch.setattr(gpu_check.faulthandler, "cancel_dump_traceback_later", lambda: asked.append("cancelled"))
+    sections(Section(good, 5))
+    assert asked == [((5 + gpu_check.SECONDS_OF_PATIENCE,), {"file": sys.__stderr__, "exit": True}), "cancelled"]
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
+
+    monkeypatch.setattr(gpu_check, "clean_up", lost)
+    rows = sections(Section(good, 5), Section(good, 5))
+    assert [(one["section"], one["name"]) for one in rows] == [(1, "fine"), (1, "took"), (1, "GPU lost")]
+    assert rows[-1]["good"] is False
+
+
 def test_rows_are_written_as_they_come(
     sections: Callable[..., list[Row]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

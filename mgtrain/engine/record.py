@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import av
@@ -148,6 +148,7 @@ class Clock:
         # Checkpoints of earlier versions have no wall-clock time, which is at least the training time.
         self._start = began - max(state.clock_seconds, state.train_seconds)
         self.paused_seconds = 0.0  # of the last pause
+        self.pauses = 0
 
     def seconds(self) -> dict[str, Any]:
         """The times, with the names of logs and checkpoints."""
@@ -175,6 +176,7 @@ class Clock:
     def paused(self) -> Iterator[None]:
         """Do not count the time within the block as training."""
         self.lap()
+        self.pauses += 1
         yield
         before, self._last = self._last, time.perf_counter()
         self.paused_seconds = self._last - before
@@ -191,6 +193,7 @@ class Record:
         self._evaluated = ""  # the last evaluation, for the progress line
         self._times: dict[Shape, list[float]] = defaultdict(list)  # seconds of each step since the last evaluation
         self._speed: dict[Shape, float] = {}  # seconds per step, a moving average
+        self._marks: list[tuple[torch.cuda.Event, Shape, int]] = []  # on a GPU: ends of steps, and the pauses before
         self._ends: dict[int, list[dict[str, Any]]] = {}  # the first and the last logged row of each phase
         self._bar = Progress(
             TextColumn("{task.fields[phase]}"),
@@ -216,13 +219,29 @@ class Record:
     def lap(self, step: Step) -> None:
         """Record the time of a finished step and report progress to the watchdog."""
         seconds = self._clock.lap()
-        self._speed[step.shape] = 0.8 * self._speed.get(step.shape, seconds) + 0.2 * seconds
-        self._times[step.shape].append(seconds)
+        if self._world.device.type == "cuda":  # which may not have begun with this step
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append((event, step.shape, self._clock.pauses))
+        else:
+            self._add(step.shape, seconds)
         self._world.watchdog.beat()
+
+    def _add(self, shape: Shape, seconds: float) -> None:
+        self._speed[shape] = 0.8 * self._speed.get(shape, seconds) + 0.2 * seconds
+        self._times[shape].append(seconds)
+
+    def _read_marks(self) -> None:
+        """Add the times that a GPU took for the steps so far, when it has finished them."""
+        for (before, _, pauses), (event, shape, now) in pairwise(self._marks):
+            if now == pauses:
+                self._add(shape, before.elapsed_time(event) / 1000)
+        del self._marks[:-1]
 
     def step(self, step: Step, result: StepResult) -> None:
         """Log a step, with loss and accuracy over all ranks."""
         loss, top1 = (self._world.sum(torch.stack([result.loss, result.correct])) / self._world.size).tolist()
+        self._read_marks()  # the GPU has finished all steps before this one
         phase, shape = step.phase, step.shape
         row = {
             "step": step.index + 1,
@@ -268,6 +287,7 @@ class Record:
         self._evaluated = f"  val {100 * accuracy(row):.1f} %{beside}"
         values = {f"val/{name}": getattr(scores, name) for name in ("top1", "mean_class", "top5", "loss", "mean_ap")}
         values = {tag: value for tag, value in values.items() if value is not None} | compared
+        self._read_marks()
         values |= {f"step_seconds/{shape}": float(np.median(s)) for shape, s in self._times.items()}
         run.scalars(step.index + 1, values)
         self._times.clear()

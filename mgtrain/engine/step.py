@@ -144,7 +144,7 @@ def augmented(clips: Tensor, labels: Tensor, part: Part, step: Step, recipe: Rec
 
     x = normalize(clips, memory_format(recipe))
     if augment.jitters_colour:
-        x = jitter_colour(x, there["colour"])
+        x = jitter_colour(x, there["colour"]).contiguous(memory_format=memory_format(recipe))
     if augment.erase:
         x = erase(x, there["erase"])
     x = restandardize(x, *pixel_statistics(recipe.model))

@@ -99,6 +99,8 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
     labels = torch.zeros((clips, recipe.data.classes) if recipe.data.multi_label else clips, dtype=torch.int64)
     optimizer = make_optimizer(model, recipe.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.hardware.precision == "fp16")
+    if world.device.type == "cuda":
+        pixels, labels = pixels.pin_memory(), labels.pin_memory()  # as the loader does
     unmixed = recipe.changed("augment", mixup=0.0, cutmix=0.0)  # mixing takes pairs of clips
     whole_pass = unmixed.changed("hardware", micro_clips=None)
     marks: dict[str, float] = {}
@@ -167,7 +169,8 @@ def convolutions_alone(model: nn.Module, recipe: Recipe, shape: Sequence[int], w
 def matrix_product(recipe: Recipe, world: World) -> float:
     """Operations per second (a multiply-add is two) of a matrix product in the recipe's precision."""
     size = PEAK[world.device.type]
-    a = torch.ones(size, size, device=world.device, dtype=DTYPES[recipe.hardware.precision])
+    # Not of equal numbers: with these a GPU draws less power, and so has a higher clock rate than in training.
+    a = torch.randn(size, size, device=world.device, dtype=DTYPES[recipe.hardware.precision])
     return 2.0 * size**3 / min(seconds_of(lambda: a @ a, 6, world.device))
 
 
@@ -175,8 +178,8 @@ def picture_convolution(recipe: Recipe, world: World) -> float:
     """Operations per second of a 2-D convolution in channels_last, in the recipe's precision."""
     pictures, channels, size = PICTURES[world.device.type]
     dtype = DTYPES[recipe.hardware.precision]
-    x = torch.ones(pictures, channels, size, size, device=world.device, dtype=dtype)
-    weight = torch.ones(channels, channels, 3, 3, device=world.device, dtype=dtype)
+    x = torch.randn(pictures, channels, size, size, device=world.device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=world.device, dtype=dtype)
     x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
     seconds = min(seconds_of(lambda: torch.nn.functional.conv2d(x, weight, padding=1), 6, world.device))
     return 2.0 * pictures * (3 * channels * size) ** 2 / seconds

@@ -23,6 +23,7 @@ import mgtrain.engine.resume
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.examples import examples
 from mgtrain.engine.fit import fit
+from mgtrain.engine.record import Clock, Record
 from mgtrain.engine.resume import PLACES, Learner, restore, save
 from mgtrain.engine.start import open_data
 from mgtrain.engine.update.optim import make_optimizer
@@ -515,6 +516,37 @@ def test_tensorboard_shows_what_the_network_sees_and_how_the_baseline_did(
         assert event.value == pytest.approx(max(row["top1"] for row in theirs if row["step"] <= event.step))
     assert len(board.Scalars("compare/baseline_at_same_step")) == sum(row["step"] >= theirs[0]["step"] for row in rows)
     assert board.PluginTagToContent("hparams").keys() >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+
+
+def test_on_a_gpu_steps_take_the_time_between_their_events(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host is done with a step long before the GPU is; what it does between steps is not a step's time."""
+    now = iter((0.0, 1.0, 3.0, 50.0, 54.0))  # seconds on the GPU, with an evaluation before the last but one
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(now)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    plan = make_plan(tiny(), 24)
+    clock = Clock(CheckpointInfo(0, "", (), "", ""), time.perf_counter())
+    record = Record(RunDir(tmp_path), plan, 0, clock, 12, World(device=torch.device("cuda")), None)
+    step = plan[len(plan) - 1]
+    for _ in range(3):
+        record.lap(step)
+    with clock.paused():
+        pass
+    for _ in range(2):
+        record.lap(step)
+    record._read_marks()
+    assert record._times == {step.shape: [1, 2, 4]}
 
 
 def test_the_same_video_is_shown_at_every_shape(tiny: Callable[..., Recipe], motions: Path) -> None:

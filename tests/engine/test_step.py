@@ -230,6 +230,15 @@ def test_without_augmentation_the_input_is_the_clips_and_targets_are_labels(tiny
     assert targets is labels
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_augmented_clips_keep_the_recipes_memory_format(tiny: Callable[..., Recipe], last: bool) -> None:
+    recipe = tiny(*AUGMENTED, f"hardware.channels_last={last}".lower())
+    step = step_of(recipe, 0)
+    clips = torch.randint(0, 256, (64, 2, 16, 16, 3), dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    x, _ = augmented(clips, torch.arange(64) % 4, next(parts(step, recipe, World())), step, recipe)
+    assert x.is_contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+
+
 @pytest.mark.parametrize("word", [*AUGMENTED[:5], *AUGMENTED[6:8]])
 def test_each_augmentation_draws_anew_in_each_step_and_by_seed(tiny: Callable[..., Recipe], word: str) -> None:
     recipe, other = tiny(word), tiny(word, "seed=4")

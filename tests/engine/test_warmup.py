@@ -199,6 +199,11 @@ def test_a_kind_of_step_is_compiled_once_and_not_in_the_run(
         with mode(step):
             train_step(model, optimizer, scaler, *black(step), step, recipe, world)
     assert len(graphs) == len(kinds)
+    step = plan[0]  # what was not compiled before the run is not compiled in it
+    set_part(model, Part(0, step.shape.clips, step.shape.clips, step.bn_groups))
+    with mode(step):
+        model(torch.zeros(step.shape.clips, 3, step.shape.frames, 20, 20))
+    assert len(graphs) == len(kinds)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -284,7 +289,7 @@ def test_compiling_is_not_watched(
 
 
 def test_a_gpu_computes_as_the_recipe_says(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn, cuda, matmul = torch.backends.cudnn, torch.backends.cuda, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     shares: list[float] = []
@@ -300,6 +305,8 @@ def test_a_gpu_computes_as_the_recipe_says(tiny: Callable[..., Recipe], monkeypa
             assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")  # torch.compile reads it
             assert cudnn.benchmark is not deterministic
             assert torch.are_deterministic_algorithms_enabled() is cudnn.deterministic is deterministic
+            for enabled in (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled):
+                assert enabled() is not deterministic
         for gib in (20, 100):
             warmup.set_up(tiny(f"hardware.memory_gib={gib}"), torch.device("cuda"))
         assert shares == [1, 1, 0.25, 1]

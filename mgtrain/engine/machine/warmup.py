@@ -48,6 +48,8 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic, warn_only=True)  # not all operations have such a kernel
+    for allow in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):  # which only warn, too
+        getattr(torch.backends.cuda, allow)(not deterministic)
 
 
 def settle(replica: nn.Module, recipe: Recipe, world: World) -> None:
@@ -86,7 +88,14 @@ def warm_up(replica: nn.Module, recipe: Recipe, plan: Plan, start: int, world: W
                 eager[kind] = world.from_main(_timed(replica, recipe, step, world))
         chosen = _compiled(replica, recipe, left, eager, world) if compiles else frozenset()
     model.zero_grad(set_to_none=True)
-    return lambda step: compiled(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
+    return lambda step: running(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
+
+
+@contextmanager
+def running(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """As `compiled`, for a step of the run, which must not compile: whatever is not compiled yet runs uncompiled."""
+    with torch.compiler.set_stance("eager_on_recompile"), compiled(model, recipe):
+        yield
 
 
 @contextmanager
@@ -150,6 +159,7 @@ def _timed(replica: nn.Module, recipe: Recipe, step: Step, world: World) -> floa
     pixels = pixels.to(memory_format=memory_format(recipe))
 
     def forward_and_backward() -> None:
+        replica.zero_grad(set_to_none=True)  # as in a step, so that CUDA graphs need not be recorded again there
         with no_sync(replica, last=False):
             with autocast(recipe, world):
                 logits = replica(pixels)

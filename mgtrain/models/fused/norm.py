@@ -25,7 +25,7 @@ WARPS = 8
 
 @lru_cache
 def works(device: torch.device) -> bool:
-    """Whether Triton can compile and run the kernels on this device; if not, log a warning.
+    """Whether Triton can compile and run the kernels on this device, for which it waits; if not, log a warning.
 
     Triton comes with torch's CUDA builds. It needs a C compiler, a folder to write to and a GPU that it supports.
     """
@@ -34,7 +34,9 @@ def works(device: torch.device) -> bool:
     try:
         _, stats = _forward(x, ones, ones, slots, slots, 0.0, 1.0, relu=True)
         _backward(x, x, ones, ones, stats, relu=True)
-    except MgtrainError:  # the run is asked to stop
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a kernel that fails does so here, not in a later call
+    except (MgtrainError, torch.OutOfMemoryError):  # the run is asked to stop, or Triton is not the cause
         raise
     except Exception as error:  # Triton raises RuntimeError, OSError, CalledProcessError and its own
         cause = f"{type(error).__name__}: {one_line(error, 300)}"
@@ -101,6 +103,7 @@ def _forward(
     """The normalized values, and each group's mean and 1 / deviation (groups, 2, C)."""
     from mgtrain.models.fused import kernels  # here, because it imports Triton, which CPU builds of torch lack
 
+    x = x.contiguous(memory_format=torch.channels_last_3d)  # which it is, unless torch.compile has changed it
     groups, channels = means.shape
     rows_of_group = x.numel() // (groups * channels)
     rows, splits = _split(groups, rows_of_group, channels)
@@ -124,7 +127,7 @@ def _backward(
     """The gradients of input, weight and bias."""
     from mgtrain.models.fused import kernels
 
-    grad = grad.contiguous(memory_format=torch.channels_last_3d)
+    grad, x = (tensor.contiguous(memory_format=torch.channels_last_3d) for tensor in (grad, x))
     groups, _, channels = stats.shape
     rows_of_group = x.numel() // (groups * channels)
     rows, splits = _split(groups, rows_of_group, channels)
