@@ -128,14 +128,14 @@ import torch
 from mgtrain.engine.checks import make_model
 from mgtrain.engine.update.optim import make_optimizer
 from mgtrain.engine.step import to_device, train_step
-from mgtrain.models import fused
+from mgtrain.models.fused.norm import works
 from mgtrain.processes.distributed import World
 from mgtrain.recipe import load_recipe
 from mgtrain.schedule import make_plan
 
 nullgpu.set_up()
 recipe, gpu = load_recipe(sys.argv[1], sys.argv[2:]), World(device=torch.device("cuda", 0))
-fused.works(gpu.device)  # waits, once in a process: in a run before the first step
+works(gpu.device)  # waits, once in a process: in a run before the first step
 model = to_device(make_model(recipe), recipe, gpu)
 optimizer, scaler = make_optimizer(model, recipe.optim), torch.amp.GradScaler("cuda", enabled=False)
 for shape, step in make_plan(recipe, 1000).first_steps().items():
