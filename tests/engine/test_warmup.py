@@ -206,6 +206,18 @@ def test_a_kind_of_step_is_compiled_once_and_not_in_the_run(
     assert len(graphs) == len(kinds)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["slowfast_r50", "i3d_nln_r50", "swin3d_t"])
+def test_a_network_is_one_graph(model: str, tiny: Callable[..., Recipe], graphs: list[torch.fx.GraphModule]) -> None:
+    recipe = tiny(f"model={{name: {model}}}", "hardware.compile=default")
+    network = make_model(recipe).train()
+    set_part(network, Part(0, 2, 2, 1))
+    with warmup.compiled(network, recipe):
+        network(torch.zeros(2, 3, 8, 64, 64))
+    assert len(graphs) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_code_is_cut_where_ranks_exchange_gradients(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, graphs: list[torch.fx.GraphModule]

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
 from mgtrain.models import fused
 from mgtrain.models.fused import kernels
 from mgtrain.models.fused.norm import _split, _tiles, launch
-from mgtrain.models.norm import GroupBatchNorm3d
+from mgtrain.models.norm import GroupBatchNorm3d, group_slots
 from mgtrain.models.part import Part, set_part
+from mgtrain.models.recompute import recompute
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-5
@@ -125,6 +126,41 @@ def test_compiled_code_has_one_node_for_all_groups(monkeypatch: pytest.MonkeyPat
         assert torch.equal(mine, other)
     assert len(graphs) == 1
     assert [str(node.target) for node in graphs[0].graph.nodes].count("mgtrain.norm_groups.default") == 1
+
+
+class Block(nn.Module):
+    """What `recompute` takes for a block of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = GroupBatchNorm3d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x, relu=True)
+        return normed
+
+
+@pytest.mark.filterwarnings("ignore")  # torch._dynamo's own
+def test_recomputed_blocks_compile_and_update_their_statistics_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgtrain.models.fused.usable", lambda x: True)
+    x = inputs((8, 8, 1, 3, 3), 4, torch.float32)[0]
+    found = []
+    for recomputed, compiled in ((False, False), (True, False), (True, True)):
+        torch._dynamo.reset()
+        network = nn.Sequential(Block(), Block()).to(DEVICE).train()
+        if recomputed:
+            assert recompute(network) == 2
+        set_part(network, Part(0, 8, 8, 4))
+        called = torch.compile(network, backend="aot_eager", dynamic=False) if compiled else network
+        for _ in range(2):
+            clips = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            called(clips).square().sum().backward()
+        assert clips.grad is not None
+        of_weights = [parameter.grad for parameter in network.parameters()]
+        found.append([clips.grad, *of_weights, *group_slots(network)])
+    for others in found[1:]:
+        for mine, other in zip(others, found[0], strict=True):
+            torch.testing.assert_close(mine, other)
 
 
 def test_what_was_seen_before_and_is_not_a_number() -> None:

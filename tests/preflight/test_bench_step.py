@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import mgtrain.preflight.bench_step
 from mgtrain.cli import app
 from mgtrain.engine.checks import make_model
+from mgtrain.engine.machine.memory import USABLE, Memory, fit_memory
 from mgtrain.preflight.bench_step import bench_step, convolutions_alone, half_precision_gain, measured
 from mgtrain.processes.cores import cpu_name
 from mgtrain.processes.distributed import World
@@ -36,6 +37,21 @@ def test_every_shape_of_the_plan_is_measured_and_adds_up(tiny: Callable[..., Rec
         assert row["flops"] == pytest.approx(row["peak_share"] * result["peak_flops"])
         assert row["peak_bytes"] > 1 << 20
     assert result["slowest_over_fastest"] >= 1
+
+
+def test_a_step_is_measured_as_a_run_computes_it(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("batch.clips=16")
+    plan = make_plan(recipe, 24)
+    gib = Memory(recipe, plan.shapes()).most(plan, 1)[0] / USABLE / 2**30
+    module, passes, set_ups = mgtrain.preflight.bench_step, [], []
+    monkeypatch.setattr(module, "set_up", lambda *given: set_ups.append(given))
+    monkeypatch.setattr(module, "tuned_model", lambda recipe, *_: passes.append(recipe.hardware.micro_clips))
+    limited = recipe.changed("hardware", memory_gib=0.7 * gib)
+    with pytest.raises(AttributeError):  # of the network, which is None
+        bench_step(limited, plan, World(), 1, lambda *_: None)
+    assert set_ups == [(limited, World().device)]
+    assert passes == [fit_memory(limited, plan, World()).hardware.micro_clips]
+    assert passes[0] is not None
 
 
 def test_a_part_of_each_batch_has_the_volume_of_two_clips_and_whole_groups(tiny: Callable[..., Recipe]) -> None:
