@@ -31,7 +31,7 @@ from mgtrain.console import note, warn
 from mgtrain.errors import MissingCapabilityError, RanksLostError, StoppedError, lack_of
 from mgtrain.processes.cores import keep_freed_memory, usable_cores, which_cores
 from mgtrain.processes.environment import LAUNCHER, has_gpus, is_launched, launcher, rank_of_environment, restarts
-from mgtrain.processes.signals import leave_terminal, stop_signals
+from mgtrain.processes.signals import ended_if_failed, leave_terminal, stop_signals
 from mgtrain.processes.watchdog import Watchdog
 
 Value = TypeVar("Value")
@@ -172,7 +172,8 @@ def connect(device: str | None = None, timeout_seconds: float = float("inf")) ->
             dist.all_gather_object(everyone, (platform.node(), which_cores(), chosen.type))
             _refuse_other_devices(everyone)
             try:
-                yield World(rank, size, chosen, _share_of_cores(rank, everyone), watchdog)
+                with ended_if_failed(SECONDS_TO_END):
+                    yield World(rank, size, chosen, _share_of_cores(rank, everyone), watchdog)
             except StoppedError:  # all ranks stop after the same step
                 dist.destroy_process_group()
                 raise

@@ -67,6 +67,19 @@ class StopRequest:
         _say(f"{self.signal}: will save and stop after the next step")
 
 
+@contextmanager
+def ended_if_failed(seconds: float) -> Iterator[None]:
+    """After an error in the block, give the process so long to end: at its exit, NCCL may wait for other ranks."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except BaseException:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # also ends a call of a library that does not return
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        raise
+
+
 def leave_terminal() -> None:
     """Discard what is printed from now on: the terminal is closed, so printing would fail before the run is saved."""
     nowhere = os.open(os.devnull, os.O_RDWR)

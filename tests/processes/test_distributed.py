@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -335,6 +336,20 @@ def test_a_rank_that_waits_for_one_that_failed_is_ended(rank: int, monkeypatch: 
     monkeypatch.setattr("mgtrain.processes.distributed.SECONDS_TO_END", 0.5)
     command = f"import os, sys, time; sys.exit(3) if os.environ['RANK'] == '{rank}' else time.sleep(600)"
     assert launch([sys.executable, "-c", command], procs=2) == 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_even_if_a_library_waits_at_its_exit() -> None:
+    command = """
+import atexit, os, time
+import mgtrain.processes.distributed as d
+d.SECONDS_TO_END = 1
+with d.connect("cpu"):
+    if os.environ["RANK"] == "0":
+        atexit.register(time.sleep, 600)
+        raise ValueError
+"""
+    assert launch([sys.executable, "-c", command], procs=2) == 128 + signal.SIGALRM
 
 
 def test_a_users_mistake_keeps_its_exit_code_on_several_ranks(mgtrain: Start, tiny_text: str, tmp_path: Path) -> None:
