@@ -339,7 +339,7 @@ def sound_run(folder: Path, recipe: Recipe) -> RunDir:
     run.write("recipe.yaml", recipe.to_yaml())
     run.write("plan.json", {**plan.describe(), "flops_per_clip": per_clip})
     run.write("data.json", {})
-    run.write("env.json", {"device": "x", "ranks": 1, "threads": 1})
+    run.write("env.json", {"device": "x", "ranks": 1, "threads": 1, "mgtrain": "0.1.0", "torch": "2.14.1"})
     run.append("evals.jsonl", EVAL)
     return run
 
