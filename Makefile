@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 help:
 	@echo "make demo       train and compare a baseline and a multigrid run, two seeds each (9 minutes on two cores, set-up included)"
-	@echo "make test       run the tests (under 6 minutes on two cores)"
+	@echo "make test       run the tests (6 to 7 minutes on two cores)"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style and formatting"
 	@echo "make types      check types"

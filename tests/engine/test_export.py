@@ -113,6 +113,7 @@ def test_onnx_gives_the_networks_probabilities_of_real_clips_and_says_how_to_mak
         assert np.allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_torch_program_needs_no_mgtrain_and_has_the_notes(trained: Trained, tmp_path: Path) -> None:
     assert_equal_at_any_size(export(trained, tmp_path / "network.pt2"))
     notes = {"mgtrain.json": ""}

@@ -336,6 +336,7 @@ def test_ranks_end_whenever_their_launcher_is_killed(
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "a rank is left")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_found_and_names_the_video(folder: Path) -> None:
     code = (
         "import os, time, mgtrain.clips.decode as d\nenter = d.VideoFile.__enter__\n"
@@ -349,6 +350,7 @@ def test_a_rank_that_hangs_is_found_and_names_the_video(folder: Path) -> None:
     assert "in hang" in errors
 
 
+@pytest.mark.slow
 def test_torchruns_restarts_resume_by_themselves(folder: Path) -> None:
     code = (
         "import os, mgtrain.engine.fit as f\nstep = f.train_step\n"

@@ -140,6 +140,7 @@ class Block(nn.Module):
         return normed
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch._dynamo's own
 def test_recomputed_blocks_compile_and_update_their_statistics_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgtrain.models.fused.usable", lambda x: True)
