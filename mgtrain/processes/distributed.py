@@ -354,14 +354,15 @@ def _wait_for(ranks: Sequence[subprocess.Popen[bytes]], hurried: Callable[[], bo
             break
         time.sleep(0.05)
     for rank, process in enumerate(ranks):
-        if (code := process.returncode or 0) < 0:
+        if (code := process.returncode or 0) < 0 and code != -signal.SIGALRM:  # that of `ended_if_failed`
             why = "; the system does so if memory runs out" if code == -signal.SIGKILL else ""
             note(f"mgtrain: rank {rank} was ended by {signal.Signals(-code).name}{why}", "red")
     if None in codes and not any(codes):
         return 128 + signal.SIGINT
     failed = [process.returncode for process in ranks if process.returncode]
     # `RanksLostError` is a consequence of another rank's failure.
-    first = next((code for code in failed if code != RanksLostError.exit_code), failed[0] if failed else 0)
+    late = RanksLostError.exit_code, -signal.SIGALRM
+    first = next((code for code in failed if code not in late), failed[0] if failed else 0)
     return first if first >= 0 else 128 - first
 
 

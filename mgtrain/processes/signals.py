@@ -74,9 +74,10 @@ def ended_if_failed(seconds: float) -> Iterator[None]:
         yield
     except StoppedError:
         raise
-    except BaseException:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # also ends a call of a library that does not return
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    except (Exception, KeyboardInterrupt):
+        with suppress(ValueError):  # outside of the main thread
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # also ends a call of a library that does not return
+            signal.setitimer(signal.ITIMER_REAL, seconds)
         raise
 
 

@@ -51,7 +51,7 @@ def _compare(baseline: History, run: History, margin: float) -> dict[str, Any]:
     warnings += [f"{history.name} changed {what}" for history in (baseline, run) for what in changed(history.env)]
     if other_device:
         warnings.append(f"times are not compared, because the runs used different devices: {'; '.join(other_device)}")
-    warnings += other_versions((baseline.env, run.env))
+    warnings += [] if other_device else other_versions((baseline.env, run.env))
     if baseline.data != run.data:
         warnings.append("the runs have different training or validation videos")
     if unfair := unfair_keys(differences):
@@ -111,7 +111,7 @@ def changed(env: Mapping[str, Any]) -> list[str]:
 
 def other_versions(environments: Iterable[Mapping[str, Any]]) -> list[str]:
     """A warning if runs were trained with different versions, from their `env.json`."""
-    versions = sorted({", ".join(f"{key} {env[key]}" for key in VERSION_KEYS) for env in environments})
+    versions = sorted({", ".join(f"{key} {env.get(key, 'unknown')}" for key in VERSION_KEYS) for env in environments})
     return [f"different versions may change the times: {'; '.join(versions)}"] if len(versions) > 1 else []
 
 

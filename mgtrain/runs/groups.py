@@ -110,7 +110,7 @@ def compare_groups(groups: Mapping[str, Sequence[Outcome]], margin: float = MARG
     same = len({device for outcome in outcomes for device in devices(outcome.env)}) == 1
     if not same:
         warnings.append("times are not compared, because the runs used different devices")
-    warnings += other_versions(outcome.env for outcome in outcomes)
+    warnings += other_versions(outcome.env for outcome in outcomes) if same else []
     videos: dict[tuple[Any, ...], set[str]] = {}
     for outcome in (outcome for outcome in outcomes if outcome.videos):
         videos.setdefault(_fold(outcome, fold_keys), set()).add(json.dumps(dict(outcome.videos), sort_keys=True))

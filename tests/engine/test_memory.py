@@ -211,17 +211,6 @@ def test_all_ranks_take_the_micro_batches_of_the_one_with_the_least_memory(
     assert set(chosen) == {chosen[0]}
 
 
-def test_graphs_get_half_of_the_memory(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny("batch.clips=16")
-    plan = make_plan(recipe, 24)
-    gib = Memory(recipe, plan.shapes()).most(plan, 1)[0] / USABLE / 2**30
-    chosen = [
-        fit_memory(recipe.changed("hardware", compile=compile, memory_gib=1.01 * gib), plan, World())
-        for compile in ("default", "graphs")
-    ]
-    assert [chosen[0].hardware.micro_clips is None, chosen[1].hardware.micro_clips is None] == [True, False]
-
-
 def test_a_lack_of_memory_names_the_step_and_what_to_set(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
     step = make_plan(recipe, 24)[0]

@@ -83,10 +83,7 @@ class Memory:
 
 
 def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
-    """The recipe with micro-batches that fit `hardware.memory_gib` and the free memory of this GPU: see `limit`.
-
-    With CUDA graphs, half of it.
-    """
+    """The recipe with micro-batches that fit `hardware.memory_gib` and the free memory of this GPU: see `limit`."""
     gib = recipe.hardware.memory_gib
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # blocks that an earlier run of this process has kept are not free
@@ -95,8 +92,6 @@ def fit_memory(recipe: Recipe, plan: Plan, world: World) -> Recipe:
         gib = min(free_gib, gib or free_gib)
     if gib is None:
         return recipe
-    if recipe.hardware.compile == "graphs":
-        gib /= 2  # CUDA graphs keep the memory of a step, which uncompiled steps cannot use
     changed = Memory(recipe, plan.shapes()).limit(plan, world.size, gib)
     if changed != recipe:
         clips = changed.hardware.micro_clips or recipe.base.clips // world.size

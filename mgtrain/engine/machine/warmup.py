@@ -159,7 +159,8 @@ def _timed(replica: nn.Module, recipe: Recipe, step: Step, world: World) -> floa
     pixels = pixels.to(memory_format=memory_format(recipe))
 
     def forward_and_backward() -> None:
-        replica.zero_grad(set_to_none=True)  # as in a step, so that CUDA graphs need not be recorded again there
+        if clips == shape.clips // world.size:  # as in a step of one pass, so that it can use the same CUDA graphs
+            replica.zero_grad(set_to_none=True)
         with no_sync(replica, last=False):
             with autocast(recipe, world):
                 logits = replica(pixels)
