@@ -155,8 +155,9 @@ def render(result: dict[str, Any]) -> str:
     lines += [
         f"training: {duration(plan['seconds'])} against the baseline's {duration(baseline['seconds'])} "
         f"({times(result['speedup'])}), with 1/{work:.2f} of its multiply-adds",
-        f"with evaluations of {duration(plan['evaluation_seconds'])} and {duration(baseline['evaluation_seconds'])}, "
-        f"but without start-up and checkpoints: {duration(plan['clock_seconds'])} against "
+        f"wall-clock time, with evaluations of {duration(plan['evaluation_seconds'])} and "
+        f"{duration(baseline['evaluation_seconds'])} but without start-up and checkpoints: "
+        f"{duration(plan['clock_seconds'])} against "
         f"{duration(baseline['clock_seconds'])} ({times(result['clock_speedup'])})",
     ]
     if crowded(result["busy_cores"]):

@@ -69,8 +69,8 @@ def test_people_are_told_who_waits_and_what_helps(tiny: Callable[..., Recipe]) -
         "2.50x",
         "prepare",
         "a step is 1.62x as fast in hardware.precision=bf16 on this CPU",
-        "with evaluations of 1:30 min and 1:30 min, but without start-up and checkpoints: 2:04 min against 2:04 min "
-        "(1.75x less)",
+        "wall-clock time, with evaluations of 1:30 min and 1:30 min but without start-up and checkpoints: "
+        "2:04 min against 2:04 min (1.75x less)",
     ):
         assert words in text
     assert "hardware.workers" in render({**result, "prepared": True})

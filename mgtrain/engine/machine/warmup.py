@@ -88,11 +88,11 @@ def warm_up(replica: nn.Module, recipe: Recipe, plan: Plan, start: int, world: W
                 eager[kind] = world.from_main(_timed(replica, recipe, step, world))
         chosen = _compiled(replica, recipe, left, eager, world) if compiles else frozenset()
     model.zero_grad(set_to_none=True)
-    return lambda step: running(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
+    return lambda step: _running(model, recipe) if (step.shape, step.bn_groups) in chosen else nullcontext()
 
 
 @contextmanager
-def running(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+def _running(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     """As `compiled`, for a step of the run, which must not compile: whatever is not compiled yet runs uncompiled."""
     with torch.compiler.set_stance("eager_on_recompile"), compiled(model, recipe):
         yield

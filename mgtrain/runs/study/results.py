@@ -167,7 +167,7 @@ def summed_up(study: Study, results: Sequence[Result]) -> dict[str, Any]:
         compared["warnings"].insert(0, f"no result yet: {', '.join(lacking)}")
     # The variants of a study differ on purpose.
     compared["warnings"] = [warning for warning in compared["warnings"] if NOT_ONLY_SCHEDULE not in warning]
-    compared["warnings"] += lacking_runs(groups, ("seed", *FOLD_KEYS, "data.root") if study.folds else ("seed",))
+    compared["warnings"] += _lacking_runs(groups, ("seed", *FOLD_KEYS, "data.root") if study.folds else ("seed",))
     for group in compared["groups"]:
         group["commits"] = _commits(groups[group["name"]])
     base, *others = compared["groups"]
@@ -184,7 +184,7 @@ def _commits(outcomes: Sequence[Outcome]) -> str:
     return ", ".join(sorted({str(outcome.env["git"] or "unknown") for outcome in outcomes}))
 
 
-def lacking_runs(groups: Mapping[str, Sequence[Outcome]], keys: Sequence[str]) -> list[str]:
+def _lacking_runs(groups: Mapping[str, Sequence[Outcome]], keys: Sequence[str]) -> list[str]:
     """A warning for each variant that lacks runs which others have: they may have failed.
 
     `keys` are those of the seed and of the fold in a recipe.
