@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both networks, by autocast")
     parser.add_argument("--fixed", action="store_true", help="compute convolutions in the forms chosen by rule")
     parser.add_argument("--models", nargs="+", default=[name for name, _ in MODELS])
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES, help="such as 8x8x158")
     args = parser.parse_args()
     print(f"{cpu_name()}; {instructions()}")
     print(
@@ -55,10 +56,16 @@ def main() -> None:
             race(name, config, args)
 
 
+def shape_of(text: str) -> tuple[int, int, int, int]:
+    """A shape with BatchNorm groups of one clip, such as (8, 8, 158, 8) of `8x8x158`."""
+    clips, frames, crop = map(int, text.split("x"))
+    return clips, frames, crop, clips
+
+
 def race(name: str, config: str, args: argparse.Namespace) -> None:
     """Print one line for each shape."""
     kinds = [("mgtrain", name)] + ([("pyslowfast", config)] if args.pyslowfast else [])
-    for clips, frames, crop, groups in SHAPES:
+    for clips, frames, crop, groups in args.shapes:
         racers = [Racer(kind, network, args, (clips, frames, crop, groups)) for kind, network in kinds]
         seconds = [[racer.step() for racer in racers] for _ in range(args.repeats)]
         memory = [racer.end() for racer in racers]

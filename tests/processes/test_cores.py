@@ -41,7 +41,7 @@ def test_freed_memory_is_kept() -> None:
         "import numpy, resource, sys\nfrom mgtrain.processes.cores import keep_freed_memory\n"
         "if sys.argv[1] == 'kept': assert keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "def step(): [numpy.ones(1 << 21) for _ in range(4)]\n"  # 16 MiB each
+        "def step(): [numpy.ones(5 << 20) for _ in range(4)]\n"  # 40 MiB each, more than any M_MMAP_THRESHOLD
         "step(); before = faults(); step(); print(faults() - before)"
     )
     faults = {
