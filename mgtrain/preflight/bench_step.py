@@ -103,13 +103,18 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
         pixels, labels = pixels.pin_memory(), labels.pin_memory()  # as the loader does
     unmixed = recipe.changed("augment", mixup=0.0, cutmix=0.0)  # mixing takes pairs of clips
     whole_pass = unmixed.changed("hardware", micro_clips=None)
-    marks: dict[str, float] = {}
+    marks: list[dict[str, Any]] = []  # of each step: times, or events of a GPU, which computes while the host goes on
 
     def mark(name: str) -> None:
-        wait_for_gpu(world.device)
-        marks[name] = time.perf_counter()
+        if world.device.type == "cuda":
+            marks[-1][name] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            marks[-1][name].record()
+        else:
+            marks[-1][name] = time.perf_counter()
 
-    rows: list[list[float]] = []
+    def seconds(start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end) / 1e3 if world.device.type == "cuda" else end - start)
+
     with (
         model.register_forward_pre_hook(lambda *_: mark("forward")),
         model.register_forward_hook(lambda *_: mark("backward")),
@@ -117,12 +122,14 @@ def time_step(model: nn.Module, recipe: Recipe, step: Step, world: World, repeat
         optimizer.register_step_post_hook(lambda *_: mark("end")),
     ):
         for _ in range(repeats + 1):
+            marks.append({})
             mark("start")
-            there = pixels.to(world.device).permute(0, 4, 1, 2, 3), labels.to(world.device)
+            there = pixels.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
             mark("copied")
-            train_step(model, optimizer, scaler, *there, part, whole_pass, world).loss.item()
+            train_step(model, optimizer, scaler, there[0].permute(0, 4, 1, 2, 3), there[1], part, whole_pass, world)
             mark("done")
-            rows.append([marks[end] - marks[start] for start, end in SPANS.values()])
+    wait_for_gpu(world.device)
+    rows = [[seconds(of[start], of[end]) for start, end in SPANS.values()] for of in marks]
     medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
     return {"clips": clips, "bn_groups": groups, **dict(zip(SPANS, medians, strict=True))}
 
