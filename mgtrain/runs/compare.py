@@ -205,6 +205,9 @@ def render(result: dict[str, Any]) -> Group:
         if known and (key == "accuracy" or name != ours["metric"]):
             a, b = (100 * summary[key] for summary in (theirs, ours))
             rows.append((name, f"{a:.1f} %", f"{b:.1f} %", f"{b - a:+.1f}"))
+    losses = [summary["train_loss"] for summary in (theirs, ours)]
+    if None not in losses:
+        rows.append(("training loss at the end", f"{losses[0]:.3f}", f"{losses[1]:.3f}", ""))
     if result["only_one_right"] is not None:
         first, second = (f"{count:,}" for count in result["only_one_right"])
         rows.append(("  videos that only this run gets right", first, second, f"p = {result['mcnemar']:.2g}"))

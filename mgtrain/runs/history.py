@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Summary:
     top5: float
     videos: int  # in the evaluation
     mean_class: float | None = None  # mean class accuracy; None if videos have several labels
+    train_loss: float | None = None  # of clips of the base shape in the last tenth of the steps; None without such
 
 
 class History:
@@ -120,8 +122,20 @@ class History:
             accuracy=accuracy(last),
             best_accuracy=max(map(accuracy, evals)),
             mean_class=classes,
+            train_loss=self.train_loss(last["step"]),
             **{key: last[key] for key in ("train_seconds", "clock_seconds", "data_seconds", "top1", "top5", "videos")},
         )
+
+    def train_loss(self, done: int) -> float | None:
+        """The mean loss of training clips of the base shape in the last tenth of `done` steps; None without such."""
+        base = self.recipe.base
+        losses = [
+            row["loss"]
+            for row in self.steps
+            if 0.9 * done < row["step"] <= done and (row["frames"], row["crop"]) == (base.frames, base.crop)
+        ]
+        finite = [loss for loss in losses if loss is not None]
+        return math.fsum(finite) / len(finite) if finite else None
 
     def multiply_adds_until(self, ends: Sequence[int]) -> list[float]:
         """The multiply-adds of the forward passes of all steps before each of `ends`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,18 @@ def test_runs_on_several_labels_are_compared_by_mean_average_precision(
     baseline = written(tmp_path / "slow_3", tiny("schedule={name: baseline}"), perfect[:1])
     same = compare(baseline, written(tmp_path / "fast_3", tiny(), perfect[1:]))
     assert same["accuracy_interval"] == [None, None]  # resampling equal values shows no spread
+
+
+def test_the_training_loss_is_that_of_the_last_tenth_at_the_base_shape(baseline: RunDir, run: RunDir) -> None:
+    assert compare(baseline, run)["runs"][1]["train_loss"] is None  # no step is logged
+    assert "training loss" not in text(compare(baseline, run))
+    for step, loss in ((48, 9.0), (49, 0.2), (50, None), (54, 0.4), (55, 9.0)):  # a tenth of 54; lost steps come after
+        baseline.append("steps.jsonl", {"step": step, "frames": 8, "crop": 32, "loss": loss})
+    for step, crop, loss in ((14, 32, 9.0), (16, 23, 9.0), (17, 32, 0.5)):
+        run.append("steps.jsonl", {"step": step, "frames": 8, "crop": crop, "loss": loss})
+    result = compare(baseline, run)
+    assert [summary["train_loss"] for summary in result["runs"]] == pytest.approx([0.3, 0.5])
+    assert re.search(r"training loss at the end\W+0\.300\W+0\.500", text(result))
 
 
 def test_runs_with_other_scores_are_not_compared(tiny: Callable[..., Recipe], baseline: RunDir, tmp_path: Path) -> None:
