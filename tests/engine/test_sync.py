@@ -244,3 +244,28 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 """
     rows = [line.split() for line in null_gpu(program).splitlines()]
     assert rows == [["True", "True", "True", "0", "True", "True"]] * 6
+
+
+@pytest.mark.slow
+@needs_null_gpu
+def test_a_measured_step_does_not_wait_either(null_gpu: Callable[..., str]) -> None:
+    program = """
+import nullgpu, torch
+from mgtrain.engine.checks import make_model
+from mgtrain.engine.step import to_device
+from mgtrain.models.fused.norm import works
+from mgtrain.preflight.bench_step import SPANS, time_step
+from mgtrain.processes.distributed import World
+from mgtrain.recipe import load_recipe
+from mgtrain.schedule import make_plan
+
+nullgpu.set_up()
+recipe, gpu = load_recipe("demo_multigrid", ["hardware.precision=bf16"]), World(device=torch.device("cuda", 0))
+works(gpu.device)
+model, step = to_device(make_model(recipe), recipe, gpu), make_plan(recipe, 1000)[0]
+for repeats in (1, 5):
+    with nullgpu.counted() as asked:
+        row = time_step(model, recipe, step, gpu, repeats)
+    print(asked.waits, asked.pageable, row.keys() >= SPANS.keys())
+"""
+    assert null_gpu(program).splitlines() == ["1 0 True"] * 2  # at the end, for the times
